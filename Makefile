@@ -1,0 +1,50 @@
+# Any Python >= 3.11 will do: make test PYTHON=python3.12
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: help venv demo test lint format build clean
+
+help:
+	@echo "make venv    create .venv and install o2o for development (once)"
+	@echo "make demo    pre-train on recorded data, fine-tune in MuJoCo, show the difference"
+	@echo "make test    lint, types and tests"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  let ruff mend imports and layout"
+	@echo "make build   wheel and sdist in dist/"
+	@echo "make clean   remove .venv, builds and caches (runs/ stays)"
+
+venv: .venv/stamp
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "o2o needs Python >= 3.11; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv --clear .venv >/dev/null 2>&1 || \
+		$(PYTHON) -m venv --clear --without-pip .venv
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then pip="$(BIN)/python -m pip"; \
+		else pip="$(PYTHON) -m pip --python $(BIN)/python"; fi; \
+		echo "Installing o2o and its dependencies into .venv (about 1 GB, once) ..."; \
+		$$pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/o2o demo
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: venv
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

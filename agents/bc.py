@@ -1,0 +1,143 @@
+"""BC: behaviour cloning, the plain reference of every offline comparison.
+
+A tanh-squashed Gaussian fitted by maximum likelihood (so that WSRL or SAC can start from it), a plain Gaussian, or a
+deterministic policy fitted by squared error (CORL `any_percent_bc.py`). It collects online but learns nothing there.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o.errors import ConfigError
+from o2o.networks import Adam, GaussianActor, Init, Model
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+ACTION_LIMIT = 1.0 - 1e-5
+"""Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
+
+
+@dataclass(frozen=True)
+class BCConfig:
+    """Settings of behaviour cloning."""
+
+    loss: Literal["nll", "mse"] = "nll"
+    """`nll`: negative log-likelihood of a Gaussian; `mse`: squared error of the mode, and a deterministic policy."""
+    squash: bool = True
+    """Tanh-squashed Gaussian; otherwise a plain one whose samples are clipped."""
+    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers."""
+    actor_layer_norm: bool = False
+    """LayerNorm in the actor (WSRL's actor has it)."""
+    dropout: float = 0.0
+    """Dropout in the hidden layers, active in the loss only."""
+    init_scheme: Init = "orthogonal"
+    """Initialiser of every kernel."""
+    last_gain: float | None = None
+    """Orthogonal gain of the last hidden layer; `None` is sqrt(2)."""
+    std_mode: Literal["exp", "uniform"] = "exp"
+    """`exp`: log-std is a linear head of the state; `uniform`: one free vector."""
+    log_std_range: tuple[float, float] | None = (-5.0, 2.0)
+    """Clip of the log-std; `None` clips the std itself to [1e-5, 10]. The likelihood has no maximum without a floor."""
+    actor_lr: float = 3e-4
+    """Adam rate."""
+    discount: float = 0.99
+    """Discount factor; BC does not use it, the evaluation does."""
+    batch_size: int = 256
+    """Rows per minibatch."""
+    online: OnlineConfig = OnlineConfig(replay="none")
+    """Online phase: act and store, never update."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        if self.loss not in ("nll", "mse"):
+            raise ConfigError(f"BCConfig.loss is {self.loss!r}; expected 'nll' or 'mse'.")
+
+
+_DEFAULT = BCConfig()
+
+
+class BC(struct.PyTreeNode):
+    """Behaviour cloning."""
+
+    actor: Model
+    rng: Array
+    config: BCConfig = struct.field(pytree_node=False)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: BCConfig = _DEFAULT) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        if isinstance(observations, dict):
+            raise ConfigError(f"BC got dict observations with {sorted(observations)}: needs flat float32 observations.")
+        rng, actor_rng = jax.random.split(rng)
+        low, high = config.log_std_range or (None, None)
+        actor = GaussianActor(
+            config.actor_hidden_dims,
+            actions.shape[-1],
+            layer_norm=config.actor_layer_norm,
+            dropout=config.dropout,
+            init_scheme=config.init_scheme,
+            last_gain=config.last_gain,
+            std_mode=config.std_mode,
+            log_std_min=low,
+            log_std_max=high,
+            squash=config.squash,
+        )
+        model = Model.create(actor_rng, actor, Adam(config.actor_lr), observations)
+        return jax.tree.map(jnp.asarray, cls(actor=model, rng=rng, config=config))
+
+    def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return the negative log-likelihood or the squared error of a minibatch's actions, and metrics."""
+        dist = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
+        error = jnp.mean(jnp.square(dist.mode() - batch["actions"]))
+        if self.config.loss == "mse":
+            return error, {"actor/loss": error, "actor/mse": error}
+        actions = batch["actions"]
+        if self.config.squash:
+            actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
+        loss = -jnp.mean(dist.log_prob(actions))
+        return loss, {"actor/loss": loss, "actor/mse": error, "actor/std": dist.std.mean()}
+
+    def _step(self, batch: Batch) -> tuple[Self, Info]:
+        rng, dropout_rng = jax.random.split(self.rng)
+        grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, dropout_rng)
+        return self.replace(actor=self.actor.apply_gradients(grads), rng=rng), info
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run one step per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
+        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]`, clipped to [-1, 1], and the unused carry; with `loss="mse"` always the mode."""
+        dist = self.actor(observations)
+        actions = dist.mode() if deterministic or self.config.loss == "mse" else dist.sample(rng)
+        return jnp.clip(actions, -1.0, 1.0), carry
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
+        """Return `None`: the policy has no memory."""
+        return None
+
+    def online(self) -> Self:
+        """Return the agent unchanged."""
+        return self
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks.
+
+        `paper`: 2x256, batch 256 (CORL), as many updates as IQL's preset for the family, so that the two compare; no
+        online steps. `small`: 2x128 (Adroit 2x256), 10k updates.
+        """
+        offline = {"adroit": 20_000, "kitchen": 250_000, "locomotion": 250_000}.get(family, 1_000_000)
+        width, batch_size = 256, 256
+        if size == "small":
+            offline = 10_000
+            width, batch_size = (256, 256) if family == "adroit" else (128, 128)
+        config = BCConfig(actor_hidden_dims=(width, width), batch_size=batch_size)
+        return Preset(config, offline_steps=offline, online_steps=0)

@@ -1,0 +1,274 @@
+"""CQL and Cal-QL: offline actor-critic that lowers Q on actions the data do not support.
+
+CQL, arXiv 2006.04779; Cal-QL, arXiv 2303.05479.
+Idea: add to SAC's critic loss the gap between a soft maximum of Q over sampled actions and Q of the logged action.
+Cal-QL stops pushing a policy action's value below the Monte-Carlo return of the logged trajectory, max(Q, G), so that
+values stay on the scale of true returns and fine-tuning does not begin with unlearning.
+
+Defaults are the WSRL repository's variant (W of calql.md): ten LayerNorm critics with one output layer, the gap on two
+of them. `official` returns the official repository's (O): two plain critics, exponential temperatures, dual weight 5.
+
+Where we differ
+- The dual variable steps with every critic step, from the gap of that very step; W redraws the gap, and at UTD > 1 it
+  steps the dual once a call.
+- The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
+- O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
+  O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
+- The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
+- Families without published settings ("other") take weight 5, no dual, importance sampling (calql.md section 4.1).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o2o import losses
+from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
+from o2o.errors import ConfigError, DatasetError
+from o2o.networks import Init, Model, take_members
+from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class Conservative:
+    """The conservative term of CQL and Cal-QL."""
+
+    weight: float = 5.0
+    """Weight of the gap; with `dual` it multiplies the dual variable."""
+    dual: bool = False
+    """Weight the gap by a dual variable that grows while the gap exceeds `target_gap`."""
+    target_gap: float = 0.8
+    """Gap that the dual variable aims at."""
+    dual_param: Positive = "softplus"
+    """How the dual variable is made from its free parameter."""
+    dual_init: float = 1.0
+    """Initial dual variable."""
+    dual_lr: float = 3e-4
+    """Adam's rate of the dual variable."""
+    n_actions: int = 10
+    """Actions N per state from each of: uniform, policy at s, policy at s'."""
+    importance_sampling: bool = True
+    """Correct the 3N values by their log-densities; otherwise the logged action's value joins them, 3N + 1 in all."""
+    subtract_log_count: bool = True
+    """Without importance sampling subtract ln(3N + 1), so that the soft maximum is a soft mean (W; O does not)."""
+    temperature: float = 1.0
+    """Temperature of the logsumexp."""
+    subset: int | None = 2
+    """Critics that the gap is taken of, drawn with replacement at every step; `None` for all."""
+    gap_min: float = -float("inf")
+    """Lower clip of each row's gap."""
+    gap_max: float = float("inf")
+    """Upper clip of each row's gap."""
+    clamp_uniform: bool = False
+    """Cal-QL: clamp the uniform actions' values as well (not the released algorithm)."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        if self.n_actions < 1 or (self.subset is not None and self.subset < 1):
+            raise ConfigError(f"n_actions={self.n_actions} and subset={self.subset} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CQLConfig(SACConfig):
+    """Settings of CQL and Cal-QL; the defaults are the WSRL repository's ensemble variant."""
+
+    online: OnlineConfig = OnlineConfig(replay="mixed", offline_ratio=0.5, min_rows=128)
+    """Schedule of the online phase."""
+    actor_layer_norm: bool = True
+    """LayerNorm after each hidden layer of the actor."""
+    critic_layer_norm: bool = True
+    """LayerNorm after each hidden layer of the critics."""
+    init_scheme: Init = "orthogonal"
+    """Initialiser of every kernel."""
+    last_gain: float | None = 1e-2
+    """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
+    shared_output: bool = True
+    """One output layer for all critics (WSRL's code) instead of one each."""
+    log_std_range: tuple[float, float] | None = None
+    """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
+    num_critics: int = 10
+    """Members of the critic ensemble."""
+    target_subset: int | None = 2
+    """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
+    subset_replace: bool = True
+    """Draw those members with replacement (WSRL's code)."""
+    backup_entropy: bool = False
+    """Subtract alpha * log pi(a'|s') in the target."""
+    max_target_actions: int | None = 10
+    """Next actions of which the target takes the best; `None` for a single one."""
+    temperature_param: Positive = "softplus"
+    """How alpha is made from its free parameter."""
+    temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
+    """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
+    entropy_on: Literal["current", "next"] = "next"
+    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
+    actor_batch: Literal["last", "all"] = "all"
+    """Rows of the actor step: the last minibatch, or all `utd * B`."""
+    joint_single: bool = True
+    """With one critic step per call, actor and temperature step beside the critic, from the same parameters."""
+    actor_lr: float = 1e-4
+    """Adam's rate of the actor."""
+    temperature_lr: float = 1e-4
+    """Adam's rate of the temperature."""
+    conservative: Conservative = Conservative()
+    """The conservative term."""
+
+
+@dataclass(frozen=True)
+class CalQLConfig(CQLConfig):
+    """Settings of Cal-QL: CQL's."""
+
+
+class CQL(SAC):
+    """Conservative Q-learning."""
+
+    dual: Model | None = None
+    calibrated: ClassVar[bool] = False
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = CQLConfig()) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        if not isinstance(config, CQLConfig):
+            raise ConfigError(f"{cls.__name__} got a {type(config).__name__}; expected a CQLConfig")
+        rng, dual_rng = jax.random.split(rng)
+        agent, term = super().create(rng, observations, actions, config), config.conservative
+        dual = positive_model(dual_rng, term.dual_init, term.dual_param, term.dual_lr) if term.dual else None
+        return jax.tree.map(jnp.asarray, agent.replace(dual=dual))
+
+    @property
+    def term(self) -> Conservative:
+        """Settings of the conservative term."""
+        assert isinstance(self.config, CQLConfig)
+        return self.config.conservative
+
+    def sampled_actions(self, batch: Batch, rng: Array) -> tuple[Array, Array]:
+        """Return N uniform, policy and next-policy actions per row `[3N, B, A]` and log-densities `[3N, B]`."""
+        count = self.term.n_actions
+        uniform_rng, current_rng, next_rng = jax.random.split(rng, 3)
+        current, current_log_prob = self.actor(batch["observations"]).sample_and_log_prob(current_rng, (count,))
+        following, next_log_prob = self.actor(batch["next_observations"]).sample_and_log_prob(next_rng, (count,))
+        uniform = jax.random.uniform(uniform_rng, current.shape, minval=-1.0, maxval=1.0)
+        uniform_log_prob = jnp.full_like(current_log_prob, current.shape[-1] * np.log(0.5))
+        actions = jnp.concatenate([uniform, current, following])
+        return jax.lax.stop_gradient((actions, jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob])))
+
+    def gap(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Array, Array]:
+        """Return gaps `[k, B]` of the drawn critics, given `q [E, B]` at the logged actions, and the clamped share."""
+        term, count = self.term, self.term.n_actions
+        member_rng, action_rng = jax.random.split(rng)
+        module = self.critic.module
+        if term.subset is not None:
+            members = losses.sample_members(member_rng, module.num, term.subset, replace=True)
+            module, params, q = module.clone(num=term.subset), take_members(params, members), q[members]
+        actions, log_prob = self.sampled_actions(batch, action_rng)
+        z: Any = module.apply(params, batch["observations"], actions)  # [k, 3N, B], all at the current state
+        clamped = jnp.zeros(())
+        if self.calibrated:
+            bound = batch["mc_returns"]
+            clamped = jnp.mean(z[:, count:] < bound)
+            free = 0 if term.clamp_uniform else count
+            z = jnp.concatenate([z[:, :free], jnp.maximum(z[:, free:], bound)], axis=1)
+        if term.importance_sampling:
+            z = z - log_prob
+        else:
+            z = jnp.concatenate([z, q[:, None]], axis=1)
+            z = z - term.temperature * np.log(z.shape[1]) if term.subtract_log_count else z
+        return jnp.clip(losses.conservative_gap(z, q, term.temperature), term.gap_min, term.gap_max), clamped
+
+    def critic_loss(self, params: Params, batch: Batch, targets: Array, rng: Array) -> tuple[Array, Info]:
+        """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`."""
+        term = self.term
+        q = self.critic(batch["observations"], batch["actions"], params=params)
+        gaps, clamped = self.gap(params, batch, q, rng)
+        gap, td_loss = jnp.mean(gaps), losses.critic_loss(q, targets)
+        penalty = term.weight * gap
+        if self.dual is not None:
+            penalty = term.weight * positive(self.dual(), term.dual_param) * (gap - term.target_gap)
+        loss = td_loss + penalty
+        info = {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
+        return loss, {
+            **info, "critic/td_loss": td_loss, "cql/gap": gap, "cql/penalty": penalty, "calql/clamped": clamped
+        }  # fmt: skip
+
+    def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
+        """Step the critics and targets on one minibatch `[B, ...]`, and the dual variable by the gap just measured."""
+        agent, info = super().critic_step(batch, rng)
+        if self.dual is None:
+            return agent, info
+        dual, gap = self.dual, info["cql/gap"]
+        value, grads = jax.value_and_grad(lambda params: self.dual_loss(params, gap))(dual.params)
+        info = {**info, "cql/dual": positive(dual(), self.term.dual_param), "cql/dual_loss": value}
+        return agent.replace(dual=dual.apply_gradients(grads)), info
+
+    def dual_loss(self, params: Params, gap: Array) -> Array:
+        """Return -weight * dual * (gap - target) `[]`: the dual variable grows while the gap exceeds the target."""
+        term = self.term
+        assert self.dual is not None
+        multiplier = positive(self.dual(params=params), term.dual_param)
+        return -term.weight * multiplier * jax.lax.stop_gradient(gap - term.target_gap)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the WSRL repository's settings for a task family (calql.md section 4.1); `small` for a laptop."""
+        networks, term, steps, reward = family_settings(family)
+        config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
+        if size == "small":
+            return Preset(shrink_conservative(config, utd_ratio=1), 10_000, 10_000, reward)
+        return Preset(config, steps, 500_000, reward)
+
+
+class CalQL(CQL):
+    """Calibrated CQL; batches carry `mc_returns [utd, B]`."""
+
+    needs: ClassVar[tuple[str, ...]] = ("mc_returns",)
+    calibrated: ClassVar[bool] = True
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = CalQLConfig()) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        return super().create(rng, observations, actions, config)
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
+        if "mc_returns" not in batch:
+            raise DatasetError("batch has no mc_returns, which Cal-QL needs; sample them from the dataset, or use CQL")
+        return super().update(batch)
+
+
+def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
+    """Return `config` turned into the official Cal-QL repository's variant (O of calql.md)."""
+    term = replace(
+        config.conservative, weight=5.0 if config.conservative.dual else config.conservative.weight, dual_param="exp",
+        dual_init=float(np.e), subset=None, subtract_log_count=False,
+    )  # fmt: skip
+    return replace(
+        config, actor_layer_norm=False, critic_layer_norm=False, last_gain=None, output_gain=1e-2, shared_output=False,
+        num_critics=2, target_subset=None, std_mode="scaled", log_std_range=(-20.0, 2.0), temperature_param="exp",
+        temperature_objective="log_alpha", entropy_on="current", entropy_samples=1, conservative=term,
+    )  # fmt: skip
+
+
+def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tuple[float, float] | None]:
+    """Return network settings, conservative term, offline steps and reward (scale, bias) of a family (wsrl.md)."""
+    wide = (512, 512, 512)
+    maze = {"std_mode": "uniform", "entropy_samples": 10}
+    dual = Conservative(weight=1.0, dual=True)
+    if family == "antmaze":
+        return {**maze, "critic_hidden_dims": (256, 256, 256, 256)}, dual, 1_000_000, (10.0, -5.0)
+    if family == "pointmaze":
+        return maze, dual, 1_000_000, (10.0, -5.0)
+    if family == "adroit":
+        networks = {"actor_hidden_dims": (512, 512), "critic_hidden_dims": wide}
+        return networks, Conservative(weight=1.0), 20_000, (10.0, 5.0)
+    if family == "kitchen":
+        networks = {"actor_hidden_dims": wide, "critic_hidden_dims": wide, "last_gain": None}
+        return networks, Conservative(weight=5.0, importance_sampling=False), 250_000, (1.0, -4.0)
+    return {}, Conservative(weight=5.0), 250_000, None
+
+
+def shrink_conservative(config: Any, utd_ratio: int) -> Any:
+    """Return `shrink(config)` with 4 sampled actions in the conservative term."""
+    return replace(shrink(config, utd_ratio), conservative=replace(config.conservative, n_actions=4))

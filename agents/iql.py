@@ -1,0 +1,255 @@
+"""IQL: implicit Q-learning (arXiv 2110.06169).
+
+An expectile regression makes V an upper expectile of Q over the actions of the data, Q bootstraps from V, and the
+actor is cloned with weights exp(beta * advantage): no action outside the batch is ever evaluated. Defaults follow the
+published code (ikostrikov/implicit_q_learning); options give WSRL's variant. The actor's rate is constant by default.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from o2o.errors import ConfigError
+from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
+from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+ACTION_LIMIT = 1.0 - 1e-5
+"""Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Settings of IQL."""
+
+    expectile: float = 0.7
+    """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
+    beta: float = 3.0
+    """Inverse temperature of the advantage weights; 0 is behaviour cloning."""
+    weight_cap: float = 100.0
+    """Largest advantage weight."""
+    update_order: Literal["sequential", "simultaneous"] = "sequential"
+    """`sequential`: V first, then actor and Q with the new V (published code); `simultaneous`: all from the old
+    parameters (WSRL's code)."""
+    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the actor's hidden layers."""
+    critic_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the critics' hidden layers."""
+    value_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the value network's hidden layers."""
+    actor_layer_norm: bool = False
+    """LayerNorm in the actor (WSRL's actor has it)."""
+    critic_layer_norm: bool = False
+    """LayerNorm in the critics (WSRL's critics have it)."""
+    num_critics: int = 2
+    """Ensemble size; the advantage uses the minimum over all targets."""
+    shared_output: bool = False
+    """One output layer for all critics, as in WSRL's code."""
+    init_scheme: Init = "orthogonal"
+    """Initialiser of every kernel."""
+    last_gain: float | None = None
+    """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
+    dropout: float = 0.0
+    """Dropout in the actor's hidden layers, active in the actor's loss only."""
+    squash: bool = False
+    """Tanh-squashed Gaussian actor, needed where WSRL or SAC starts from it; otherwise a plain Gaussian."""
+    tanh_mean: bool = True
+    """Tanh on the mean of the plain Gaussian; ignored with `squash`."""
+    std_mode: Literal["exp", "uniform"] = "uniform"
+    """`uniform`: one free log-std per action dimension; `exp`: a linear head of the state."""
+    log_std_range: tuple[float, float] | None = (-5.0, 2.0)
+    """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
+    actor_lr: float = 3e-4
+    """Adam rate of the actor."""
+    critic_lr: float = 3e-4
+    """Adam rate of the critics."""
+    value_lr: float = 3e-4
+    """Adam rate of the value network."""
+    actor_decay_steps: int | None = None
+    """Cosine decay of the actor's rate to 0 over this many updates, offline only; `None` for a constant rate."""
+    tau: float = 0.005
+    """Weight of the new parameters in the target critics' average, after every update."""
+    discount: float = 0.99
+    """Discount factor."""
+    batch_size: int = 256
+    """Rows per minibatch."""
+    online: OnlineConfig = OnlineConfig(utd_ratio=1, replay="append")
+    """Online phase: one buffer that starts with the dataset, one update per step."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        if not 0.0 < self.expectile < 1.0:
+            raise ConfigError(f"IQLConfig.expectile is {self.expectile}; expected a number in (0, 1), such as 0.7.")
+        if self.update_order not in ("sequential", "simultaneous"):
+            raise ConfigError(
+                f"IQLConfig.update_order is {self.update_order!r}; expected 'sequential' or 'simultaneous'."
+            )
+
+
+_DEFAULT = IQLConfig()
+
+
+class IQL(struct.PyTreeNode):
+    """Implicit Q-learning."""
+
+    actor: Model
+    critic: Model
+    target_critic: Params
+    value: Model
+    rng: Array
+    config: IQLConfig = struct.field(pytree_node=False)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: IQLConfig = _DEFAULT) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        if isinstance(observations, dict):
+            keys = sorted(observations)
+            raise ConfigError(f"IQL got dict observations with {keys}: needs flat float32 observations.")
+        rng, actor_rng, critic_rng, value_rng = jax.random.split(rng, 4)
+        low, high = config.log_std_range or (None, None)
+        actor = GaussianActor(
+            config.actor_hidden_dims,
+            actions.shape[-1],
+            layer_norm=config.actor_layer_norm,
+            dropout=config.dropout,
+            init_scheme=config.init_scheme,
+            last_gain=config.last_gain,
+            std_mode=config.std_mode,
+            log_std_min=low,
+            log_std_max=high,
+            squash=config.squash,
+            tanh_mean=config.tanh_mean and not config.squash,
+        )
+        critic = CriticEnsemble(
+            config.critic_hidden_dims,
+            config.num_critics,
+            layer_norm=config.critic_layer_norm,
+            init_scheme=config.init_scheme,
+            last_gain=config.last_gain,
+            shared_output=config.shared_output,
+        )
+        value = Value(config.value_hidden_dims, init_scheme=config.init_scheme)
+        critic_model = Model.create(critic_rng, critic, Adam(config.critic_lr), observations, actions)
+        agent = cls(
+            actor=Model.create(actor_rng, actor, Adam(config.actor_lr, config.actor_decay_steps), observations),
+            critic=critic_model,
+            target_critic=jax.tree.map(jnp.copy, critic_model.params),
+            value=Model.create(value_rng, value, Adam(config.value_lr), observations),
+            rng=rng,
+            config=config,
+        )
+        return jax.tree.map(jnp.asarray, agent)
+
+    def value_loss(self, params: Params, batch: Batch) -> tuple[Array, Info]:
+        """Return the expectile loss of min Q-bar(s, a) - V(s) on a minibatch, and metrics."""
+        target = self.critic(batch["observations"], batch["actions"], params=self.target_critic).min(axis=0)
+        v = self.value(batch["observations"], params=params)
+        loss = expectile_loss(jax.lax.stop_gradient(target) - v, self.config.expectile)
+        return loss, {"value/loss": loss, "value/v": v.mean()}
+
+    def actor_loss(self, params: Params, batch: Batch, value: Model, rng: Array) -> tuple[Array, Info]:
+        """Return the negative log-likelihood of the batch's actions weighted by their advantages, and metrics."""
+        config, actions = self.config, batch["actions"]
+        q = self.critic(batch["observations"], actions, params=self.target_critic).min(axis=0)
+        advantages = jax.lax.stop_gradient(q - value(batch["observations"]))
+        weights = advantage_weights(advantages, config.beta, config.weight_cap)
+        dist = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
+        if config.squash:
+            actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
+        log_prob = dist.log_prob(actions)
+        loss = -jnp.mean(weights * log_prob)
+        return loss, {
+            "actor/loss": loss,
+            "actor/log_prob": log_prob.mean(),
+            "actor/advantage": advantages.mean(),
+            "actor/weight": weights.mean(),
+            "actor/capped": jnp.mean(config.beta * advantages >= jnp.log(config.weight_cap)),
+            "actor/std": dist.std.mean(),
+        }
+
+    def q_loss(self, params: Params, batch: Batch, value: Model) -> tuple[Array, Info]:
+        """Return the mean squared error of all critics to r + discount * m * V(s') with `value`, and metrics."""
+        next_v = value(batch["next_observations"])
+        targets = td_target(batch["rewards"], batch["masks"], next_v, self.config.discount)
+        q = self.critic(batch["observations"], batch["actions"], params=params)
+        loss = critic_loss(q, targets)
+        return loss, {"critic/loss": loss, "critic/q": q.mean(), "critic/target": targets.mean()}
+
+    def _step(self, batch: Batch) -> tuple[Self, Info]:
+        rng, dropout_rng = jax.random.split(self.rng)
+        grads, value_info = jax.grad(self.value_loss, has_aux=True)(self.value.params, batch)
+        new_value = self.value.apply_gradients(grads)
+        value = new_value if self.config.update_order == "sequential" else self.value
+        actor_grads, actor_info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, value, dropout_rng)
+        critic_grads, critic_info = jax.grad(self.q_loss, has_aux=True)(self.critic.params, batch, value)
+        critic = self.critic.apply_gradients(critic_grads)
+        agent = self.replace(
+            actor=self.actor.apply_gradients(actor_grads),
+            critic=critic,
+            target_critic=optax.incremental_update(critic.params, self.target_critic, self.config.tau),
+            value=new_value,
+            rng=rng,
+        )
+        return agent, {**value_info, **actor_info, **critic_info}
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run one whole IQL update per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
+        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]`, clipped to [-1, 1], and the unused carry."""
+        dist = self.actor(observations)
+        actions = dist.mode() if deterministic else dist.sample(rng)
+        return jnp.clip(actions, -1.0, 1.0), carry
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
+        """Return `None`: the policy has no memory."""
+        return None
+
+    def online(self) -> Self:
+        """Return the agent with the actor's rate constant: the same losses, moments kept, decay off."""
+        if self.actor.optimizer.decay_steps is None:
+            return self
+        optimizer = Adam(self.config.actor_lr)
+        fresh: Any = optimizer.build().init(self.actor.params)
+        opt_state = (self.actor.opt_state[0], *fresh[1:])  # Adam's moments, without the schedule's count
+        return self.replace(actor=self.actor.replace(optimizer=optimizer, opt_state=opt_state))
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks (calql.md section 4.2).
+
+        `paper`: nets 2x256; offline 1M updates on mazes (the paper), 20k on Adroit, 250k on Kitchen and locomotion,
+        with the rewards of WSRL's runs (Adroit 10 x -1/0 + 5, Kitchen -4, locomotion raw) but r - 1 on mazes, the scale
+        that beta = 10 was tuned for. Constant rates, as in the published fine-tuning.
+        `small`: 2x128 (Adroit 2x256), 10k updates and 10k environment steps.
+        """
+        expectile, beta, dropout, offline, online, reward = {
+            "antmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
+            "pointmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
+            "adroit": (0.7, 0.5, 0.1, 20_000, 500_000, (10.0, 5.0)),
+            "kitchen": (0.7, 0.5, 0.1, 250_000, 500_000, (1.0, -4.0)),
+            "locomotion": (0.7, 3.0, 0.0, 250_000, 500_000, None),
+        }.get(family, (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None))
+        width, batch_size = 256, 256
+        if size == "small":
+            offline, online = 10_000, 10_000
+            width, batch_size = (256, 256) if family == "adroit" else (128, 128)
+        config = IQLConfig(
+            expectile=expectile,
+            beta=beta,
+            dropout=dropout,
+            actor_hidden_dims=(width, width),
+            critic_hidden_dims=(width, width),
+            value_hidden_dims=(width, width),
+            batch_size=batch_size,
+        )
+        return Preset(config, offline_steps=offline, online_steps=online, reward=reward)

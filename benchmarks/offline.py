@@ -1,0 +1,26 @@
+"""Offline agents on Adroit roll-outs and human demonstrations and on Hopper: what pre-training alone gives."""
+
+from o2o.bench import BenchTask, Suite, Variant
+
+BINARY = (("binary", True),)
+
+SUITE = Suite(
+    name="offline",
+    description=(
+        "Pre-training only. Adroit tasks with the sparse -1/0 reward. The datasets are stand-ins recorded for this "
+        "toolkit, not the official ones of similar names: no published figure applies to them."
+    ),
+    tasks=(
+        BenchTask("hand_dapg/pen/noisy-v0", BINARY),
+        BenchTask("hand_dapg/door/noisy-v0", BINARY),
+        BenchTask("hand_dapg/door/human-v0", BINARY),
+        BenchTask("o2o/hopper/medium-v0"),
+    ),
+    variants=(Variant("bc", "bc"), Variant("iql", "iql"), Variant("calql", "calql")),
+    seeds=3,
+    preset="small",
+    offline_steps=20_000,
+    offline_eval_every=5_000,
+    eval_episodes=20,
+    metrics=("success", "return", "normalized"),
+)

@@ -1,0 +1,158 @@
+"""One gym wrapper per concern, here in the order, from the inside, in which `o2o.envs.make` stacks them."""
+
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+
+from o2o.errors import EnvironmentFaultError, O2OError
+from o2o.spaces import ActionMap, ObservationSpec
+from o2o.tasks import Task
+
+Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
+Reset = tuple[Any, dict[str, Any]]
+
+
+class FaultGuard(gym.Wrapper):
+    """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step."""
+
+    def __init__(self, env: gym.Env) -> None:
+        """Wrap the bare environment."""
+        super().__init__(env)
+        self._name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+        self._step = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+        """Reset; the observation must be finite."""
+        self._step = 0
+        try:
+            observation, info = self.env.reset(seed=seed, options=options)
+        except O2OError:
+            raise
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__}: {error}") from error
+        self._check(observation, "observation")
+        return observation, info
+
+    def step(self, action: Any) -> Step:
+        """Step; observation and reward must be finite."""
+        self._step += 1
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except O2OError:
+            raise
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__}: {error}") from error
+        self._check(observation, "observation")
+        if not np.isfinite(float(reward)):
+            raise self._fault(f"returned the reward {float(reward)}")
+        return observation, reward, bool(terminated), bool(truncated), info
+
+    def _check(self, value: Any, where: str) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                self._check(entry, f"{where} {key!r}" if where == "observation" else f"{where}/{key}")
+        elif isinstance(value, tuple):
+            for i, entry in enumerate(value):
+                self._check(entry, f"{where}[{i}]")
+        elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise self._fault(f"returned {value[~np.isfinite(value)][0]} in its {where}")
+
+    def _fault(self, what: str) -> EnvironmentFaultError:
+        when = f"at step {self._step} of the episode" if self._step else "on reset"
+        return EnvironmentFaultError(f"environment {self._name} {' '.join(what.split())} {when}")
+
+
+class FlattenObservation(gym.ObservationWrapper):
+    """Observations as float32 `[D]`, or a dict of `state` and uint8 images."""
+
+    def __init__(self, env: gym.Env, spec: ObservationSpec) -> None:
+        """Flatten with the given spec."""
+        super().__init__(env)
+        self.observation_spec = spec
+        self.observation_space = spec.space
+
+    def observation(self, observation: Any) -> Any:
+        """Return the flat observation."""
+        return self.observation_spec.flatten(observation)
+
+
+class MapAction(gym.Wrapper):
+    """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins."""
+
+    def __init__(self, env: gym.Env, action_map: ActionMap) -> None:
+        """Map with the given action map."""
+        super().__init__(env)
+        self.action_map = action_map
+        self.action_space = action_map.space
+
+    def step(self, action: Any) -> Step:
+        """Step with an action `[A]` in [-1, 1]."""
+        env_action = self.action_map.to_env(action)
+        observation, reward, terminated, truncated, info = self.env.step(env_action)
+        info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))
+        return observation, reward, terminated, truncated, info
+
+
+class TaskReward(gym.Wrapper):
+    """The task's reward, success and termination; `info` has `raw_reward` and `success` (None if unknown)."""
+
+    def __init__(self, env: gym.Env, task: Task, terminate: bool = True) -> None:
+        """Apply `task`; without `terminate`, success does not end the episode."""
+        super().__init__(env)
+        self.task = task
+        self._terminate = terminate and task.terminate_on_success
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+        """Reset; the same entries of `info` as in a step."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, info | {"raw_reward": 0.0, "success": self._success(0.0, info)}
+
+    def step(self, action: Any) -> Step:
+        """Step."""
+        observation, raw, terminated, truncated, info = self.env.step(action)
+        raw = float(raw)
+        success = self._success(raw, info)
+        terminated = terminated or (self._terminate and bool(success))
+        return (
+            observation,
+            float(self.task.rewards(raw, success)),
+            terminated,
+            truncated,
+            info | {"raw_reward": raw, "success": success},
+        )
+
+    def _success(self, raw: float, info: dict[str, Any]) -> bool | None:
+        success = self.task.success(raw, info.get("success"))
+        return None if success is None else bool(np.any(success))
+
+
+class EpisodeStatistics(gym.Wrapper):
+    """`info["episode"]` at its end: raw `return`, `length`, `success` in any step, `success_last` (None if unknown)."""
+
+    def __init__(self, env: gym.Env) -> None:
+        """Count what the task's wrapper reports."""
+        super().__init__(env)
+        self._return, self._length = 0.0, 0
+        self._success: bool | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+        """Reset the counts."""
+        self._return, self._length, self._success = 0.0, 0, None
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Step:
+        """Step and count."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._return += info["raw_reward"]
+        self._length += 1
+        if info["success"] is not None:
+            self._success = bool(self._success) or info["success"]
+        if terminated or truncated:
+            info["episode"] = {
+                "return": self._return,
+                "length": self._length,
+                "success": self._success,
+                "success_last": info["success"],
+            }
+        return observation, reward, terminated, truncated, info

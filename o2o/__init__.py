@@ -1,0 +1,3 @@
+"""Offline-to-online reinforcement learning in JAX."""
+
+__version__ = "0.1.0"

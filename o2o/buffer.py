@@ -1,0 +1,167 @@
+"""Replay on the device: pytrees of arrays, sampled inside the jit.
+
+`ReplayBuffer` is a ring of transitions in order of time. Its newest `pending` rows are stored but not sampled: an agent that
+needs Monte-Carlo returns sees an episode only once it has ended (calql.md section 4.1, W online loop). `OfflineData` is a fixed
+dataset, one or several sources with weights. `sample_minibatches` joins the two so that every minibatch has exactly its share
+of dataset rows, for any UTD (rlpd.md trap 5).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from o2o.errors import ConfigError, DatasetError
+from o2o.types import Array, Batch
+
+TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
+
+
+class OfflineData(struct.PyTreeNode):
+    """A dataset resident on the device: leaves `[N, ...]`, sources `[K]` with the probability of each."""
+
+    rows: Batch
+    starts: Array
+    sizes: Array
+    logits: Array
+
+    @classmethod
+    def create(
+        cls, rows: Mapping[str, Any], needs: Sequence[str] = (), sources: Sequence[tuple[int, int, float]] = ()
+    ) -> Self:
+        """Move the transition keys and `needs` to the device; `sources` are (start, size, weight), default one.
+
+        Raises `DatasetError` if a needed key is absent.
+        """
+        missing = [key for key in (*TRANSITION_KEYS, *needs) if key not in rows]
+        if missing:
+            raise DatasetError(
+                f"dataset has no {', '.join(missing)}, which the agent needs; found {', '.join(sorted(rows))}: "
+                "load it with o2o.datasets.load, which computes them"
+            )
+        kept = {key: jax.tree.map(jnp.asarray, rows[key]) for key in (*TRANSITION_KEYS, *needs)}
+        count = len(rows["rewards"])
+        table = list(sources) or [(0, count, 1.0)]
+        weights = np.asarray([weight for _, _, weight in table], np.float64)
+        return cls(
+            rows=kept,
+            starts=jnp.asarray([start for start, _, _ in table], jnp.int32),
+            sizes=jnp.asarray([size for _, size, _ in table], jnp.int32),
+            logits=jnp.asarray(np.log(weights / weights.sum()), jnp.float32),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of rows N."""
+        return self.rows["rewards"].shape[0]
+
+    def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
+        """Draw rows uniformly with replacement (within a source drawn by weight); leaves `[*shape, ...]`."""
+        if self.starts.shape[0] == 1:
+            indices = jax.random.randint(rng, shape, 0, self.size)
+        else:
+            source_rng, row_rng = jax.random.split(rng)
+            source = jax.random.categorical(source_rng, self.logits, shape=shape)
+            indices = self.starts[source] + jax.random.randint(row_rng, shape, 0, self.sizes[source])
+        return jax.tree.map(lambda leaf: leaf[indices], self.rows)
+
+
+class ReplayBuffer(struct.PyTreeNode):
+    """A ring of transitions, leaves `[capacity, ...]`; all methods are pure and jit-able."""
+
+    rows: Batch
+    cursor: Array
+    size: Array
+    pending: Array
+
+    @classmethod
+    def create(cls, example: Batch, capacity: int) -> Self:
+        """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis)."""
+        if capacity < 1:
+            raise ConfigError(f"replay capacity is {capacity}; it must be at least 1")
+        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), np.asarray(leaf).dtype), dict(example))
+        zero = jnp.zeros((), jnp.int32)
+        return cls(rows=rows, cursor=zero, size=zero, pending=zero)
+
+    @property
+    def capacity(self) -> int:
+        """Rows the ring can hold."""
+        return self.rows["rewards"].shape[0]
+
+    def add(self, row: Batch, pending: bool = False) -> Self:
+        """Store one transition (leaves without a leading axis); `pending` hides it until `commit`."""
+        rows = jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, jnp.asarray(new, leaf.dtype), self.cursor, 0),
+            self.rows,
+            {key: row[key] for key in self.rows},
+        )
+        return self.replace(
+            rows=rows,
+            cursor=(self.cursor + 1) % self.capacity,
+            size=jnp.minimum(self.size + 1, self.capacity),
+            pending=self.pending + 1 if pending else self.pending,
+        )
+
+    def extend(self, rows: Batch) -> Self:
+        """Store `[N, ...]` transitions in order; N must not exceed the capacity."""
+        count = rows["rewards"].shape[0]
+        if count > self.capacity:
+            raise ConfigError(f"{count} rows do not fit a replay buffer of capacity {self.capacity}; raise the capacity")
+        slots = (self.cursor + jnp.arange(count)) % self.capacity
+        stored = jax.tree.map(lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows})
+        return self.replace(
+            rows=stored,
+            cursor=(self.cursor + count) % self.capacity,
+            size=jnp.minimum(self.size + count, self.capacity),
+        )
+
+    def commit(self, mc_returns: Array, count: Array) -> Self:
+        """Give the newest `count` rows their returns-to-go `mc_returns [L]` (padded behind `count`) and make them visible."""
+        offsets = jnp.arange(mc_returns.shape[0])
+        slots = jnp.where(offsets < count, (self.cursor - count + offsets) % self.capacity, self.capacity)
+        stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
+        return self.replace(rows={**self.rows, "mc_returns": stored}, pending=self.pending - count)
+
+    @property
+    def visible(self) -> Array:
+        """Number of rows that can be sampled, `[]`."""
+        return self.size - self.pending
+
+    def _slots(self, age_order: Array) -> Array:
+        """Map positions in order of age (0 = oldest) to ring slots."""
+        return (self.cursor - self.size + age_order) % self.capacity
+
+    def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
+        """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`."""
+        slots = self._slots(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
+        return jax.tree.map(lambda leaf: leaf[slots], self.rows)
+
+    def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
+        """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
+
+        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it.
+        """
+        last_start = jnp.maximum(self.visible - horizon + 1, 1)
+        starts = jax.random.randint(rng, shape, 0, last_start)
+        slots = self._slots(starts[..., None] + jnp.arange(horizon))
+        batch = jax.tree.map(lambda leaf: leaf[slots], self.rows)
+        ended_before = jnp.cumsum(batch["ends"], axis=-1) - batch["ends"]
+        return {**batch, "valid": (ended_before == 0).astype(jnp.float32)}
+
+
+def sample_minibatches(
+    rng: Array, offline: OfflineData | None, buffer: ReplayBuffer, utd_ratio: int, batch_size: int, offline_ratio: float
+) -> Batch:
+    """Draw `[utd, B, ...]`; with `offline`, each minibatch has exactly round(B * offline_ratio) dataset rows, listed first."""
+    keys = [key for key in buffer.rows if key != "ends"]
+    offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
+    offline_rng, online_rng = jax.random.split(rng)
+    parts = []
+    if offline is not None and offline_rows:
+        parts.append(offline.sample(offline_rng, (utd_ratio, offline_rows)))
+    if offline_rows < batch_size:
+        parts.append(buffer.sample(online_rng, (utd_ratio, batch_size - offline_rows)))
+    return {key: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *(p[key] for p in parts)) for key in keys}

@@ -1,0 +1,128 @@
+"""Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step. The only module that knows orbax.
+
+A step is written beside the others and renamed when whole, so a kill or a full disk leaves the earlier ones as they were.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from o2o.errors import CheckpointError
+
+_policies = ocp.training.preservation_policies
+
+
+def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> ocp.training.Checkpointer:
+    best = _policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
+    policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), best])
+    return ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=cleanup)
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Name every leaf's path, shape and type."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf).__name__)}" for path, leaf in leaves}
+
+
+def save(
+    folder: Path, step: int, arrays: Mapping[str, Any], state: Mapping[str, Any], score: float | None, keep_last: int
+) -> None:
+    """Write checkpoint `step`: `arrays` name -> pytree, `state` JSON-able; keep the last `keep_last` and the best by `score`.
+
+    Raises `CheckpointError` if it cannot be written (no space left, say); what was there stays.
+    """
+    items = dict(arrays)
+    shapes = {name: _shapes(tree) for name, tree in items.items()}
+    items["state"] = {"json": json.dumps({"state": dict(state), "shapes": shapes})}
+    metrics = None if score is None else {"score": float(score)}
+    try:
+        _ensure_space(folder, items)
+        with _checkpointer(folder, keep_last, cleanup=True) as checkpointer:
+            latest = checkpointer.latest
+            if latest is not None and latest.step >= step:
+                return
+            checkpointer.save_checkpointables(step, items, metrics=metrics)
+    except OSError as error:
+        raise CheckpointError(f"cannot save checkpoint {step} in {folder}: {error}; earlier checkpoints are intact") from error
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "No space" not in str(error):
+            raise
+        raise CheckpointError(
+            f"cannot save checkpoint {step} in {folder}: no space left on the disk; earlier checkpoints are intact: "
+            "free some space and resume"
+        ) from error
+
+
+def _ensure_space(folder: Path, items: Mapping[str, Any]) -> None:
+    """Refuse to begin a write that cannot fit."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items) if hasattr(leaf, "itemsize"))
+    folder.mkdir(parents=True, exist_ok=True)
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if free < size:
+        raise OSError(f"no space left: about {size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; free some and resume")
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps of all complete checkpoints, ascending."""
+    if not folder.is_dir():
+        return []
+    with _checkpointer(folder) as checkpointer:
+        return sorted(entry.step for entry in checkpointer.checkpoints)
+
+
+def best_step(folder: Path) -> int | None:
+    """Return the step with the highest score, or `None` if no checkpoint has one."""
+    with _checkpointer(folder) as checkpointer:
+        scored = [(entry.metrics["score"], entry.step) for entry in checkpointer.checkpoints if entry.metrics]
+    return max(scored)[1] if scored else None
+
+
+def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
+    """Return (step, state, shapes of the saved arrays) of checkpoint `step` (`None`: the latest)."""
+    known = steps(folder)
+    if not known:
+        raise CheckpointError(f"no checkpoint in {folder}: the run was stopped before its first save; start it again")
+    if step is not None and step not in known:
+        raise CheckpointError(f"no checkpoint {step} in {folder}; there are {', '.join(map(str, known))}")
+    step = known[-1] if step is None else step
+    try:
+        with _checkpointer(folder) as checkpointer:
+            text = checkpointer.load_checkpointables(step, {"state": None})["state"]["json"]
+        saved = json.loads(text)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}") from error
+    return step, saved["state"], saved["shapes"]
+
+
+def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the named pytrees of checkpoint `step` into the structure and shapes of `targets`.
+
+    Raises `CheckpointError` naming the first difference if the checkpoint belongs to another agent or shape.
+    """
+    _, _, shapes = load_state(folder, step)
+    for name, target in targets.items():
+        _compare(folder, step, name, shapes.get(name), _shapes(target))
+    abstract = {name: jax.eval_shape(lambda tree=target: tree) for name, target in targets.items()}
+    try:
+        with _checkpointer(folder) as checkpointer:
+            return dict(checkpointer.load_checkpointables(step, abstract))
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _compare(folder: Path, step: int, name: str, saved: dict[str, str] | None, wanted: dict[str, str]) -> None:
+    if saved is None:
+        raise CheckpointError(f"checkpoint {step} in {folder} holds no {name}")
+    for path in [*wanted, *saved]:
+        if saved.get(path) != wanted.get(path):
+            raise CheckpointError(
+                f"checkpoint {step} in {folder} belongs to another agent or shape: {name}{path} is "
+                f"{saved.get(path, 'absent')} there, expected {wanted.get(path, 'absent')}"
+            )

@@ -1,0 +1,408 @@
+"""The `o2o` command. The only module that parses arguments; what the commands do is in `o2o.experiment`, `o2o.bench`, `o2o.plots`."""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from o2o.errors import ConfigError, O2OError
+
+USAGE = """usage: o2o COMMAND ...
+
+  train AGENT --dataset ID   pre-train on a dataset, then fine-tune in its environment
+  resume RUN                 continue a stopped or killed run
+  eval RUN                   evaluate a run's policy anew
+  play RUN                   watch a run's policy (window, or --out FILE.mp4)
+  plot RUN...                learning curves of one or several runs
+  data list|describe|make|check
+  bench run|report SUITE     tables and curves of a benchmark suite
+  demo                       the whole way on a small dataset that is made on the spot
+
+`o2o COMMAND --help` explains every option; `o2o train --help` lists the agents."""
+
+Name = tyro.conf.Positional
+
+
+def _print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    """Print mean and spread over seeds of the per-seed means."""
+    import numpy as np
+
+    table = Table(title=title)
+    for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
+        table.add_column(column)
+    for key in ("success", "success_last", "return", "normalized", "length"):
+        known = [row for row in rows if row[key] is not None]
+        if known:
+            means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]
+            table.add_row(key, f"{np.mean(means):.3f}", f"{np.std(means):.3f} (n={len(means)})", str(len(known)))
+    console.print(table)
+
+
+def _option(args: Sequence[str], *names: str) -> str | None:
+    """Return the value given for an option, before the real parse (it decides the defaults that help shows)."""
+    for i, arg in enumerate(args):
+        for name in names:
+            if arg == name and i + 1 < len(args):
+                return args[i + 1]
+            if arg.startswith(name + "="):
+                return arg.split("=", 1)[1]
+    return None
+
+
+def _train(args: list[str]) -> int:
+    from o2o import experiment
+    from o2o.agents import AGENTS
+
+    listing = f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n`o2o train AGENT --help` explains every option."
+    if not args or args[0] in ("-h", "--help"):
+        print(listing, file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    agent, rest = args[0], args[1:]
+    config_class = experiment.config_class(agent)
+    dataset = _option(rest, "--dataset")
+    size = _option(rest, "--preset") or "paper"
+    helping = any(arg in ("-h", "--help") for arg in rest)
+    if dataset is None and not helping:
+        raise ConfigError(f"o2o train {agent}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)")
+    if dataset is None or helping:
+        preset = experiment.agent_class(agent).preset("other", "small" if size == "small" else "paper")
+        default = experiment.RunConfig(
+            agent=agent, config=preset.config, dataset=(dataset or "DATASET",), preset=size,
+            offline_steps=preset.offline_steps, online_steps=preset.online_steps,
+        )  # fmt: skip
+    else:
+        default = experiment.preset_run(agent, dataset, size, env=_option(rest, "--env"))
+
+    @dataclasses.dataclass(frozen=True)
+    class TrainArgs(experiment.RunConfig):
+        """Pre-train an agent on a dataset, then fine-tune it in the environment."""
+
+        agent: Annotated[str, tyro.conf.Suppress] = agent
+        config: config_class = default.config
+        preset: Literal["paper", "small"] = "paper"
+        """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
+        name: str | None = None
+        """Name of the run; None for AGENT-DATASET-SEED."""
+        runs: Path = Path("runs")
+        """Folder that holds the runs."""
+
+    parsed = tyro.cli(TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=f"o2o train {agent}", console_outputs=True)
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
+    config = experiment.RunConfig(**values)
+    slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
+    return _run_training(parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config)
+
+
+def _run_training(path: Path, config: Any) -> int:
+    from o2o import experiment
+    from o2o.log import Screen
+
+    console = Console(stderr=True)
+    with Screen(console) as screen:
+        finished = experiment.train(config, path, screen)
+    return _finish(path, finished, console)
+
+
+def _finish(path: Path, finished: bool, console: Console) -> int:
+    from o2o.plots import plot_runs
+
+    if not finished:
+        console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
+        return 0
+    try:
+        plot_runs([path], path / "curve.png")
+    except ValueError as error:
+        console.print(f"no curve drawn: {error}", highlight=False)
+    console.print(f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False)
+    return 0
+
+
+def resume(run: Name[Path]) -> int:
+    """Continue a stopped or killed run from its last checkpoint.
+
+    Args:
+        run: The run folder.
+    """
+    from o2o import experiment
+    from o2o.log import Screen
+
+    console = Console(stderr=True)
+    with Screen(console) as screen:
+        finished = experiment.resume(run, screen)
+    return _finish(run, finished, console)
+
+
+def evaluate(
+    run: Name[Path], episodes: int = 50, checkpoint: str = "latest", seed: int = 1, sample: bool = False
+) -> int:
+    """Evaluate a run's policy anew, all its seeds.
+
+    Args:
+        run: The run folder.
+        episodes: Episodes per seed.
+        checkpoint: `latest`, `best` or a checkpoint's number.
+        seed: Seed of the evaluation environments.
+        sample: Sample actions instead of taking the mode.
+    """
+    from o2o import experiment
+
+    rows = experiment.evaluate_run(run, episodes, checkpoint, seed, not sample)
+    _print_rows(rows, f"{run} ({checkpoint})", Console())
+    return 0
+
+
+def play(
+    run: Name[Path],
+    out: Path | None = None,
+    episodes: int = 1,
+    checkpoint: str = "latest",
+    member: int = 0,
+    seed: int = 1,
+) -> int:
+    """Watch a run's policy in a window, or write a video.
+
+    Args:
+        run: The run folder.
+        out: Video file (.mp4, .gif, .webm); none opens a window.
+        episodes: Episodes to play.
+        checkpoint: `latest`, `best` or a checkpoint's number.
+        member: Which of the run's seeds plays.
+        seed: Seed of the environment.
+    """
+    from o2o import experiment
+
+    rows = experiment.play_run(run, out, episodes, checkpoint, member, seed)
+    for row in rows:
+        print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")
+    if out is not None:
+        print(f"wrote {out}")
+    return 0
+
+
+def plot(
+    runs: Name[tuple[Path, ...]],
+    out: Path = Path("curves.png"),
+    metric: Literal["auto", "success", "return", "normalized"] = "auto",
+    statistic: Literal["mean", "iqm"] = "mean",
+) -> int:
+    """Draw the learning curves of runs, with bootstrap bands over seeds.
+
+    Args:
+        runs: Run folders; those of one agent and dataset are pooled.
+        out: The picture.
+        metric: What is drawn; `auto` is success where it is known, else the return.
+        statistic: Mean or interquartile mean over seeds.
+    """
+    from o2o.plots import plot_runs
+
+    plot_runs(list(runs), out, None if metric == "auto" else metric, statistic=statistic)
+    print(f"wrote {out}")
+    return 0
+
+
+def data_list(root: Path | None = None) -> int:
+    """List the local datasets.
+
+    Args:
+        root: Folder of datasets; none means MINARI_DATASETS_PATH, else Minari's own.
+    """
+    from o2o import datasets
+
+    table = Table()
+    for column in ("dataset", "environment", "episodes", "steps"):
+        table.add_column(column)
+    for name in datasets.list_datasets(root):
+        about = datasets.info(name, root)
+        table.add_row(name, str(about.env_id), str(about.episodes), str(about.steps))
+    Console().print(table)
+    return 0
+
+
+def data_describe(dataset: Name[str], root: Path | None = None) -> int:
+    """Describe one dataset: spaces, sizes, returns, success, task conventions.
+
+    Args:
+        dataset: Minari id or path.
+        root: Folder of datasets.
+    """
+    from o2o import datasets, envs
+
+    console = Console()
+    described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
+    for key, value in described.items():
+        console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+    return 0
+
+
+def data_make(name: Name[str], root: Path | None = None) -> int:
+    """Make one of the toolkit's own small datasets with its scripted controller.
+
+    Args:
+        name: Its id; an unknown one lists them.
+        root: Folder to write to; none means MINARI_DATASETS_PATH, else Minari's own.
+    """
+    from o2o import envs
+
+    print(f"made {envs.make_embedded(name, root)}")
+    return 0
+
+
+def data_check(dataset: Name[str], root: Path | None = None) -> int:
+    """Check a dataset: readable, finite, within its spaces, replayable as its environment.
+
+    Args:
+        dataset: Minari id or path.
+        root: Folder of datasets.
+    """
+    from o2o import datasets
+
+    problems = datasets.check(dataset, root)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{dataset}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
+    return 2 if problems else 0
+
+
+def bench_run(
+    suite: Name[str], agents: tuple[str, ...] = (), tasks: tuple[str, ...] = (), seeds: int | None = None, out: Path | None = None
+) -> int:
+    """Run the missing cells of a suite; finished ones are never repeated, interrupted ones go on.
+
+    Args:
+        suite: Name of a file in benchmarks/.
+        agents: Only these rows of the suite.
+        tasks: Only these datasets.
+        seeds: Number of seeds; none means the suite's own.
+        out: Folder of results; none means benchmarks/results.
+    """
+    from o2o import bench, experiment
+    from o2o.log import Screen
+
+    console = Console(stderr=True)
+    with Screen(console) as screen:
+        return bench.run_suite(
+            suite, lambda cell, path: experiment.train(experiment.cell_run(cell, path), path, screen), lambda path: experiment.resume(path, screen),
+            agents=agents, tasks=tasks, seeds=seeds, out=out, say=lambda text: console.print(text, highlight=False),
+        )  # fmt: skip
+
+
+def bench_report(suite: Name[str], out: Path | None = None) -> int:
+    """Write the suite's Markdown table and curves from the raw rows.
+
+    Args:
+        suite: Name of a file in benchmarks/.
+        out: Folder of results; none means benchmarks/results.
+    """
+    from o2o.report import write_report
+
+    print(f"wrote {write_report(suite, out)}")
+    return 0
+
+
+def demo(runs: Path = Path("runs"), offline_steps: int | None = None, online_steps: int | None = None, seed: int = 0) -> int:
+    """Make a small dataset, pre-train, warm up, fine-tune, and show what the online phase gained.
+
+    Args:
+        runs: Folder that holds the runs.
+        offline_steps: Gradient steps of pre-training; none means the demo's own.
+        online_steps: Environment steps of the online phase; none means the demo's own.
+        seed: Seed of the run.
+    """
+    from o2o import envs, experiment
+
+    console = Console(stderr=True)
+    dataset = envs.make_embedded(envs.DEMO_DATASET, None)
+    console.print(f"dataset {dataset}: made with a scripted, imperfect controller", highlight=False)
+    config = experiment.preset_run("wsrl", dataset, "small", seed=seed)
+    changes = {"offline_steps": offline_steps, "online_steps": online_steps}
+    config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+    path, number = runs / "demo", 1
+    while path.exists():
+        number += 1
+        path = runs / f"demo-{number}"
+    code = _run_training(path, config)
+    _before_after(path, console)
+    return code
+
+
+def _before_after(path: Path, console: Console) -> None:
+    from o2o.plots import read_rows
+
+    rows = read_rows(path / "episodes.jsonl")
+    offline, online = [r for r in rows if r["phase"] == "offline"], [r for r in rows if r["phase"] == "online"]
+    if not offline or not online:
+        return
+    last = max(r["env_steps"] for r in online)
+    before = [r for r in offline if r["gradient_steps"] == max(o["gradient_steps"] for o in offline)]
+    after = [r for r in online if r["env_steps"] == last]
+    table = Table(title="what fine-tuning gained")
+    for column in ("", "pre-trained", f"after {last} environment steps"):
+        table.add_column(column)
+    for key in ("success", "return", "length"):
+        values = [sum(float(r[key]) for r in part) / len(part) for part in (before, after)]
+        table.add_row(key, *(f"{value:.2f}" for value in values))
+    table.add_row("episodes", str(len(before)), str(len(after)))
+    console.print(table)
+    console.print(f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False)
+
+
+def _group(name: str, commands: dict[str, Callable[..., int]], args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: o2o {name} {{{'|'.join(commands)}}} ...", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    return _call(_lookup(args[0], commands, f"o2o {name}"), args[1:], f"o2o {name} {args[0]}")
+
+
+def _lookup(word: str, commands: dict[str, Any], where: str) -> Any:
+    if word in commands:
+        return commands[word]
+    near = difflib.get_close_matches(word, commands, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}"
+    raise ConfigError(f"{where} has no command {word!r}; {hint}")
+
+
+def _call(function: Callable[..., int], args: list[str], prog: str) -> int:
+    return tyro.cli(function, args=args, prog=prog)
+
+
+DATA = {"list": data_list, "describe": data_describe, "make": data_make, "check": data_check}
+BENCH = {"run": bench_run, "report": bench_report}
+SIMPLE = {"resume": resume, "eval": evaluate, "play": play, "plot": plot, "demo": demo}
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from o2o import __version__
+
+        print(f"o2o {__version__}")
+        return 0
+    command = _lookup(args[0], {**SIMPLE, "train": 0, "data": 0, "bench": 0}, "o2o")
+    if args[0] == "train":
+        return _train(args[1:])
+    if args[0] in ("data", "bench"):
+        return _group(args[0], DATA if args[0] == "data" else BENCH, args[1:])
+    return _call(command, args[1:], f"o2o {args[0]}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if args is None else args))
+    except O2OError as error:
+        print(f"o2o: error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The jitted programs of the two phases: hundreds of offline updates per call; one call per online environment step.
+
+All take and return state with a leading seed axis `[S]`. One seed runs without that axis inside (no batched products of size
+one); several run under `vmap`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from o2o.buffer import OfflineData, ReplayBuffer, sample_minibatches
+from o2o.normalizer import Normalizer, normalize
+from o2o.types import Array, Batch, Carry, Info
+
+
+def over_seeds(function: Callable[..., Any], seeds: int, in_axes: Any = 0) -> Callable[..., Any]:
+    """Map `function` over the leading seed axis of its arguments (those with in_axes 0)."""
+    if seeds > 1:
+        return jax.vmap(function, in_axes=in_axes)
+
+    def single(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        stripped = [jax.tree.map(lambda leaf: leaf[0], a) if ax == 0 else a for a, ax in zip(args, axes, strict=True)]
+        return jax.tree.map(lambda leaf: leaf[None], function(*stripped))
+
+    return single
+
+
+def each_seed(function: Callable[[Any], Any], stacked: Any) -> Any:
+    """Apply `function` to one seed after the other and stack the results; for initialisation.
+
+    Not `vmap`: batched orthogonal initialisers can deadlock on XLA's CPU back end (jaxlib 0.10.2, 2 cores).
+    """
+    seeds = jax.tree.leaves(stacked)[0].shape[0]
+    results = [function(jax.tree.map(lambda leaf, m=member: leaf[m], stacked)) for member in range(seeds)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+@partial(jax.jit, static_argnames=("seeds", "batch_size"), donate_argnames=("agent", "rng"))
+def offline_updates(
+    agent: Any, rng: Array, data: OfflineData, num_updates: Array, *, seeds: int, batch_size: int
+) -> tuple[Any, Array, Info]:
+    """Run `num_updates` (a traced number: no recompile) updates on dataset minibatches; metrics are means, `[S]` each."""
+
+    def one_seed(agent: Any, rng: Array) -> tuple[Any, Array, Info]:
+        shapes = jax.eval_shape(lambda a, r: a.update(data.sample(r, (1, batch_size)))[1], agent, rng)
+        totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def body(_: int, state: tuple[Any, Array, Info]) -> tuple[Any, Array, Info]:
+            agent, rng, totals = state
+            rng, key = jax.random.split(rng)
+            agent, info = agent.update(data.sample(key, (1, batch_size)))
+            return agent, rng, jax.tree.map(jnp.add, totals, info)
+
+        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, totals))
+        return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
+
+    return over_seeds(one_seed, seeds)(agent, rng)
+
+
+class OnlineState(NamedTuple):
+    """All device state of the online phase, leading axis `[S]`."""
+
+    agent: Any
+    buffer: ReplayBuffer
+    carry: Carry
+    rng: Array
+    totals: Info
+    """Metrics summed since the last log row."""
+
+
+class OnlineMode(NamedTuple):
+    """What one online call does; static, so each value is one compiled program."""
+
+    seeds: int
+    update: bool
+    random: bool
+    pending: bool
+    utd_ratio: int
+    batch_size: int
+    offline_ratio: float
+
+
+def info_zeros(agent: Any, batch: Batch) -> Info:
+    """Return zeros shaped like the metrics of `agent.update(batch)` (one seed, abstract or real arguments)."""
+    shapes = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _choose(
+    agent: Any, normalizer: Normalizer | None, observation: Any, carry: Carry, rng: Array, random: bool, action_dim: int
+) -> tuple[Array, Carry]:
+    if random:
+        return jax.random.uniform(rng, (action_dim,), minval=-1.0, maxval=1.0), carry
+    batched = jax.tree.map(lambda leaf: leaf[None], normalize(normalizer, observation))
+    actions, carry = agent.sample_actions(batched, carry, rng, False)
+    return actions[0], carry
+
+
+@partial(jax.jit, static_argnames=("seeds", "random"))
+def first_actions(
+    state: OnlineState, normalizer: Normalizer | None, observations: Any, *, seeds: int, random: bool
+) -> tuple[OnlineState, Array]:
+    """Choose the actions `[S, A]` for the first observations `[S, D]` of the phase."""
+    action_dim = state.buffer.rows["actions"].shape[-1]
+
+    def one_seed(agent: Any, carry: Carry, rng: Array, observation: Any) -> tuple[Array, Carry, Array]:
+        rng, key = jax.random.split(rng)
+        action, carry = _choose(agent, normalizer, observation, carry, key, random, action_dim)
+        return action, carry, rng
+
+    action, carry, rng = over_seeds(one_seed, seeds)(state.agent, state.carry, state.rng, observations)
+    return state._replace(carry=carry, rng=rng), action
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames="state")
+def online_step(
+    state: OnlineState,
+    offline: OfflineData | None,
+    normalizer: Normalizer | None,
+    rows: Batch,
+    observations: Any,
+    ended: Array,
+    *,
+    mode: OnlineMode,
+) -> tuple[OnlineState, Array]:
+    """Insert `rows` `[S, ...]`, run one update call, choose the next actions `[S, A]` for `observations` `[S, D]`.
+
+    `ended` `[S]` clears the carry. Rows come with raw observations and are normalised here.
+    """
+
+    def one_seed(state: OnlineState, row: Batch, observation: Any, ended: Array) -> tuple[OnlineState, Array]:
+        agent, buffer, carry, rng, totals = state
+        rng, batch_rng, act_rng = jax.random.split(rng, 3)
+        row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
+        buffer = buffer.add(row, pending=mode.pending)
+        if mode.update:
+            batch = sample_minibatches(
+                batch_rng, offline, buffer, mode.utd_ratio, mode.batch_size, mode.offline_ratio
+            )
+            agent, info = agent.update(batch)
+            totals = jax.tree.map(jnp.add, totals, info)
+        fresh = agent.initial_carry((1,))
+        carry = jax.tree.map(lambda old, new: jnp.where(ended, new, old), carry, fresh)
+        action_dim = buffer.rows["actions"].shape[-1]
+        action, carry = _choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
+        return OnlineState(agent, buffer, carry, rng, totals), action
+
+    return over_seeds(one_seed, mode.seeds)(state, rows, observations, ended)
+
+
+@partial(jax.jit, static_argnames="seeds", donate_argnames="buffer")
+def commit_episodes(buffer: ReplayBuffer, mc_returns: Array, counts: Array, *, seeds: int) -> ReplayBuffer:
+    """Make the newest `counts` `[S]` rows visible with their returns-to-go `mc_returns` `[S, L]`."""
+    return over_seeds(lambda b, g, n: b.commit(g, n), seeds)(buffer, mc_returns, counts)

@@ -1,0 +1,106 @@
+"""One environment being played: episode counters, the seed of its reset, and what it takes to stand at the same point again.
+
+Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and the
+actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no knowledge of its
+internals needed. An environment that cannot be replayed (a robot: `metadata["replayable"] = False`) begins a new episode.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
+
+def reset_seed(*parts: int) -> int:
+    """Derive one reset seed from a tuple of non-negative integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass
+class Step:
+    """What one environment step gave, in the toolkit's conventions."""
+
+    action: np.ndarray
+    """The action executed, `[A]` in [-1, 1]."""
+    reward: float
+    """Transformed by the task."""
+    terminated: bool
+    truncated: bool
+    next_observation: Any
+    """The true next observation, also at an episode's end."""
+    info: dict[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode is over, by either cause."""
+        return self.terminated or self.truncated
+
+
+@dataclass
+class EnvSlot:
+    """An environment with the episode under way in it."""
+
+    env: gymnasium.Env
+    seeds: tuple[int, ...]
+    """Prefix of the reset seed: run seed, stream, member."""
+    episode: int = -1
+    observation: Any = None
+    actions: list[np.ndarray] = field(default_factory=list)
+    raw_return: float = 0.0
+    success: bool | None = None
+    success_last: bool | None = None
+
+    def reset(self, episode: int | None = None) -> Any:
+        """Begin the next episode, or `episode`, and return its first observation."""
+        self.episode = self.episode + 1 if episode is None else episode
+        self.observation, _ = self.env.reset(seed=reset_seed(*self.seeds, self.episode))
+        self.actions, self.raw_return, self.success, self.success_last = [], 0.0, None, None
+        return self.observation
+
+    def step(self, action: np.ndarray) -> Step:
+        """Play `action` `[A]`; the slot does not reset by itself."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        executed = np.asarray(info.get("executed_action", action), np.float32)
+        self.observation = observation
+        self.actions.append(np.asarray(action, np.float32).copy())
+        self.raw_return += float(info.get("raw_reward", reward))
+        if info.get("success") is not None:
+            self.success_last = bool(info["success"])
+            self.success = bool(self.success) or self.success_last
+        return Step(executed, float(reward), bool(terminated), bool(truncated), observation, info)
+
+    def row(self, terminated: bool, normalized: Callable[[float], float | None] | None = None) -> dict[str, Any]:
+        """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return."""
+        return {
+            "episode": self.episode,
+            "return": self.raw_return,
+            "length": len(self.actions),
+            "success": self.success,
+            "success_last": self.success_last,
+            "normalized": normalized(self.raw_return) if normalized else None,
+            "terminated": terminated,
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `restore` needs, JSON-able."""
+        return {"episode": self.episode, "actions": [action.tolist() for action in self.actions]}
+
+    def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
+        """Play the snapshot's episode up to the same point; True if the observation there equals `observation` bitwise.
+
+        Otherwise (a robot, another simulator version) a new episode is begun and False returned.
+        """
+        if self.env.metadata.get("replayable", True):
+            self.reset(snapshot["episode"])
+            for action in snapshot["actions"]:
+                self.step(np.asarray(action, np.float32))
+            same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), self.observation, observation)
+            if all(jax.tree.leaves(same)):
+                return True
+        self.reset(snapshot["episode"] + 1)
+        return False

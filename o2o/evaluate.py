@@ -1,0 +1,117 @@
+"""Evaluation: seeded episodes in environments of their own, one row per episode; all seeds and slots act in one call."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+from o2o.episode import EVAL_STREAM, EnvSlot
+from o2o.normalizer import Normalizer, normalize
+from o2o.types import Array, Carry
+
+EnvFn = Callable[[bool], gymnasium.Env]
+"""Make one environment; the argument says whether it is for evaluation."""
+
+
+@partial(jax.jit, static_argnames="deterministic")
+def _act(
+    agent: Any, normalizer: Normalizer | None, observations: Any, carry: Carry, rng: Array, deterministic: bool
+) -> tuple[Array, Carry]:
+    """Act for stacked agents `[S]` on observations `[S, slots, D]`."""
+    seeds = jax.tree.leaves(observations)[0].shape[0]
+    keys = jax.random.split(rng, seeds)
+    act = lambda a, o, c, k: a.sample_actions(normalize(normalizer, o), c, k, deterministic)  # noqa: E731
+    return jax.vmap(act)(agent, observations, carry, keys)
+
+
+def clear_carry(carry: Carry, fresh: Carry, ended: np.ndarray) -> Carry:
+    """Put `fresh` where `ended` `[S, slots]` is true; leaves `[S, slots, ...]`."""
+    where = lambda old, new: jax.numpy.where(ended.reshape(ended.shape + (1,) * (old.ndim - ended.ndim)), new, old)  # noqa: E731
+    return jax.tree.map(where, carry, fresh)
+
+
+class Evaluator:
+    """Keeps evaluation environments between evaluations; `slots` of them per seed play side by side."""
+
+    def __init__(
+        self, env_fn: EnvFn, seeds: int, episodes: int, seed: int, normalized: Callable[[float], float | None] | None = None, slots: int = 5
+    ) -> None:
+        """Prepare for `episodes` episodes of each of `seeds` agents; environments are made at first use."""
+        self.env_fn, self.seeds, self.episodes, self.seed, self.normalized = env_fn, seeds, episodes, seed, normalized
+        self.slots = min(slots, episodes)
+        self.envs: list[list[EnvSlot]] = []
+
+    def __call__(
+        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
+    ) -> list[dict[str, Any]]:
+        """Play all episodes with the stacked `agent` and return their rows; reset seeds depend on (seed, member, `point`)."""
+        if not self.envs:
+            self.envs = [[EnvSlot(self.env_fn(True), ()) for _ in range(self.slots)] for _ in range(self.seeds)]
+        rng = jax.random.key(point)
+        fresh = jax.vmap(lambda a: a.initial_carry((self.slots,)))(agent)
+        carry = fresh
+        queue = [list(range(self.episodes)) for _ in range(self.seeds)]
+        live = np.ones((self.seeds, self.slots), bool)
+        for member, row in enumerate(self.envs):
+            for slot in row:
+                slot.seeds = (self.seed, EVAL_STREAM, member, point)
+                slot.reset(queue[member].pop(0))
+        rows: list[dict[str, Any]] = []
+        while live.any():
+            observations = self._stack()
+            rng, key = jax.random.split(rng)
+            actions, carry = _act(agent, normalizer, observations, carry, key, deterministic)
+            ended = self._step_all(np.asarray(actions), live, queue, rows)
+            if carry is not None and ended.any():
+                carry = clear_carry(carry, fresh, ended)
+        return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
+
+    def _stack(self) -> Any:
+        per_seed = [jax.tree.map(lambda *leaves: np.stack(leaves), *(s.observation for s in row)) for row in self.envs]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *per_seed)
+
+    def _step_all(
+        self, actions: np.ndarray, live: np.ndarray, queue: list[list[int]], rows: list[dict[str, Any]]
+    ) -> np.ndarray:
+        ended = np.zeros_like(live)
+        for member, slot_row in enumerate(self.envs):
+            for index, slot in enumerate(slot_row):
+                if not live[member, index]:
+                    continue
+                step = slot.step(actions[member, index])
+                if not step.ended:
+                    continue
+                ended[member, index] = True
+                rows.append({"seed": member, **slot.row(step.terminated, self.normalized)})
+                if queue[member]:
+                    slot.reset(queue[member].pop(0))
+                else:
+                    live[member, index] = False
+        return ended
+
+    def close(self) -> None:
+        """Close the environments."""
+        for row in self.envs:
+            for slot in row:
+                slot.env.close()
+        self.envs = []
+
+
+def evaluate(
+    agent: Any,
+    env_fn: EnvFn,
+    episodes: int = 20,
+    seed: int = 0,
+    normalizer: Normalizer | None = None,
+    deterministic: bool = True,
+    normalized: Callable[[float], float | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Play `episodes` episodes of one (unstacked) agent; rows with return (raw reward), length, success, normalized."""
+    evaluator = Evaluator(env_fn, 1, episodes, seed, normalized)
+    try:
+        return evaluator(jax.tree.map(lambda leaf: leaf[None], agent), normalizer, 0, deterministic)
+    finally:
+        evaluator.close()

@@ -1,0 +1,152 @@
+"""Where numbers go: JSON lines always, the screen, and TensorBoard or W&B as extras. One small class per back end."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from o2o.errors import ConfigError
+
+POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
+
+
+class Logger(Protocol):
+    """A back end for rows of metrics."""
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Take one row: position keys and numbers."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class JsonLines:
+    """Append rows to a file; every row is flushed, so a kill loses none."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending."""
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; NaN and infinity are written as null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def offset(self) -> int:
+        """Return the file's length in bytes."""
+        return self.path.stat().st_size
+
+    def truncate(self, offset: int) -> None:
+        """Forget what was written behind `offset`: a resumed run writes it again."""
+        if self.offset() > offset:
+            self._file.truncate(offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Rows as scalars, one directory per seed (extra `log`)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open writers below `folder`; raises `ConfigError` if tensorboardX is not installed."""
+        try:
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError("logger 'tensorboard' needs tensorboardX: pip install 'o2o[log]'") from error
+        self._make, self._folder, self._writers = SummaryWriter, folder, {}
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Write every number of the row at x = gradient steps offline, environment steps online."""
+        seed = row.get("seed", 0)
+        if seed not in self._writers:
+            self._writers[seed] = self._make(str(self._folder / f"seed{seed}"))
+        offline = row["phase"] == "offline"
+        step, prefix = (row["gradient_steps"], "offline/") if offline else (row["env_steps"], "online/")
+        for key, value in row.items():
+            if key not in POSITION_KEYS and isinstance(value, int | float):
+                self._writers[seed].add_scalar(prefix + key, value, step)
+
+    def close(self) -> None:
+        """Close the writers."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandB:
+    """Rows as a Weights & Biases history (extra `log`)."""
+
+    def __init__(self, name: str, config: dict[str, Any]) -> None:
+        """Start a run; raises `ConfigError` if wandb is not installed."""
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError("logger 'wandb' needs wandb: pip install 'o2o[log]'") from error
+        self._run = wandb.init(project="o2o", name=name, config=config, resume="allow")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Log the row, keys prefixed by its seed."""
+        prefix = f"seed{row.get('seed', 0)}/"
+        values = {prefix + k: v for k, v in row.items() if k not in POSITION_KEYS}
+        self._run.log({**values, "env_steps": row["env_steps"], "gradient_steps": row["gradient_steps"]})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Logger]:
+    """Build the extra back ends by name."""
+    makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder.name, config)}
+    unknown = [name for name in names if name not in makers]
+    if unknown:
+        raise ConfigError(f"no logger {unknown[0]!r}; there are {', '.join(makers)} (metrics.jsonl is always written)")
+    return [makers[name]() for name in names]
+
+
+class Screen:
+    """One progress bar per phase with the newest score and rates; a plain line per evaluation where there is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Draw on `console` (standard error by default)."""
+        self.console = console or Console(stderr=True)
+        columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+        self._note = ""
+
+    def __enter__(self) -> "Screen":
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def progress(self, phase: str, done: int, total: int, _: dict[str, float]) -> None:
+        """Move the bar of `phase`."""
+        name = "offline" if phase == "offline" else "online"
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+        label = "warm-up" if phase == "warmup" else name
+        self._progress.update(self._tasks[name], completed=done, total=total, description=label, note=self._note)
+
+    def episodes(self, rows: list[dict[str, Any]]) -> None:
+        """Print one line for an evaluation."""
+        returns = [row["return"] for row in rows]
+        parts = [f"return {sum(returns) / len(returns):.1f}"]
+        known = [row["success"] for row in rows if row["success"] is not None]
+        if known:
+            parts.insert(0, f"success {100 * sum(known) / len(known):.0f} %")
+        self._note = ", ".join(parts)
+        at = f"{rows[0]['gradient_steps']} updates, {rows[0]['env_steps']} environment steps"
+        self.console.print(f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)", highlight=False)

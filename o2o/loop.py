@@ -1,0 +1,522 @@
+"""The two training loops, offline and online, for every agent and any number of seeds side by side.
+
+`Trainer` holds the state of a run (agents, replay, environments, counters) and knows no agent by name: what differs is read from
+`agent.config.online` and `agent.needs`. Gradient steps (critic updates), environment steps (per seed) and episodes are three
+counters. Environment steps are counted per seed: five seeds that play 1000 steps each stand at `env_steps` = 1000.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
+from o2o.datasets import Dataset, monte_carlo_returns
+from o2o.dispatch import (
+    OnlineMode,
+    OnlineState,
+    commit_episodes,
+    each_seed,
+    first_actions,
+    info_zeros,
+    offline_updates,
+    online_step,
+    over_seeds,
+)
+from o2o.episode import TRAIN_STREAM, EnvSlot, Step
+from o2o.errors import ConfigError, EnvironmentFaultError, EnvironmentMismatchError
+from o2o.evaluate import EnvFn, Evaluator
+from o2o.normalizer import Normalizer
+from o2o.types import OnlineConfig
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How often the loops log, evaluate and checkpoint; none of it changes what is learnt."""
+
+    eval_every: int = 5_000
+    """Environment steps between two evaluations online; also at the end of the warm-up, after the first 1000 updates, at the end."""
+    offline_eval_every: int = 0
+    """Gradient steps between two evaluations offline; 0 for one at the end only."""
+    eval_episodes: int = 20
+    """Episodes of one evaluation, per seed."""
+    log_every: int = 1_000
+    """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
+    checkpoint_every: int = 10_000
+    """Gradient steps (offline) or environment steps (online) between two checkpoints; one more at each phase's end."""
+    updates_per_dispatch: int = 200
+    """Offline updates in one call to the device."""
+    replay_capacity: int = 1_000_000
+    """Most transitions kept online; the buffer is no larger than the run can fill."""
+    deterministic_eval: bool = True
+    """Evaluate the mode of the policy; False samples."""
+
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+@dataclass
+class Hooks:
+    """Where a run folder, a progress bar or a notebook listens."""
+
+    metrics: Callable[[dict[str, Any]], None] = _ignore
+    episodes: Callable[[list[dict[str, Any]]], None] = _ignore
+    checkpoint: Callable[["Trainer"], None] = _ignore
+    progress: Callable[[str, int, int, dict[str, float]], None] = _ignore
+    """(phase, done, total, newest metrics)."""
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    phase: str = "offline"
+    offline_steps: int = 0
+    """Gradient steps of the offline phase."""
+    gradient_steps: int = 0
+    """Critic updates of both phases."""
+    env_steps: int = 0
+    """Environment steps of the online phase, per seed."""
+    episodes: list[int] = field(default_factory=list)
+    """Finished training episodes of each seed."""
+    elapsed: float = 0.0
+    """Seconds of training so far, evaluation included."""
+    logged_at: int = 0
+    """Step of the last metrics row in this phase."""
+    score: float | None = None
+    """Mean over seeds of the last evaluation's success rate, or of its return where the task knows no success."""
+
+
+class Trainer:
+    """Pre-trains and fine-tunes `seeds` agents of one class side by side."""
+
+    def __init__(
+        self,
+        agent_class: Any,
+        config: Any,
+        data: Dataset,
+        env_fn: EnvFn,
+        *,
+        seed: int = 0,
+        seeds: int = 1,
+        loop: LoopConfig | None = None,
+        normalize: bool = False,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """Create the agents from `data`'s shapes; `env_fn(evaluation)` makes one environment.
+
+        Raises `ConfigError` for settings out of range and `DatasetError` if `data` lacks what the agent needs.
+        """
+        if seeds < 1 or seed < 0:
+            raise ConfigError(f"seeds is {seeds} and seed {seed}; expected seeds >= 1 and seed >= 0")
+        self.config, self.data, self.env_fn, self.loop = config, data, env_fn, loop or LoopConfig()
+        self.seed, self.seeds, self.hooks = seed, seeds, hooks or Hooks()
+        rows = dict(data.arrays)
+        self.normalizer = Normalizer.fit(rows["observations"]) if normalize else None
+        if self.normalizer is not None:
+            rows = {k: np.asarray(self.normalizer(v)) if k.endswith("observations") else v for k, v in rows.items()}
+        example = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), {k: rows[k] for k in ("observations", "actions")})
+        keys = jax.random.split(jax.random.key(seed), seeds + 1)
+        create = jax.jit(lambda key: agent_class.create(key, example["observations"], example["actions"], config))
+        self.agent = each_seed(create, keys[:seeds])
+        sources = [(source.start, source.size, source.weight) for source in data.sources]
+        self.offline_data = OfflineData.create(rows, (*self.agent.needs, "ends"), sources)
+        self.rng = jax.random.split(keys[seeds], seeds)
+        self.counters = Counters(episodes=[0] * seeds)
+        self.online_state: OnlineState | None = None
+        self.slots: list[EnvSlot] = []
+        self.action: jax.Array | None = None
+        self.pending: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
+        self.visible = [0] * seeds
+        self.exact_resume = True
+        self._offline_totals: dict[str, Any] = {}
+        self._updates_since_log = 0
+        self.evaluator = Evaluator(env_fn, seeds, self.loop.eval_episodes, seed, self._normalized)
+
+    def _normalized(self, raw_return: float) -> float | None:
+        score = self.data.info.normalized(raw_return, self.data.task)
+        return None if score is None else float(score)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Batch keys beyond the usual ones that the agent needs in its present phase."""
+        return (self.agent if self.online_state is None else self.online_state.agent).needs
+
+    @property
+    def online_config(self) -> OnlineConfig:
+        """The schedule that the agent asks for."""
+        return self.config.online
+
+    def agent_of(self, member: int = 0) -> Any:
+        """Return one seed's agent without the leading seed axis."""
+        agent = self.agent if self.online_state is None else self.online_state.agent
+        return jax.tree.map(lambda leaf: leaf[member], agent)
+
+    # ------------------------------------------------------------------ offline
+
+    def offline(self, steps: int) -> bool:
+        """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
+        counters, loop = self.counters, self.loop
+        started = time.perf_counter() - counters.elapsed
+        eval_every = loop.offline_eval_every or steps
+        while counters.offline_steps < steps:
+            at = counters.offline_steps
+            marks = [steps, *(at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every))]
+            count = min(min(marks) - at, loop.updates_per_dispatch)
+            self.agent, self.rng, info = offline_updates(
+                self.agent,
+                self.rng,
+                self.offline_data,
+                jnp.asarray(count, jnp.int32),
+                seeds=self.seeds,
+                batch_size=self.config.batch_size,
+            )
+            counters.offline_steps += count
+            counters.gradient_steps += count
+            self._accumulate(info, count)
+            at = counters.offline_steps
+            if at % loop.log_every == 0 or at == steps:
+                counters.elapsed = time.perf_counter() - started
+                self._log_offline()
+            if at % eval_every == 0 or at == steps:
+                self.evaluate()
+            counters.elapsed = time.perf_counter() - started
+            self.hooks.progress("offline", at, steps, {})
+            stop = self.hooks.should_stop()
+            if at % loop.checkpoint_every == 0 or at == steps or stop:
+                self.hooks.checkpoint(self)
+            if stop and at < steps:
+                return False
+        return True
+
+    def _accumulate(self, info: dict[str, Any], count: int) -> None:
+        """Add the dispatch's mean metrics, weighted by its updates; all stays on the device."""
+        weighted = {key: value * count for key, value in info.items()}
+        totals = self._offline_totals
+        self._offline_totals = {key: value + totals[key] if totals else value for key, value in weighted.items()}
+
+    def _log_offline(self) -> None:
+        counters = self.counters
+        updates = counters.offline_steps - counters.logged_at
+        if updates:
+            self._write_metrics({key: value / updates for key, value in self._offline_totals.items()}, {})
+        self._offline_totals, counters.logged_at = {}, counters.offline_steps
+
+    # ------------------------------------------------------------------ online
+
+    def begin_online(self, steps: int) -> None:
+        """Switch the agents to their online form, allocate the replay buffer, reset the environments."""
+        if self.online_state is not None:
+            return
+        wanted = self.online_config
+        agent = each_seed(jax.jit(lambda a: a.online()), self.agent)
+        if "mc_returns" in agent.needs and wanted.replay == "append":
+            raise ConfigError("replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent")
+        rows = self.offline_data.size if wanted.replay == "append" else 0
+        capacity = min(self.loop.replay_capacity, steps + rows)
+        offline_rows = {k: self.offline_data.rows[k] for k in (*TRANSITION_KEYS, *agent.needs, "ends")}
+        example = jax.tree.map(lambda leaf: leaf[0], offline_rows)
+
+        def create_buffer() -> ReplayBuffer:
+            buffer = ReplayBuffer.create(example, capacity)
+            return buffer.extend(offline_rows) if rows else buffer
+
+        buffer = jax.jit(create_buffer)()
+        buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.seeds, *leaf.shape)).copy(), buffer)
+        carry = jax.vmap(lambda a: a.initial_carry((1,)))(agent)
+        totals = over_seeds(lambda a, b: info_zeros(a, self._abstract_batch(b)), self.seeds)(agent, buffer)
+        self.online_state = OnlineState(agent, buffer, carry, self.rng, totals)
+        self.visible = [rows] * self.seeds
+        self.counters.phase, self.counters.logged_at = "online", 0
+        self.slots = [EnvSlot(self.env_fn(False), (self.seed, TRAIN_STREAM, m)) for m in range(self.seeds)]
+        for slot in self.slots:
+            slot.reset()
+        self._check_spaces()
+
+    def _abstract_batch(self, buffer: ReplayBuffer) -> Any:
+        config, online = self.config, self.online_config
+        draw = lambda b: sample_minibatches(jax.random.key(0), None, b, online.utd_ratio, config.batch_size, 0.0)  # noqa: E731
+        return jax.eval_shape(draw, buffer)
+
+    def _check_spaces(self) -> None:
+        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], self.offline_data.rows["observations"])
+        found = jax.tree.map(np.shape, self.slots[0].observation)
+        actions = self.offline_data.rows["actions"].shape[1:]
+        space = self.slots[0].env.action_space
+        if shapes != found or space.shape != actions:
+            raise EnvironmentMismatchError(
+                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has observations "
+                f"{shapes} and actions {actions}; use the environment that the dataset was recorded in"
+            )
+
+    def online(self, steps: int) -> bool:
+        """Warm up and fine-tune until `steps` environment steps per seed in all; False if a stop was asked for before."""
+        if not 0.0 <= self.online_config.offline_ratio <= 1.0:
+            raise ConfigError(f"offline_ratio is {self.online_config.offline_ratio}; expected 0 to 1")
+        if self.online_state is None and self.counters.offline_steps == 0:
+            self.evaluate()
+        self.begin_online(steps)
+        counters, loop = self.counters, self.loop
+        started = time.perf_counter() - counters.elapsed
+        eval_steps = self._eval_steps(steps)
+        if self.action is None:
+            assert self.online_state is not None
+            self.online_state, self.action = first_actions(
+                self.online_state,
+                self.normalizer,
+                self._observations(),
+                seeds=self.seeds,
+                random=self.online_config.random_steps > 0,
+            )
+        while counters.env_steps < steps:
+            self._online_step()
+            at = counters.env_steps
+            if at % loop.log_every == 0 or at == steps:
+                counters.elapsed = time.perf_counter() - started
+                self._log_online()
+            if at in eval_steps:
+                self.evaluate()
+            if at % 20 == 0 or at == steps:
+                counters.elapsed = time.perf_counter() - started
+                self.hooks.progress(self.phase_name, at, steps, {})
+            stop = self.hooks.should_stop()
+            if at % loop.checkpoint_every == 0 or at == steps or stop:
+                counters.elapsed = time.perf_counter() - started
+                self.hooks.checkpoint(self)
+            if stop and at < steps:
+                return False
+        return True
+
+    def _eval_steps(self, steps: int) -> set[int]:
+        """Every `eval_every`, the end of the warm-up, the point after 1000 updates, and the end."""
+        online, points = self.online_config, set(range(self.loop.eval_every, steps, self.loop.eval_every))
+        points |= {max(online.warmup_steps, online.random_steps), online.first_update() + -(-1000 // online.utd_ratio), steps}
+        return {point for point in points if 0 < point <= steps}
+
+    @property
+    def phase_name(self) -> str:
+        """`offline`, `warmup` (no update has run yet online) or `online`."""
+        online = self.counters.phase == "online"
+        return "offline" if not online else "online" if self.counters.env_steps > self.online_config.first_update() else "warmup"
+
+    def _online_step(self) -> None:
+        assert self.online_state is not None and self.action is not None
+        counters, online = self.counters, self.online_config
+        actions = np.asarray(self.action)
+        if not np.isfinite(actions).all():
+            raise EnvironmentFaultError(
+                f"the policy's action at online step {counters.env_steps} is not finite; the learner diverged: lower its "
+                "learning rate or look at critic/q in metrics.jsonl"
+            )
+        before = self._observations()
+        results = self._step_envs(actions)
+        rows = self._rows(before, results)
+        ended = np.asarray([result.ended for result in results])
+        for member in np.flatnonzero(ended):
+            self._finish_episode(int(member), results[member])
+        step = counters.env_steps
+        waits = "mc_returns" in self.needs
+        ready = all(self.visible) if waits else True
+        update = online.replay != "none" and step >= online.first_update() and ready
+        mode = OnlineMode(
+            seeds=self.seeds,
+            update=update,
+            random=step + 1 < online.random_steps,
+            pending=waits,
+            utd_ratio=online.utd_ratio,
+            batch_size=self.config.batch_size,
+            offline_ratio=online.offline_ratio if online.replay == "mixed" else 0.0,
+        )
+        offline = self.offline_data if online.replay == "mixed" else None
+        self.online_state, self.action = online_step(
+            self.online_state, offline, self.normalizer, rows, self._observations(), ended, mode=mode
+        )
+        if waits:
+            for member, result in enumerate(results):
+                self.pending[member].append((result.reward, 1.0 - result.terminated))
+            self._commit(np.flatnonzero(ended))
+        counters.env_steps += 1
+        counters.gradient_steps += online.utd_ratio if update else 0
+        self._updates_since_log += int(update)
+
+    def _step_envs(self, actions: np.ndarray) -> list[Step]:
+        """Step every environment; if one fails, the others' steps are taken back so that the run can be saved as it stood."""
+        results: list[Step] = []
+        before = [(slot.observation, slot.raw_return, slot.success, slot.success_last) for slot in self.slots]
+        try:
+            for slot, action in zip(self.slots, actions, strict=True):
+                results.append(slot.step(action))
+        except Exception:
+            for slot, old in zip(self.slots, before, strict=True):
+                slot.observation, slot.raw_return, slot.success, slot.success_last = old
+            for slot in self.slots[: len(results)]:
+                slot.actions.pop()
+            raise
+        return results
+
+    def _rows(self, before: Any, results: list[Step]) -> dict[str, Any]:
+        rows = {
+            "observations": before,
+            "actions": np.stack([result.action for result in results]),
+            "rewards": np.asarray([result.reward for result in results], np.float32),
+            "masks": np.asarray([1.0 - result.terminated for result in results], np.float32),
+            "next_observations": self._stacked([result.next_observation for result in results]),
+            "ends": np.asarray([result.ended for result in results], np.float32),
+        }
+        if "mc_returns" in self.needs:
+            rows["mc_returns"] = np.zeros(len(results), np.float32)
+        return rows
+
+    def _commit(self, members: np.ndarray) -> None:
+        """Fill in the returns-to-go of these members' waiting rows (calql.md 3.4) and let them be sampled."""
+        assert self.online_state is not None
+        longest = max((len(self.pending[member]) for member in members), default=0)
+        if longest == 0:
+            return
+        if longest > self.online_state.buffer.capacity:
+            raise ConfigError(f"an episode of {longest} steps does not fit the replay buffer; raise replay_capacity")
+        returns = np.zeros((self.seeds, 1 << (longest - 1).bit_length()), np.float32)
+        counts = np.zeros(self.seeds, np.int32)
+        failure = self.data.task.failure_reward if self.data.task is not None else None
+        for member in members:
+            rewards, masks = np.asarray(self.pending[member], np.float32).reshape(-1, 2).T
+            ends = np.zeros(len(rewards), np.float32)
+            ends[-1:] = 1.0
+            counts[member] = len(rewards)
+            returns[member, : len(rewards)] = monte_carlo_returns(rewards, masks, ends, self.config.discount, failure)
+            self.pending[member] = []
+            self.visible[member] += len(rewards)
+        buffer = commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
+        self.online_state = self.online_state._replace(buffer=buffer)
+
+    def _finish_episode(self, member: int, result: Step) -> None:
+        slot, counters = self.slots[member], self.counters
+        counters.episodes[member] += 1
+        row = slot.row(result.terminated)
+        metrics = {f"train/{key}": float(row[key]) for key in ("return", "length", "success") if row[key] is not None}
+        position = {"env_steps": counters.env_steps + 1, "gradient_steps": counters.gradient_steps}
+        self.hooks.metrics({"phase": self.phase_name, **position, "seed": member, "episodes": counters.episodes[member], **metrics})
+        slot.reset()
+
+    def _stacked(self, observations: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *observations)
+
+    def _observations(self) -> Any:
+        return self._stacked([slot.observation for slot in self.slots])
+
+    def _log_online(self) -> None:
+        assert self.online_state is not None
+        updates, counters = self._updates_since_log, self.counters
+        steps = counters.env_steps - counters.logged_at
+        metrics = {key: value / updates for key, value in self.online_state.totals.items()} if updates else {}
+        zeros = jax.tree.map(jnp.zeros_like, self.online_state.totals)
+        self.online_state = self.online_state._replace(totals=zeros)
+        self._write_metrics(metrics, {"time/log_steps": float(steps)})
+        self._updates_since_log, counters.logged_at = 0, counters.env_steps
+
+    # ------------------------------------------------------------------ both
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Evaluate all seeds in their own environments, report and return one row per episode."""
+        counters = self.counters
+        agent = self.agent if self.online_state is None else self.online_state.agent
+        point = counters.offline_steps + counters.env_steps
+        rows = self.evaluator(agent, self.normalizer, point, self.loop.deterministic_eval)
+        position = {"phase": self.phase_name, "env_steps": counters.env_steps, "gradient_steps": counters.gradient_steps}
+        rows = [{**position, **row} for row in rows]
+        known = [row for row in rows if row["success"] is not None]
+        counters.score = float(np.mean([row["success"] for row in known] if known else [row["return"] for row in rows]))
+        self.hooks.episodes(rows)
+        return rows
+
+    def _write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
+        counters = self.counters
+        host = jax.device_get(metrics)
+        for member in range(self.seeds):
+            values = {key: float(value[member]) for key, value in host.items()}
+            position = {"env_steps": counters.env_steps, "gradient_steps": counters.gradient_steps}
+            row = {"phase": self.phase_name, **position, "time_s": round(counters.elapsed, 3), "seed": member}
+            self.hooks.metrics({**row, **values, **extra})
+
+    def close(self) -> None:
+        """Close all environments."""
+        self.evaluator.close()
+        for slot in self.slots:
+            slot.env.close()
+
+    # ------------------------------------------------------------------ state for checkpoints
+
+    def arrays(self) -> dict[str, Any]:
+        """Return every device array of the run, by name (o2o.checkpoint)."""
+        stats = {} if self.normalizer is None else {"normalizer": self.normalizer}
+        if self.online_state is None:
+            return {"agent": self.agent, "loop": {"rng": self.rng, "totals": self._offline_totals}, **stats}
+        agent, buffer, carry, rng, totals = self.online_state
+        loop = {"rng": rng, "totals": totals, "observations": self._observations()}
+        if self.action is not None:
+            loop["action"] = self.action
+        if carry is not None:
+            loop["carry"] = carry
+        return {"agent": agent, "buffer": buffer, "loop": loop, **stats}
+
+    def state(self) -> dict[str, Any]:
+        """Return every host value of the run, JSON-able."""
+        return {
+            "counters": dict(vars(self.counters)),
+            "slots": [slot.snapshot() for slot in self.slots],
+            "pending": self.pending,
+            "visible": self.visible,
+            "updates_since_log": self._updates_since_log,
+        }
+
+    def restore(self, state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int) -> Self:
+        """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
+        if state["counters"]["phase"] == "online":
+            self.begin_online(online_steps)
+        targets = self.arrays()
+        if self.online_state is not None:
+            targets["loop"]["action"] = jnp.zeros(self.offline_data.rows["actions"].shape[1:]) + jnp.zeros((self.seeds, 1))
+        elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
+            shapes = over_seeds(lambda a, b: info_zeros(a, b), self.seeds, (0, None))
+            targets["loop"]["totals"] = shapes(self.agent, self.offline_data.sample(jax.random.key(0), (1, 2)))
+        loaded = load(targets)
+        self.counters = Counters(**state["counters"])
+        self.pending = [[(reward, mask) for reward, mask in rows] for rows in state["pending"]]
+        self.visible, self._updates_since_log = list(state["visible"]), state["updates_since_log"]
+        self.normalizer = loaded.get("normalizer", self.normalizer)
+        if self.online_state is None:
+            self.agent, self.rng = loaded["agent"], loaded["loop"]["rng"]
+            self._offline_totals = loaded["loop"]["totals"]
+            return self
+        part = loaded["loop"]
+        self.online_state = OnlineState(
+            loaded["agent"], loaded["buffer"], part.get("carry"), part["rng"], part["totals"]
+        )
+        self.action = part["action"]
+        self._restore_slots(state["slots"], part["observations"])
+        return self
+
+    def _restore_slots(self, snapshots: list[dict[str, Any]], observations: Any) -> None:
+        same = []
+        for member, (slot, snapshot) in enumerate(zip(self.slots, snapshots, strict=True)):
+            seen = jax.tree.map(lambda leaf, m=member: np.asarray(leaf[m]), observations)
+            same.append(slot.restore(snapshot, seen))
+        if not all(same):
+            # The environment stands elsewhere: the half episodes end here as if cut by a time limit, and the policy acts afresh.
+            assert self.online_state is not None
+            self._commit(np.flatnonzero(np.logical_not(same)))
+            state, self.action = first_actions(
+                self.online_state,
+                self.normalizer,
+                self._observations(),
+                seeds=self.seeds,
+                random=self.counters.env_steps < self.online_config.random_steps,
+            )
+            self.online_state = state
+        self.exact_resume = all(same)

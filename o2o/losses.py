@@ -1,0 +1,47 @@
+"""Pure functions, one per equation that two papers share. Leading axis E is the critic ensemble; nothing here draws or updates."""
+
+import jax
+import jax.numpy as jnp
+
+from o2o.types import Array
+
+
+def td_target(rewards: Array, masks: Array, next_values: Array, discount: float) -> Array:
+    """Return y = r + discount * m * v', all `[B]`; no gradient flows through it."""
+    return jax.lax.stop_gradient(rewards + discount * masks * next_values)
+
+
+def sample_members(rng: Array, num: int, size: int, replace: bool) -> Array:
+    """Draw `size` of `num` ensemble indices, `[size]`: without replacement in REDQ and RLPD, with it in WSRL's code."""
+    return jax.random.choice(rng, num, (size,), replace=replace)
+
+
+def critic_loss(q: Array, targets: Array) -> Array:
+    """Return the mean over members and batch of (Q_i - y)^2 for `q [E, B]` and `targets [B]`."""
+    return jnp.mean(jnp.square(q - targets))
+
+
+def sac_actor_loss(log_prob: Array, q: Array, alpha: Array) -> Array:
+    """Return mean(alpha * log pi - Q) for `log_prob`, `q` `[B]` (SAC, arXiv 1812.05905, eq. 7)."""
+    return jnp.mean(alpha * log_prob - q)
+
+
+def temperature_loss(alpha: Array, entropy: Array, target_entropy: float) -> Array:
+    """Return alpha * (H - target): alpha grows iff the measured entropy `[]` is below the target (arXiv 1812.05905, eq. 18)."""
+    return alpha * jax.lax.stop_gradient(entropy - target_entropy)
+
+
+def expectile_loss(difference: Array, expectile: float) -> Array:
+    """Return mean |tau - 1(u < 0)| u^2 for `difference` u `[B]` (IQL, arXiv 2110.06169, eq. 5)."""
+    weight = jnp.where(difference < 0, 1.0 - expectile, expectile)
+    return jnp.mean(weight * jnp.square(difference))
+
+
+def advantage_weights(advantages: Array, beta: float, cap: float = 100.0) -> Array:
+    """Return min(exp(beta * u), cap), clipped in the exponent so that it cannot overflow (IQL, eq. 7)."""
+    return jnp.exp(jnp.minimum(beta * advantages, jnp.log(cap)))
+
+
+def conservative_gap(z: Array, q_data: Array, temperature: float = 1.0) -> Array:
+    """Return T logsumexp(z / T) - Q(s, a_data) for `z [..., K, B]` and `q_data [..., B]` (CQL, arXiv 2006.04779, eq. 4)."""
+    return temperature * jax.scipy.special.logsumexp(z / temperature, axis=-2) - q_data

@@ -1,0 +1,254 @@
+"""Linen networks for flat observations: MLP, Gaussian actor, critic ensemble, value; and `Model`, a network with its optimiser.
+
+Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products; how is known to `EnsembleDense` alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from o2o.distributions import Normal, TanhNormal
+from o2o.types import Array, Params
+
+Init = Literal["orthogonal", "xavier", "lecun"]
+SQRT2 = float(np.sqrt(2.0))
+
+
+def kernel_init(name: Init, gain: float = SQRT2) -> Callable[..., Array]:
+    """Return the initialiser of `[in, out]` kernels; `gain` applies to `orthogonal` only."""
+    if name == "orthogonal":
+        return nn.initializers.orthogonal(gain)
+    if name == "xavier":
+        return nn.initializers.xavier_uniform()
+    return nn.initializers.lecun_normal()
+
+
+class MLP(nn.Module):
+    """Dense -> (dropout) -> (LayerNorm) -> ReLU for every width, the last one included; `[..., D]` to `[..., hidden[-1]]`."""
+
+    hidden_dims: Sequence[int]
+    layer_norm: bool = False
+    dropout: float = 0.0
+    init_scheme: Init = "orthogonal"
+    last_gain: float | None = None
+    """Orthogonal gain of the last hidden layer; `None` leaves it at sqrt(2)."""
+
+    @nn.compact
+    def __call__(self, x: Array, training: bool = False) -> Array:
+        """Return the last hidden activations; `training` switches dropout on (rng collection `dropout`)."""
+        for i, width in enumerate(self.hidden_dims):
+            last = i == len(self.hidden_dims) - 1
+            gain = self.last_gain if last and self.last_gain is not None else SQRT2
+            x = nn.Dense(width, kernel_init=kernel_init(self.init_scheme, gain))(x)
+            if self.dropout:
+                x = nn.Dropout(self.dropout)(x, deterministic=not training)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+            x = nn.relu(x)
+        return x
+
+
+class GaussianActor(nn.Module):
+    """MLP trunk -> mean and log-std heads -> `TanhNormal` (squash) or `Normal`, `[..., D]` to parameters `[..., A]`."""
+
+    hidden_dims: Sequence[int]
+    action_dim: int
+    layer_norm: bool = False
+    dropout: float = 0.0
+    init_scheme: Init = "orthogonal"
+    last_gain: float | None = None
+    std_mode: Literal["exp", "scaled", "uniform"] = "exp"
+    """`exp`: log-std is a linear head of the state; `scaled`: that head times a learned scale plus a learned offset, initially
+    1 and -1 (Cal-QL's official code); `uniform`: one free vector, initially 0."""
+    log_std_min: float | None = None
+    log_std_max: float | None = None
+    std_min: float = 1e-5
+    std_max: float = 10.0
+    squash: bool = True
+    """tanh of the sample (`TanhNormal`)."""
+    tanh_mean: bool = False
+    """tanh of the mean, for a plain Gaussian around it (IQL as published)."""
+
+    @nn.compact
+    def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
+        """Return the action distribution at `observations`."""
+        trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain)
+        x = trunk(observations, training)
+        mean = nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme), name="mean")(x)
+        if self.std_mode != "uniform":
+            log_std = nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme), name="log_std")(x)
+            if self.std_mode == "scaled":
+                scale = self.param("log_std_scale", nn.initializers.ones, ())
+                log_std = scale * log_std + self.param("log_std_offset", nn.initializers.constant(-1.0), ())
+        else:
+            free = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+            log_std = jnp.broadcast_to(free, mean.shape)
+        if self.log_std_min is not None or self.log_std_max is not None:
+            log_std = jnp.clip(log_std, self.log_std_min, self.log_std_max)
+        std = jnp.clip(jnp.exp(log_std), self.std_min, self.std_max)
+        if self.tanh_mean:
+            mean = jnp.tanh(mean)
+        return TanhNormal(mean, std) if self.squash else Normal(mean, std)
+
+
+class EnsembleDense(nn.Module):
+    """`num` independent Dense layers; `[..., in]` (shared input) or `[E, ..., in]` (stacked) to `[E, ..., features]`."""
+
+    num: int
+    features: int
+    init_scheme: Init = "orthogonal"
+    gain: float = SQRT2
+    stacked: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Return every member's product plus bias."""
+        base = kernel_init(self.init_scheme, self.gain)
+
+        def member_init(rng: Array, shape: tuple[int, ...]) -> Array:
+            # One member after the other: XLA's CPU back end can deadlock in a batched QR (jaxlib 0.10.2, 2 cores).
+            return jax.lax.map(lambda key: base(key, shape[1:], jnp.float32), jax.random.split(rng, shape[0]))
+
+        kernel = self.param("kernel", member_init, (self.num, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.num, self.features))
+        batch_axes = (1,) * (x.ndim - (2 if self.stacked else 1))
+        product = jnp.einsum("e...i,eio->e...o" if self.stacked else "...i,eio->e...o", x, kernel)
+        return product + bias.reshape(self.num, *batch_axes, self.features)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """Layer norm over the last axis of `[E, ..., F]` with each member's own scale and bias."""
+
+    num: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Return the normalised activations, same shape."""
+        shape = (self.num, *(1,) * (x.ndim - 2), x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, (self.num, x.shape[-1])).reshape(shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.num, x.shape[-1])).reshape(shape)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        centred = x - mean
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+
+
+class CriticEnsemble(nn.Module):
+    """`num` Q-functions of concat(s, a): `[..., D]`, `[..., A]` to `[num, ...]`.
+
+    `shared_output` gives all members one linear output layer (WSRL's code, wsrl.md trap 2); otherwise each has its own (REDQ, RLPD).
+    """
+
+    hidden_dims: Sequence[int]
+    num: int = 2
+    layer_norm: bool = False
+    init_scheme: Init = "orthogonal"
+    last_gain: float | None = None
+    output_gain: float = SQRT2
+    shared_output: bool = False
+
+    @nn.compact
+    def __call__(self, observations: Array, actions: Array) -> Array:
+        """Return all members' values; leading axes of observations and actions broadcast against each other."""
+        batch_shape = jnp.broadcast_shapes(observations.shape[:-1], actions.shape[:-1])
+        observations = jnp.broadcast_to(observations, (*batch_shape, observations.shape[-1]))
+        actions = jnp.broadcast_to(actions, (*batch_shape, actions.shape[-1]))
+        x = jnp.concatenate([observations, actions], axis=-1)
+        for i, width in enumerate(self.hidden_dims):
+            last = i == len(self.hidden_dims) - 1
+            gain = self.last_gain if last and self.last_gain is not None else SQRT2
+            x = EnsembleDense(self.num, width, self.init_scheme, gain, stacked=i > 0, name=f"dense_{i}")(x)
+            if self.layer_norm:
+                x = EnsembleLayerNorm(self.num, name=f"norm_{i}")(x)
+            x = nn.relu(x)
+        if self.shared_output:
+            x = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")(x)
+        else:
+            x = EnsembleDense(self.num, 1, self.init_scheme, self.output_gain, name="output")(x)
+        return jnp.squeeze(x, -1)
+
+
+def take_members(params: Params, members: Array) -> Params:
+    """Return the parameters of the members `[k]` of a `CriticEnsemble`, for `critic.clone(num=k)`; a shared layer is kept whole."""
+
+    def take(tree: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: sub if name == "shared_output" else jax.tree.map(lambda leaf: leaf[members], sub)
+            for name, sub in tree.items()
+        }
+
+    return {"params": take(params["params"])}
+
+
+class Value(nn.Module):
+    """State value V(s): `[..., D]` to `[...]`."""
+
+    hidden_dims: Sequence[int]
+    layer_norm: bool = False
+    init_scheme: Init = "orthogonal"
+
+    @nn.compact
+    def __call__(self, observations: Array) -> Array:
+        """Return V at `observations`."""
+        x = MLP(self.hidden_dims, self.layer_norm, init_scheme=self.init_scheme)(observations)
+        return jnp.squeeze(nn.Dense(1, kernel_init=kernel_init(self.init_scheme))(x), -1)
+
+
+class Scalar(nn.Module):
+    """One free scalar parameter: a log-temperature or a dual variable."""
+
+    initial: float = 0.0
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """Return the parameter, shape `[]`."""
+        return self.param("value", lambda _: jnp.asarray(self.initial, jnp.float32))
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam by value, so that it can be a static, comparable part of a pytree. A schedule of None is a constant rate."""
+
+    learning_rate: float = 3e-4
+    decay_steps: int | None = None
+    """Cosine decay to 0 over this many steps; `None` for a constant rate."""
+    weight_decay: float = 0.0
+
+    def build(self) -> optax.GradientTransformation:
+        """Return the optax transformation."""
+        rate: Any = self.learning_rate
+        if self.decay_steps is not None:
+            rate = optax.cosine_decay_schedule(self.learning_rate, self.decay_steps)
+        return optax.adamw(rate, weight_decay=self.weight_decay) if self.weight_decay else optax.adam(rate)
+
+
+class Model(struct.PyTreeNode):
+    """A network's parameters with their optimiser; the definitions are static and compare by value (no stray recompiles)."""
+
+    params: Params
+    opt_state: Any
+    module: nn.Module = struct.field(pytree_node=False)
+    optimizer: Adam = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, rng: Array, module: nn.Module, optimizer: Adam, *inputs: Any) -> Self:
+        """Initialise `module` on example `inputs`."""
+        params = module.init(rng, *inputs)
+        return cls(params=params, opt_state=optimizer.build().init(params), module=module, optimizer=optimizer)
+
+    def __call__(self, *inputs: Any, params: Params | None = None, **kwargs: Any) -> Any:
+        """Apply the network, with `params` in place of its own where given (for a loss to differentiate)."""
+        return self.module.apply(self.params if params is None else params, *inputs, **kwargs)
+
+    def apply_gradients(self, grads: Params) -> Self:
+        """Return the model after one optimiser step."""
+        updates, opt_state = self.optimizer.build().update(grads, self.opt_state, self.params)
+        return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state)

@@ -1,0 +1,203 @@
+"""Markdown and pictures of a benchmark suite, from the raw rows alone.
+
+For every metric one table: each method's score after pre-training, at the end of the warm-up, after the first 1000
+updates online, and at the end, with the bootstrap interval over seeds, and the dataset's own mean beside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from o2o.bench import RESULTS, RUNS, Job, Suite, jobs, load_suite
+from o2o.errors import RunError
+from o2o.plots import LABELS, plot_curves, read_json, read_rows
+from o2o.stats import STATISTICS, Point, aggregate, curve, interval
+
+FIRST_UPDATES = 1000
+NO_POINT = "-"
+COLUMNS = {
+    "offline": "offline",
+    "warmup": "end of warm-up",
+    "early": "after the first 1000 updates",
+    "end": "end",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """The finished cells of one method on one dataset, joined."""
+
+    dataset: str
+    label: str
+    rows: list[dict[str, Any]]
+    configs: list[dict[str, Any]]
+
+
+def _join(found: Sequence[Job]) -> list[Method]:
+    """Join the finished cells that differ in their seeds only; rows get the seed of the cell's plan."""
+    methods: dict[tuple[str, str], Method] = {}
+    for job in found:
+        if job.state != "finished":
+            continue
+        key = (job.cell.dataset, job.cell.label)
+        method = methods.setdefault(key, Method(*key, rows=[], configs=[]))
+        rows = read_rows(job.results / "episodes.jsonl")
+        ranks = {seed: rank for rank, seed in enumerate(sorted({row["seed"] for row in rows}))}
+        if len(ranks) != job.cell.seeds:
+            raise RunError(
+                f"{job.results}: {len(ranks)} seeds in episodes.jsonl, expected {job.cell.seeds}; run it again"
+            )
+        method.rows.extend({**row, "seed": job.cell.seed + ranks[row["seed"]]} for row in rows)
+        method.configs.append(read_json(job.results / "config.json"))
+    return list(methods.values())
+
+
+def stages(points: Sequence[Point]) -> dict[str, Point | None]:
+    """Pick the table's evaluations: `offline`, `warmup`, `early` (first past 1000 online updates) and `end`."""
+    by_phase = {phase: [p for p in points if p.phase == phase] for phase in ("offline", "warmup", "online")}
+    offline, warmup, online = by_phase["offline"], [p for p in by_phase["warmup"] if p.env_steps], by_phase["online"]
+    before = max((p.gradient_steps for p in offline + warmup), default=0)
+    early = [p for p in online if p.gradient_steps - before >= FIRST_UPDATES]
+    return {
+        "offline": offline[-1] if offline else None,
+        "warmup": warmup[-1] if warmup else None,
+        "early": early[0] if early else None,
+        "end": online[-1] if online else None,
+    }
+
+
+def _number(value: float, metric: str) -> str:
+    if metric.startswith("success"):
+        return f"{100 * value:.0f} %"
+    return f"{value:.2f}" if metric == "normalized" else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _score(point: Point | None, metric: str, statistic: str) -> str:
+    if point is None:
+        return NO_POINT
+    reduce = STATISTICS[statistic]
+    centre = _number(float(reduce(point.values)), metric)
+    if len(point.values) == 1:
+        return centre
+    low, high = interval(point.values, reduce)
+    return f"{centre} [{_number(low, metric)}, {_number(high, metric)}]"
+
+
+def _dataset_mean(configs: Sequence[dict[str, Any]], metric: str) -> str:
+    """Return the dataset's mean of the metric: `config.json` has it as `dataset_summary.<metric>`."""
+    values = [config.get("dataset_summary", {}).get(metric) for config in configs]
+    known = [value for value in values if value is not None]
+    return _number(float(known[0]), metric) if known else NO_POINT
+
+
+def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metric: str) -> list[str]:
+    """Return the Markdown rows of one metric's table; empty if no row has the metric."""
+    points = {(m.dataset, m.label): aggregate(m.rows, metric) for m in methods}
+    if not any(points.values()):
+        return []
+    published = {key: p for key, p in suite.published.items() if p is not None and p.same_data and p.metric == metric}
+    configs = {(m.dataset, m.label): m.configs for m in methods}
+    columns = COLUMNS if any(job.cell.online_steps for job in planned) else {"offline": COLUMNS["offline"]}
+    head = ["dataset", "dataset's mean", "method", "n", *columns.values()]
+    head += ["published, same data"] if published else []
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for key in dict.fromkeys((job.cell.dataset, job.cell.label) for job in planned):
+        shared = [c for (dataset, _), found in configs.items() if dataset == key[0] for c in found]
+        row = [f"`{key[0]}`", _dataset_mean(configs.get(key, shared), metric), key[1]]
+        if not points.get(key):
+            row += ["0", "not run" if key not in points else NO_POINT, *[""] * (len(columns) - 1)]
+        else:
+            picked = stages(points[key])
+            row += [str(max(len(p.scores) for p in points[key]))]
+            row += [_score(picked[stage], metric, suite.statistic) for stage in columns]
+        if published:
+            row += [f"{_number(published[key].value, metric)} ({published[key].source})" if key in published else ""]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _machines(methods: Sequence[Method]) -> list[str]:
+    names = dict.fromkeys(c.get("versions", {}).get("machine") for m in methods for c in m.configs)
+    return [str(name) for name in names if name] or ["not recorded"]
+
+
+def _elsewhere(suite: Suite) -> list[str]:
+    rows = [
+        f"- {dataset}, {label}: {_number(p.value, p.metric)} ({LABELS.get(p.metric, p.metric)}; {p.source})"
+        for (dataset, label), p in suite.published.items()
+        if p is not None and not p.same_data
+    ]
+    note = "These were measured on other datasets of similar names; they are context, not targets."
+    return ["## Published figures on other data", "", note, "", *rows, ""] if rows else []
+
+
+def _protocol(suite: Suite, machines: Sequence[str]) -> list[str]:
+    steps = f"{suite.offline_steps:,} gradient steps offline"
+    steps += f", {suite.online_steps:,} environment steps online" if suite.online_steps else ""
+    own = [
+        f"`{v.label}` {n:,} {unit}"
+        for v in suite.variants
+        for n, unit in ((v.offline_steps, "gradient steps offline"), (v.online_steps, "environment steps"))
+        if n is not None
+    ]
+    other = f" Otherwise: {', '.join(own)}." if own else ""
+    kind = "mean" if suite.statistic == "mean" else "interquartile mean"
+    return [
+        f"Preset `{suite.preset}`; {steps}; {suite.eval_episodes} evaluation episodes per seed.{other}",
+        f"Figures are the {kind} over n seeds with their 95 % bootstrap interval in brackets; with three seeds",
+        "that is the range of the seeds' scores, which covers the truth about three times in four.",
+        f"'{NO_POINT}': no such evaluation. Machine: {'; '.join(machines)}.",
+        "",
+    ]
+
+
+def _unrun(planned: Sequence[Job]) -> list[str]:
+    missing = [job for job in planned if job.state != "finished"]
+    if not missing:
+        return []
+    return ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
+
+
+def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str]:
+    """Draw one picture per dataset with the first metric that it has; return the Markdown links."""
+    links = []
+    for task in suite.tasks:
+        here = [m for m in methods if m.dataset == task.dataset]
+        for metric in suite.metrics:
+            found = {m.label: curve(m.rows, metric, STATISTICS[suite.statistic]) for m in here}
+            curves = {label: item for label, item in found.items() if item is not None}
+            if not curves:
+                continue
+            level = [c["dataset_summary"].get(metric) for m in here for c in m.configs if c.get("dataset_summary")]
+            reference = ("dataset mean", float(level[0])) if level and level[0] is not None else None
+            name = f"{task.dataset.replace('/', '-')}.png"
+            plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference)
+            links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
+            break
+    return links
+
+
+def write_report(suite: Suite | str, out: Path | None = None, runs: Path = RUNS) -> Path:
+    """Write the suite's Markdown and pictures into its folder of results `out/<suite>/`; return the Markdown's path.
+
+    Cells that were not run are listed. Raises `RunError` for results of other settings than the suite's.
+    """
+    suite = load_suite(suite) if isinstance(suite, str) else suite
+    folder = (out or RESULTS) / suite.name
+    planned = jobs(suite, suite.cells(), out or RESULTS, runs)
+    methods = _join(planned)
+    lines = [f"# {suite.name}", "", suite.description, ""]
+    if methods:
+        lines += _protocol(suite, _machines(methods))
+    for metric in suite.metrics:
+        table = _table(suite, methods, planned, metric)
+        if table:
+            lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
+    lines += _pictures(suite, methods, folder)
+    lines += _elsewhere(suite) + _unrun(planned)
+    lines += [f"Made by `o2o bench report {suite.name}` from the raw rows in this folder.", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "README.md"
+    path.write_text("\n".join(lines))
+    return path

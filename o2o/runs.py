@@ -1,0 +1,195 @@
+"""Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
+
+Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal. A signal
+(SIGINT, SIGTERM) saves first.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from o2o import checkpoint
+from o2o.errors import ConfigError, RunError
+from o2o.log import JsonLines
+from o2o.loop import Trainer
+
+
+class StopFlag:
+    """Turns the first SIGINT or SIGTERM into a flag that loops look at; the second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        """Start with no signal seen."""
+        self.seen = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Install the handlers (main thread only; elsewhere the flag just stays down)."""
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:
+            self._old = {}
+        return self
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.seen = number
+
+    def __exit__(self, *_: object) -> None:
+        """Put the old handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.seen)
+
+
+def to_dict(config: Any) -> Any:
+    """Return a dataclass as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """Rebuild a dataclass from `to_dict`'s output; raises `ConfigError` naming an unknown field and its nearest one."""
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
+            raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}{hint}")
+    return cls(**{name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _restore(next(arg for arg in args if arg is not type(None)), value, where)
+    if (origin is tuple or hint in (tuple,) or "Sequence" in str(hint)) and isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("o2o", "jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()} x {os.cpu_count()}"}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path, keep_last: int = 2) -> None:
+        """Open `path`, an existing run folder."""
+        self.path, self.keep_last = path, keep_last
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.episodes = JsonLines(path / "episodes.jsonl")
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
+        """Make a new run folder; raises `RunError` if something is there already."""
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.json").write_text(json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write run folder {path}: {error.strerror}") from error
+        return cls(path, keep_last)
+
+    @classmethod
+    def open(cls, path: Path, keep_last: int = 2) -> Self:
+        """Open a run folder; raises `RunError` if there is none."""
+        read_config(path)
+        return cls(path, keep_last)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def save(self, trainer: Trainer) -> None:
+        """Checkpoint everything, with the lengths of the row files at this point."""
+        counters = trainer.counters
+        files = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
+        step = counters.offline_steps + counters.env_steps
+        state = {**trainer.state(), "files": files}
+        checkpoint.save(self.checkpoints, step, trainer.arrays(), state, counters.score, self.keep_last)
+
+    def load(self, trainer: Trainer, online_steps: int, step: int | None = None, cut_rows: bool = True) -> int:
+        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it."""
+        step, state, _ = checkpoint.load_state(self.checkpoints, step)
+        trainer.restore(state, lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets), online_steps)
+        if cut_rows:
+            self.metrics.truncate(state["files"]["metrics"])
+            self.episodes.truncate(state["files"]["episodes"])
+        return step
+
+    def status(self, value: str, **extra: Any) -> None:
+        """Write `status.json` atomically: running, finished, stopped or failed."""
+        temporary = self.path / "status.json.tmp"
+        temporary.write_text(json.dumps({"status": value, **extra}) + "\n")
+        temporary.replace(self.path / "status.json")
+
+    def close(self) -> None:
+        """Close the row files."""
+        self.metrics.close()
+        self.episodes.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config.json; raises `RunError` if `path` is no run folder."""
+    try:
+        return json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        near = sorted(p.parent.name for p in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy") from error
+
+
+def read_status(path: Path) -> str | None:
+    """Return the status of a run folder, `None` if it never started."""
+    try:
+        return json.loads((path / "status.json").read_text())["status"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
+    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved as far as it can be."""
+    run.status("running", pid=os.getpid())
+    try:
+        finished = work()
+    except Exception as error:
+        try:
+            run.save(trainer)
+        except Exception as second:
+            print(f"o2o: the state could not be saved either: {second}", file=sys.stderr)
+        run.status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    run.status("finished" if finished else "stopped")
+    return finished

@@ -1,0 +1,66 @@
+"""A task: reward transform, success, termination on success and metric, for dataset and environment alike."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from o2o.errors import ConfigError
+
+Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other"]
+Metric = Literal["return", "success", "normalized", "kitchen"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's conventions. Hashable, comparable by value; the table of known ones is `o2o.envs.TASKS`."""
+
+    name: str
+    family: Family = "other"
+    reward_scale: float = 1.0
+    """The agent sees scale * reward + bias, in float32."""
+    reward_bias: float = 0.0
+    binary: bool = False
+    """The raw reward is replaced by success - 1, that is -1 or 0, before scale and bias."""
+    terminate_on_success: bool = False
+    """A successful step is terminal (mask 0) and ends the episode."""
+    sparse: bool = False
+    """The reward takes one value on failure and one on success (see `failure_reward`)."""
+    metric: Metric = "return"
+    """The figure that evaluation is judged by; `kitchen` is the final step's raw reward divided by 4."""
+    has_success: bool = False
+    """Whether success means anything here, provided that the environment reports it."""
+    success_reward: float | None = None
+    """Without a success flag, a step whose raw reward is at least this is a success."""
+    only_successes: bool = False
+    """Leave episodes without success out of the dataset (the WSRL paper's Adroit data)."""
+    env_kwargs: tuple[tuple[str, Any], ...] = ()
+    """Constructor arguments of the environment, over those of the dataset's specification."""
+    env_id: str | None = None
+
+    def rewards(self, raw: Any, success: Any = None) -> np.ndarray:
+        """Return the transformed float32 rewards for raw rewards and success flags of one shape.
+
+        Raises `ConfigError` if the task is binary and `success` is None.
+        """
+        base = np.asarray(raw, np.float64)
+        if self.binary:
+            if success is None:
+                raise ConfigError(f"task {self.name}: a binary reward needs success flags, and there are none")
+            base = np.asarray(success, np.float64) - 1.0
+        return np.asarray(self.reward_scale * base + self.reward_bias, np.float32)
+
+    @property
+    def failure_reward(self) -> float | None:
+        """Return the transformed reward of a failing step of a sparse task, rounded as by `rewards`; else None."""
+        return float(self.rewards(0.0, False)) if self.sparse else None
+
+    def success(self, raw: Any, flags: Any = None) -> np.ndarray | None:
+        """Return boolean success per step from the environment's flags, else from raw rewards, else None."""
+        if not self.has_success and not self.binary:
+            return None
+        if flags is not None:
+            return np.asarray(flags, bool)
+        if self.success_reward is not None:
+            return np.asarray(raw) >= self.success_reward
+        return None

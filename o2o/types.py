@@ -1,0 +1,90 @@
+"""Shared types: batches, metrics, the agent protocol and the schedule that an agent asks the online loop for."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+import jax
+
+Array = jax.Array
+Batch = dict[str, Any]
+"""`observations [..., D]`, `actions [..., A]`, `rewards [...]`, `masks [...]` (1 - terminated),
+`next_observations [..., D]` and, where the agent `needs` it, `mc_returns [...]`. Leading axes: `[utd, B]`."""
+Info = dict[str, Array]
+"""Scalar metrics, keys such as `critic/loss`; they stay on the device until a logger reads them."""
+Params = Any
+Carry = Any
+"""What a policy remembers between two steps of one episode; `None` for a memoryless one."""
+
+Replay = Literal["online", "mixed", "append", "none"]
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config."""
+
+    utd_ratio: int = 1
+    """Critic updates per environment step (update-to-data ratio)."""
+    warmup_steps: int = 0
+    """Environment steps with the loaded policy, stored, before the first update (WSRL's K)."""
+    random_steps: int = 0
+    """Environment steps with uniform random actions before the policy acts; no update before their end."""
+    min_rows: int = 0
+    """The first update waits until the online buffer holds more rows than this."""
+    replay: Replay = "online"
+    """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
+    minibatch from the dataset; `append` one buffer that starts with the whole dataset; `none` no online update at all."""
+    offline_ratio: float = 0.5
+    """Share of dataset rows in each minibatch when `replay` is `mixed`."""
+
+    def first_update(self) -> int:
+        """Return the zero-based online step after whose insertion the first update runs."""
+        return max(self.random_steps, max(self.warmup_steps, self.min_rows) + 1)
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """What the loops need of an agent: a pytree, pure methods, a frozen config.
+
+    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`.
+    """
+
+    config: Any
+    needs: ClassVar[tuple[str, ...]]
+    """Batch keys beyond the usual five."""
+
+    @classmethod
+    def create(cls, rng: Array, observations: Any, actions: Any, config: Any = ...) -> Self:
+        """Initialise from a key and one example batch: observations `[B, D]`, actions `[B, A]` (only shapes are used)."""
+        ...
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run the updates of one call on leaves `[utd, B, ...]`."""
+        ...
+
+    def sample_actions(
+        self, observations: Any, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`, and the next carry."""
+        ...
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
+        """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None` if the policy has no memory."""
+        ...
+
+    def online(self) -> Self:
+        """Return the agent for the online phase: all that changes at the switch happens here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An agent's settings for a family of tasks: paper's size, or a small one that shows the same phenomenon on a laptop."""
+
+    config: Any
+    """The agent's config dataclass."""
+    offline_steps: int
+    """Gradient steps of pre-training."""
+    online_steps: int
+    """Environment steps of the online phase, warm-up included."""
+    reward: tuple[float, float] | None = None
+    """(scale, bias) that this agent's paper applies to the task's raw reward; `None` for the task's own."""

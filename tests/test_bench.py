@@ -1,0 +1,275 @@
+"""Benchmark bookkeeping and reports, on row files whose numbers are known."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from o2o.bench import BenchTask, Published, Suite, Variant, jobs, load_suite, pending, run_suite
+from o2o.errors import CheckpointError, ConfigError, RunError
+from o2o.report import write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+PEN, DOOR = "demo/pen-v0", "demo/door-v0"
+
+
+@pytest.fixture
+def suite():
+    return Suite(
+        name="tiny",
+        description="Two tasks, two methods.",
+        tasks=(BenchTask(PEN, (("binary", True),)), BenchTask(DOOR)),
+        variants=(Variant("wsrl", "wsrl"), Variant("sac", "wsrl", (("online.warmup_steps", 0),))),
+        seeds=3,
+        offline_steps=1000,
+        online_steps=500,
+        published={
+            (PEN, "wsrl"): Published(0.9, "success", "Paper A, table 1", same_data=True),
+            (DOOR, "wsrl"): Published(0.5, "success", "Paper B, figure 2"),
+        },
+    )
+
+
+def offset(label):
+    return 0.0 if label == "wsrl" else -0.1
+
+
+def write_run(cell, run, status="finished"):
+    """Write what a run leaves: ten episodes per seed and evaluation, success .4/.4/.2/.7 plus .1 per seed."""
+    run.mkdir(parents=True, exist_ok=True)
+    stages = [
+        ("offline", 0, 1000, 0.4),
+        ("warmup", 50, 1000, 0.4),
+        ("online", 300, 2000, 0.2),
+        ("online", 500, 2800, 0.7),
+    ]
+    rows = []
+    for phase, env_steps, gradient_steps, share in stages:
+        for member in range(cell.seeds):
+            hits = round(10 * (share + 0.1 * (cell.seed + member) + offset(cell.label)))
+            for episode in range(10):
+                row = {"phase": phase, "env_steps": env_steps, "gradient_steps": gradient_steps, "seed": member}
+                rows.append({**row, "episode": episode, "return": 100.0 * hits, "success": episode < hits})
+    (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"success": 0.42, "return": 250.0}
+    (run / "config.json").write_text(
+        json.dumps({"versions": {"machine": "test bench x 2"}, "dataset_summary": summary})
+    )
+    (run / "metrics.jsonl").write_text("")
+    set_status(run, status)
+
+
+def set_status(run, status, **more):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "status.json").write_text(json.dumps({"status": status, **more}))
+
+
+class Runner:
+    """Stands in for the command line's `train` and `resume`: records the calls and writes the files of a run."""
+
+    def __init__(self, tmp_path, **status):
+        self.calls, self.status, self.said = [], status, []
+        self.dirs = {"results_dir": tmp_path / "results", "runs_dir": tmp_path / "runs"}
+
+    def train(self, cell, run):
+        self.calls.append(("train", cell.name))
+        write_run(cell, run, self.status.get(cell.name, "finished"))
+
+    def resume(self, run):
+        self.calls.append(("resume", run.name))
+        write_run(next(job.cell for job in jobs(self.suite, self.suite.cells(), **self.dirs) if job.run == run), run)
+
+    def __call__(self, suite, train=None, **kwargs):
+        """Run the suite and return the states of all its cells."""
+        self.calls.clear()
+        self.suite = suite
+        out, runs = self.dirs["results_dir"], self.dirs["runs_dir"]
+        run_suite(suite, train or self.train, self.resume, out=out, runs=runs, say=self.said.append, **kwargs)
+        return [job.state for job in jobs(suite, suite.cells(), **self.dirs)]
+
+    def report(self, suite):
+        """Write the report and return its text."""
+        return write_report(suite, self.dirs["results_dir"], self.dirs["runs_dir"]).read_text()
+
+
+def names(*parts):
+    return [f"demo-{task}-v0--{label}--seeds{seeds}" for task, label, seeds in parts]
+
+
+ALL = names(("pen", "wsrl", "0-2"), ("pen", "sac", "0-2"), ("door", "wsrl", "0-2"), ("door", "sac", "0-2"))
+
+
+def test_a_cell_runs_once(suite, tmp_path):
+    runner = Runner(tmp_path)
+    assert len(pending(suite, **runner.dirs)) == 4
+    assert run_suite(suite, lambda *_: None, lambda *_: None, out=tmp_path, runs=tmp_path, say=lambda _: None) == 1
+    done = runner(suite)
+    assert runner.calls == [("train", name) for name in ALL]
+    assert done == ["finished"] * 4
+    kept = sorted(path.name for path in (tmp_path / "results/tiny" / ALL[0]).iterdir())
+    assert kept == ["cell.json", "config.json", "episodes.jsonl", "metrics.jsonl", "status.json"]
+    assert pending(suite, **runner.dirs) == []
+    out, runs = runner.dirs["results_dir"], runner.dirs["runs_dir"]
+    assert run_suite(suite, runner.train, runner.resume, out=out, runs=runs, say=runner.said.append) == 0
+    assert len(runner.calls) == 4, "no further call"
+    assert runner.said[-1].endswith("finished already")
+
+
+def test_results_alone_are_enough_to_be_finished(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"])
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    runner(suite, agents=["wsrl"])
+    assert runner.calls == []
+
+
+def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runs = tmp_path / "runs/tiny"
+    set_status(runs / ALL[0], "running")
+    (runs / ALL[1]).mkdir(parents=True)
+    (runs / ALL[1] / "config.json").write_text("{}")  # killed before its first status
+    set_status(runs / ALL[2], "failed")
+    write_run(suite.cells()[3], runs / ALL[3])  # finished, but killed before its rows were copied
+    done = runner(suite)
+    assert runner.calls == [("resume", name) for name in ALL[:3]]
+    assert done == ["finished"] * 4
+
+
+def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
+    runner = Runner(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        set_status(tmp_path / "runs/tiny" / ALL[0], "running", pid=other.pid, host=socket.gethostname())
+        states = runner(suite, agents=["wsrl"], tasks=[PEN])[:1]
+        other.communicate(b"\n")
+    assert states == ["active"] and runner.calls == []
+    set_status(tmp_path / "runs/tiny" / ALL[0], "running", pid=other.pid, host=socket.gethostname())
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    assert runner.calls == [("resume", ALL[0])], "its process is gone"
+    assert os.getpid() != other.pid
+
+
+def test_a_stopped_cell_stops_the_suite(suite, tmp_path):
+    runner = Runner(tmp_path, **{ALL[1]: "stopped"})
+    done = runner(suite)
+    assert runner.calls == [("train", name) for name in ALL[:2]]
+    assert done == ["finished", "interrupted", "missing", "missing"]
+    runner(suite)
+    assert runner.calls == [("resume", ALL[1]), ("train", ALL[2]), ("train", ALL[3])]
+
+
+def test_a_failing_cell_does_not_keep_the_others_from_running(suite, tmp_path):
+    runner = Runner(tmp_path)
+
+    def train(cell, run):
+        if cell.name == ALL[0]:
+            set_status(run, "failed")
+            raise CheckpointError("disk full")
+        runner.train(cell, run)
+
+    done = runner(suite, train)
+    assert done == ["interrupted", "finished", "finished", "finished"]
+    assert any(line.endswith("failed: disk full") for line in runner.said)
+
+
+def test_more_seeds_are_added_to_those_already_run(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN], seeds=1)
+    runner(suite, agents=["wsrl"], tasks=[PEN], seeds=4)
+    assert runner.calls == [("train", names(("pen", "wsrl", "1-3"))[0])]
+    planned = jobs(suite, suite.cells(seeds=6), **runner.dirs)
+    assert [(job.cell.seed, job.cell.seeds, job.state) for job in planned[:3]] == [
+        (0, 1, "finished"),
+        (1, 3, "finished"),
+        (4, 2, "missing"),
+    ]
+    wanted = replace(suite, seeds=4, tasks=suite.tasks[:1], variants=suite.variants[:1], published={})
+    # seeds 0..3 score .4 .5 .6 .7 offline: mean .55
+    assert "| 4 | 55 % [" in runner.report(wanted)
+
+
+def test_results_of_other_settings_are_never_mixed(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["sac"], tasks=[PEN])
+    changed = replace(suite, online_steps=900)
+    with pytest.raises(RunError, match="online_steps: 500 then, 900 now"):
+        runner(changed)
+    with pytest.raises(RunError, match="other settings"):
+        runner.report(changed)
+
+
+def test_a_report_says_what_the_rows_say(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    runner(suite, agents=["sac"], tasks=[PEN])
+    text = runner.report(suite)
+    head, pen_wsrl, pen_sac, door_wsrl, door_sac = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("## Success rate")[1].split("##")[0].splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    assert head[:4] == ["dataset", "dataset's mean", "method", "n"]
+    assert head[4:] == ["offline", "end of warm-up", "after the first 1000 updates", "end", "published, same data"]
+    # Seeds 0..2 score .4 .5 .6 offline; the interval over three seeds is their range.
+    assert pen_wsrl[:4] == ["`demo/pen-v0`", "42 %", "wsrl", "3"]
+    assert pen_wsrl[4:8] == ["50 % [40 %, 60 %]", "50 % [40 %, 60 %]", "30 % [20 %, 40 %]", "80 % [70 %, 90 %]"]
+    assert pen_wsrl[8] == "90 % (Paper A, table 1)"
+    assert pen_sac[2:5] == ["sac", "3", "40 % [30 %, 50 %]"] and pen_sac[8] == ""
+    assert door_wsrl[2:5] == ["wsrl", "0", "not run"] and door_sac[4] == "not run"
+    returns = text.split("## Return")[1]
+    assert "| 250 | wsrl | 3 | 500 [400, 600] |" in returns and "published" not in returns.split("##")[0]
+    assert "Machine: test bench x 2." in text
+    assert (
+        "- demo/door-v0, wsrl: 50 % (success rate; Paper B, figure 2)"
+        in text.split("## Published figures on other data")[1]
+    )
+    assert f"- `{ALL[2]}` (missing)" in text.split("## Not run")[1]
+    folder = tmp_path / "results/tiny"
+    assert (folder / "README.md").read_text() == text
+    assert (folder / "demo-pen-v0.png").stat().st_size > 10_000 and "(demo-pen-v0.png)" in text
+
+
+def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
+    runner = Runner(tmp_path)
+    offline = replace(suite, online_steps=0, published={})
+    text = runner.report(offline)
+    assert "warm-up" not in text and "Machine" not in text and text.count("(missing)") == 4
+
+
+def test_rows_that_lack_seeds_are_refused(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    path = tmp_path / "results/tiny" / ALL[0] / "episodes.jsonl"
+    path.write_text("".join(line for line in path.open() if json.loads(line)["seed"] < 2))
+    with pytest.raises(RunError, match="2 seeds in episodes.jsonl, expected 3"):
+        runner.report(suite)
+
+
+def test_unknown_names_are_suggested(suite, tmp_path):
+    with pytest.raises(ConfigError, match="no method 'wsrll'; did you mean 'wsrl'"):
+        suite.cells(agents=["wsrll"])
+    with pytest.raises(ConfigError, match="no dataset"):
+        suite.cells(tasks=["other/data-v0"])
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        suite.cells(seeds=0)
+    with pytest.raises(ConfigError, match="did you mean 'offline'"):
+        load_suite("ofline", ROOT / "benchmarks")
+    with pytest.raises(ConfigError, match="run from a checkout"):
+        load_suite("wsrl", tmp_path)
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="defines no `SUITE`"):
+        load_suite("empty", tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_suite_loads_and_its_cells_are_distinct(path):
+    suite = load_suite(path.stem, ROOT / "benchmarks")
+    assert suite.name == path.stem
+    cells = suite.cells()
+    assert len({cell.name for cell in cells}) == len(cells) == len(suite.tasks) * len(suite.variants)
+    assert all(published is None or published.source for published in suite.published.values())

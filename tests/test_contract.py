@@ -1,0 +1,74 @@
+"""The agents' contract, run on every entry of `AGENTS`; presets and refusals that all agents share."""
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from o2o.agents import AGENTS
+from o2o.errors import ConfigError, O2OError
+from o2o.types import OnlineConfig, Preset
+from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, make_batch
+
+CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online")]
+FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
+
+
+@functools.lru_cache
+def make_case(name: str, phase: str) -> Case:
+    """Return the case, made once per session so that its compiled methods are shared."""
+    return Case(name, phase)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(("name", "phase"), CASES, ids=["-".join(case) for case in CASES])
+def test_contract(name: str, phase: str, check: Callable[[Case], None]) -> None:
+    check(make_case(name, phase))
+
+
+def test_every_agent_has_a_toy_config() -> None:
+    assert set(CONFIGS) == set(AGENTS)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_image_observations_are_refused(name: str) -> None:
+    images = {"state": jnp.zeros((1, 3)), "image": jnp.zeros((1, 8, 8, 3), jnp.uint8)}
+    with pytest.raises(ConfigError, match="needs flat float32 observations"):
+        AGENTS[name].create(jax.random.key(0), images, jnp.zeros((1, ACTION_DIM)), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_missing_needed_key_is_named(name: str) -> None:
+    agent = make_case(name, "offline").agent
+    for key in agent.needs:
+        batch = make_batch(1)
+        del batch[key]
+        with pytest.raises(O2OError, match=key):
+            agent.update(batch)
+    extra = set(make_batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
+    assert set(agent.needs) <= extra
+
+
+@pytest.mark.parametrize("size", ["paper", "small"])
+@pytest.mark.parametrize("name", AGENTS)
+def test_presets_are_complete_and_fit_their_agent(name: str, size: str) -> None:
+    observations, actions = jnp.zeros((1, OBSERVATION_DIM)), jnp.zeros((1, ACTION_DIM))
+    for family in FAMILIES:
+        preset = AGENTS[name].preset(family, size)
+        assert isinstance(preset, Preset) and type(preset.config) is type(CONFIGS[name])
+        assert isinstance(preset.config.online, OnlineConfig) and hash(preset.config) == hash(preset.config)
+        assert preset.offline_steps + preset.online_steps > 0
+        if size == "small":
+            assert preset.offline_steps <= 10_000 and preset.online_steps <= 10_000 and preset.config.batch_size <= 256
+    config = AGENTS[name].preset(FAMILIES[0], size).config
+    agent = jax.eval_shape(lambda key: AGENTS[name].create(key, observations, actions, config), jax.random.key(0))
+    assert agent.config == config
+
+
+def test_importing_the_agents_starts_no_back_end() -> None:
+    code = "import o2o.agents; from jax._src import xla_bridge; assert not xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

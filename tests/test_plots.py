@@ -1,0 +1,64 @@
+"""Pictures of runs: what is drawn from which rows, and what is said when there is nothing to draw."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from o2o.errors import RunError
+from o2o.plots import plot_curves, plot_runs, read_rows
+from o2o.stats import curve
+
+
+def rows(phases=("offline", "warmup", "online"), seeds=2):
+    places = {"offline": [(0, 0), (0, 1000)], "warmup": [(50, 1000)], "online": [(200, 1600), (400, 2400)]}
+    return [
+        {"phase": phase, "env_steps": e, "gradient_steps": g, "seed": s, "return": float(e + g + s), "success": None}
+        for phase in phases
+        for e, g in places[phase]
+        for s in range(seeds)
+    ]
+
+
+def write_run(folder: Path, agent="wsrl", **kwargs) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"agent": agent}))
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(**kwargs)))
+    return folder
+
+
+def test_runs_become_labelled_curves_and_a_picture(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", "rlpd", phases=("online",))]
+    out = tmp_path / "pictures" / "curve.png"
+    curves = plot_runs(runs, out, "return", "mean")
+    assert list(curves) == ["wsrl: a", "wsrl: b", "rlpd"], "agents that appear twice are told apart by their run"
+    assert curves["rlpd"].offline.steps.size == 0
+    assert curves["wsrl: a"].online.centre.tolist() == [1000.5, 1050.5, 1800.5, 2800.5]
+    picture = matplotlib.image.imread(out)
+    assert picture.shape[:2] == (660, 1350) and picture.std() > 0.05
+
+
+@pytest.mark.parametrize("phases", [("offline",), ("online",)])
+def test_one_phase_alone_can_be_drawn(phases, tmp_path):
+    only = curve(rows(phases=phases))
+    assert only is not None
+    plot_curves({"bc": only}, tmp_path / "p.png", title="task", reference=("dataset mean", 900.0))
+    assert matplotlib.image.imread(tmp_path / "p.png").std() > 0.02
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    run = write_run(tmp_path / "a")
+    with pytest.raises(RunError, match="no evaluation with metric 'success'"):
+        plot_runs([run], tmp_path / "p.png", "success")
+    with pytest.raises(RunError, match="expected a run folder"):
+        plot_runs([tmp_path / "nowhere"], tmp_path / "p.png")
+
+
+def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(RunError, match="line 2: not JSON"):
+        read_rows(path)

@@ -1,0 +1,118 @@
+"""Flattening of observations and the map of actions."""
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from o2o.errors import EnvironmentMismatchError
+from o2o.spaces import ActionMap, ObservationSpec
+
+
+def box(*shape: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, shape, np.float64)
+
+
+GOAL = spaces.Dict({"observation": box(4), "desired_goal": box(2), "achieved_goal": box(2)})
+CAMERA = spaces.Dict({"wrist": spaces.Box(0, 255, (8, 6, 3), np.uint8), "pose": box(3), "grip": box()})
+
+
+def test_dict_order_is_alphabetical_whatever_the_order_of_keys():
+    spec = ObservationSpec.from_space(GOAL)
+    observation = {
+        "observation": np.arange(4.0),
+        "achieved_goal": np.array([8.0, 8]),
+        "desired_goal": np.array([9.0, 7]),
+    }
+    assert spec.flatten(observation).tolist() == [9, 7, 0, 1, 2, 3]
+    assert spec.flatten(dict(reversed(observation.items()))).tolist() == [9, 7, 0, 1, 2, 3]
+    assert spec.flatten(observation).dtype == np.float32
+    assert str(spec) == "desired_goal[2] + observation[4]"
+
+
+def test_achieved_goal_only_on_request():
+    spec = ObservationSpec.from_space(GOAL, achieved_goal=True)
+    assert spec.shape == (8,)
+    assert [leaf.name for leaf in spec.leaves] == ["achieved_goal", "desired_goal", "observation"]
+
+
+def test_batch_flattens_like_its_rows():
+    rng = np.random.default_rng(0)
+    spec = ObservationSpec.from_space(GOAL)
+    batch = {key: rng.normal(size=(5, *space.shape)) for key, space in GOAL.spaces.items()}
+    rows = [spec.flatten({key: value[i] for key, value in batch.items()}) for i in range(5)]
+    np.testing.assert_array_equal(spec.flatten(batch), np.stack(rows))
+
+
+def test_images_stay_uint8_beside_the_state():
+    spec = ObservationSpec.from_space(CAMERA)
+    image = np.full((8, 6, 3), 200, np.uint8)
+    flat = spec.flatten({"wrist": image, "pose": np.arange(3.0), "grip": np.float64(9)})
+    assert flat["wrist"].dtype == np.uint8 and np.array_equal(flat["wrist"], image)
+    assert flat["state"].tolist() == [9, 0, 1, 2]
+    assert spec.shape == {"state": (4,), "wrist": (8, 6, 3)}
+    assert spec.space["wrist"].dtype == np.uint8
+
+
+def test_bare_image_space():
+    spec = ObservationSpec.from_space(spaces.Box(0, 255, (8, 6, 3), np.uint8))
+    assert spec.shape == {"image": (8, 6, 3)}
+    assert set(spec.flatten(np.zeros((2, 8, 6, 3), np.uint8))) == {"image"}
+
+
+def test_nested_and_tuple_spaces():
+    space = spaces.Dict({"b": spaces.Tuple((box(2), box(1))), "a": spaces.Dict({"y": box(1), "x": box(1)})})
+    flat = ObservationSpec.from_space(space).flatten(
+        {"b": (np.array([3.0, 4]), np.array([5.0])), "a": {"x": np.array([1.0]), "y": np.array([2.0])}}
+    )
+    assert flat.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_unflattenable_observations_name_the_entry():
+    with pytest.raises(EnvironmentMismatchError, match="mode is Discrete"):
+        ObservationSpec.from_space(spaces.Dict({"mode": spaces.Discrete(3), "x": box(1)}))
+    with pytest.raises(EnvironmentMismatchError, match="no entry 'observation'"):
+        ObservationSpec.from_space(GOAL).flatten({"desired_goal": np.zeros(2)})
+    with pytest.raises(EnvironmentMismatchError, match="'desired_goal' has shape"):
+        ObservationSpec.from_space(GOAL).flatten({"desired_goal": np.zeros(3), "observation": np.zeros(4)})
+
+
+def test_unit_bounds_map_exactly():
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, 3)).astype(np.float32)
+    action_map = ActionMap.from_space(spaces.Box(-1, 1, (3,), np.float32))
+    assert np.array_equal(action_map.to_env(actions), actions)
+    assert np.array_equal(action_map.from_env(actions), actions)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-100, 99), st.floats(0.01, 50), st.lists(st.floats(-1, 1), min_size=2, max_size=2))
+def test_map_round_trips_and_stays_inside(low, width, action):
+    space = spaces.Box(np.full(2, low, np.float32), np.full(2, low + width, np.float32))
+    action_map = ActionMap.from_space(space)
+    mapped = action_map.to_env(action)
+    assert np.all(mapped >= space.low) and np.all(mapped <= space.high)
+    np.testing.assert_allclose(action_map.from_env(mapped), action, atol=1e-5 + 1e-5 * abs(low) / width)
+
+
+def test_map_clips_and_keeps_shapes():
+    action_map = ActionMap.from_space(spaces.Box(-0.4, 0.4, (2, 2), np.float32))
+    assert action_map.dim == 4
+    np.testing.assert_allclose(action_map.to_env([2.0, -2.0, 0.5, 0.0]), [[0.4, -0.4], [0.2, 0.0]], atol=1e-7)
+    assert action_map.from_env(np.zeros((7, 2, 2))).shape == (7, 4)
+
+
+def test_outside_names_the_coordinate():
+    action_map = ActionMap.from_space(spaces.Box(-1, 1, (2,), np.float32))
+    assert action_map.outside([[1.0, -1.0], [1.0000001, 1.01]]).tolist() == [[False, False], [False, True]]
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(4), spaces.MultiBinary(3), spaces.Box(0, 5, (2,), np.int64)])
+def test_discrete_actions_are_refused(space):
+    with pytest.raises(EnvironmentMismatchError, match="continuous Box"):
+        ActionMap.from_space(space)
+
+
+def test_unbounded_actions_are_refused():
+    with pytest.raises(EnvironmentMismatchError, match="no finite bounds"):
+        ActionMap.from_space(box(2))

@@ -1,0 +1,77 @@
+"""Tasks: reward transforms with their float32 values, success rules, and the table."""
+
+import numpy as np
+import pytest
+
+from o2o import envs
+from o2o.errors import ConfigError
+from o2o.tasks import Task
+
+
+def test_maze_reward_is_minus_five_or_five():
+    task = envs.task_for("AntMaze_Large-v5")
+    assert task.rewards(np.array([0.0, 1.0])).tolist() == [-5.0, 5.0]
+    assert task.failure_reward == -5.0
+    assert task.terminate_on_success and dict(task.env_kwargs) == {"continuing_task": False, "reset_target": False}
+
+
+def test_binary_reward_ignores_the_raw_one():
+    task = envs.task_for("AdroitHandPen-v1", binary=True)
+    rewards = task.rewards(np.array([60.9, -3.2]), np.array([True, False]))
+    assert rewards.tolist() == [5.0, -5.0] and rewards.dtype == np.float32
+    assert task.failure_reward == -5.0 and task.terminate_on_success
+
+
+def test_failure_reward_equals_rewards_in_float32():
+    task = Task("t", reward_scale=0.1, reward_bias=0.3, binary=True, sparse=True, has_success=True)
+    assert np.float32(task.failure_reward) == task.rewards([0.0], [False])[0]
+    assert Task("dense").failure_reward is None
+
+
+def test_binary_without_flags_is_an_error():
+    with pytest.raises(ConfigError, match="binary reward needs success flags"):
+        Task("t", binary=True).rewards([1.0])
+
+
+def test_success_from_flags_then_reward_then_unknown():
+    maze = envs.task_for("PointMaze_UMaze-v3")
+    assert maze.success(np.array([0.0, 1.0])).tolist() == [False, True]
+    assert maze.success(np.array([1.0, 1.0]), np.array([0, 1])).tolist() == [False, True]
+    assert Task("t", has_success=True).success(np.array([1.0])) is None
+    assert envs.task_for("Hopper-v5").success(np.array([1.0]), np.array([True])) is None
+
+
+@pytest.mark.parametrize(
+    ("env_id", "family", "metric", "sparse"),
+    [
+        ("PointMaze_UMaze-v3", "pointmaze", "success", True),
+        ("PointMaze_UMazeDense-v3", "pointmaze", "success", False),
+        ("AntMaze_Medium_Diverse_GR-v5", "antmaze", "success", True),
+        ("AdroitHandDoor-v1", "adroit", "success", False),
+        ("FrankaKitchen-v1", "kitchen", "kitchen", False),
+        ("Walker2d-v5", "locomotion", "return", False),
+        ("CartPole-v1", "other", "return", False),
+    ],
+)
+def test_table(env_id, family, metric, sparse):
+    task = envs.task_for(env_id)
+    assert (task.family, task.metric, task.sparse, task.env_id) == (family, metric, sparse, env_id)
+    assert hash(task) == hash(envs.task_for(env_id))
+
+
+def test_kitchen_is_shifted_by_four():
+    assert envs.task_for("FrankaKitchen-v1").rewards([0.0, 4.0]).tolist() == [-4.0, 0.0]
+
+
+def test_binary_is_refused_where_it_makes_no_sense():
+    with pytest.raises(ConfigError, match="Hopper-v5"):
+        envs.task_for("Hopper-v5", binary=True)
+
+
+def test_register_wins_over_the_table(monkeypatch):
+    monkeypatch.setattr("o2o.envs.tasks.TASKS", list(envs.TASKS))
+    envs.register(r"Hopper-v\d+", Task("mine", "other", reward_scale=2.0))
+    assert envs.task_for("Hopper-v5").reward_scale == 2.0
+    assert envs.task_for("Walker2d-v5").reward_scale == 1.0
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        envs.register("(", Task("mine"))
