@@ -62,7 +62,7 @@ class Variant:
     online_steps: int | None = None
     """Environment steps; None for the suite's."""
     starts_from: str | None = None
-    """Label of an earlier variant whose pre-trained agents this one starts from, instead of pre-training again."""
+    """Earlier variant (`label` or `suite/label`) whose pre-trained agents this one starts from."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ class Cell:
     seeds: int = 1
     """How many, side by side."""
     starts_from: str | None = None
-    """Label of the cell whose run folder holds the agents to start from."""
+    """Variant (`label` or `suite/label`) whose run folder holds the agents to start from."""
 
     def source(self, run: Path) -> Path | None:
-        """Return the run folder to start from, beside this cell's own `run`."""
-        return None if self.starts_from is None else run.parent / replace(self, label=self.starts_from).name
+        """Return the run folder to start from, beside this cell's own `run` or in its suite's folder."""
+        if self.starts_from is None:
+            return None
+        suite, _, label = self.starts_from.rpartition("/")
+        folder = run.parent.parent / suite if suite else run.parent
+        return folder / replace(self, label=label).name
 
     @property
     def stem(self) -> str:

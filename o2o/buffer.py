@@ -109,9 +109,13 @@ class ReplayBuffer(struct.PyTreeNode):
         """Store `[N, ...]` transitions in order; N must not exceed the capacity."""
         count = rows["rewards"].shape[0]
         if count > self.capacity:
-            raise ConfigError(f"{count} rows do not fit a replay buffer of capacity {self.capacity}; raise the capacity")
+            raise ConfigError(
+                f"{count} rows do not fit a replay buffer of capacity {self.capacity}; raise the capacity"
+            )
         slots = (self.cursor + jnp.arange(count)) % self.capacity
-        stored = jax.tree.map(lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows})
+        stored = jax.tree.map(
+            lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows}
+        )
         return self.replace(
             rows=stored,
             cursor=(self.cursor + count) % self.capacity,
@@ -164,4 +168,6 @@ def sample_minibatches(
         parts.append(offline.sample(offline_rng, (utd_ratio, offline_rows)))
     if offline_rows < batch_size:
         parts.append(buffer.sample(online_rng, (utd_ratio, batch_size - offline_rows)))
-    return {key: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *(p[key] for p in parts)) for key in keys}
+    return {
+        key: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *(p[key] for p in parts)) for key in keys
+    }

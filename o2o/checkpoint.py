@@ -27,7 +27,10 @@ def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> oc
 def _shapes(tree: Any) -> dict[str, str]:
     """Name every leaf's path, shape and type."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf).__name__)}" for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        for path, leaf in leaves
+    }
 
 
 def save(
@@ -49,7 +52,9 @@ def save(
                 return
             checkpointer.save_checkpointables(step, items, metrics=metrics)
     except OSError as error:
-        raise CheckpointError(f"cannot save checkpoint {step} in {folder}: {error}; earlier checkpoints are intact") from error
+        raise CheckpointError(
+            f"cannot save checkpoint {step} in {folder}: {error}; earlier checkpoints are intact"
+        ) from error
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space" not in str(error):
             raise
@@ -66,7 +71,9 @@ def _ensure_space(folder: Path, items: Mapping[str, Any]) -> None:
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
     if free < size:
-        raise OSError(f"no space left: about {size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; free some and resume")
+        raise OSError(
+            f"no space left: about {size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; free some and resume"
+        )
 
 
 def steps(folder: Path) -> list[int]:
@@ -97,7 +104,9 @@ def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, An
             text = checkpointer.load_checkpointables(step, {"state": None})["state"]["json"]
         saved = json.loads(text)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     return step, saved["state"], saved["shapes"]
 
 
@@ -114,7 +123,9 @@ def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str
         with _checkpointer(folder) as checkpointer:
             return dict(checkpointer.load_checkpointables(step, abstract))
     except Exception as error:
-        raise CheckpointError(f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _compare(folder: Path, step: int, name: str, saved: dict[str, str] | None, wanted: dict[str, str]) -> None:

@@ -1,9 +1,11 @@
-"""The `o2o` command. The only module that parses arguments; what the commands do is in `o2o.experiment`, `o2o.bench`, `o2o.plots`."""
+"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.experiment`, `bench`, `plots`."""
 
 import dataclasses
 import difflib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from o2o.errors import ConfigError, O2OError
+from o2o.tables import before_after, print_rows
 
 USAGE = """usage: o2o COMMAND ...
 
@@ -30,21 +33,6 @@ USAGE = """usage: o2o COMMAND ...
 Name = tyro.conf.Positional
 
 
-def _print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print mean and spread over seeds of the per-seed means."""
-    import numpy as np
-
-    table = Table(title=title)
-    for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
-        table.add_column(column)
-    for key in ("success", "success_last", "return", "normalized", "length"):
-        known = [row for row in rows if row[key] is not None]
-        if known:
-            means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]
-            table.add_row(key, f"{np.mean(means):.3f}", f"{np.std(means):.3f} (n={len(means)})", str(len(known)))
-    console.print(table)
-
-
 def _option(args: Sequence[str], *names: str) -> str | None:
     """Return the value given for an option, before the real parse (it decides the defaults that help shows)."""
     for i, arg in enumerate(args):
@@ -60,7 +48,10 @@ def _train(args: list[str]) -> int:
     from o2o import experiment
     from o2o.agents import AGENTS
 
-    listing = f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n`o2o train AGENT --help` explains every option."
+    listing = (
+        f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n"
+        "`o2o train AGENT --help` explains every option."
+    )
     if not args or args[0] in ("-h", "--help"):
         print(listing, file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
@@ -70,7 +61,9 @@ def _train(args: list[str]) -> int:
     size = _option(rest, "--preset") or "paper"
     helping = any(arg in ("-h", "--help") for arg in rest)
     if dataset is None and not helping:
-        raise ConfigError(f"o2o train {agent}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)")
+        raise ConfigError(
+            f"o2o train {agent}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)"
+        )
     if dataset is None or helping:
         preset = experiment.agent_class(agent).preset("other", "small" if size == "small" else "paper")
         default = experiment.RunConfig(
@@ -84,8 +77,8 @@ def _train(args: list[str]) -> int:
     class TrainArgs(experiment.RunConfig):
         """Pre-train an agent on a dataset, then fine-tune it in the environment."""
 
-        agent: Annotated[str, tyro.conf.Suppress] = agent
-        config: config_class = default.config
+        agent: Annotated[str, tyro.conf.Suppress]
+        config: config_class  # pyright: ignore[reportInvalidTypeForm]
         preset: Literal["paper", "small"] = "paper"
         """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
         name: str | None = None
@@ -93,7 +86,9 @@ def _train(args: list[str]) -> int:
         runs: Path = Path("runs")
         """Folder that holds the runs."""
 
-    parsed = tyro.cli(TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=f"o2o train {agent}", console_outputs=True)
+    parsed = tyro.cli(
+        TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=f"o2o train {agent}", console_outputs=True
+    )
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
     config = experiment.RunConfig(**values)
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
@@ -120,7 +115,9 @@ def _finish(path: Path, finished: bool, console: Console) -> int:
         plot_runs([path], path / "curve.png")
     except ValueError as error:
         console.print(f"no curve drawn: {error}", highlight=False)
-    console.print(f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False)
+    console.print(
+        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
+    )
     return 0
 
 
@@ -154,7 +151,7 @@ def evaluate(
     from o2o import experiment
 
     rows = experiment.evaluate_run(run, episodes, checkpoint, seed, not sample)
-    _print_rows(rows, f"{run} ({checkpoint})", Console())
+    print_rows(rows, f"{run} ({checkpoint})", Console())
     return 0
 
 
@@ -271,7 +268,11 @@ def data_check(dataset: Name[str], root: Path | None = None) -> int:
 
 
 def bench_run(
-    suite: Name[str], agents: tuple[str, ...] = (), tasks: tuple[str, ...] = (), seeds: int | None = None, out: Path | None = None
+    suite: Name[str],
+    agents: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    seeds: int | None = None,
+    out: Path | None = None,
 ) -> int:
     """Run the missing cells of a suite; finished ones are never repeated, interrupted ones go on.
 
@@ -288,9 +289,15 @@ def bench_run(
     console = Console(stderr=True)
     with Screen(console) as screen:
         return bench.run_suite(
-            suite, lambda cell, path: experiment.train(experiment.cell_run(cell, path), path, screen), lambda path: experiment.resume(path, screen),
-            agents=agents, tasks=tasks, seeds=seeds, out=out, say=lambda text: console.print(text, highlight=False),
-        )  # fmt: skip
+            suite,
+            lambda cell, path: experiment.train(experiment.cell_run(cell, path), path, screen),
+            lambda path: experiment.resume(path, screen),
+            agents=agents,
+            tasks=tasks,
+            seeds=seeds,
+            out=out,
+            say=lambda text: console.print(text, highlight=False),
+        )
 
 
 def bench_report(suite: Name[str], out: Path | None = None) -> int:
@@ -306,7 +313,9 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
     return 0
 
 
-def demo(runs: Path = Path("runs"), offline_steps: int | None = None, online_steps: int | None = None, seed: int = 0) -> int:
+def demo(
+    runs: Path = Path("runs"), offline_steps: int | None = None, online_steps: int | None = None, seed: int = 0
+) -> int:
     """Make a small dataset, pre-train, warm up, fine-tune, and show what the online phase gained.
 
     Args:
@@ -328,29 +337,8 @@ def demo(runs: Path = Path("runs"), offline_steps: int | None = None, online_ste
         number += 1
         path = runs / f"demo-{number}"
     code = _run_training(path, config)
-    _before_after(path, console)
+    before_after(path, console)
     return code
-
-
-def _before_after(path: Path, console: Console) -> None:
-    from o2o.plots import read_rows
-
-    rows = read_rows(path / "episodes.jsonl")
-    offline, online = [r for r in rows if r["phase"] == "offline"], [r for r in rows if r["phase"] == "online"]
-    if not offline or not online:
-        return
-    last = max(r["env_steps"] for r in online)
-    before = [r for r in offline if r["gradient_steps"] == max(o["gradient_steps"] for o in offline)]
-    after = [r for r in online if r["env_steps"] == last]
-    table = Table(title="what fine-tuning gained")
-    for column in ("", "pre-trained", f"after {last} environment steps"):
-        table.add_column(column)
-    for key in ("success", "return", "length"):
-        values = [sum(float(r[key]) for r in part) / len(part) for part in (before, after)]
-        table.add_row(key, *(f"{value:.2f}" for value in values))
-    table.add_row("episodes", str(len(before)), str(len(after)))
-    console.print(table)
-    console.print(f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False)
 
 
 def _group(name: str, commands: dict[str, Callable[..., int]], args: list[str]) -> int:
@@ -396,6 +384,8 @@ def _dispatch(args: list[str]) -> int:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its every merge
+    warnings.filterwarnings("ignore", module="orbax")
     try:
         code = _dispatch(list(sys.argv[1:] if args is None else args))
     except O2OError as error:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from o2o.buffer import OfflineData, ReplayBuffer, sample_minibatches
+from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Batch, Carry, Info
 
@@ -85,9 +85,26 @@ class OnlineMode(NamedTuple):
 
 
 def info_zeros(agent: Any, batch: Batch) -> Info:
-    """Return zeros shaped like the metrics of `agent.update(batch)` (one seed, abstract or real arguments)."""
+    """Return zeros shaped like the metrics of one seed's `agent.update(batch)`."""
     shapes = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def fresh_online_state(agent: Any, rng: Array, offline: OfflineData, capacity: int, append: bool) -> OnlineState:
+    """Return the state at the switch: agents `[S]` in their online form, replay empty or (`append`) holding the dataset."""
+    seeds = rng.shape[0]
+    rows = {key: offline.rows[key] for key in (*TRANSITION_KEYS, *agent.needs, "ends")}
+
+    def create_buffer() -> ReplayBuffer:
+        buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
+        return buffer.extend(rows) if append else buffer
+
+    buffer = jax.jit(create_buffer)()
+    buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)).copy(), buffer)
+    carry = jax.vmap(lambda a: a.initial_carry((1,)))(agent)
+    example = jax.tree.map(lambda leaf: leaf[:1][None], rows)
+    totals = over_seeds(lambda a: info_zeros(a, example), seeds)(agent)
+    return OnlineState(agent, buffer, carry, rng, totals)
 
 
 def _choose(
@@ -138,9 +155,7 @@ def online_step(
         row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
         buffer = buffer.add(row, pending=mode.pending)
         if mode.update:
-            batch = sample_minibatches(
-                batch_rng, offline, buffer, mode.utd_ratio, mode.batch_size, mode.offline_ratio
-            )
+            batch = sample_minibatches(batch_rng, offline, buffer, mode.utd_ratio, mode.batch_size, mode.offline_ratio)
             agent, info = agent.update(batch)
             totals = jax.tree.map(jnp.add, totals, info)
         fresh = agent.initial_carry((1,))

@@ -30,3 +30,7 @@ class RunError(O2OError, RuntimeError):
 
 class CheckpointError(O2OError, RuntimeError):
     """A checkpoint that is missing, unreadable, or belongs to another agent or shape."""
+
+
+class DivergenceError(O2OError, ArithmeticError):
+    """The learner's numbers are not finite any more."""

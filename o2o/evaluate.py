@@ -37,7 +37,13 @@ class Evaluator:
     """Keeps evaluation environments between evaluations; `slots` of them per seed play side by side."""
 
     def __init__(
-        self, env_fn: EnvFn, seeds: int, episodes: int, seed: int, normalized: Callable[[float], float | None] | None = None, slots: int = 5
+        self,
+        env_fn: EnvFn,
+        seeds: int,
+        episodes: int,
+        seed: int,
+        normalized: Callable[[float], float | None] | None = None,
+        slots: int = 5,
     ) -> None:
         """Prepare for `episodes` episodes of each of `seeds` agents; environments are made at first use."""
         self.env_fn, self.seeds, self.episodes, self.seed, self.normalized = env_fn, seeds, episodes, seed, normalized

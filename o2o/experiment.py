@@ -1,4 +1,4 @@
-"""From settings to a finished run: the one place that joins datasets, tasks, environments, agents, loops and run folders.
+"""From settings to a finished run: the one place that joins data, tasks, environments, agents, loops and run folders.
 
 The command line, the benchmarks and notebooks all come through here.
 """
@@ -20,8 +20,9 @@ from o2o.episode import EnvSlot
 from o2o.errors import CheckpointError, ConfigError
 from o2o.evaluate import Evaluator
 from o2o.log import Logger, Screen, make_loggers
-from o2o.loop import Hooks, LoopConfig, Trainer
+from o2o.loop import Trainer
 from o2o.runs import RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
+from o2o.schedule import Hooks, LoopConfig
 from o2o.tasks import Task
 
 
@@ -83,7 +84,9 @@ def agent_class(name: str) -> Any:
     """Return the agent class; raises `ConfigError` suggesting a near name."""
     if name not in AGENTS:
         near = difflib.get_close_matches(name, AGENTS, n=1)
-        raise ConfigError(f"no agent {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(AGENTS)}"))
+        raise ConfigError(
+            f"no agent {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(AGENTS)}")
+        )
     return AGENTS[name]
 
 
@@ -92,7 +95,9 @@ def config_class(name: str) -> Any:
     return type(agent_class(name).preset("other", "small").config)
 
 
-def preset_run(agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any) -> RunConfig:
+def preset_run(
+    agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any
+) -> RunConfig:
     """Return the run that the agent's preset makes of a dataset; `changes` are fields of `RunConfig`."""
     ids = (dataset,) if isinstance(dataset, str) else tuple(dataset)
     if size not in ("paper", "small"):
@@ -107,13 +112,16 @@ def preset_run(agent: str, dataset: str | tuple[str, ...], size: str = "paper", 
         task_config = dataclasses.replace(task_config, binary=True)
     loop = LoopConfig() if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
     defaults: dict[str, Any] = {
-        "config": preset.config, "offline_steps": preset.offline_steps, "online_steps": preset.online_steps, "loop": loop,
-    }  # fmt: skip
+        "config": preset.config,
+        "offline_steps": preset.offline_steps,
+        "online_steps": preset.online_steps,
+        "loop": loop,
+    }
     return RunConfig(agent=agent, dataset=ids, env=env, task=task_config, preset=size, **{**defaults, **changes})
 
 
 def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
-    """Return a dataclass with fields replaced by dotted name (`online.utd_ratio`); raises `ConfigError` for unknown ones."""
+    """Return a dataclass with fields replaced by dotted name (`online.utd_ratio`); unknown ones raise `ConfigError`."""
     for name, value in changes:
         head, _, rest = name.partition(".")
         known = [f.name for f in dataclasses.fields(config)]
@@ -121,7 +129,9 @@ def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
             near = difflib.get_close_matches(head, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
             raise ConfigError(f"{type(config).__name__} has no field {head!r}{hint}")
-        config = dataclasses.replace(config, **{head: with_fields(getattr(config, head), [(rest, value)]) if rest else value})
+        config = dataclasses.replace(
+            config, **{head: with_fields(getattr(config, head), [(rest, value)]) if rest else value}
+        )
     return config
 
 
@@ -130,9 +140,12 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
     task = with_fields(TaskConfig(), cell.options)
     run = preset_run(cell.agent, cell.dataset, cell.preset, task=task, seed=cell.seed, seeds=cell.seeds)
     loop = dataclasses.replace(
-        run.loop, eval_every=cell.eval_every, offline_eval_every=cell.offline_eval_every, eval_episodes=cell.eval_episodes,
+        run.loop,
+        eval_every=cell.eval_every,
+        offline_eval_every=cell.offline_eval_every,
+        eval_episodes=cell.eval_episodes,
         checkpoint_every=20_000,
-    )  # fmt: skip
+    )
     source = cell.source(path)
     return dataclasses.replace(
         run, config=with_fields(run.config, cell.overrides), loop=loop, offline_steps=cell.offline_steps,
@@ -193,13 +206,18 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
         raise ConfigError(f"agent {config.agent} cannot start from another run; `init_from` is for wsrl")
     source_config = load_config(Path(str(config.init_from)))
     if source_config.seeds != config.seeds:
-        raise CheckpointError(f"{config.init_from} trained {source_config.seeds} seeds, this run has {config.seeds}: make them equal")
+        raise CheckpointError(
+            f"{config.init_from} trained {source_config.seeds} seeds, this run has {config.seeds}: make them equal"
+        )
     source = build(source_config)
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, cut_rows=False)
     folder.close()
     agent = source.agent if source.online_state is None else source.online_state.agent
-    trainer.agent, trainer.normalizer = jax.vmap(lambda a: target.from_agent(a, config.config))(agent), source.normalizer
+    trainer.agent, trainer.normalizer = (
+        jax.vmap(lambda a: target.from_agent(a, config.config))(agent),
+        source.normalizer,
+    )
     source.close()
 
 
@@ -274,7 +292,10 @@ def resume(path: Path, screen: Screen | None = None) -> bool:
     data = load_data(config)
     wanted = read_config(path).get("fingerprint")
     if wanted != data.fingerprint:
-        raise ConfigError(f"dataset {data.info.name} has changed since run {path} began: its fingerprint is {data.fingerprint}, was {wanted}")
+        raise ConfigError(
+            f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
+            "restore the dataset or start a new run"
+        )
     run = RunFolder.open(path, config.keep_checkpoints)
     session = Session(config, run, data, screen)
     run.load(session.trainer, config.online_steps)
@@ -294,7 +315,9 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     return config, trainer
 
 
-def evaluate_run(path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True) -> list[dict[str, Any]]:
+def evaluate_run(
+    path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True
+) -> list[dict[str, Any]]:
     """Evaluate every seed of a run anew; one row per episode."""
     _, trainer = open_run(path, which)
     agent = trainer.agent if trainer.online_state is None else trainer.online_state.agent
@@ -306,14 +329,18 @@ def evaluate_run(path: Path, episodes: int = 50, which: str = "latest", seed: in
         trainer.close()
 
 
-def play_run(path: Path, out: Path | None, episodes: int = 1, which: str = "latest", member: int = 0, seed: int = 1) -> list[dict[str, Any]]:
+def play_run(
+    path: Path, out: Path | None, episodes: int = 1, which: str = "latest", member: int = 0, seed: int = 1
+) -> list[dict[str, Any]]:
     """Play a run's policy on the screen (`out` None) or into a video file; returns the episodes' rows."""
     from o2o.video import record
 
     config, trainer = open_run(path, which)
     where = config.env or trainer.data.info
     mode = "human" if out is None else "rgb_array"
-    env = envs.make(where, trainer.data.task, evaluation=True, render_mode=mode, achieved_goal=config.task.achieved_goal)
+    env = envs.make(
+        where, trainer.data.task, evaluation=True, render_mode=mode, achieved_goal=config.task.achieved_goal
+    )
     slot = EnvSlot(env, (seed, 1, member, 0))
     try:
         return record(slot, trainer.agent_of(member), trainer.normalizer, episodes, out)

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from o2o.errors import ConfigError
 
@@ -118,8 +126,16 @@ class Screen:
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console` (standard error by default)."""
         self.console = console or Console(stderr=True)
-        columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal)
+        columns = (
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal
+        )
         self._tasks: dict[str, TaskID] = {}
         self._note = ""
 
@@ -149,4 +165,6 @@ class Screen:
             parts.insert(0, f"success {100 * sum(known) / len(known):.0f} %")
         self._note = ", ".join(parts)
         at = f"{rows[0]['gradient_steps']} updates, {rows[0]['env_steps']} environment steps"
-        self.console.print(f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)", highlight=False)
+        self.console.print(
+            f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)", highlight=False
+        )

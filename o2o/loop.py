@@ -1,96 +1,38 @@
 """The two training loops, offline and online, for every agent and any number of seeds side by side.
 
-`Trainer` holds the state of a run (agents, replay, environments, counters) and knows no agent by name: what differs is read from
-`agent.config.online` and `agent.needs`. Gradient steps (critic updates), environment steps (per seed) and episodes are three
-counters. Environment steps are counted per seed: five seeds that play 1000 steps each stand at `env_steps` = 1000.
+`Trainer` holds the state of a run (agents, replay, environments, counters) and knows no agent by name: what differs is
+read from `agent.config.online` and `agent.needs`. Gradient steps (critic updates), environment steps (per seed) and
+episodes are three counters; environment steps are counted per seed (five seeds of 1000 steps each stand at 1000).
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
-from o2o.datasets import Dataset, monte_carlo_returns
+from o2o.buffer import OfflineData
+from o2o.datasets import Dataset
 from o2o.dispatch import (
     OnlineMode,
     OnlineState,
     commit_episodes,
     each_seed,
     first_actions,
+    fresh_online_state,
     info_zeros,
     offline_updates,
     online_step,
     over_seeds,
 )
-from o2o.episode import TRAIN_STREAM, EnvSlot, Step
-from o2o.errors import ConfigError, EnvironmentFaultError, EnvironmentMismatchError
+from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn, Evaluator
+from o2o.fleet import Fleet
 from o2o.normalizer import Normalizer
+from o2o.schedule import Counters, Hooks, LoopConfig, evaluation_steps
 from o2o.types import OnlineConfig
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How often the loops log, evaluate and checkpoint; none of it changes what is learnt."""
-
-    eval_every: int = 5_000
-    """Environment steps between two evaluations online; also at the end of the warm-up, after the first 1000 updates, at the end."""
-    offline_eval_every: int = 0
-    """Gradient steps between two evaluations offline; 0 for one at the end only."""
-    eval_episodes: int = 20
-    """Episodes of one evaluation, per seed."""
-    log_every: int = 1_000
-    """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
-    checkpoint_every: int = 10_000
-    """Gradient steps (offline) or environment steps (online) between two checkpoints; one more at each phase's end."""
-    updates_per_dispatch: int = 200
-    """Offline updates in one call to the device."""
-    replay_capacity: int = 1_000_000
-    """Most transitions kept online; the buffer is no larger than the run can fill."""
-    deterministic_eval: bool = True
-    """Evaluate the mode of the policy; False samples."""
-
-
-def _ignore(*_: Any) -> None:
-    return None
-
-
-@dataclass
-class Hooks:
-    """Where a run folder, a progress bar or a notebook listens."""
-
-    metrics: Callable[[dict[str, Any]], None] = _ignore
-    episodes: Callable[[list[dict[str, Any]]], None] = _ignore
-    checkpoint: Callable[["Trainer"], None] = _ignore
-    progress: Callable[[str, int, int, dict[str, float]], None] = _ignore
-    """(phase, done, total, newest metrics)."""
-    should_stop: Callable[[], bool] = lambda: False
-
-
-@dataclass
-class Counters:
-    """Where a run stands."""
-
-    phase: str = "offline"
-    offline_steps: int = 0
-    """Gradient steps of the offline phase."""
-    gradient_steps: int = 0
-    """Critic updates of both phases."""
-    env_steps: int = 0
-    """Environment steps of the online phase, per seed."""
-    episodes: list[int] = field(default_factory=list)
-    """Finished training episodes of each seed."""
-    elapsed: float = 0.0
-    """Seconds of training so far, evaluation included."""
-    logged_at: int = 0
-    """Step of the last metrics row in this phase."""
-    score: float | None = None
-    """Mean over seeds of the last evaluation's success rate, or of its return where the task knows no success."""
 
 
 class Trainer:
@@ -130,9 +72,8 @@ class Trainer:
         self.rng = jax.random.split(keys[seeds], seeds)
         self.counters = Counters(episodes=[0] * seeds)
         self.online_state: OnlineState | None = None
-        self.slots: list[EnvSlot] = []
+        self.fleet: Fleet | None = None
         self.action: jax.Array | None = None
-        self.pending: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
         self.visible = [0] * seeds
         self.exact_resume = True
         self._offline_totals: dict[str, Any] = {}
@@ -157,8 +98,6 @@ class Trainer:
         """Return one seed's agent without the leading seed axis."""
         agent = self.agent if self.online_state is None else self.online_state.agent
         return jax.tree.map(lambda leaf: leaf[member], agent)
-
-    # ------------------------------------------------------------------ offline
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
@@ -208,8 +147,6 @@ class Trainer:
             self._write_metrics({key: value / updates for key, value in self._offline_totals.items()}, {})
         self._offline_totals, counters.logged_at = {}, counters.offline_steps
 
-    # ------------------------------------------------------------------ online
-
     def begin_online(self, steps: int) -> None:
         """Switch the agents to their online form, allocate the replay buffer, reset the environments."""
         if self.online_state is not None:
@@ -217,46 +154,31 @@ class Trainer:
         wanted = self.online_config
         agent = each_seed(jax.jit(lambda a: a.online()), self.agent)
         if "mc_returns" in agent.needs and wanted.replay == "append":
-            raise ConfigError("replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent")
+            raise ConfigError(
+                "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
+            )
         rows = self.offline_data.size if wanted.replay == "append" else 0
         capacity = min(self.loop.replay_capacity, steps + rows)
-        offline_rows = {k: self.offline_data.rows[k] for k in (*TRANSITION_KEYS, *agent.needs, "ends")}
-        example = jax.tree.map(lambda leaf: leaf[0], offline_rows)
-
-        def create_buffer() -> ReplayBuffer:
-            buffer = ReplayBuffer.create(example, capacity)
-            return buffer.extend(offline_rows) if rows else buffer
-
-        buffer = jax.jit(create_buffer)()
-        buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.seeds, *leaf.shape)).copy(), buffer)
-        carry = jax.vmap(lambda a: a.initial_carry((1,)))(agent)
-        totals = over_seeds(lambda a, b: info_zeros(a, self._abstract_batch(b)), self.seeds)(agent, buffer)
-        self.online_state = OnlineState(agent, buffer, carry, self.rng, totals)
+        self.online_state = fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
-        self.slots = [EnvSlot(self.env_fn(False), (self.seed, TRAIN_STREAM, m)) for m in range(self.seeds)]
-        for slot in self.slots:
-            slot.reset()
+        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, "mc_returns" in agent.needs)
         self._check_spaces()
-
-    def _abstract_batch(self, buffer: ReplayBuffer) -> Any:
-        config, online = self.config, self.online_config
-        draw = lambda b: sample_minibatches(jax.random.key(0), None, b, online.utd_ratio, config.batch_size, 0.0)  # noqa: E731
-        return jax.eval_shape(draw, buffer)
 
     def _check_spaces(self) -> None:
         shapes = jax.tree.map(lambda leaf: leaf.shape[1:], self.offline_data.rows["observations"])
-        found = jax.tree.map(np.shape, self.slots[0].observation)
+        assert self.fleet is not None
+        found = jax.tree.map(np.shape, self.fleet.slots[0].observation)
         actions = self.offline_data.rows["actions"].shape[1:]
-        space = self.slots[0].env.action_space
+        space = self.fleet.slots[0].env.action_space
         if shapes != found or space.shape != actions:
             raise EnvironmentMismatchError(
-                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has observations "
-                f"{shapes} and actions {actions}; use the environment that the dataset was recorded in"
+                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
+                f"{shapes} and {actions}; use the environment that the dataset was recorded in"
             )
 
     def online(self, steps: int) -> bool:
-        """Warm up and fine-tune until `steps` environment steps per seed in all; False if a stop was asked for before."""
+        """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before."""
         if not 0.0 <= self.online_config.offline_ratio <= 1.0:
             raise ConfigError(f"offline_ratio is {self.online_config.offline_ratio}; expected 0 to 1")
         if self.online_state is None and self.counters.offline_steps == 0:
@@ -264,13 +186,13 @@ class Trainer:
         self.begin_online(steps)
         counters, loop = self.counters, self.loop
         started = time.perf_counter() - counters.elapsed
-        eval_steps = self._eval_steps(steps)
+        eval_steps = evaluation_steps(loop, self.online_config, steps)
         if self.action is None:
-            assert self.online_state is not None
+            assert self.online_state is not None and self.fleet is not None
             self.online_state, self.action = first_actions(
                 self.online_state,
                 self.normalizer,
-                self._observations(),
+                self.fleet.observations,
                 seeds=self.seeds,
                 random=self.online_config.random_steps > 0,
             )
@@ -293,41 +215,35 @@ class Trainer:
                 return False
         return True
 
-    def _eval_steps(self, steps: int) -> set[int]:
-        """Every `eval_every`, the end of the warm-up, the point after 1000 updates, and the end."""
-        online, points = self.online_config, set(range(self.loop.eval_every, steps, self.loop.eval_every))
-        points |= {max(online.warmup_steps, online.random_steps), online.first_update() + -(-1000 // online.utd_ratio), steps}
-        return {point for point in points if 0 < point <= steps}
-
     @property
     def phase_name(self) -> str:
         """`offline`, `warmup` (no update has run yet online) or `online`."""
         online = self.counters.phase == "online"
-        return "offline" if not online else "online" if self.counters.env_steps > self.online_config.first_update() else "warmup"
+        return (
+            "offline"
+            if not online
+            else "online"
+            if self.counters.env_steps > self.online_config.first_update()
+            else "warmup"
+        )
 
     def _online_step(self) -> None:
-        assert self.online_state is not None and self.action is not None
+        assert self.online_state is not None and self.action is not None and self.fleet is not None
         counters, online = self.counters, self.online_config
         actions = np.asarray(self.action)
         if not np.isfinite(actions).all():
-            raise EnvironmentFaultError(
-                f"the policy's action at online step {counters.env_steps} is not finite; the learner diverged: lower its "
-                "learning rate or look at critic/q in metrics.jsonl"
+            raise DivergenceError(
+                f"the policy's action at online step {counters.env_steps} is not finite: the learner diverged; lower "
+                "its learning rate or look at critic/q in metrics.jsonl"
             )
-        before = self._observations()
-        results = self._step_envs(actions)
-        rows = self._rows(before, results)
-        ended = np.asarray([result.ended for result in results])
-        for member in np.flatnonzero(ended):
-            self._finish_episode(int(member), results[member])
-        step = counters.env_steps
-        waits = "mc_returns" in self.needs
+        rows, ended = self.fleet.step(actions, self._episode_finished)
+        waits = self.fleet.waits
         ready = all(self.visible) if waits else True
-        update = online.replay != "none" and step >= online.first_update() and ready
+        update = online.replay != "none" and counters.env_steps >= online.first_update() and ready
         mode = OnlineMode(
             seeds=self.seeds,
             update=update,
-            random=step + 1 < online.random_steps,
+            random=counters.env_steps + 1 < online.random_steps,
             pending=waits,
             utd_ratio=online.utd_ratio,
             batch_size=self.config.batch_size,
@@ -335,80 +251,38 @@ class Trainer:
         )
         offline = self.offline_data if online.replay == "mixed" else None
         self.online_state, self.action = online_step(
-            self.online_state, offline, self.normalizer, rows, self._observations(), ended, mode=mode
+            self.online_state, offline, self.normalizer, rows, self.fleet.observations, ended, mode=mode
         )
         if waits:
-            for member, result in enumerate(results):
-                self.pending[member].append((result.reward, 1.0 - result.terminated))
             self._commit(np.flatnonzero(ended))
+        else:
+            self.fleet.forget(np.flatnonzero(ended))
         counters.env_steps += 1
         counters.gradient_steps += online.utd_ratio if update else 0
         self._updates_since_log += int(update)
 
-    def _step_envs(self, actions: np.ndarray) -> list[Step]:
-        """Step every environment; if one fails, the others' steps are taken back so that the run can be saved as it stood."""
-        results: list[Step] = []
-        before = [(slot.observation, slot.raw_return, slot.success, slot.success_last) for slot in self.slots]
-        try:
-            for slot, action in zip(self.slots, actions, strict=True):
-                results.append(slot.step(action))
-        except Exception:
-            for slot, old in zip(self.slots, before, strict=True):
-                slot.observation, slot.raw_return, slot.success, slot.success_last = old
-            for slot in self.slots[: len(results)]:
-                slot.actions.pop()
-            raise
-        return results
-
-    def _rows(self, before: Any, results: list[Step]) -> dict[str, Any]:
-        rows = {
-            "observations": before,
-            "actions": np.stack([result.action for result in results]),
-            "rewards": np.asarray([result.reward for result in results], np.float32),
-            "masks": np.asarray([1.0 - result.terminated for result in results], np.float32),
-            "next_observations": self._stacked([result.next_observation for result in results]),
-            "ends": np.asarray([result.ended for result in results], np.float32),
-        }
-        if "mc_returns" in self.needs:
-            rows["mc_returns"] = np.zeros(len(results), np.float32)
-        return rows
-
     def _commit(self, members: np.ndarray) -> None:
-        """Fill in the returns-to-go of these members' waiting rows (calql.md 3.4) and let them be sampled."""
-        assert self.online_state is not None
-        longest = max((len(self.pending[member]) for member in members), default=0)
-        if longest == 0:
+        """Fill in the returns-to-go of these members' waiting rows and let them be sampled."""
+        assert self.online_state is not None and self.fleet is not None
+        failure = self.data.task.failure_reward
+        returns, counts = self.fleet.take_returns(members, self.config.discount, failure)
+        if not counts.any():
             return
-        if longest > self.online_state.buffer.capacity:
-            raise ConfigError(f"an episode of {longest} steps does not fit the replay buffer; raise replay_capacity")
-        returns = np.zeros((self.seeds, 1 << (longest - 1).bit_length()), np.float32)
-        counts = np.zeros(self.seeds, np.int32)
-        failure = self.data.task.failure_reward if self.data.task is not None else None
-        for member in members:
-            rewards, masks = np.asarray(self.pending[member], np.float32).reshape(-1, 2).T
-            ends = np.zeros(len(rewards), np.float32)
-            ends[-1:] = 1.0
-            counts[member] = len(rewards)
-            returns[member, : len(rewards)] = monte_carlo_returns(rewards, masks, ends, self.config.discount, failure)
-            self.pending[member] = []
-            self.visible[member] += len(rewards)
+        if counts.max() > self.online_state.buffer.capacity:
+            raise ConfigError(
+                f"an episode of {counts.max()} steps does not fit the replay buffer; raise replay_capacity"
+            )
+        self.visible = [seen + int(count) for seen, count in zip(self.visible, counts, strict=True)]
         buffer = commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
         self.online_state = self.online_state._replace(buffer=buffer)
 
-    def _finish_episode(self, member: int, result: Step) -> None:
-        slot, counters = self.slots[member], self.counters
+    def _episode_finished(self, member: int, row: dict[str, Any]) -> None:
+        counters = self.counters
         counters.episodes[member] += 1
-        row = slot.row(result.terminated)
         metrics = {f"train/{key}": float(row[key]) for key in ("return", "length", "success") if row[key] is not None}
         position = {"env_steps": counters.env_steps + 1, "gradient_steps": counters.gradient_steps}
-        self.hooks.metrics({"phase": self.phase_name, **position, "seed": member, "episodes": counters.episodes[member], **metrics})
-        slot.reset()
-
-    def _stacked(self, observations: list[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *observations)
-
-    def _observations(self) -> Any:
-        return self._stacked([slot.observation for slot in self.slots])
+        numbers = {"seed": member, "episodes": counters.episodes[member], **metrics}
+        self.hooks.metrics({"phase": self.phase_name, **position, **numbers})
 
     def _log_online(self) -> None:
         assert self.online_state is not None
@@ -420,15 +294,17 @@ class Trainer:
         self._write_metrics(metrics, {"time/log_steps": float(steps)})
         self._updates_since_log, counters.logged_at = 0, counters.env_steps
 
-    # ------------------------------------------------------------------ both
-
     def evaluate(self) -> list[dict[str, Any]]:
         """Evaluate all seeds in their own environments, report and return one row per episode."""
         counters = self.counters
         agent = self.agent if self.online_state is None else self.online_state.agent
         point = counters.offline_steps + counters.env_steps
         rows = self.evaluator(agent, self.normalizer, point, self.loop.deterministic_eval)
-        position = {"phase": self.phase_name, "env_steps": counters.env_steps, "gradient_steps": counters.gradient_steps}
+        position = {
+            "phase": self.phase_name,
+            "env_steps": counters.env_steps,
+            "gradient_steps": counters.gradient_steps,
+        }
         rows = [{**position, **row} for row in rows]
         known = [row for row in rows if row["success"] is not None]
         counters.score = float(np.mean([row["success"] for row in known] if known else [row["return"] for row in rows]))
@@ -447,18 +323,17 @@ class Trainer:
     def close(self) -> None:
         """Close all environments."""
         self.evaluator.close()
-        for slot in self.slots:
-            slot.env.close()
-
-    # ------------------------------------------------------------------ state for checkpoints
+        if self.fleet is not None:
+            self.fleet.close()
 
     def arrays(self) -> dict[str, Any]:
         """Return every device array of the run, by name (o2o.checkpoint)."""
         stats = {} if self.normalizer is None else {"normalizer": self.normalizer}
         if self.online_state is None:
             return {"agent": self.agent, "loop": {"rng": self.rng, "totals": self._offline_totals}, **stats}
+        assert self.fleet is not None
         agent, buffer, carry, rng, totals = self.online_state
-        loop = {"rng": rng, "totals": totals, "observations": self._observations()}
+        loop = {"rng": rng, "totals": totals, "observations": self.fleet.observations}
         if self.action is not None:
             loop["action"] = self.action
         if carry is not None:
@@ -469,25 +344,27 @@ class Trainer:
         """Return every host value of the run, JSON-able."""
         return {
             "counters": dict(vars(self.counters)),
-            "slots": [slot.snapshot() for slot in self.slots],
-            "pending": self.pending,
+            "fleet": None if self.fleet is None else self.fleet.snapshot(),
             "visible": self.visible,
             "updates_since_log": self._updates_since_log,
         }
 
-    def restore(self, state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int) -> Self:
+    def restore(
+        self, state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int
+    ) -> Self:
         """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
         if state["counters"]["phase"] == "online":
             self.begin_online(online_steps)
         targets = self.arrays()
         if self.online_state is not None:
-            targets["loop"]["action"] = jnp.zeros(self.offline_data.rows["actions"].shape[1:]) + jnp.zeros((self.seeds, 1))
+            targets["loop"]["action"] = jnp.zeros(self.offline_data.rows["actions"].shape[1:]) + jnp.zeros(
+                (self.seeds, 1)
+            )
         elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
             shapes = over_seeds(lambda a, b: info_zeros(a, b), self.seeds, (0, None))
             targets["loop"]["totals"] = shapes(self.agent, self.offline_data.sample(jax.random.key(0), (1, 2)))
         loaded = load(targets)
         self.counters = Counters(**state["counters"])
-        self.pending = [[(reward, mask) for reward, mask in rows] for rows in state["pending"]]
         self.visible, self._updates_since_log = list(state["visible"]), state["updates_since_log"]
         self.normalizer = loaded.get("normalizer", self.normalizer)
         if self.online_state is None:
@@ -499,24 +376,22 @@ class Trainer:
             loaded["agent"], loaded["buffer"], part.get("carry"), part["rng"], part["totals"]
         )
         self.action = part["action"]
-        self._restore_slots(state["slots"], part["observations"])
+        self._restore_fleet(state["fleet"], part["observations"])
         return self
 
-    def _restore_slots(self, snapshots: list[dict[str, Any]], observations: Any) -> None:
-        same = []
-        for member, (slot, snapshot) in enumerate(zip(self.slots, snapshots, strict=True)):
-            seen = jax.tree.map(lambda leaf, m=member: np.asarray(leaf[m]), observations)
-            same.append(slot.restore(snapshot, seen))
-        if not all(same):
-            # The environment stands elsewhere: the half episodes end here as if cut by a time limit, and the policy acts afresh.
-            assert self.online_state is not None
-            self._commit(np.flatnonzero(np.logical_not(same)))
-            state, self.action = first_actions(
-                self.online_state,
-                self.normalizer,
-                self._observations(),
-                seeds=self.seeds,
-                random=self.counters.env_steps < self.online_config.random_steps,
-            )
-            self.online_state = state
+    def _restore_fleet(self, snapshot: dict[str, Any], observations: Any) -> None:
+        assert self.online_state is not None and self.fleet is not None
+        same = self.fleet.restore(snapshot, observations)
         self.exact_resume = all(same)
+        if self.exact_resume:
+            return
+        # An environment stands elsewhere: its half episode ends as if cut by a time limit, and the policies act afresh.
+        if self.fleet.waits:
+            self._commit(np.flatnonzero(np.logical_not(same)))
+        self.online_state, self.action = first_actions(
+            self.online_state,
+            self.normalizer,
+            self.fleet.observations,
+            seeds=self.seeds,
+            random=self.counters.env_steps < self.online_config.random_steps,
+        )

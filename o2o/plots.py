@@ -198,12 +198,16 @@ def _name(config: Mapping[str, Any], run: Path) -> str:
     return str(config.get("agent") if isinstance(config.get("agent"), str) else run.name)
 
 
-def plot_runs(runs: Sequence[Path], out: Path, metric: str = "return", statistic: str = "iqm") -> dict[str, Curve]:
+def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statistic: str = "iqm") -> dict[str, Curve]:
     """Compare run folders in one picture, read from `episodes.jsonl` and `config.json`; return the curves drawn.
 
+    Without `metric`, success is drawn where any run knows it, else the return.
     Raises `RunError` for a folder without rows, or when none has the metric.
     """
     curves: dict[str, Curve] = {}
+    if metric is None:
+        known = any(row.get("success") is not None for run in runs for row in read_rows(run / "episodes.jsonl"))
+        metric = "success" if known else "return"
     names = [_name(read_json(run / "config.json"), run) for run in runs]
     for name, run in zip(names, runs, strict=True):
         result = curve(read_rows(run / "episodes.jsonl"), metric, STATISTICS[statistic])

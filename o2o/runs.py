@@ -1,7 +1,7 @@
 """Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
 
-Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal. A signal
-(SIGINT, SIGTERM) saves first.
+Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal.
+A signal (SIGINT, SIGTERM) saves first.
 """
 
 import dataclasses
@@ -111,7 +111,9 @@ class RunFolder:
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
         """Make a new run folder; raises `RunError` if something is there already."""
         if path.exists() and any(path.iterdir()):
-            raise RunError(f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name")
+            raise RunError(
+                f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.json").write_text(json.dumps({**config, "versions": versions()}, indent=2) + "\n")
@@ -168,7 +170,9 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
     except json.JSONDecodeError as error:
-        raise RunError(f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy") from error
+        raise RunError(
+            f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy"
+        ) from error
 
 
 def read_status(path: Path) -> str | None:
@@ -180,7 +184,7 @@ def read_status(path: Path) -> str | None:
 
 
 def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
-    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved as far as it can be."""
+    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved if it can be."""
     run.status("running", pid=os.getpid())
     try:
         finished = work()

@@ -13,8 +13,10 @@ from o2o.normalizer import Normalizer, normalize
 SUFFIXES = (".mp4", ".gif", ".webm")
 
 
-def record(slot: EnvSlot, agent: Any, normalizer: Normalizer | None, episodes: int, out: Path | None) -> list[dict[str, Any]]:
-    """Play `episodes` with the mode of `agent`; frames go to `out`, or to the window where it is None. Returns one row each."""
+def record(
+    slot: EnvSlot, agent: Any, normalizer: Normalizer | None, episodes: int, out: Path | None
+) -> list[dict[str, Any]]:
+    """Play `episodes` with the mode of `agent`; frames go to `out`, None for a window. Returns one row each."""
     if out is not None and out.suffix not in SUFFIXES:
         raise ConfigError(f"video {out} has no known suffix; use one of {', '.join(SUFFIXES)}")
     act = jax.jit(lambda a, o, c, k: a.sample_actions(o, c, k, True))
@@ -40,7 +42,7 @@ def _frame(slot: EnvSlot) -> np.ndarray:
         return np.asarray(slot.env.render(), np.uint8)
     except Exception as error:
         raise EnvironmentFaultError(
-            f"the environment cannot draw ({error}); without a display install EGL or OSMesa and set MUJOCO_GL=egl or osmesa"
+            f"the environment cannot draw ({error}); without a display install EGL or OSMesa and set MUJOCO_GL to it"
         ) from error
 
 
@@ -48,4 +50,6 @@ def _write(out: Path, frames: list[np.ndarray], fps: int) -> None:
     import imageio.v2 as imageio
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimwrite(out, frames, fps=fps) if out.suffix != ".gif" else imageio.mimwrite(out, frames, duration=1000 / fps)
+    pictures: list[Any] = list(frames)
+    timing = {"duration": 1000 / fps} if out.suffix == ".gif" else {"fps": fps}
+    imageio.mimwrite(out, pictures, **timing)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -15,6 +15,7 @@ from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import SAC, SACConfig
 from o2o.agents.wsrl import WSRL, WSRLConfig
 from o2o.errors import CheckpointError, ConfigError
+from o2o.networks import Adam
 from o2o.types import OnlineConfig
 from tests.tiny import (
     ACTION_DIM,
@@ -105,7 +106,8 @@ def test_every_pretrainer_hands_over_what_it_has(pretrain: str) -> None:
         assert_equal(before.critic.opt_state[0], after.critic.opt_state[0])
     if pretrain in ("cql", "calql"):
         assert before.learner.config.max_target_actions == CONFIG.pretrain_target_actions
-        assert before.learner.config.conservative == CONFIG.conservative and after.learner.config.max_target_actions is None
+        assert before.learner.config.conservative == CONFIG.conservative
+        assert after.learner.config.max_target_actions is None
     if pretrain in ("bc", "iql"):
         assert float(after.learner.alpha()) == pytest.approx(1.0) and steps(after.temperature) == 0
 
@@ -212,17 +214,20 @@ def test_one_update_at_ratio_one_is_a_joint_step_from_the_same_parameters() -> N
 
 def test_ratio_four_takes_four_critic_steps_then_one_policy_step_on_all_rows() -> None:
     agent, batch = learner(), make_batch(4)
+    agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.01)))
     after, _ = update(agent, batch)
     assert [steps(m) - steps(n) for m, n in ((after.critic, agent.critic), (after.actor, agent.actor))] == [4, 1]
     _, critic_rng, policy_rng = jax.random.split(agent.rng, 3)
     loop = agent
     for i, key in enumerate(jax.random.split(critic_rng, 4)):
         loop, _ = critic_step(loop, jax.tree.map(lambda leaf, i=i: leaf[i], batch), key)
-    assert largest_difference(after.critic.params, loop.critic.params) < 1e-5
+    assert largest_difference(after.critic.params, loop.critic.params) < 1e-4
     assert largest_difference(after.target_critic, loop.target_critic) < 1e-5
     rows = jax.tree.map(lambda leaf: leaf.reshape(4 * ROWS, *leaf.shape[2:]), batch)
     expected, _ = policy_step(loop, rows, policy_rng, loop.critic)
-    assert largest_difference(after.actor.params, expected.actor.params) < 1e-5
+    other, _ = policy_step(loop, rows, policy_rng, agent.critic)
+    moments, right, wrong = (a.actor.opt_state[0].mu for a in (after, expected, other))
+    assert largest_difference(moments, right) < 1e-4 < 1e-3 < largest_difference(moments, wrong)
     assert largest_difference(after.temperature.params, expected.temperature.params) < 1e-6
 
 

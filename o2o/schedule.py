@@ -1,0 +1,77 @@
+"""When a run logs, evaluates and checkpoints, who listens, and where it stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from o2o.types import OnlineConfig
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How often the loops log, evaluate and checkpoint; none of it changes what is learnt."""
+
+    eval_every: int = 5_000
+    """Environment steps between two evaluations; others: the warm-up's end, after the first 1000 updates, the end."""
+    offline_eval_every: int = 0
+    """Gradient steps between two evaluations offline; 0 for one at the end only."""
+    eval_episodes: int = 20
+    """Episodes of one evaluation, per seed."""
+    log_every: int = 1_000
+    """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
+    checkpoint_every: int = 10_000
+    """Gradient steps (offline) or environment steps (online) between two checkpoints; one more at each phase's end."""
+    updates_per_dispatch: int = 200
+    """Offline updates in one call to the device."""
+    replay_capacity: int = 1_000_000
+    """Most transitions kept online; the buffer is no larger than the run can fill."""
+    deterministic_eval: bool = True
+    """Evaluate the mode of the policy; False samples."""
+
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+@dataclass
+class Hooks:
+    """Where a run folder, a progress bar or a notebook listens."""
+
+    metrics: Callable[[dict[str, Any]], None] = _ignore
+    episodes: Callable[[list[dict[str, Any]]], None] = _ignore
+    checkpoint: Callable[[Any], None] = _ignore
+    progress: Callable[[str, int, int, dict[str, float]], None] = _ignore
+    """(phase, done, total, newest metrics)."""
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    phase: str = "offline"
+    offline_steps: int = 0
+    """Gradient steps of the offline phase."""
+    gradient_steps: int = 0
+    """Critic updates of both phases."""
+    env_steps: int = 0
+    """Environment steps of the online phase, per seed."""
+    episodes: list[int] = field(default_factory=list)
+    """Finished training episodes of each seed."""
+    elapsed: float = 0.0
+    """Seconds of training so far, evaluation included."""
+    logged_at: int = 0
+    """Step of the last metrics row in this phase."""
+    score: float | None = None
+    """Mean over seeds of the last evaluation's success rate; of its return where the task knows no success."""
+
+
+def evaluation_steps(loop: LoopConfig, online: OnlineConfig, steps: int) -> set[int]:
+    """Return the online steps to evaluate at: every `eval_every`, the warm-up's end, after 1000 updates, the end."""
+    points = set(range(loop.eval_every, steps, loop.eval_every))
+    points |= {
+        max(online.warmup_steps, online.random_steps),
+        online.first_update() + -(-1000 // online.utd_ratio),
+        steps,
+    }
+    return {point for point in points if 0 < point <= steps}

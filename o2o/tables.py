@@ -1,0 +1,45 @@
+"""Tables on the screen."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from o2o.plots import read_rows
+
+
+def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    """Print mean and spread over seeds of the per-seed means."""
+    table = Table(title=title)
+    for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
+        table.add_column(column)
+    for key in ("success", "success_last", "return", "normalized", "length"):
+        known = [row for row in rows if row[key] is not None]
+        if known:
+            means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]
+            table.add_row(key, f"{np.mean(means):.3f}", f"{np.std(means):.3f} (n={len(means)})", str(len(known)))
+    console.print(table)
+
+
+def before_after(path: Path, console: Console) -> None:
+    """Print the last evaluation before the switch next to the last one of all, and how to look further."""
+    rows = read_rows(path / "episodes.jsonl")
+    offline, online = [r for r in rows if r["phase"] == "offline"], [r for r in rows if r["phase"] == "online"]
+    if not offline or not online:
+        return
+    last = max(r["env_steps"] for r in online)
+    before = [r for r in offline if r["gradient_steps"] == max(o["gradient_steps"] for o in offline)]
+    after = [r for r in online if r["env_steps"] == last]
+    table = Table(title="what fine-tuning gained")
+    for column in ("", "pre-trained", f"after {last} environment steps"):
+        table.add_column(column)
+    for key in ("success", "return", "length"):
+        values = [sum(float(r[key]) for r in part) / len(part) for part in (before, after)]
+        table.add_row(key, *(f"{value:.2f}" for value in values))
+    table.add_row("episodes", str(len(before)), str(len(after)))
+    console.print(table)
+    console.print(
+        f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False
+    )
