@@ -2,6 +2,9 @@
 
 A tanh-squashed Gaussian fitted by maximum likelihood (so that WSRL or SAC can start from it), a plain Gaussian, or a
 deterministic policy fitted by squared error (CORL `any_percent_bc.py`). It collects online but learns nothing there.
+
+Where we differ
+- CORL's is the deterministic one on normalised states: `loss="mse"` and the run's `normalize`. No 10% BC.
 """
 
 from dataclasses import dataclass

@@ -14,8 +14,14 @@ Where we differ
 - The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
 - O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
   O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
+- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes (`joint_single`);
+  at UTD > 1 they follow the critics, on the rows of all minibatches. The entropy at s' has samples of its own, offline
+  as online: one, on mazes ten.
+- Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
+  for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
 - The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
-- Families without published settings ("other") take weight 5, no dual, importance sampling (calql.md section 4.1).
+- Families without published settings: "other" takes weight 5, no dual, importance sampling (calql.md section 4.1);
+  "pointmaze" follows AntMaze with smaller critics.
 """
 
 from dataclasses import dataclass, replace

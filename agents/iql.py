@@ -3,6 +3,13 @@
 An expectile regression makes V an upper expectile of Q over the actions of the data, Q bootstraps from V, and the
 actor is cloned with weights exp(beta * advantage): no action outside the batch is ever evaluated. Defaults follow the
 published code (ikostrikov/implicit_q_learning); options give WSRL's variant. The actor's rate is constant by default.
+
+Where we differ
+- The Q loss averages over the critics where the published code sums: the same step under Adam, up to epsilon.
+- One `init_scheme` serves all layers; WSRL's IQL has Xavier trunks, orthogonal heads, an actor's last layer of 1e-2.
+- Presets: rewards of WSRL's runs but r - 1 on mazes, no observation normalisation, no exploration noise beyond the
+  policy's own; online 500k steps outside the mazes (published: 1M). "pointmaze" follows AntMaze.
+- The online buffer is a ring: once the run's replay capacity is full, the oldest rows, the dataset's, go first.
 """
 
 from dataclasses import dataclass

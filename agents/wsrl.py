@@ -10,6 +10,9 @@ Where we differ
 - The switch is an explicit call, `online()`, not a step counter (trap 9).
 - Any offline agent of ours may pre-train: IQL gives actor and critics, BC the actor only; what is missing starts
   afresh. One that was trained elsewhere enters through `from_agent`; its networks are kept as they are.
+- At UTD 1 actor and temperature step beside the critics, from the same parameters (`joint_single`, as in the code).
+- With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other (trap 5).
+- Adroit's data keep failed demonstrations unless the task's `only_successes` leaves them out, as the paper does.
 - `max_target_actions` acts online (mazes only, as in the paper), `pretrain_target_actions` offline.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """

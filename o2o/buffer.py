@@ -1,9 +1,9 @@
 """Replay on the device: pytrees of arrays, sampled inside the jit.
 
-`ReplayBuffer` is a ring of transitions in order of time. Its newest `pending` rows are stored but not sampled: an agent that
-needs Monte-Carlo returns sees an episode only once it has ended (calql.md section 4.1, W online loop). `OfflineData` is a fixed
-dataset, one or several sources with weights. `sample_minibatches` joins the two so that every minibatch has exactly its share
-of dataset rows, for any UTD (rlpd.md trap 5).
+`ReplayBuffer` is a ring of transitions in order of time. Its newest `pending` rows are stored but not sampled: an agent
+that needs Monte-Carlo returns sees an episode only once it has ended (calql.md section 4.1, W online loop).
+`OfflineData` is a fixed dataset, one or several sources with weights. `sample_minibatches` joins the two so that every
+minibatch has exactly its share of dataset rows, for any UTD (rlpd.md trap 5).
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,14 +82,14 @@ class ReplayBuffer(struct.PyTreeNode):
         """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis)."""
         if capacity < 1:
             raise ConfigError(f"replay capacity is {capacity}; it must be at least 1")
-        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), np.asarray(leaf).dtype), dict(example))
+        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), jnp.asarray(leaf).dtype), dict(example))
         zero = jnp.zeros((), jnp.int32)
         return cls(rows=rows, cursor=zero, size=zero, pending=zero)
 
     @property
     def capacity(self) -> int:
         """Rows the ring can hold."""
-        return self.rows["rewards"].shape[0]
+        return self.rows["rewards"].shape[-1]
 
     def add(self, row: Batch, pending: bool = False) -> Self:
         """Store one transition (leaves without a leading axis); `pending` hides it until `commit`."""
@@ -123,7 +123,7 @@ class ReplayBuffer(struct.PyTreeNode):
         )
 
     def commit(self, mc_returns: Array, count: Array) -> Self:
-        """Give the newest `count` rows their returns-to-go `mc_returns [L]` (padded behind `count`) and make them visible."""
+        """Show the newest `count` rows and give them their returns-to-go `mc_returns [L]` (padded behind `count`)."""
         offsets = jnp.arange(mc_returns.shape[0])
         slots = jnp.where(offsets < count, (self.cursor - count + offsets) % self.capacity, self.capacity)
         stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
@@ -159,7 +159,7 @@ class ReplayBuffer(struct.PyTreeNode):
 def sample_minibatches(
     rng: Array, offline: OfflineData | None, buffer: ReplayBuffer, utd_ratio: int, batch_size: int, offline_ratio: float
 ) -> Batch:
-    """Draw `[utd, B, ...]`; with `offline`, each minibatch has exactly round(B * offline_ratio) dataset rows, listed first."""
+    """Draw `[utd, B, ...]`; with `offline`, each minibatch begins with round(B * offline_ratio) dataset rows."""
     keys = [key for key in buffer.rows if key != "ends"]
     offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
     offline_rng, online_rng = jax.random.split(rng)

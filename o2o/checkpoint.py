@@ -1,6 +1,6 @@
-"""Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step. The only module that knows orbax.
+"""Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step; orbax is known only here.
 
-A step is written beside the others and renamed when whole, so a kill or a full disk leaves the earlier ones as they were.
+A step is written beside the others and renamed when whole: a kill or a full disk leaves the earlier ones as they were.
 """
 
 import json
@@ -20,8 +20,10 @@ _policies = ocp.training.preservation_policies
 
 def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> ocp.training.Checkpointer:
     best = _policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
-    policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), best])
-    return ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=cleanup)
+    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), best])
+    return ocp.training.Checkpointer(
+        str(folder.absolute()), preservation_policy=policy, cleanup_tmp_directories=cleanup
+    )
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -36,8 +38,9 @@ def _shapes(tree: Any) -> dict[str, str]:
 def save(
     folder: Path, step: int, arrays: Mapping[str, Any], state: Mapping[str, Any], score: float | None, keep_last: int
 ) -> None:
-    """Write checkpoint `step`: `arrays` name -> pytree, `state` JSON-able; keep the last `keep_last` and the best by `score`.
+    """Write checkpoint `step`: `arrays` name -> pytree, `state` JSON-able.
 
+    Keeps the last `keep_last` and the best by `score`; a step not beyond the latest one is not written again.
     Raises `CheckpointError` if it cannot be written (no space left, say); what was there stays.
     """
     items = dict(arrays)

@@ -1,7 +1,7 @@
 """The jitted programs of the two phases: hundreds of offline updates per call; one call per online environment step.
 
-All take and return state with a leading seed axis `[S]`. One seed runs without that axis inside (no batched products of size
-one); several run under `vmap`.
+All take and return state with a leading seed axis `[S]`. One seed runs without that axis inside (no batched products of
+size one); several run under `vmap`.
 """
 
 from collections.abc import Callable
@@ -39,11 +39,23 @@ def each_seed(function: Callable[[Any], Any], stacked: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
+@partial(jax.jit, static_argnames=("agent_class", "config"))
+def create_agent(rng: Array, observations: Any, actions: Array, *, agent_class: Any, config: Any) -> Any:
+    """Initialise one agent from example observations `[1, D]` and actions `[1, A]`."""
+    return agent_class.create(rng, observations, actions, config)
+
+
+@jax.jit
+def to_online(agent: Any) -> Any:
+    """Return one agent in its online form."""
+    return agent.online()
+
+
 @partial(jax.jit, static_argnames=("seeds", "batch_size"), donate_argnames=("agent", "rng"))
 def offline_updates(
     agent: Any, rng: Array, data: OfflineData, num_updates: Array, *, seeds: int, batch_size: int
 ) -> tuple[Any, Array, Info]:
-    """Run `num_updates` (a traced number: no recompile) updates on dataset minibatches; metrics are means, `[S]` each."""
+    """Run `num_updates` (traced: no recompile) updates on dataset minibatches; metrics are means, `[S]` each."""
 
     def one_seed(agent: Any, rng: Array) -> tuple[Any, Array, Info]:
         shapes = jax.eval_shape(lambda a, r: a.update(data.sample(r, (1, batch_size)))[1], agent, rng)
@@ -91,15 +103,11 @@ def info_zeros(agent: Any, batch: Batch) -> Info:
 
 
 def fresh_online_state(agent: Any, rng: Array, offline: OfflineData, capacity: int, append: bool) -> OnlineState:
-    """Return the state at the switch: agents `[S]` in their online form, replay empty or (`append`) holding the dataset."""
+    """Return the state at the switch: agents `[S]` in online form, replay empty or (`append`) holding the dataset."""
     seeds = rng.shape[0]
     rows = {key: offline.rows[key] for key in (*TRANSITION_KEYS, *agent.needs, "ends")}
-
-    def create_buffer() -> ReplayBuffer:
-        buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
-        return buffer.extend(rows) if append else buffer
-
-    buffer = jax.jit(create_buffer)()
+    buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
+    buffer = buffer.extend(rows) if append else buffer
     buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)).copy(), buffer)
     carry = jax.vmap(lambda a: a.initial_carry((1,)))(agent)
     example = jax.tree.map(lambda leaf: leaf[:1][None], rows)

@@ -1,6 +1,6 @@
 """Action distributions: a diagonal Gaussian, plain or squashed by tanh.
 
-The tanh change of variables is exact: log|d tanh(u)/du| = 2 (ln 2 - u - softplus(-2u)) (SAC, arXiv 1801.01290, appendix C).
+The tanh change of variables is exact: log|d tanh(u)/du| = 2 (ln 2 - u - softplus(-2u)) (SAC, arXiv 1801.01290, app. C).
 """
 
 import jax

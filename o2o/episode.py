@@ -1,8 +1,9 @@
-"""One environment being played: episode counters, the seed of its reset, and what it takes to stand at the same point again.
+"""One environment being played: episode counters, reset seeds, and what it takes to stand at the same point again.
 
-Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and the
-actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no knowledge of its
-internals needed. An environment that cannot be replayed (a robot: `metadata["replayable"] = False`) begins a new episode.
+Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and
+the actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no
+knowledge of its internals needed. An environment that cannot be replayed (a robot: `metadata["replayable"] = False`)
+begins a new episode.
 """
 
 from collections.abc import Callable

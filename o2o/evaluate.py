@@ -1,4 +1,4 @@
-"""Evaluation: seeded episodes in environments of their own, one row per episode; all seeds and slots act in one call."""
+"""Evaluation: seeded episodes in environments of their own, one row each; all seeds and slots act in one call."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +53,7 @@ class Evaluator:
     def __call__(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
     ) -> list[dict[str, Any]]:
-        """Play all episodes with the stacked `agent` and return their rows; reset seeds depend on (seed, member, `point`)."""
+        """Play all episodes with the stacked `agent`; return their rows. Resets depend on (seed, member, `point`)."""
         if not self.envs:
             self.envs = [[EnvSlot(self.env_fn(True), ()) for _ in range(self.slots)] for _ in range(self.seeds)]
         rng = jax.random.key(point)

@@ -106,10 +106,13 @@ def preset_run(
     about = datasets.info(ids[0])
     family = envs.task_for(env or about).family
     preset = agent_class(agent).preset(family, size)
-    if preset.reward is not None and task_config.reward_scale is None and task_config.reward_bias is None:
-        task_config = dataclasses.replace(task_config, reward_scale=preset.reward[0], reward_bias=preset.reward[1])
     if family == "adroit" and task_config.binary is None:
         task_config = dataclasses.replace(task_config, binary=True)
+    binary = {} if task_config.binary is None else {"binary": task_config.binary}
+    suits = envs.task_for(env or about, **binary).sparse or family == "kitchen"  # the papers shift sparse rewards only
+    untouched = task_config.reward_scale is None and task_config.reward_bias is None
+    if preset.reward is not None and suits and untouched:
+        task_config = dataclasses.replace(task_config, reward_scale=preset.reward[0], reward_bias=preset.reward[1])
     loop = LoopConfig() if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
     defaults: dict[str, Any] = {
         "config": preset.config,

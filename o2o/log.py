@@ -121,7 +121,7 @@ def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
 
 
 class Screen:
-    """One progress bar per phase with the newest score and rates; a plain line per evaluation where there is no terminal."""
+    """One progress bar per phase with the newest score and rates; without a terminal, a plain line per evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console` (standard error by default)."""

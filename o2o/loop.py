@@ -7,6 +7,7 @@ episodes are three counters; environment steps are counted per seed (five seeds 
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -19,6 +20,7 @@ from o2o.dispatch import (
     OnlineMode,
     OnlineState,
     commit_episodes,
+    create_agent,
     each_seed,
     first_actions,
     fresh_online_state,
@@ -26,6 +28,7 @@ from o2o.dispatch import (
     offline_updates,
     online_step,
     over_seeds,
+    to_online,
 )
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn, Evaluator
@@ -33,6 +36,9 @@ from o2o.fleet import Fleet
 from o2o.normalizer import Normalizer
 from o2o.schedule import Counters, Hooks, LoopConfig, evaluation_steps
 from o2o.types import OnlineConfig
+
+SMALLEST_BUFFER = 10_000
+"""Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
 
 
 class Trainer:
@@ -65,8 +71,8 @@ class Trainer:
             rows = {k: np.asarray(self.normalizer(v)) if k.endswith("observations") else v for k, v in rows.items()}
         example = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), {k: rows[k] for k in ("observations", "actions")})
         keys = jax.random.split(jax.random.key(seed), seeds + 1)
-        create = jax.jit(lambda key: agent_class.create(key, example["observations"], example["actions"], config))
-        self.agent = each_seed(create, keys[:seeds])
+        make = partial(create_agent, agent_class=agent_class, config=config)
+        self.agent = each_seed(lambda key: make(key, example["observations"], example["actions"]), keys[:seeds])
         sources = [(source.start, source.size, source.weight) for source in data.sources]
         self.offline_data = OfflineData.create(rows, (*self.agent.needs, "ends"), sources)
         self.rng = jax.random.split(keys[seeds], seeds)
@@ -152,13 +158,13 @@ class Trainer:
         if self.online_state is not None:
             return
         wanted = self.online_config
-        agent = each_seed(jax.jit(lambda a: a.online()), self.agent)
+        agent = each_seed(to_online, self.agent)
         if "mc_returns" in agent.needs and wanted.replay == "append":
             raise ConfigError(
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
             )
         rows = self.offline_data.size if wanted.replay == "append" else 0
-        capacity = min(self.loop.replay_capacity, steps + rows)
+        capacity = min(self.loop.replay_capacity, max(steps, SMALLEST_BUFFER)) + rows
         self.online_state = fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0

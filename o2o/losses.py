@@ -1,4 +1,4 @@
-"""Pure functions, one per equation that two papers share. Leading axis E is the critic ensemble; nothing here draws or updates."""
+"""Pure functions, one per equation that two papers share; no draws, no updates. Axis E is the critic ensemble."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def sac_actor_loss(log_prob: Array, q: Array, alpha: Array) -> Array:
 
 
 def temperature_loss(alpha: Array, entropy: Array, target_entropy: float) -> Array:
-    """Return alpha * (H - target): alpha grows iff the measured entropy `[]` is below the target (arXiv 1812.05905, eq. 18)."""
+    """Return alpha * (H - target): alpha grows iff the entropy `[]` is below the target (arXiv 1812.05905, eq. 18)."""
     return alpha * jax.lax.stop_gradient(entropy - target_entropy)
 
 
@@ -43,5 +43,5 @@ def advantage_weights(advantages: Array, beta: float, cap: float = 100.0) -> Arr
 
 
 def conservative_gap(z: Array, q_data: Array, temperature: float = 1.0) -> Array:
-    """Return T logsumexp(z / T) - Q(s, a_data) for `z [..., K, B]` and `q_data [..., B]` (CQL, arXiv 2006.04779, eq. 4)."""
+    """Return T logsumexp(z / T) - Q(s, a_data), `z [..., K, B]` and `q_data [..., B]` (arXiv 2006.04779, eq. 4)."""
     return temperature * jax.scipy.special.logsumexp(z / temperature, axis=-2) - q_data

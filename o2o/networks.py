@@ -1,6 +1,6 @@
-"""Linen networks for flat observations: MLP, Gaussian actor, critic ensemble, value; and `Model`, a network with its optimiser.
+"""Linen networks for flat observations (MLP, Gaussian actor, critics, value) and `Model`: one with its optimiser.
 
-Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products; how is known to `EnsembleDense` alone.
+Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products; only `EnsembleDense` knows how.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def kernel_init(name: Init, gain: float = SQRT2) -> Callable[..., Array]:
 
 
 class MLP(nn.Module):
-    """Dense -> (dropout) -> (LayerNorm) -> ReLU for every width, the last one included; `[..., D]` to `[..., hidden[-1]]`."""
+    """Dense -> (dropout) -> (LayerNorm) -> ReLU for every width, also the last; `[..., D]` to `[..., hidden[-1]]`."""
 
     hidden_dims: Sequence[int]
     layer_norm: bool = False
@@ -65,8 +65,8 @@ class GaussianActor(nn.Module):
     init_scheme: Init = "orthogonal"
     last_gain: float | None = None
     std_mode: Literal["exp", "scaled", "uniform"] = "exp"
-    """`exp`: log-std is a linear head of the state; `scaled`: that head times a learned scale plus a learned offset, initially
-    1 and -1 (Cal-QL's official code); `uniform`: one free vector, initially 0."""
+    """`exp`: log-std is a linear head of the state; `scaled`: that head times a learned scale plus a learned offset,
+    initially 1 and -1 (Cal-QL's official code); `uniform`: one free vector, initially 0."""
     log_std_min: float | None = None
     log_std_max: float | None = None
     std_min: float = 1e-5
@@ -99,7 +99,7 @@ class GaussianActor(nn.Module):
 
 
 class EnsembleDense(nn.Module):
-    """`num` independent Dense layers; `[..., in]` (shared input) or `[E, ..., in]` (stacked) to `[E, ..., features]`."""
+    """`num` independent Dense layers: `[..., in]` (one input) or `[E, ..., in]` (stacked) to `[E, ..., features]`."""
 
     num: int
     features: int
@@ -144,7 +144,8 @@ class EnsembleLayerNorm(nn.Module):
 class CriticEnsemble(nn.Module):
     """`num` Q-functions of concat(s, a): `[..., D]`, `[..., A]` to `[num, ...]`.
 
-    `shared_output` gives all members one linear output layer (WSRL's code, wsrl.md trap 2); otherwise each has its own (REDQ, RLPD).
+    `shared_output` gives all members one linear output layer (WSRL's code, wsrl.md trap 2); otherwise each has its own
+    (REDQ, RLPD).
     """
 
     hidden_dims: Sequence[int]
@@ -177,7 +178,7 @@ class CriticEnsemble(nn.Module):
 
 
 def take_members(params: Params, members: Array) -> Params:
-    """Return the parameters of the members `[k]` of a `CriticEnsemble`, for `critic.clone(num=k)`; a shared layer is kept whole."""
+    """Return the parameters of a `CriticEnsemble`'s members `[k]`, for `critic.clone(num=k)`; a shared layer stays."""
 
     def take(tree: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -231,7 +232,7 @@ class Adam:
 
 
 class Model(struct.PyTreeNode):
-    """A network's parameters with their optimiser; the definitions are static and compare by value (no stray recompiles)."""
+    """A network's parameters and their optimiser; definitions are static and compare by value (no recompiles)."""
 
     params: Params
     opt_state: Any

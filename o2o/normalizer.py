@@ -1,4 +1,4 @@
-"""Observation normalisation whose statistics are frozen with the agent (they must not change at the switch to online)."""
+"""Observation normalisation; its statistics are frozen with the agent (they must not change when it goes online)."""
 
 from typing import Any, Self
 

@@ -23,8 +23,8 @@ class LoopConfig:
     """Gradient steps (offline) or environment steps (online) between two checkpoints; one more at each phase's end."""
     updates_per_dispatch: int = 200
     """Offline updates in one call to the device."""
-    replay_capacity: int = 1_000_000
-    """Most transitions kept online; the buffer is no larger than the run can fill."""
+    replay_capacity: int = 2_000_000
+    """Most transitions of its own that a run keeps; the buffer is no larger than the run can fill."""
     deterministic_eval: bool = True
     """Evaluate the mode of the policy; False samples."""
 

@@ -32,7 +32,7 @@ class OnlineConfig:
     """The first update waits until the online buffer holds more rows than this."""
     replay: Replay = "online"
     """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
-    minibatch from the dataset; `append` one buffer that starts with the whole dataset; `none` no online update at all."""
+    minibatch from the dataset; `append` one buffer that starts with the whole dataset; `none` no update at all."""
     offline_ratio: float = 0.5
     """Share of dataset rows in each minibatch when `replay` is `mixed`."""
 
@@ -54,7 +54,7 @@ class Agent(Protocol):
 
     @classmethod
     def create(cls, rng: Array, observations: Any, actions: Any, config: Any = ...) -> Self:
-        """Initialise from a key and one example batch: observations `[B, D]`, actions `[B, A]` (only shapes are used)."""
+        """Initialise from a key and one example batch: observations `[B, D]`, actions `[B, A]` (only shapes matter)."""
         ...
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
@@ -78,7 +78,7 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """An agent's settings for a family of tasks: paper's size, or a small one that shows the same phenomenon on a laptop."""
+    """An agent's settings for a family of tasks: the paper's, or small ones that show the same effect on a laptop."""
 
     config: Any
     """The agent's config dataclass."""
