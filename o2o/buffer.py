@@ -46,11 +46,13 @@ class OfflineData(struct.PyTreeNode):
         count = len(rows["rewards"])
         table = list(sources) or [(0, count, 1.0)]
         weights = np.asarray([weight for _, _, weight in table], np.float64)
+        with np.errstate(divide="ignore"):
+            logits = np.log(weights / weights.sum())
         return cls(
             rows=kept,
             starts=jnp.asarray([start for start, _, _ in table], jnp.int32),
             sizes=jnp.asarray([size for _, size, _ in table], jnp.int32),
-            logits=jnp.asarray(np.log(weights / weights.sum()), jnp.float32),
+            logits=jnp.asarray(logits, jnp.float32),
         )
 
     @property
@@ -102,7 +104,7 @@ class ReplayBuffer(struct.PyTreeNode):
             rows=rows,
             cursor=(self.cursor + 1) % self.capacity,
             size=jnp.minimum(self.size + 1, self.capacity),
-            pending=self.pending + 1 if pending else self.pending,
+            pending=jnp.minimum(self.pending + 1, self.capacity) if pending else self.pending,
         )
 
     def extend(self, rows: Batch) -> Self:
@@ -123,11 +125,15 @@ class ReplayBuffer(struct.PyTreeNode):
         )
 
     def commit(self, mc_returns: Array, count: Array) -> Self:
-        """Show the newest `count` rows and give them their returns-to-go `mc_returns [L]` (padded behind `count`)."""
+        """Show the newest `count` rows and give them their returns-to-go `mc_returns [L]` (padded behind `count`).
+
+        An episode longer than the ring keeps its newest rows.
+        """
         offsets = jnp.arange(mc_returns.shape[0])
-        slots = jnp.where(offsets < count, (self.cursor - count + offsets) % self.capacity, self.capacity)
+        stored_still = (offsets < count) & (offsets >= count - self.capacity)
+        slots = jnp.where(stored_still, (self.cursor - count + offsets) % self.capacity, self.capacity)
         stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
-        return self.replace(rows={**self.rows, "mc_returns": stored}, pending=self.pending - count)
+        return self.replace(rows={**self.rows, "mc_returns": stored}, pending=jnp.maximum(self.pending - count, 0))
 
     @property
     def visible(self) -> Array:
@@ -139,21 +145,24 @@ class ReplayBuffer(struct.PyTreeNode):
         return (self.cursor - self.size + age_order) % self.capacity
 
     def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
-        """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`."""
+        """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`. There must be one."""
         slots = self._slots(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
         return jax.tree.map(lambda leaf: leaf[slots], self.rows)
 
     def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
         """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
 
-        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it.
+        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 where
+        fewer than `horizon` rows are visible.
         """
         last_start = jnp.maximum(self.visible - horizon + 1, 1)
         starts = jax.random.randint(rng, shape, 0, last_start)
-        slots = self._slots(starts[..., None] + jnp.arange(horizon))
+        positions = starts[..., None] + jnp.arange(horizon)
+        slots = self._slots(positions)
         batch = jax.tree.map(lambda leaf: leaf[slots], self.rows)
         ended_before = jnp.cumsum(batch["ends"], axis=-1) - batch["ends"]
-        return {**batch, "valid": (ended_before == 0).astype(jnp.float32)}
+        valid = (ended_before == 0) & (positions < self.visible)
+        return {**batch, "valid": valid.astype(jnp.float32)}
 
 
 def sample_minibatches(

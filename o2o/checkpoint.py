@@ -54,16 +54,12 @@ def save(
             if latest is not None and latest.step >= step:
                 return
             checkpointer.save_checkpointables(step, items, metrics=metrics)
-    except OSError as error:
+    except Exception as error:  # tensorstore reports a failed write as a ValueError
+        reason = _first_cause(error)
+        if "RESOURCE_EXHAUSTED" in reason or "No space" in reason:
+            reason = "no space left on the disk; free some and resume"
         raise CheckpointError(
-            f"cannot save checkpoint {step} in {folder}: {error}; earlier checkpoints are intact"
-        ) from error
-    except ValueError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "No space" not in str(error):
-            raise
-        raise CheckpointError(
-            f"cannot save checkpoint {step} in {folder}: no space left on the disk; earlier checkpoints are intact: "
-            "free some space and resume"
+            f"cannot save checkpoint {step} in {folder}: {reason}; earlier checkpoints are intact"
         ) from error
 
 
@@ -89,6 +85,8 @@ def steps(folder: Path) -> list[int]:
 
 def best_step(folder: Path) -> int | None:
     """Return the step with the highest score, or `None` if no checkpoint has one."""
+    if not folder.is_dir():
+        return None
     with _checkpointer(folder) as checkpointer:
         scored = [(entry.metrics["score"], entry.step) for entry in checkpointer.checkpoints if entry.metrics]
     return max(scored)[1] if scored else None
@@ -107,9 +105,7 @@ def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, An
             text = checkpointer.load_checkpointables(step, {"state": None})["state"]["json"]
         saved = json.loads(text)
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise _unreadable(folder, step, error) from error
     return step, saved["state"], saved["shapes"]
 
 
@@ -121,14 +117,32 @@ def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str
     _, _, shapes = load_state(folder, step)
     for name, target in targets.items():
         _compare(folder, step, name, shapes.get(name), _shapes(target))
-    abstract = {name: jax.eval_shape(lambda tree=target: tree) for name, target in targets.items()}
+    abstract = {name: jax.tree.map(_abstract, target) for name, target in targets.items()}
     try:
         with _checkpointer(folder) as checkpointer:
             return dict(checkpointer.load_checkpointables(step, abstract))
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {step} in {folder} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise _unreadable(folder, step, error) from error
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Describe a leaf to load: onto the device where `leaf` is, whichever device wrote it."""
+    here = leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return what first went wrong, in one line; orbax wraps an exception several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _unreadable(folder: Path, step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {step} in {folder} cannot be read ({_first_cause(error)}): restore {folder / str(step)} from a "
+        "copy, or delete that folder and go on from an earlier checkpoint"
+    )
 
 
 def _compare(folder: Path, step: int, name: str, saved: dict[str, str] | None, wanted: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from o2o.episode import EVAL_STREAM, EnvSlot
+from o2o.errors import ConfigError
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Carry
 
@@ -47,6 +48,8 @@ class Evaluator:
     ) -> None:
         """Prepare for `episodes` episodes of each of `seeds` agents; environments are made at first use."""
         self.env_fn, self.seeds, self.episodes, self.seed, self.normalized = env_fn, seeds, episodes, seed, normalized
+        if episodes < 1:
+            raise ConfigError(f"eval_episodes is {episodes}; expected at least 1")
         self.slots = min(slots, episodes)
         self.envs: list[list[EnvSlot]] = []
 

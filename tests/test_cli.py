@@ -1,0 +1,101 @@
+"""The command line as a user meets it: exit codes, one clear line for bad input, the whole way on a tiny run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from o2o import cli, experiment
+from o2o.plots import read_rows
+from o2o.runs import read_status
+
+TINY = [
+    *("--preset", "small", "--offline-steps", "20", "--online-steps", "40", "--loop.eval-episodes", "1"),
+    *("--config.actor-hidden-dims", "8", "8", "--config.critic-hidden-dims", "8", "8", "--config.batch-size", "8"),
+    *("--config.online.warmup-steps", "10", "--config.online.min-rows", "0"),
+]
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    return int(ended.value.code or 0)
+
+
+def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 0
+    path = tmp_path / "one"
+    assert read_status(path) == "finished" and (path / "curve.png").stat().st_size > 5_000
+    assert {row["phase"] for row in read_rows(path / "episodes.jsonl")} == {"offline", "warmup", "online"}
+    config = experiment.load_config(path)
+    assert config.config.actor_hidden_dims == (8, 8) and config.online_steps == 40 and config.preset == "small"
+    capsys.readouterr()
+    assert run("eval", str(path), "--episodes", "2") == 0
+    assert re.search(r"return .*\(n=1\).* 2 ", capsys.readouterr().out)
+    assert run("plot", str(path), "--out", str(tmp_path / "p.png")) == 0
+    assert (tmp_path / "p.png").stat().st_size > 5_000
+    assert run("resume", str(path)) == 0
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "wsrll"], "did you mean 'wsrl'"),
+        (["train", "wsrl"], "no --dataset"),
+        (
+            ["train", "wsrl", "--dataset", "o2o/embeded/pointmaze-umaze-v0"],
+            "did you mean o2o/embedded/pointmaze-umaze-v0",
+        ),
+        (["data", "describe", "no/such-v0"], "no/such-v0"),
+        (["data", "make", "nothing"], "pointmaze-umaze"),
+        (["data", "lst"], "did you mean 'list'"),
+        (["bench", "run", "nothing"], "nothing"),
+        (["resume", "runs/absent"], "no run folder"),
+        (["eval", "runs/absent"], "no run folder"),
+        (["play", "runs/absent"], "no run folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    args: list[str], words: str, embedded: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("o2o: error: ") and error.count("\n") == 1 and words in error
+
+
+def test_an_unknown_field_is_refused_with_the_near_one(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "wsrl", "--dataset", embedded, "--config.online.utd-ration", "3") == 2
+    output = capsys.readouterr()
+    assert "--config.online.utd-ratio" in output.err + output.out
+
+
+@pytest.mark.parametrize("agent", ["bc", "iql", "cql", "calql", "sac", "rlpd", "wsrl"])
+def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", agent, "--help") == 0
+    text = capsys.readouterr().out
+    for option in ("--config.discount", "--config.online.utd-ratio", "--dataset", "--seeds"):
+        assert option in text
+    assert "0.99" in text
+
+
+def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "list") == 0
+    assert "PointMaze" in capsys.readouterr().out
+    assert run("data", "describe", embedded) == 0
+    assert "PointMaze_UMaze-v3" in capsys.readouterr().out
+    assert run("data", "check", embedded) == 0
+    assert "ok" in capsys.readouterr().out
+
+
+def test_module_runs_as_a_program(embedded: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "o2o.cli", "--version"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0 and re.match(r"o2o \d+\.\d+", done.stdout)

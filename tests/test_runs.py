@@ -1,0 +1,246 @@
+"""Run folders: exact resume, signals, kills, and every kind of bad input; real MuJoCo, tiny networks."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+from o2o import checkpoint, experiment
+from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
+from o2o.experiment import RunConfig
+from o2o.plots import read_rows
+from o2o.runs import RunFolder, from_dict, read_config, read_status, to_dict
+from o2o.schedule import LoopConfig
+from o2o.types import OnlineConfig
+
+Maker = Callable[..., RunConfig]
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "time_s"} for row in rows]
+
+
+def agent_leaves(path: Path) -> list[np.ndarray]:
+    _, trainer = experiment.open_run(path)
+    assert trainer.online_state is not None
+    agent = trainer.online_state.agent
+    trainer.close()
+    data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    return [np.asarray(data(leaf)) for leaf in jax.tree.leaves(agent)]
+
+
+class StopAt:
+    """Sends the process a signal when a metrics row of a phase passes a step."""
+
+    def __init__(self, phase: str, step: int) -> None:
+        self.phase, self.step, self.fired = phase, step, False
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        at = row["gradient_steps"] if row["phase"] == "offline" else row["env_steps"]
+        if row["phase"] == self.phase and at >= self.step and not self.fired:
+            self.fired = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_interrupted(run: RunConfig, path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[StopAt]) -> None:
+    """Train with a SIGTERM at each stop, resuming after each."""
+    original = experiment.Session._metrics
+
+    def listening(self: experiment.Session, row: dict[str, Any]) -> None:
+        original(self, row)
+        for stop in stops:
+            stop(row)
+
+    monkeypatch.setattr(experiment.Session, "_metrics", listening)
+    finished = experiment.train(run, path)
+    for _ in range(len(stops)):
+        assert not finished
+        assert read_status(path) == "stopped"
+        finished = experiment.resume(path)
+    assert finished and all(stop.fired for stop in stops)
+    assert read_status(path) == "finished"
+
+
+@pytest.mark.parametrize("agent", ["wsrl", "calql"])
+def test_stopped_and_resumed_equals_never_stopped(
+    agent: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = LoopConfig(eval_every=60, eval_episodes=1, log_every=15, checkpoint_every=10_000, updates_per_dispatch=10)
+    run = tiny_run(agent, seeds=2, offline_steps=60, online_steps=240, loop=loop)
+    assert experiment.train(run, tmp_path / "whole")
+    train_interrupted(run, tmp_path / "parts", monkeypatch, [StopAt("offline", 30), StopAt("online", 180)])
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        whole, parts = read_rows(tmp_path / "whole" / name), read_rows(tmp_path / "parts" / name)
+        assert untimed(parts) == untimed(whole) and len(whole) > 4
+    for ours, theirs in zip(agent_leaves(tmp_path / "parts"), agent_leaves(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_killed_at_any_instant_goes_on_from_the_last_checkpoint(tiny_run: Maker, tmp_path: Path) -> None:
+    loop = LoopConfig(eval_every=100, eval_episodes=1, log_every=20, checkpoint_every=50, updates_per_dispatch=10)
+    run = tiny_run("wsrl", offline_steps=100, online_steps=300, loop=loop)
+    assert experiment.train(run, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    code = (
+        "import sys; from pathlib import Path; from o2o import experiment\n"
+        "config = experiment.load_config(Path(sys.argv[1])); experiment.train(config, Path(sys.argv[2]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "whole"), str(killed)], env=environment)
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_rows(killed / "metrics.jsonl")
+        if any(row["phase"] == "online" and row["env_steps"] >= 120 for row in rows):
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert read_status(killed) == "running", "the kill came before the end"
+    assert experiment.resume(killed)
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert untimed(read_rows(killed / name)) == untimed(read_rows(tmp_path / "whole" / name))
+
+
+def test_run_folder_holds_what_it_should(tiny_run: Maker, tmp_path: Path) -> None:
+    loop = LoopConfig(eval_every=50, eval_episodes=2, log_every=20, checkpoint_every=20, updates_per_dispatch=10)
+    run = tiny_run("wsrl", online_steps=60, loop=loop, keep_checkpoints=1)
+    experiment.train(run, tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    assert len(config["fingerprint"]) >= 16 and config["versions"]["jax"] == jax.__version__
+    assert experiment.load_config(tmp_path / "run") == run
+    rows = read_rows(tmp_path / "run" / "episodes.jsonl")
+    assert {(row["phase"], row["env_steps"]) for row in rows} >= {("offline", 0), ("warmup", 20), ("online", 60)}
+    assert len([row for row in rows if row["phase"] == "warmup" and row["env_steps"] == 20]) == 2
+    assert 1 <= len(checkpoint.steps(tmp_path / "run" / "checkpoints")) <= 2
+    evaluated = experiment.evaluate_run(tmp_path / "run", episodes=2, which="best")
+    assert len(evaluated) == 2 and all(row["length"] > 0 for row in evaluated)
+    with pytest.raises(RunError, match="exists already: continue it with `o2o resume"):
+        experiment.train(run, tmp_path / "run")
+    assert untimed(read_rows(tmp_path / "run" / "episodes.jsonl")) == untimed(rows)
+
+
+def test_checkpoint_of_another_shape_or_agent_is_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    loop = LoopConfig(eval_every=1000, eval_episodes=1, checkpoint_every=10, updates_per_dispatch=10)
+    experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=0, loop=loop), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for change, expected in (
+        ({"actor_hidden_dims": [24, 24]}, "belongs to another agent or shape"),
+        ({"pretrain": "sac"}, "belongs to another"),
+    ):
+        path.write_text(json.dumps({**config, "config": {**config["config"], **change}}))
+        with pytest.raises(CheckpointError, match=expected):
+            experiment.open_run(tmp_path / "run")
+    path.write_text(json.dumps({**config, "config": {**config["config"], "actor_hiden_dims": [8]}}))
+    with pytest.raises(ConfigError, match="did you mean 'actor_hidden_dims'"):
+        experiment.open_run(tmp_path / "run")
+
+
+def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
+    loop = LoopConfig(eval_every=1000, eval_episodes=1, checkpoint_every=1000, updates_per_dispatch=10)
+    source = tiny_run("calql", offline_steps=20, online_steps=0, loop=loop)
+    experiment.train(source, tmp_path / "calql")
+    run = tiny_run("wsrl", online_steps=10, loop=loop, init_from=str(tmp_path / "calql"))
+    experiment.train(run, tmp_path / "wsrl")
+    _, before = experiment.open_run(tmp_path / "calql")
+    _, after = experiment.open_run(tmp_path / "wsrl")
+    observations = before.data.arrays["observations"][:8]
+    ours, theirs = (
+        t.agent_of().sample_actions(observations, None, jax.random.key(0), True)[0] for t in (after, before)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    rows = read_rows(tmp_path / "wsrl" / "episodes.jsonl")
+    assert rows[0]["phase"] == "offline" and rows[0]["env_steps"] == 0
+    with pytest.raises(RunError, match="no run folder"):
+        experiment.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")), tmp_path / "other")
+
+
+class Breaking(gymnasium.Wrapper):
+    """A real environment that fails at a given step of its life: raises, or returns a NaN."""
+
+    def __init__(self, env: gymnasium.Env, at: int, how: str) -> None:
+        super().__init__(env)
+        self.at, self.how, self.count = at, how, 0
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.count == self.at and self.how == "raise":
+            raise RuntimeError("gripper lost contact")
+        if self.count == self.at:
+            observation = {**observation, "observation": observation["observation"] * np.nan}
+        return observation, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize(("how", "words"), [("raise", "gripper lost contact"), ("nan", "NaN")])
+def test_a_failing_environment_leaves_the_run_saved(
+    how: str, words: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run("wsrl", offline_steps=10, online_steps=60)
+    built = gymnasium.make
+
+    def breaking(*args: Any, **kwargs: Any) -> gymnasium.Env:
+        return Breaking(built(*args, **kwargs), 41, how)
+
+    monkeypatch.setattr(gymnasium, "make", breaking)
+    with pytest.raises(EnvironmentFaultError, match=words):
+        experiment.train(run, tmp_path / "run")
+    assert read_status(tmp_path / "run") == "failed"
+    monkeypatch.setattr(gymnasium, "make", built)
+    _, trainer = experiment.open_run(tmp_path / "run")
+    assert trainer.counters.env_steps == 40
+    trainer.close()
+    assert experiment.resume(tmp_path / "run")
+    assert read_status(tmp_path / "run") == "finished"
+
+
+def test_no_space_left_keeps_the_old_checkpoint(
+    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=0), tmp_path / "run")
+    config, trainer = experiment.open_run(tmp_path / "run")
+    full = os.statvfs(tmp_path)
+    none = os.statvfs_result((*full[:3], 0, 0, *full[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: none)
+    folder = RunFolder.open(tmp_path / "run")
+    trainer.offline(20)
+    with pytest.raises(CheckpointError, match="no space left"):
+        folder.save(trainer)
+    monkeypatch.undo()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path(config.dataset[0]).parent))
+    assert checkpoint.steps(folder.checkpoints) == [10]
+    trainer.close()
+
+
+def test_bad_folders_and_fields(tmp_path: Path, tiny_run: Maker) -> None:
+    with pytest.raises(RunError, match="no run folder"):
+        experiment.resume(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="no agent 'wsrll'; did you mean 'wsrl'"):
+        experiment.agent_class("wsrll")
+    with pytest.raises(ConfigError, match="did you mean 'utd_ratio'"):
+        experiment.with_fields(OnlineConfig(), [("utd_ration", 2)])
+    with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
+        from_dict(OnlineConfig, {"warmup_step": 3})
+    run = tiny_run("rlpd")
+    assert from_dict(type(run.config), to_dict(run.config)) == run.config
+
+
+def test_a_changed_dataset_is_noticed_at_resume(tiny_run: Maker, tmp_path: Path) -> None:
+    experiment.train(tiny_run("bc", offline_steps=10, online_steps=0), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace(json.loads(path.read_text())["fingerprint"], "0" * 16))
+    with pytest.raises(ConfigError, match="changed since run"):
+        experiment.resume(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
