@@ -36,7 +36,7 @@ lint: venv
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 format: venv
 	$(BIN)/ruff check --fix .

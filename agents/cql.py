@@ -276,5 +276,7 @@ def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tup
 
 
 def shrink_conservative(config: Any, utd_ratio: int) -> Any:
-    """Return `shrink(config)` with 4 sampled actions in the conservative term."""
-    return replace(shrink(config, utd_ratio), conservative=replace(config.conservative, n_actions=4))
+    """Return `shrink(config)` with 4 sampled actions in the conservative term and rates that few updates need."""
+    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature_lr": 1e-3}
+    conservative = replace(config.conservative, n_actions=4)
+    return replace(shrink(config, utd_ratio), conservative=conservative, **rates)

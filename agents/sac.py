@@ -327,7 +327,7 @@ class RLPD(SAC):
         elif family == "kitchen":
             config = replace(config, **deep, online=replace(config.online, utd_ratio=10))
         if size == "small":
-            return Preset(shrink(config, utd_ratio=2), 0, 10_000, reward)
+            return Preset(shrink(config, utd_ratio=4), 0, 8_000, reward)
         return Preset(config, 0, steps, reward)
 
 

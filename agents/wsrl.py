@@ -52,6 +52,8 @@ class WSRLConfig(CQLConfig):
     """IQL as pre-trainer: expectile of the value loss."""
     beta: float = 3.0
     """IQL as pre-trainer: inverse temperature of the advantage weights."""
+    pretrain_lr: float | None = None
+    """One rate for all networks while pre-training; `None`, as in the paper, for the same rates as online."""
 
     def __post_init__(self) -> None:
         """Check the pre-trainer's name and the settings that contradict each other."""
@@ -168,9 +170,19 @@ class WSRL(struct.PyTreeNode):
             expectile=expectile, beta=beta,
         )  # fmt: skip
         if size == "small":
-            config = replace(shrink_conservative(config, utd_ratio=2), pretrain_target_actions=4)
-            return Preset(replace(config, online=replace(config.online, min_rows=256)), 10_000, 10_000, reward)
+            return Preset(_small(config, maze), 6_000 if maze else 8_000, 8_000, reward)
         return Preset(config, steps, 500_000, reward)
+
+
+def _small(config: WSRLConfig, maze: bool) -> WSRLConfig:
+    """Return the laptop form: fast rates offline; in mazes online too, elsewhere the paper's and a longer warm-up."""
+    small = replace(shrink_conservative(config, utd_ratio=2 if maze else 4), pretrain_target_actions=4)
+    if maze:
+        rates = {"actor_lr": 3e-4, "critic_lr": 3e-4, "temperature_lr": 3e-4}
+        return replace(small, **rates, online=replace(small.online, min_rows=256))
+    rates = {"actor_lr": config.actor_lr, "critic_lr": config.critic_lr, "temperature_lr": config.temperature_lr}
+    online = replace(small.online, warmup_steps=3_000, min_rows=512)
+    return replace(small, **rates, pretrain_lr=1e-3, online=online)
 
 
 def pretrainer(config: WSRLConfig) -> tuple[type, Any]:
@@ -188,6 +200,9 @@ def pretrainer(config: WSRLConfig) -> tuple[type, Any]:
 def _values(config: WSRLConfig, kind: type, **overrides: Any) -> dict[str, Any]:
     """Return the settings that `config` and the config class `kind` have in common, with `overrides`."""
     names = {field.name for field in fields(kind)} & {field.name for field in fields(config)}
+    if config.pretrain_lr is not None:
+        rates = {"actor_lr", "critic_lr", "value_lr", "temperature_lr"} & {field.name for field in fields(kind)}
+        overrides = {**dict.fromkeys(rates, config.pretrain_lr), **overrides}
     return {**{name: getattr(config, name) for name in sorted(names)}, **overrides}
 
 

@@ -19,8 +19,8 @@ SUITE = Suite(
     variants=(Variant("bc", "bc"), Variant("iql", "iql"), Variant("calql", "calql")),
     seeds=3,
     preset="small",
-    offline_steps=8_000,
-    offline_eval_every=4_000,
+    offline_steps=6_000,
+    offline_eval_every=3_000,
     eval_episodes=20,
     metrics=("success", "return", "normalized"),
 )

@@ -22,8 +22,8 @@ SUITE = Suite(
     seeds=3,
     preset="small",
     offline_steps=0,
-    online_steps=6_000,
-    eval_every=1_500,
+    online_steps=8_000,
+    eval_every=2_000,
     eval_episodes=20,
     metrics=("success", "return"),
 )

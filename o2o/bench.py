@@ -189,7 +189,7 @@ def load_suite(name: str, folder: Path = Path("benchmarks")) -> Suite:
     """Return `SUITE` of `folder/<name>.py`, or of the Python file `name`. Raises `ConfigError` if there is none."""
     path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
-        known = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+        known = sorted(file.stem for file in folder.glob("*.py") if "SUITE" in file.read_text())
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         found = f"suites there: {', '.join(known)}" if known else "no suite there; run from a checkout or name a file"

@@ -135,6 +135,12 @@ class ReplayBuffer(struct.PyTreeNode):
         stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
         return self.replace(rows={**self.rows, "mc_returns": stored}, pending=jnp.maximum(self.pending - count, 0))
 
+    def mark_end(self, where: Array) -> Self:
+        """Make the newest row the last of its episode (`ends` = 1) where the scalar `where` is true."""
+        newest = (self.cursor - 1) % self.capacity
+        ends = self.rows["ends"]
+        return self.replace(rows={**self.rows, "ends": ends.at[newest].set(jnp.where(where, 1.0, ends[newest]))})
+
     @property
     def visible(self) -> Array:
         """Number of rows that can be sampled, `[]`."""

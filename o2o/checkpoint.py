@@ -56,7 +56,7 @@ def save(
             checkpointer.save_checkpointables(step, items, metrics=metrics)
     except Exception as error:  # tensorstore reports a failed write as a ValueError
         reason = _first_cause(error)
-        if "RESOURCE_EXHAUSTED" in reason or "No space" in reason:
+        if "No space left" in reason:
             reason = "no space left on the disk; free some and resume"
         raise CheckpointError(
             f"cannot save checkpoint {step} in {folder}: {reason}; earlier checkpoints are intact"

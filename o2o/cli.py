@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from o2o.errors import ConfigError, O2OError
-from o2o.tables import before_after, print_rows
 
 USAGE = """usage: o2o COMMAND ...
 
@@ -149,6 +148,7 @@ def evaluate(
         sample: Sample actions instead of taking the mode.
     """
     from o2o import experiment
+    from o2o.tables import print_rows
 
     rows = experiment.evaluate_run(run, episodes, checkpoint, seed, not sample)
     print_rows(rows, f"{run} ({checkpoint})", Console())
@@ -325,6 +325,7 @@ def demo(
         seed: Seed of the run.
     """
     from o2o import envs, experiment
+    from o2o.tables import before_after
 
     console = Console(stderr=True)
     dataset = envs.make_embedded(envs.DEMO_DATASET, None)
@@ -384,6 +385,7 @@ def _dispatch(args: list[str]) -> int:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads spin, and initialisers' QR then crawls
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its every merge
     warnings.filterwarnings("ignore", module="orbax")
     try:

@@ -14,22 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o2o import dispatch
 from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
-from o2o.dispatch import (
-    OnlineMode,
-    OnlineState,
-    commit_episodes,
-    create_agent,
-    each_seed,
-    first_actions,
-    fresh_online_state,
-    info_zeros,
-    offline_updates,
-    online_step,
-    over_seeds,
-    to_online,
-)
+from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.fleet import Fleet
@@ -71,8 +59,10 @@ class Trainer:
             rows = {k: np.asarray(self.normalizer(v)) if k.endswith("observations") else v for k, v in rows.items()}
         example = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), {k: rows[k] for k in ("observations", "actions")})
         keys = jax.random.split(jax.random.key(seed), seeds + 1)
-        make = partial(create_agent, agent_class=agent_class, config=config)
-        self.agent = each_seed(lambda key: make(key, example["observations"], example["actions"]), keys[:seeds])
+        make = partial(dispatch.create_agent, agent_class=agent_class, config=config)
+        self.agent = dispatch.each_seed(
+            lambda key: make(key, example["observations"], example["actions"]), keys[:seeds]
+        )
         sources = [(source.start, source.size, source.weight) for source in data.sources]
         self.offline_data = OfflineData.create(rows, (*self.agent.needs, "ends"), sources)
         self.rng = jax.random.split(keys[seeds], seeds)
@@ -114,7 +104,7 @@ class Trainer:
             at = counters.offline_steps
             marks = [steps, *(at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every))]
             count = min(min(marks) - at, loop.updates_per_dispatch)
-            self.agent, self.rng, info = offline_updates(
+            self.agent, self.rng, info = dispatch.offline_updates(
                 self.agent,
                 self.rng,
                 self.offline_data,
@@ -158,14 +148,14 @@ class Trainer:
         if self.online_state is not None:
             return
         wanted = self.online_config
-        agent = each_seed(to_online, self.agent)
+        agent = dispatch.each_seed(dispatch.to_online, self.agent)
         if "mc_returns" in agent.needs and wanted.replay == "append":
             raise ConfigError(
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
             )
         rows = self.offline_data.size if wanted.replay == "append" else 0
         capacity = min(self.loop.replay_capacity, max(steps, SMALLEST_BUFFER)) + rows
-        self.online_state = fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
+        self.online_state = dispatch.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
         self.fleet = Fleet(self.env_fn, self.seed, self.seeds, "mc_returns" in agent.needs)
@@ -195,7 +185,7 @@ class Trainer:
         eval_steps = evaluation_steps(loop, self.online_config, steps)
         if self.action is None:
             assert self.online_state is not None and self.fleet is not None
-            self.online_state, self.action = first_actions(
+            self.online_state, self.action = dispatch.first_actions(
                 self.online_state,
                 self.normalizer,
                 self.fleet.observations,
@@ -256,7 +246,7 @@ class Trainer:
             offline_ratio=online.offline_ratio if online.replay == "mixed" else 0.0,
         )
         offline = self.offline_data if online.replay == "mixed" else None
-        self.online_state, self.action = online_step(
+        self.online_state, self.action = dispatch.online_step(
             self.online_state, offline, self.normalizer, rows, self.fleet.observations, ended, mode=mode
         )
         if waits:
@@ -279,7 +269,7 @@ class Trainer:
                 f"an episode of {counts.max()} steps does not fit the replay buffer; raise replay_capacity"
             )
         self.visible = [seen + int(count) for seen, count in zip(self.visible, counts, strict=True)]
-        buffer = commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
+        buffer = dispatch.commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
         self.online_state = self.online_state._replace(buffer=buffer)
 
     def _episode_finished(self, member: int, row: dict[str, Any]) -> None:
@@ -367,7 +357,7 @@ class Trainer:
                 (self.seeds, 1)
             )
         elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
-            shapes = over_seeds(lambda a, b: info_zeros(a, b), self.seeds, (0, None))
+            shapes = over_seeds(lambda a, b: dispatch.info_zeros(a, b), self.seeds, (0, None))
             targets["loop"]["totals"] = shapes(self.agent, self.offline_data.sample(jax.random.key(0), (1, 2)))
         loaded = load(targets)
         self.counters = Counters(**state["counters"])
@@ -392,9 +382,12 @@ class Trainer:
         if self.exact_resume:
             return
         # An environment stands elsewhere: its half episode ends as if cut by a time limit, and the policies act afresh.
+        elsewhere = np.logical_not(same)
+        ended = over_seeds(lambda b, where: b.mark_end(where), self.seeds)(self.online_state.buffer, elsewhere)
+        self.online_state = self.online_state._replace(buffer=ended)
         if self.fleet.waits:
-            self._commit(np.flatnonzero(np.logical_not(same)))
-        self.online_state, self.action = first_actions(
+            self._commit(np.flatnonzero(elsewhere))
+        self.online_state, self.action = dispatch.first_actions(
             self.online_state,
             self.normalizer,
             self.fleet.observations,
