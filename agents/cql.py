@@ -5,7 +5,7 @@ Idea: add to SAC's critic loss the gap between a soft maximum of Q over sampled 
 Cal-QL stops pushing a policy action's value below the Monte-Carlo return of the logged trajectory, max(Q, G), so that
 values stay on the scale of true returns and fine-tuning does not begin with unlearning.
 
-Defaults are the WSRL repository's variant (W of calql.md): ten LayerNorm critics with one output layer, the gap on two
+Defaults are the WSRL repository's variant (W below): ten LayerNorm critics with one output layer, the gap on two
 of them. `official` returns the official repository's (O): two plain critics, exponential temperatures, dual weight 5.
 
 Where we differ
@@ -20,7 +20,7 @@ Where we differ
 - Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
   for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
 - The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
-- Families without published settings: "other" takes weight 5, no dual, importance sampling (calql.md section 4.1);
+- Families without published settings: "other" takes weight 5, no dual, importance sampling;
   "pointmaze" follows AntMaze with smaller critics.
 """
 
@@ -218,7 +218,7 @@ class CQL(SAC):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return the WSRL repository's settings for a task family (calql.md section 4.1); `small` for a laptop."""
+        """Return the WSRL repository's settings for a task family; `small` for a laptop."""
         networks, term, steps, reward = family_settings(family)
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
         if size == "small":
@@ -245,7 +245,7 @@ class CalQL(CQL):
 
 
 def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
-    """Return `config` turned into the official Cal-QL repository's variant (O of calql.md)."""
+    """Return `config` turned into the official Cal-QL repository's variant (O above)."""
     term = replace(
         config.conservative, weight=5.0 if config.conservative.dual else config.conservative.weight, dual_param="exp",
         dual_init=float(np.e), subset=None, subtract_log_count=False,
@@ -258,7 +258,7 @@ def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
 
 
 def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tuple[float, float] | None]:
-    """Return network settings, conservative term, offline steps and reward (scale, bias) of a family (wsrl.md)."""
+    """Return network settings, conservative term, offline steps and reward (scale, bias) of a family."""
     wide = (512, 512, 512)
     maze = {"std_mode": "uniform", "entropy_samples": 10}
     dual = Conservative(weight=1.0, dual=True)

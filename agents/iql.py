@@ -232,7 +232,7 @@ class IQL(struct.PyTreeNode):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return the settings for a family of tasks (calql.md section 4.2).
+        """Return the settings for a family of tasks (arXiv 2110.06169; zhouzypaul/wsrl).
 
         `paper`: nets 2x256; offline 1M updates on mazes (the paper), 20k on Adroit, 250k on Kitchen and locomotion,
         with the rewards of WSRL's runs (Adroit 10 x -1/0 + 5, Kitchen -4, locomotion raw) but r - 1 on mazes, the scale

@@ -9,7 +9,7 @@ Where we differ
 - Actor and temperature step from the same pre-step parameters. RLPD's code steps the temperature second, but with the
   entropy and alpha of the actor step just done: the same numbers.
 - SAC's defaults are those of stable-baselines3, with Xavier initialisation; its entropy target is -dim(A).
-- An optimiser moves only when its loss ran; `zero_grad_steps` reproduces WSRL's code (wsrl.md, trap 1).
+- An optimiser moves only when its loss ran; `zero_grad_steps` reproduces WSRL's code.
 - Kitchen is not in RLPD's paper: its preset takes UTD 10 and three layers of 256 from the DPPO port, no more of it.
   "pointmaze" follows AntMaze. On Adroit success is terminal and the whole dataset is used; RLPD ran on without
   terminals, on 90 % of each file. Its shift of -1 on mazes is applied before storage, not to each batch.
@@ -317,7 +317,7 @@ class RLPD(SAC):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return RLPD's settings for a task family (rlpd.md section 4); `small` for a laptop."""
+        """Return RLPD's settings for a task family (arXiv 2302.02948); `small` for a laptop."""
         config, steps, reward = RLPDConfig(), 250_000, None
         deep = {"actor_hidden_dims": (256, 256, 256), "critic_hidden_dims": (256, 256, 256), "backup_entropy": False}
         if family in ("antmaze", "pointmaze"):

@@ -6,12 +6,12 @@ moments, roll the frozen policy out for 5000 steps into an empty buffer, then ru
 and four critic steps per environment step. The warm-up rows stand in for the data; nothing conservative is left online.
 
 Where we differ
-- An optimiser moves only when its loss ran; `zero_grad_steps` restores the code's zero-gradient steps (trap 1).
-- The switch is an explicit call, `online()`, not a step counter (trap 9).
+- An optimiser moves only when its loss ran; `zero_grad_steps` restores the code's zero-gradient steps.
+- The switch is an explicit call, `online()`, not a step counter.
 - Any offline agent of ours may pre-train: IQL gives actor and critics, BC the actor only; what is missing starts
   afresh. One that was trained elsewhere enters through `from_agent`; its networks are kept as they are.
 - At UTD 1 actor and temperature step beside the critics, from the same parameters (`joint_single`, as in the code).
-- With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other (trap 5).
+- With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other.
 - Adroit's data keep failed demonstrations unless the task's `only_successes` leaves them out, as the paper does.
 - `max_target_actions` acts online (mazes only, as in the paper), `pretrain_target_actions` offline.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
@@ -160,7 +160,7 @@ class WSRL(struct.PyTreeNode):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return the paper's settings for a task family (wsrl.md sections 2-4); `small` for a laptop."""
+        """Return the paper's settings for a task family (arXiv 2412.07762); `small` for a laptop."""
         networks, term, steps, reward = family_settings(family)
         pretrain: Pretrain = "cql" if family in ("locomotion", "other") else "calql"
         maze = family in ("antmaze", "pointmaze")

@@ -1,4 +1,4 @@
-"""The one table of tasks: patterns of environment ids with the papers' conventions (wsrl.md section 4, calql.md 4)."""
+"""The one table of tasks: patterns of environment ids with the papers' conventions (WSRL, Cal-QL, RLPD)."""
 
 import re
 from dataclasses import replace

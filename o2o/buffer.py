@@ -1,9 +1,9 @@
 """Replay on the device: pytrees of arrays, sampled inside the jit.
 
 `ReplayBuffer` is a ring of transitions in order of time. Its newest `pending` rows are stored but not sampled: an agent
-that needs Monte-Carlo returns sees an episode only once it has ended (calql.md section 4.1, W online loop).
+that needs Monte-Carlo returns sees an episode only once it has ended (the WSRL repository's Cal-QL loop).
 `OfflineData` is a fixed dataset, one or several sources with weights. `sample_minibatches` joins the two so that every
-minibatch has exactly its share of dataset rows, for any UTD (rlpd.md trap 5).
+minibatch has exactly its share of dataset rows, for any UTD (RLPD interleaves them).
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,7 +139,9 @@ class ReplayBuffer(struct.PyTreeNode):
         """Make the newest row the last of its episode (`ends` = 1) where the scalar `where` is true."""
         newest = (self.cursor - 1) % self.capacity
         ends = self.rows["ends"]
-        return self.replace(rows={**self.rows, "ends": ends.at[newest].set(jnp.where(where, 1.0, ends[newest]))})
+        return self.replace(
+            rows={**self.rows, "ends": ends.at[newest].set(jnp.where(where, 1, ends[newest]).astype(ends.dtype))}
+        )
 
     @property
     def visible(self) -> Array:

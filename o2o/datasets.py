@@ -3,7 +3,7 @@
 An episode of T steps has T+1 observations, so the last next-observation is the true final one. masks = 1 - terminated.
 What a task says of success changes the data as it changes the environment: a successful step of a task that terminates
 on success has mask 0 and ends its sequence; with a binary reward the episode is also cut after its last success
-(wsrl.md, section 5).
+(arXiv 2412.07762, released code).
 """
 
 import hashlib
@@ -166,7 +166,7 @@ def _cached_rows(
 def monte_carlo_returns(
     rewards: np.ndarray, masks: np.ndarray, ends: np.ndarray, discount: float, failure_reward: float | None = None
 ) -> np.ndarray:
-    """Return float32 G `[N]`: G_t = r_t + discount * m_t * G_{t+1}, 0 after each end (calql.md, 3.4).
+    """Return float32 G `[N]`: G_t = r_t + discount * m_t * G_{t+1}, 0 after each end (arXiv 2303.05479).
 
     Rewards are the transformed ones. With a `failure_reward` (sparse tasks), every row of a trajectory whose rewards
     all equal it has r / (1 - discount); raises `ConfigError` if discount is 1 then.

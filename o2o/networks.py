@@ -144,7 +144,7 @@ class EnsembleLayerNorm(nn.Module):
 class CriticEnsemble(nn.Module):
     """`num` Q-functions of concat(s, a): `[..., D]`, `[..., A]` to `[num, ...]`.
 
-    `shared_output` gives all members one linear output layer (WSRL's code, wsrl.md trap 2); otherwise each has its own
+    `shared_output` gives all members one linear output layer (WSRL's released code); otherwise each has its own
     (REDQ, RLPD).
     """
 

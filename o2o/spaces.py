@@ -17,7 +17,7 @@ from o2o.errors import EnvironmentMismatchError
 STATE = "state"
 """Key of the flat part when there are images too."""
 ACTION_LIMIT = 0.99999
-"""Dataset actions are clipped to this, so that a tanh policy's density stays finite (calql.md, section 5)."""
+"""Dataset actions are clipped to this, so that a tanh policy's density stays finite (Cal-QL's and WSRL's code)."""
 
 
 @dataclass(frozen=True)

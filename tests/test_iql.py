@@ -1,4 +1,4 @@
-"""IQL: each loss by hand, order of the steps, limits of expectile and temperature (baselines.md 1, calql.md 8)."""
+"""IQL: each loss by hand, order of the steps, limits of expectile and temperature (arXiv 2110.06169)."""
 
 import dataclasses
 from typing import Any

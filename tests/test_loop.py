@@ -1,6 +1,7 @@
 """The loops: schedules, counters, replay modes, what may and may not move; real MuJoCo, tiny networks."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -247,3 +248,29 @@ def test_another_environment_is_refused(tiny_run: Maker) -> None:
     run = dataclasses.replace(tiny_run("wsrl"), env="InvertedPendulum-v5")
     with pytest.raises(EnvironmentMismatchError, match="InvertedPendulum"):
         trainer_of(run).online(10)
+
+
+@pytest.mark.parametrize("agent", ["wsrl", "calql"])
+def test_an_environment_that_cannot_be_replayed_begins_a_new_episode(agent: str, tiny_run: Maker) -> None:
+    run = tiny_run(agent)
+    first = trainer_of(run)
+    first.online(30)
+    state, arrays = json.loads(json.dumps(first.state())), first.arrays()
+    second = trainer_of(run)
+    made = second.env_fn
+
+    def robot(evaluation: bool) -> Any:
+        env = made(evaluation)
+        env.metadata = {**env.metadata, "replayable": False}
+        return env
+
+    second.env_fn = robot
+    second.restore(state, lambda _: arrays, 80)
+    assert not second.exact_resume
+    assert second.online_state is not None and second.fleet is not None
+    assert second.online_state.buffer.rows["ends"][0, 29] == 1.0 and int(second.online_state.buffer.pending[0]) == 0
+    assert second.fleet.slots[0].actions == [] and second.fleet.slots[0].episode == 1
+    second.online(40)
+    assert second.counters.env_steps == 40 and int(second.online_state.buffer.size[0]) == 40
+    first.close()
+    second.close()

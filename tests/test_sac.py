@@ -189,7 +189,7 @@ def test_single_step_judges_the_actor_by_the_configured_critic(joint: bool) -> N
 
 
 def test_zero_gradients_move_a_network_with_momentum_by_root_five() -> None:
-    """One real and four zero gradients per cycle move it sqrt(5) learning rates per cycle (wsrl.md, trap 1)."""
+    """One real and four zero gradients per cycle move it sqrt(5) learning rates per cycle (WSRL's code)."""
     model = Model.create(jax.random.key(0), Scalar(0.0), Adam(1e-3))
 
     def cycle(model: Model, _: None) -> tuple[Model, Any]:
