@@ -313,15 +313,13 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
     return 0
 
 
-def demo(
-    runs: Path = Path("runs"), offline_steps: int | None = None, online_steps: int | None = None, seed: int = 0
-) -> int:
+def demo(runs: Path = Path("runs"), offline_steps: int = 2_500, online_steps: int = 6_000, seed: int = 0) -> int:
     """Make a small dataset, pre-train, warm up, fine-tune, and show what the online phase gained.
 
     Args:
         runs: Folder that holds the runs.
-        offline_steps: Gradient steps of pre-training; none means the demo's own.
-        online_steps: Environment steps of the online phase; none means the demo's own.
+        offline_steps: Gradient steps of pre-training; few, so that there is something to gain online.
+        online_steps: Environment steps of the online phase.
         seed: Seed of the run.
     """
     from o2o import envs, experiment
@@ -330,9 +328,10 @@ def demo(
     console = Console(stderr=True)
     dataset = envs.make_embedded(envs.DEMO_DATASET, None)
     console.print(f"dataset {dataset}: made with a scripted, imperfect controller", highlight=False)
-    config = experiment.preset_run("wsrl", dataset, "small", seed=seed)
-    changes = {"offline_steps": offline_steps, "online_steps": online_steps}
-    config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+    config = experiment.preset_run(
+        "wsrl", dataset, "small", seed=seed, offline_steps=offline_steps, online_steps=online_steps
+    )
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_episodes=40))
     path, number = runs / "demo", 1
     while path.exists():
         number += 1

@@ -211,5 +211,5 @@ def test_paper_presets() -> None:
     assert maze.config.critic_hidden_dims == (256, 256, 256) == adroit.config.actor_hidden_dims
     assert (maze.online_steps, adroit.online_steps, adroit.config.target_subset) == (300_000, 1_000_000, 2)
     small = RLPD.preset("adroit", "small").config
-    assert (small.num_critics, small.target_subset, small.online.utd_ratio, small.batch_size) == (4, 2, 2, 128)
+    assert (small.num_critics, small.target_subset, small.online.utd_ratio, small.batch_size) == (4, 2, 4, 128)
     assert replace(small.online, utd_ratio=20, random_steps=5000) == locomotion.online

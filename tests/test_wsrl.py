@@ -13,7 +13,7 @@ from o2o.agents.bc import BC, BCConfig
 from o2o.agents.cql import CQL, CalQL, Conservative
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import SAC, SACConfig
-from o2o.agents.wsrl import WSRL, WSRLConfig
+from o2o.agents.wsrl import WSRL, WSRLConfig, pretrainer
 from o2o.errors import CheckpointError, ConfigError
 from o2o.networks import Adam
 from o2o.types import OnlineConfig
@@ -312,6 +312,10 @@ def test_paper_presets() -> None:
         assert config.actor_layer_norm and config.critic_layer_norm and config.shared_output
         assert config.pretrain_target_actions == 10 and preset.online_steps == 500_000
     small = WSRL.preset("adroit", "small")
-    assert (small.config.num_critics, small.config.online.utd_ratio, small.config.batch_size) == (4, 2, 128)
-    assert small.config.online.warmup_steps == 1000 and small.config.conservative.n_actions == 4
-    assert small.offline_steps == small.online_steps == 10_000
+    assert (small.config.num_critics, small.config.online.utd_ratio, small.config.batch_size) == (4, 4, 128)
+    assert small.config.online.warmup_steps == 3000 and small.config.conservative.n_actions == 4
+    assert small.offline_steps == small.online_steps == 8_000
+    assert (small.config.actor_lr, small.config.critic_lr) == (1e-4, 3e-4)
+    assert small.config.pretrain_lr == 1e-3 == pretrainer(small.config)[1].actor_lr
+    pointmaze = WSRL.preset("pointmaze", "small").config
+    assert (pointmaze.online.utd_ratio, pointmaze.online.warmup_steps, pointmaze.actor_lr) == (2, 1000, 3e-4)
