@@ -313,7 +313,7 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
     return 0
 
 
-def demo(runs: Path = Path("runs"), offline_steps: int = 2_500, online_steps: int = 6_000, seed: int = 0) -> int:
+def demo(runs: Path = Path("runs"), offline_steps: int = 4_000, online_steps: int = 8_000, seed: int = 0) -> int:
     """Make a small dataset, pre-train, warm up, fine-tune, and show what the online phase gained.
 
     Args:
