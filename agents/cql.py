@@ -223,7 +223,7 @@ class CQL(SAC):
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
         if size == "small":
             return Preset(shrink_conservative(config, utd_ratio=1), 10_000, 10_000, reward)
-        return Preset(config, steps, 500_000, reward)
+        return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
 
 
 class CalQL(CQL):

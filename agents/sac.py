@@ -26,7 +26,7 @@ from flax import struct
 
 from o2o import losses
 from o2o.errors import ConfigError
-from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, take_members
+from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]
@@ -201,10 +201,10 @@ class SAC(struct.PyTreeNode):
         """Return v'(s') `[B]`: minimum of the drawn target members, best of the actions, entropy bonus if set."""
         config = self.config
         member_rng, action_rng = jax.random.split(rng)
-        module, params = self.critic.module, self.target_critic
-        if config.target_subset is not None and (config.subset_replace or config.target_subset < config.num_critics):
-            members = losses.sample_members(member_rng, config.num_critics, config.target_subset, config.subset_replace)
-            module, params = module.clone(num=config.target_subset), take_members(params, members)
+        critic: Any = self.critic.module
+        module, params = draw_members(
+            critic, self.target_critic, member_rng, config.target_subset, config.subset_replace
+        )
         count = () if config.max_target_actions is None else (config.max_target_actions,)
         actions, log_prob = self.actor(next_observations).sample_and_log_prob(action_rng, count)
         q: Any = module.apply(params, next_observations, actions)

@@ -12,8 +12,9 @@ Where we differ
   afresh. One that was trained elsewhere enters through `from_agent`; its networks are kept as they are.
 - At UTD 1 actor and temperature step beside the critics, from the same parameters (`joint_single`, as in the code).
 - With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other.
-- Adroit's data keep failed demonstrations unless the task's `only_successes` leaves them out, as the paper does.
+- Adroit's failed demonstrations are left out as in the paper; the small preset keeps them (`task.only_successes`).
 - `max_target_actions` acts online (mazes only, as in the paper), `pretrain_target_actions` offline.
+- The small presets, mazes apart, pre-train at a rate of their own, `pretrain_lr`; the paper has one rate throughout.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """
 
@@ -171,7 +172,7 @@ class WSRL(struct.PyTreeNode):
         )  # fmt: skip
         if size == "small":
             return Preset(_small(config, maze), 6_000 if maze else 8_000, 8_000, reward)
-        return Preset(config, steps, 500_000, reward)
+        return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
 
 
 def _small(config: WSRLConfig, maze: bool) -> WSRLConfig:

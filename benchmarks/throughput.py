@@ -32,6 +32,7 @@ from o2o.dispatch import (
     online_step,
     to_online,
 )
+from o2o.types import window_of
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 REPEATS = 3
@@ -63,16 +64,23 @@ class Row:
     """Updates per second over those of the family's `sac` with one update in each call."""
 
 
-def synthetic(observation_dim: int, action_dim: int, needs: tuple[str, ...]) -> OfflineData:
-    """Return random transitions with every key that an agent may need."""
+def observed(kind: Any, states: Any, action_dim: int) -> Any:
+    """Return the observations that an agent of this class takes, of states `[N, D]`."""
+    if not getattr(kind, "needs_base", False):
+        return states
+    return {"state": states, "base_action": np.tanh(states[:, :action_dim])}
+
+
+def synthetic(observation_dim: int, action_dim: int, needs: tuple[str, ...], kind: Any) -> OfflineData:
+    """Return random transitions with every key that an agent of this class may need."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal((DATASET_ROWS, *shape)).astype(np.float32)  # noqa: E731
     rows = {
-        "observations": normal(observation_dim),
+        "observations": observed(kind, normal(observation_dim), action_dim),
         "actions": np.tanh(normal(action_dim)),
         "rewards": normal(),
         "masks": np.ones(DATASET_ROWS, np.float32),
-        "next_observations": normal(observation_dim),
+        "next_observations": observed(kind, normal(observation_dim), action_dim),
         "ends": np.zeros(DATASET_ROWS, np.float32),
         "mc_returns": normal(),
     }
@@ -104,11 +112,14 @@ class Bench:
         observation_dim, action_dim = FAMILIES[family]
         kind: Any = AGENTS[name]
         self.name, self.family = name, family
-        self.config = replace(kind.preset(family, "paper").config, batch_size=BATCH_SIZE)
-        example = (jnp.zeros((1, observation_dim)), jnp.zeros((1, action_dim)))
+        preset = kind.preset(family, "paper").config
+        steady = replace(preset.online, initial_updates=0)  # a critic's warm-up is no measure of what follows
+        self.config = replace(preset, batch_size=BATCH_SIZE, online=steady)
+        states = np.zeros((1, observation_dim), np.float32)
+        example = (observed(kind, states, action_dim), jnp.zeros((1, action_dim)))
         keys = jax.random.split(jax.random.key(0), 1)
         self.agent = each_seed(lambda key: create_agent(key, *example, agent_class=kind, config=self.config), keys)
-        self.data = synthetic(observation_dim, action_dim, self.agent.needs)
+        self.data = synthetic(observation_dim, action_dim, self.agent.needs, kind)
         self.rng = jax.random.split(jax.random.key(1), 1)
 
     def offline(self, single: bool = False) -> Row:
@@ -146,8 +157,10 @@ class Bench:
             utd_ratio=wanted.utd_ratio,
             batch_size=BATCH_SIZE,
             offline_ratio=wanted.offline_ratio if mixed else 0.0,
+            window=window_of(agent),
         )
-        row = {key: np.asarray(value[:1]) for key, value in self.data.rows.items() if key in state.buffer.rows}
+        kept = {key: value for key, value in self.data.rows.items() if key in state.buffer.rows}
+        row = jax.tree.map(lambda value: np.asarray(value[:1]), kept)
         ended = np.zeros(1, bool)
 
         def run(count: int) -> None:

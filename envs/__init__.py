@@ -1,7 +1,8 @@
 """Environments: `make` builds one from a dataset or a Gymnasium id, with its task's conventions (the table `TASKS`)."""
 
 import difflib
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -13,9 +14,18 @@ from gymnasium.envs.registration import EnvSpec
 
 from o2o.datasets import DatasetInfo
 from o2o.envs import kitchen
+from o2o.envs.cameras import add_cameras
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded
 from o2o.envs.tasks import TASKS, register, task_for
-from o2o.envs.wrappers import EpisodeStatistics, FaultGuard, FlattenObservation, MapAction, TaskReward
+from o2o.envs.wrappers import (
+    BaseAction,
+    EpisodeStatistics,
+    FaultGuard,
+    FlattenObservation,
+    MapAction,
+    StackHistory,
+    TaskReward,
+)
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.spaces import ActionMap, ObservationSpec
 from o2o.tasks import Task
@@ -24,13 +34,14 @@ __all__ = [
     "DEMO_DATASET",
     "EMBEDDED",
     "TASKS",
+    "BaseAction",
     "check_spaces",
     "embedded_id",
     "final_info",
     "final_observations",
     "make",
 ]
-__all__ += ["make_embedded", "make_vec", "register", "task_for", "wrap"]
+__all__ += ["make_embedded", "make_vec", "register", "same_environment", "task_for", "wrap"]
 
 DEMO_DATASET = "pointmaze-umaze"
 """The embedded dataset of `o2o demo`."""
@@ -51,6 +62,11 @@ def make(
     achieved_goal: bool = False,
     env_kwargs: Mapping[str, Any] | None = None,
     dataset: DatasetInfo | None = None,
+    inner: Callable[[gym.Env], gym.Env] | None = None,
+    history: int = 1,
+    action_map: ActionMap | None = None,
+    cameras: Sequence[str] = (),
+    image_size: int = 64,
 ) -> gym.Env:
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
@@ -58,7 +74,11 @@ def make(
     EpisodeStatistics. `info` has `raw_reward`, `success` (None if unknown) and `executed_action` in every step,
     `episode` in the last. With `evaluation`, success does not end the episode unless the environment itself does so.
     `env_kwargs` win over the task's. `seed` seeds it now, as a reset would. Its spaces must be those of `dataset` (or
-    of `source`). Raises `ConfigError` for an unknown id, `EnvironmentMismatchError` for spaces that do not fit.
+    of `source`). `action_map` is the dataset's, where [-1, 1] is not its action space. `inner` wraps it before o2o's
+    conventions do (see `wrap`). With `history` above 1, observations are joined to those before them (`o2o.history`),
+    outside all else. `cameras` are rendered into the observation, images of `image_size` squared (`o2o.envs.cameras`);
+    without any, those that the dataset has. Raises `ConfigError` for an unknown id or camera,
+    `EnvironmentMismatchError` for spaces that do not fit.
     """
     about = source if isinstance(source, DatasetInfo) else None
     task = task if task is not None else task_for(source)
@@ -76,21 +96,45 @@ def make(
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about
+    env = add_cameras(env, cameras, image_size, reference)
     if reference is not None:
         check_spaces(env, reference)
-    env = wrap(env, task, evaluation=evaluation, achieved_goal=achieved_goal)
+    env = wrap(
+        env,
+        task,
+        evaluation=evaluation,
+        achieved_goal=achieved_goal,
+        inner=inner,
+        history=history,
+        action_map=action_map,
+    )
     if seed is not None:
         env.reset(seed=seed)
         env.action_space.seed(seed)
     return env
 
 
-def wrap(env: gym.Env, task: Task, *, evaluation: bool = False, achieved_goal: bool = False) -> gym.Env:
-    """Put o2o's wrappers around an environment made elsewhere, a robot's for instance."""
+def wrap(
+    env: gym.Env,
+    task: Task,
+    *,
+    evaluation: bool = False,
+    achieved_goal: bool = False,
+    inner: Callable[[gym.Env], gym.Env] | None = None,
+    history: int = 1,
+    action_map: ActionMap | None = None,
+) -> gym.Env:
+    """Put o2o's wrappers around an environment made elsewhere, a robot's for instance.
+
+    `inner`, a recorder for instance, sits just outside the FaultGuard: it sees the environment's own units.
+    """
+    env = FaultGuard(env)
+    env = inner(env) if inner is not None else env
     spec = ObservationSpec.from_space(env.observation_space, achieved_goal)
-    action_map = ActionMap.from_space(env.action_space)
-    env = MapAction(FlattenObservation(FaultGuard(env), spec), action_map)
-    return EpisodeStatistics(TaskReward(env, task, terminate=not evaluation))
+    action_map = action_map if action_map is not None else ActionMap.from_space(env.action_space)
+    env = MapAction(FlattenObservation(env, spec), action_map)
+    env = EpisodeStatistics(TaskReward(env, task, terminate=not evaluation))
+    return env if history == 1 else StackHistory(env, history)
 
 
 def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
@@ -111,6 +155,15 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
         )
 
 
+def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
+    """Whether an id's environment is the one that a dataset names: same id, arguments and time limit."""
+    theirs = dataset.eval_env_spec or dataset.env_spec
+    if theirs is None or theirs.id != env_id.split(":")[-1]:
+        return False
+    ours = _spec(env_id)
+    return ours.max_episode_steps == theirs.max_episode_steps and ours.kwargs == theirs.kwargs
+
+
 def _spec(source: str | DatasetInfo) -> EnvSpec:
     """Return a dataset's evaluation specification (with the real time limit) or its own; an id's from the registry."""
     if isinstance(source, DatasetInfo):
@@ -120,8 +173,11 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
                 f"dataset {source.name} does not name its environment; give one with --env ID"
             )
         return replace(spec, additional_wrappers=())
+    module, _, name = source.rpartition(":")
     try:
-        return gym.spec(source)
+        if module:
+            importlib.import_module(module)  # where the environment is registered
+        return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(source, list(gym.registry), n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "register it with gymnasium first, or give module:id"

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from o2o import datasets
+from o2o.envs.cameras import FREE, CameraObservation
 from o2o.errors import DatasetError
 
 Mood = Literal["direct", "slow", "detour", "lost", "short"]
@@ -110,6 +111,21 @@ class Recipe:
         )
 
 
+@dataclass(frozen=True)
+class PixelRecipe(Recipe):
+    """A recipe whose observations have camera images besides."""
+
+    cameras: tuple[str, ...] = (FREE,)
+    image_size: int = 48
+    """Height and width of the images."""
+
+    def make_env(self) -> gym.Env:
+        """Make the environment with its cameras."""
+        return CameraObservation(
+            super().make_env(), {name: (self.image_size, self.image_size) for name in self.cameras}
+        )
+
+
 MOODS: tuple[tuple[Mood, float], ...] = (
     ("direct", 0.1),
     ("slow", 0.4),
@@ -117,9 +133,11 @@ MOODS: tuple[tuple[Mood, float], ...] = (
     ("lost", 0.15),
     ("short", 0.2),
 )
+PIXEL_MOODS: tuple[tuple[Mood, float], ...] = (("direct", 0.6), ("slow", 0.2), ("detour", 0.2))
 EMBEDDED: dict[str, Recipe] = {
     "pointmaze-umaze": Recipe("PointMaze_UMaze-v3", 150, 25_000, 0.5, MOODS),
     "pointmaze-medium": Recipe("PointMaze_Medium-v3", 250, 40_000, 0.5, MOODS),
+    "pointmaze-pixels": PixelRecipe("PointMaze_UMaze-v3", 150, 2_000, 0.3, PIXEL_MOODS),
 }
 """Name (of `o2o data make NAME`) and recipe; the dataset's id is `embedded_id(name)`."""
 
@@ -186,7 +204,7 @@ REFERENCE_EPISODES = 50
 
 
 def _mean_return(recipe: Recipe, policy: Callable[[Any, np.random.Generator], np.ndarray]) -> float:
-    env, returns = recipe.make_env(), []
+    env, returns = Recipe.make_env(recipe), []  # without cameras, which scores do not need
     for episode in datasets.record(env, policy, 10**9, recipe.seed + 1):
         returns.append(float(episode.rewards.sum()))
         if len(returns) == REFERENCE_EPISODES:

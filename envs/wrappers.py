@@ -6,7 +6,8 @@ import gymnasium as gym
 import numpy as np
 
 from o2o.errors import EnvironmentFaultError, O2OError
-from o2o.spaces import ActionMap, ObservationSpec
+from o2o.history import History, joined_space
+from o2o.spaces import ActionMap, ObservationSpec, with_base_action
 from o2o.tasks import Task
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
@@ -156,3 +157,57 @@ class EpisodeStatistics(gym.Wrapper):
                 "success_last": info["success"],
             }
         return observation, reward, terminated, truncated, info
+
+
+class StackHistory(gym.Wrapper):
+    """Observations joined to the last ones of their episode (see `o2o.history`)."""
+
+    def __init__(self, env: gym.Env, length: int) -> None:
+        """Join `length` observations, the present one among them; raises `ConfigError` for a length below 1."""
+        super().__init__(env)
+        self._history = History(length)
+        self.observation_space = joined_space(env.observation_space, length)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+        """Reset; the first observation stands for those before it."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._history.reset(observation), info
+
+    def step(self, action: Any) -> Step:
+        """Step."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._history.push(observation), reward, terminated, truncated, info
+
+
+class BaseAction(gym.Wrapper):
+    """Observations gain `base_action` `[A]`: what a frozen base policy would do next, in [-1, 1].
+
+    The base begins anew in every episode, before it is asked for anything, whatever ended the one before; the last
+    observation of an episode has what it would have done there. Its seed comes from the reset's.
+    """
+
+    def __init__(self, env: gym.Env, base: Any) -> None:
+        """Ask `base`: `reset(seed)`, `act(observation)` of the observation without history -> action `[A]`."""
+        super().__init__(env)
+        self.base = base
+        self._spec: ObservationSpec = env.get_wrapper_attr("observation_spec")
+        self._rng: np.random.Generator | None = None
+        entries = env.observation_space if isinstance(env.observation_space, gym.spaces.Dict) else None
+        space = with_base_action(entries.spaces if entries is not None else env.observation_space, env.action_space)
+        self.observation_space = gym.spaces.Dict(space)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+        """Reset environment and base."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        if seed is not None or self._rng is None:
+            self._rng = np.random.default_rng(seed)
+        self.base.reset(int(self._rng.integers(2**31)))
+        return self._asked(observation), info
+
+    def step(self, action: Any) -> Step:
+        """Step with an action `[A]`, the base's or any other."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._asked(observation), reward, terminated, truncated, info
+
+    def _asked(self, observation: Any) -> dict[str, Any]:
+        return with_base_action(observation, self.base.act(self._spec.latest(observation)))

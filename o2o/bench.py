@@ -63,6 +63,8 @@ class Variant:
     """Environment steps; None for the suite's."""
     starts_from: str | None = None
     """Earlier variant (`label` or `suite/label`) whose pre-trained agents this one starts from."""
+    base: str | None = None
+    """Base policy to correct: an earlier variant (seed i corrects its seed i, in a run of its own), or a file."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Cell:
     """How many, side by side."""
     starts_from: str | None = None
     """Variant (`label` or `suite/label`) whose run folder holds the agents to start from."""
+    base: str | None = None
+    """Variant whose run holds the base policies, or a base of its own (`Variant.base`)."""
 
     def source(self, run: Path) -> Path | None:
         """Return the run folder to start from, beside this cell's own `run` or in its suite's folder."""
@@ -95,6 +99,21 @@ class Cell:
         suite, _, label = self.starts_from.rpartition("/")
         folder = run.parent.parent / suite if suite else run.parent
         return folder / replace(self, label=label).name
+
+    def base_of(self, run: Path) -> tuple[str, int] | None:
+        """Return the base of this cell's own `run`, and which seed of it; raises `RunError` if that is not run yet."""
+        if self.base is None or not _is_variant(self.base):
+            return None if self.base is None else (self.base, 0)
+        suite, _, label = self.base.rpartition("/")
+        folder, stem = (run.parent.parent / suite if suite else run.parent), replace(self, label=label).stem
+        for first, last in sorted(_covered(folder, stem)):
+            path = folder / f"{stem}--seeds{first}-{last}"
+            if first <= self.seed <= last and (_status(path) or {}).get("status") == "finished":
+                return str(path), self.seed - first
+        raise RunError(
+            f"{self.name} corrects {self.base}, whose seed {self.seed} has no finished run in {folder}: run it first, "
+            f"o2o bench run {suite or self.suite}"
+        )
 
     @property
     def stem(self) -> str:
@@ -146,13 +165,16 @@ class Suite:
         count = self.seeds if seeds is None else seeds
         if count < 1:
             raise ConfigError(f"suite {self.name}: seeds is {count}; expected at least 1")
-        return [
+        planned = [
             self._cell(task, variant, count)
             for task in self.tasks
             if not tasks or task.dataset in tasks
             for variant in self.variants
             if not agents or variant.label in agents
         ]
+        alone = lambda cell: cell.base is not None and _is_variant(cell.base)  # noqa: E731
+        blocks = [_split(cell, [(i, i) for i in range(count)]) if alone(cell) else [cell] for cell in planned]
+        return [cell for block in blocks for cell in block]
 
     def _cell(self, task: BenchTask, variant: Variant, seeds: int) -> Cell:
         return Cell(
@@ -169,8 +191,14 @@ class Suite:
             options=task.options,
             overrides=variant.overrides,
             starts_from=variant.starts_from,
+            base=variant.base,
             seeds=seeds,
         )
+
+
+def _is_variant(base: str) -> bool:
+    """Whether a base is a variant of a suite, and not module:function or a file."""
+    return ":" not in base and not Path(base).suffix
 
 
 def _slug(text: str) -> str:

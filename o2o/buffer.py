@@ -4,6 +4,9 @@
 that needs Monte-Carlo returns sees an episode only once it has ended (the WSRL repository's Cal-QL loop).
 `OfflineData` is a fixed dataset, one or several sources with weights. `sample_minibatches` joins the two so that every
 minibatch has exactly its share of dataset rows, for any UTD (RLPD interleaves them).
+
+Both also give windows of rows in a row, cut at any offset. A window joins neither rows over the ring's cursor nor two
+sources; behind an episode's end its rows are marked invalid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +21,14 @@ from o2o.errors import ConfigError, DatasetError
 from o2o.types import Array, Batch
 
 TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
+
+
+def _windows(rows: Batch, slots: Array, inside: Array) -> Batch:
+    """Gather windows at `slots [..., W]`; `valid` is 1 up to and including the first end, while `inside [..., W]`."""
+    batch = jax.tree.map(lambda leaf: leaf[slots], rows)
+    ends = batch["ends"].astype(jnp.float32)
+    ended_before = jnp.cumsum(ends, axis=-1) - ends
+    return {**batch, "ends": ends, "valid": ((ended_before == 0) & inside).astype(jnp.float32)}
 
 
 class OfflineData(struct.PyTreeNode):
@@ -45,6 +56,8 @@ class OfflineData(struct.PyTreeNode):
         kept = {key: jax.tree.map(jnp.asarray, rows[key]) for key in (*TRANSITION_KEYS, *needs)}
         count = len(rows["rewards"])
         table = list(sources) or [(0, count, 1.0)]
+        if "ends" in kept:  # the next source, or what an agent appends, begins a new episode
+            kept["ends"] = kept["ends"].at[jnp.asarray([start + size - 1 for start, size, _ in table])].set(True)
         weights = np.asarray([weight for _, _, weight in table], np.float64)
         with np.errstate(divide="ignore"):
             logits = np.log(weights / weights.sum())
@@ -60,6 +73,15 @@ class OfflineData(struct.PyTreeNode):
         """Number of rows N."""
         return self.rows["rewards"].shape[0]
 
+    @property
+    def light(self) -> Self:
+        """What of it is on the device: everything (`o2o.host_replay` keeps observations elsewhere)."""
+        return self
+
+    def batch_shapes(self, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Return the shapes and types of what a draw of `shape` gives an agent with this `window`."""
+        return jax.eval_shape(lambda: self.draw(jax.random.key(0), shape, window))
+
     def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
         """Draw rows uniformly with replacement (within a source drawn by weight); leaves `[*shape, ...]`."""
         if self.starts.shape[0] == 1:
@@ -69,6 +91,26 @@ class OfflineData(struct.PyTreeNode):
             source = jax.random.categorical(source_rng, self.logits, shape=shape)
             indices = self.starts[source] + jax.random.randint(row_rng, shape, 0, self.sizes[source])
         return jax.tree.map(lambda leaf: leaf[indices], self.rows)
+
+    def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
+        """Draw windows of `horizon` rows in a row, leaves `[*shape, horizon, ...]`, each in one source; needs `ends`.
+
+        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 behind
+        the last row of a source that is shorter than the window.
+        """
+        first, size = jnp.zeros((), jnp.int32), jnp.asarray(self.size, jnp.int32)
+        if self.starts.shape[0] > 1:
+            source_rng, rng = jax.random.split(rng)
+            source = jax.random.categorical(source_rng, self.logits, shape=shape)
+            first, size = self.starts[source], self.sizes[source]
+        begin = jax.random.randint(rng, shape, 0, jnp.maximum(size - horizon + 1, 1))
+        positions = begin[..., None] + jnp.arange(horizon)
+        inside = positions < size[..., None]
+        return _windows(self.rows, jnp.where(inside, first[..., None] + positions, self.size - 1), inside)
+
+    def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
+        return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
 
 
 class ReplayBuffer(struct.PyTreeNode):
@@ -166,25 +208,34 @@ class ReplayBuffer(struct.PyTreeNode):
         last_start = jnp.maximum(self.visible - horizon + 1, 1)
         starts = jax.random.randint(rng, shape, 0, last_start)
         positions = starts[..., None] + jnp.arange(horizon)
-        slots = self._slots(positions)
-        batch = jax.tree.map(lambda leaf: leaf[slots], self.rows)
-        ended_before = jnp.cumsum(batch["ends"], axis=-1) - batch["ends"]
-        valid = (ended_before == 0) & (positions < self.visible)
-        return {**batch, "valid": valid.astype(jnp.float32)}
+        return _windows(self.rows, self._slots(positions), positions < self.visible)
+
+    def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
+        return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
 
 
 def sample_minibatches(
-    rng: Array, offline: OfflineData | None, buffer: ReplayBuffer, utd_ratio: int, batch_size: int, offline_ratio: float
+    rng: Array,
+    offline: OfflineData | None,
+    buffer: ReplayBuffer,
+    utd_ratio: int,
+    batch_size: int,
+    offline_ratio: float,
+    window: int = 1,
 ) -> Batch:
-    """Draw `[utd, B, ...]`; with `offline`, each minibatch begins with round(B * offline_ratio) dataset rows."""
-    keys = [key for key in buffer.rows if key != "ends"]
+    """Draw `[utd, B, ...]`; with `offline`, each minibatch begins with round(B * offline_ratio) dataset rows.
+
+    With `window` W > 1 the leaves are `[utd, B, W, ...]`, and `ends` and `valid` `[utd, B, W]` come with them.
+    """
+    keys = [key for key in buffer.rows if key != "ends"] + (["ends", "valid"] if window > 1 else [])
     offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
     offline_rng, online_rng = jax.random.split(rng)
     parts = []
     if offline is not None and offline_rows:
-        parts.append(offline.sample(offline_rng, (utd_ratio, offline_rows)))
+        parts.append(offline.draw(offline_rng, (utd_ratio, offline_rows), window))
     if offline_rows < batch_size:
-        parts.append(buffer.sample(online_rng, (utd_ratio, batch_size - offline_rows)))
+        parts.append(buffer.draw(online_rng, (utd_ratio, batch_size - offline_rows), window))
     return {
         key: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *(p[key] for p in parts)) for key in keys
     }

@@ -96,7 +96,9 @@ def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, An
     """Return (step, state, shapes of the saved arrays) of checkpoint `step` (`None`: the latest)."""
     known = steps(folder)
     if not known:
-        raise CheckpointError(f"no checkpoint in {folder}: the run was stopped before its first save; start it again")
+        raise CheckpointError(
+            f"no checkpoint in {folder}: the run was stopped before its first save; delete its folder, start it again"
+        )
     if step is not None and step not in known:
         raise CheckpointError(f"no checkpoint {step} in {folder}; there are {', '.join(map(str, known))}")
     step = known[-1] if step is None else step

@@ -1,7 +1,8 @@
 """The `o2o` command: the only module that parses arguments. What it does is in `o2o.experiment`, `bench`, `plots`."""
 
+import contextlib
 import dataclasses
-import difflib
+import functools
 import logging
 import os
 import sys
@@ -12,35 +13,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from o2o.errors import ConfigError, O2OError
-
-USAGE = """usage: o2o COMMAND ...
-
-  train AGENT --dataset ID   pre-train on a dataset, then fine-tune in its environment
-  resume RUN                 continue a stopped or killed run
-  eval RUN                   evaluate a run's policy anew
-  play RUN                   watch a run's policy (window, or --out FILE.mp4)
-  plot RUN...                learning curves of one or several runs
-  data list|describe|make|check
-  bench run|report SUITE     tables and curves of a benchmark suite
-  demo                       the whole way on a small dataset that is made on the spot
-
-`o2o COMMAND --help` explains every option; `o2o train --help` lists the agents."""
+from o2o.usage import USAGE, lookup, one_line, option
 
 Name = tyro.conf.Positional
-
-
-def _option(args: Sequence[str], *names: str) -> str | None:
-    """Return the value given for an option, before the real parse (it decides the defaults that help shows)."""
-    for i, arg in enumerate(args):
-        for name in names:
-            if arg == name and i + 1 < len(args):
-                return args[i + 1]
-            if arg.startswith(name + "="):
-                return arg.split("=", 1)[1]
-    return None
 
 
 def _train(args: list[str]) -> int:
@@ -56,8 +33,8 @@ def _train(args: list[str]) -> int:
         return 0 if args else 2
     agent, rest = args[0], args[1:]
     config_class = experiment.config_class(agent)
-    dataset = _option(rest, "--dataset")
-    size = _option(rest, "--preset") or "paper"
+    dataset = option(rest, "--dataset")
+    size = option(rest, "--preset") or "paper"
     helping = any(arg in ("-h", "--help") for arg in rest)
     if dataset is None and not helping:
         raise ConfigError(
@@ -68,9 +45,10 @@ def _train(args: list[str]) -> int:
         default = experiment.RunConfig(
             agent=agent, config=preset.config, dataset=(dataset or "DATASET",), preset=size,
             offline_steps=preset.offline_steps, online_steps=preset.online_steps,
+            **getattr(experiment.agent_class(agent), "run_settings", {}),
         )  # fmt: skip
     else:
-        default = experiment.preset_run(agent, dataset, size, env=_option(rest, "--env"))
+        default = experiment.preset_run(agent, dataset, size, env=option(rest, "--env"))
 
     @dataclasses.dataclass(frozen=True)
     class TrainArgs(experiment.RunConfig):
@@ -85,9 +63,8 @@ def _train(args: list[str]) -> int:
         runs: Path = Path("runs")
         """Folder that holds the runs."""
 
-    parsed = tyro.cli(
-        TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=f"o2o train {agent}", console_outputs=True
-    )
+    with one_line(prog := f"o2o train {agent}"):
+        parsed = tyro.cli(TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=prog, console_outputs=True)
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
     config = experiment.RunConfig(**values)
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
@@ -174,10 +151,9 @@ def play(
         seed: Seed of the environment.
     """
     from o2o import experiment
+    from o2o.tables import print_episodes
 
-    rows = experiment.play_run(run, out, episodes, checkpoint, member, seed)
-    for row in rows:
-        print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")
+    print_episodes(experiment.play_run(run, out, episodes, checkpoint, member, seed))
     if out is not None:
         print(f"wrote {out}")
     return 0
@@ -211,14 +187,9 @@ def data_list(root: Path | None = None) -> int:
         root: Folder of datasets; none means MINARI_DATASETS_PATH, else Minari's own.
     """
     from o2o import datasets
+    from o2o.tables import print_datasets
 
-    table = Table()
-    for column in ("dataset", "environment", "episodes", "steps"):
-        table.add_column(column)
-    for name in datasets.list_datasets(root):
-        about = datasets.info(name, root)
-        table.add_row(name, str(about.env_id), str(about.episodes), str(about.steps))
-    Console().print(table)
+    print_datasets([(name, datasets.info(name, root)) for name in datasets.list_datasets(root)], Console())
     return 0
 
 
@@ -265,6 +236,20 @@ def data_check(dataset: Name[str], root: Path | None = None) -> int:
         print(problem, file=sys.stderr)
     print(f"{dataset}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
     return 2 if problems else 0
+
+
+def data_export(run: Name[Path], id: str | None = None, root: Path | None = None) -> int:
+    """Make a Minari dataset of the episodes that a run recorded (`o2o train ... --record`), finished or not.
+
+    Args:
+        run: The run folder.
+        id: Id of the dataset; none means NAME-v0.
+        root: Folder of datasets to write to; none means `recorded` in the run folder, where it replaces an older one.
+    """
+    from o2o import recorder
+
+    print(f"wrote {recorder.export(run, id, root)}")
+    return 0
 
 
 def bench_run(
@@ -345,22 +330,22 @@ def _group(name: str, commands: dict[str, Callable[..., int]], args: list[str]) 
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: o2o {name} {{{'|'.join(commands)}}} ...", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
-    return _call(_lookup(args[0], commands, f"o2o {name}"), args[1:], f"o2o {name} {args[0]}")
-
-
-def _lookup(word: str, commands: dict[str, Any], where: str) -> Any:
-    if word in commands:
-        return commands[word]
-    near = difflib.get_close_matches(word, commands, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}"
-    raise ConfigError(f"{where} has no command {word!r}; {hint}")
+    return _call(lookup(args[0], commands, f"o2o {name}"), args[1:], f"o2o {name} {args[0]}")
 
 
 def _call(function: Callable[..., int], args: list[str], prog: str) -> int:
-    return tyro.cli(function, args=args, prog=prog)
+    stderr = sys.stderr
+
+    @functools.wraps(function)
+    def command(*values: Any, **named: Any) -> int:
+        with contextlib.redirect_stderr(stderr):  # only the parser's words are caught
+            return function(*values, **named)
+
+    with one_line(prog):
+        return tyro.cli(command, args=args, prog=prog)
 
 
-DATA = {"list": data_list, "describe": data_describe, "make": data_make, "check": data_check}
+DATA = {"list": data_list, "describe": data_describe, "make": data_make, "check": data_check, "export": data_export}
 BENCH = {"run": bench_run, "report": bench_report}
 SIMPLE = {"resume": resume, "eval": evaluate, "play": play, "plot": plot, "demo": demo}
 
@@ -374,7 +359,7 @@ def _dispatch(args: list[str]) -> int:
 
         print(f"o2o {__version__}")
         return 0
-    command = _lookup(args[0], {**SIMPLE, "train": 0, "data": 0, "bench": 0}, "o2o")
+    command = lookup(args[0], {**SIMPLE, "train": 0, "data": 0, "bench": 0}, "o2o")
     if args[0] == "train":
         return _train(args[1:])
     if args[0] in ("data", "bench"):

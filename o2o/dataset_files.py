@@ -113,7 +113,7 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
     if download:
         return _download(name, base)
     near = difflib.get_close_matches(name, local_ids(base), n=3, cutoff=0.4)
-    get = f"`minari download {name}` (needs the network)"
+    get = f"`minari download {name}` (needs the network and o2o[hub])"
     if name.startswith(EMBEDDED_PREFIX):
         get = f"`o2o data make {name.removeprefix(EMBEDDED_PREFIX).rsplit('-v', 1)[0]}`"
     hint = f"did you mean {', '.join(near)}? Otherwise " if near else ""
@@ -290,7 +290,7 @@ def problems(
         step, entry = out[0]
         yield (
             f"{where}, step {step}: action entry {entry} is {arrays['actions'][step, entry]:.6g}, outside the bounds "
-            f"[{actions.low[entry]:g}, {actions.high[entry]:g}]; clip with clip_actions=True"
+            f"[{actions.low[entry]:g}, {actions.high[entry]:g}]; clip them with --clip-actions (clip_actions=True)"
         )
 
 
@@ -318,11 +318,11 @@ def write_dataset(
     if target.exists():
         raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec)
+            storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
         extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__, **(metadata or {})}
         if eval_spec is not None:
             extra["eval_env_spec"] = eval_spec.to_json()

@@ -12,11 +12,14 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from minari.serialization import deserialize_space, serialize_space
 
 from o2o import dataset_files as files
 from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, default_root, info, record
@@ -27,6 +30,7 @@ from o2o.tasks import Task
 
 CACHE_VERSION = 1
 Rows = dict[str, np.ndarray]
+ActionRange = Literal["space", "data"]
 
 __all__ = [
     "EMBEDDED_PREFIX",
@@ -41,7 +45,7 @@ __all__ = [
     "list_datasets",
     "load",
 ]
-__all__ += ["monte_carlo_returns", "record", "write"]
+__all__ += ["environment_entries", "monte_carlo_returns", "read_environment", "record", "write"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,6 @@ class Dataset:
         ends = np.concatenate([[0], np.cumsum(self.arrays["ends"])])
         starts = np.arange(max(self.size - horizon + 1, 0))
         return starts[ends[starts + horizon - 1] == ends[starts]]
-
-    def observation_statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of the flat observations, both `[D]` float32."""
-        observations = self.arrays["observations"]
-        state = observations[STATE] if isinstance(observations, dict) else observations
-        return state.mean(0, dtype=np.float64).astype(np.float32), state.std(0, dtype=np.float64).astype(np.float32)
 
 
 def _converters(about: DatasetInfo, achieved_goal: bool) -> tuple[ObservationSpec, ActionMap]:
@@ -281,11 +279,15 @@ def load(
     cache: bool = True,
     clip_actions: bool = False,
     download: bool = False,
+    action_range: ActionRange = "space",
+    action_margin: float = 0.0,
 ) -> Dataset:
     """Load one dataset, or a mixture of several, by id or path.
 
     `weights` are the probabilities of drawing from each (default: by size). `clip_actions` accepts actions outside the
-    bounds, `download` fetches an id that is not there. Without a task, rewards are the dataset's own.
+    bounds, `download` fetches an id that is not there. Without a task, rewards are the dataset's own. With the
+    `action_range` "data", [-1, 1] is the range of the dataset's actions, 1 + `action_margin` times as wide
+    (`ActionMap.fitted`), in place of the action space.
     Raises `DatasetError`, naming episode and step where there is one.
     """
     names = [ids] if isinstance(ids, str | Path) else list(ids)
@@ -305,6 +307,11 @@ def load(
         returns.append(episode_returns)
         solved.append(episode_success)
         digests.append(_digest(rows))
+    if action_range == "data":
+        own = [actions.to_env(part["actions"]) for part in parts]
+        actions = actions.fitted(np.concatenate(own), action_margin)
+        for part, executed in zip(parts, own, strict=True):
+            part["actions"] = np.clip(actions.from_env(executed), -ACTION_LIMIT, ACTION_LIMIT)
     sizes = [len(part["rewards"]) for part in parts]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
     return Dataset(
@@ -316,6 +323,24 @@ def load(
         action_map=actions,
         task=task,
     )
+
+
+def environment_entries(observation_space: gym.Space, action_space: gym.Space, spec: EnvSpec | None) -> dict[str, Any]:
+    """Return an environment's spaces and specification as metadata.json has them; no spec if it has no JSON form."""
+    entries: dict[str, Any] = {"env_spec": None}
+    entries |= {"observation_space": serialize_space(observation_space), "action_space": serialize_space(action_space)}
+    if spec is not None:
+        try:
+            entries["env_spec"] = replace(spec, additional_wrappers=()).to_json()
+        except (TypeError, ValueError):
+            pass
+    return entries
+
+
+def read_environment(entries: dict[str, Any], where: str) -> tuple[gym.Space, gym.Space, EnvSpec | None]:
+    """Undo `environment_entries`; raises `DatasetError` naming `where` if the specification does not parse."""
+    spaces = [deserialize_space(entries[key]) for key in ("observation_space", "action_space")]
+    return spaces[0], spaces[1], files.env_spec({**entries, "dataset_id": where})
 
 
 def list_datasets(root: str | Path | None = None) -> list[str]:

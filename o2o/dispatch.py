@@ -6,14 +6,27 @@ size one); several run under `vmap`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
 from o2o.normalizer import Normalizer, normalize
-from o2o.types import Array, Batch, Carry, Info
+from o2o.types import Array, Batch, Carry, Info, window_of
+
+
+class Placed(Protocol):
+    """A dataset, wherever its observations are: an `OfflineData`, or a `HostData` (`o2o.host_replay`)."""
+
+    @property
+    def light(self) -> OfflineData:
+        """What of it is on the device."""
+        ...
+
+    def batch_shapes(self, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Return the shapes and types of what a draw of `shape` gives an agent with this `window`."""
+        ...
 
 
 def over_seeds(function: Callable[..., Any], seeds: int, in_axes: Any = 0) -> Callable[..., Any]:
@@ -51,6 +64,13 @@ def to_online(agent: Any) -> Any:
     return agent.online()
 
 
+def metric_zeros(agent: Any, data: Placed) -> Info:
+    """Return zeros shaped like the metrics of one seed's `agent.update` (their shapes depend on no batch size)."""
+    batch = data.batch_shapes((1, agent.config.batch_size), window_of(agent))
+    infos = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), infos)
+
+
 @partial(jax.jit, static_argnames=("seeds", "batch_size"), donate_argnames=("agent", "rng"))
 def offline_updates(
     agent: Any, rng: Array, data: OfflineData, num_updates: Array, *, seeds: int, batch_size: int
@@ -58,16 +78,13 @@ def offline_updates(
     """Run `num_updates` (traced: no recompile) updates on dataset minibatches; metrics are means, `[S]` each."""
 
     def one_seed(agent: Any, rng: Array) -> tuple[Any, Array, Info]:
-        shapes = jax.eval_shape(lambda a, r: a.update(data.sample(r, (1, batch_size)))[1], agent, rng)
-        totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
         def body(_: int, state: tuple[Any, Array, Info]) -> tuple[Any, Array, Info]:
             agent, rng, totals = state
             rng, key = jax.random.split(rng)
-            agent, info = agent.update(data.sample(key, (1, batch_size)))
+            agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
             return agent, rng, jax.tree.map(jnp.add, totals, info)
 
-        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, totals))
+        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, metric_zeros(agent, data)))
         return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
 
     return over_seeds(one_seed, seeds)(agent, rng)
@@ -94,35 +111,46 @@ class OnlineMode(NamedTuple):
     utd_ratio: int
     batch_size: int
     offline_ratio: float
+    window: int = 1
+
+    def draw(self, rng: Array, offline: OfflineData | None, buffer: ReplayBuffer, utd_ratio: int) -> Batch:
+        """Draw the minibatches of `utd_ratio` critic updates."""
+        return sample_minibatches(rng, offline, buffer, utd_ratio, self.batch_size, self.offline_ratio, self.window)
 
 
-def info_zeros(agent: Any, batch: Batch) -> Info:
-    """Return zeros shaped like the metrics of one seed's `agent.update(batch)`."""
-    shapes = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def fresh_online_state(agent: Any, rng: Array, offline: OfflineData, capacity: int, append: bool) -> OnlineState:
+def fresh_online_state(agent: Any, rng: Array, offline: Placed, capacity: int, append: bool) -> OnlineState:
     """Return the state at the switch: agents `[S]` in online form, replay empty or (`append`) holding the dataset."""
     seeds = rng.shape[0]
-    rows = {key: offline.rows[key] for key in (*TRANSITION_KEYS, *agent.needs, "ends")}
+    rows = {key: offline.light.rows[key] for key in (*TRANSITION_KEYS, *agent.needs, "ends")}
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
     buffer = buffer.extend(rows) if append else buffer
     buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)).copy(), buffer)
     carry = jax.vmap(lambda a: a.initial_carry((1,)))(agent)
-    example = jax.tree.map(lambda leaf: leaf[:1][None], rows)
-    totals = over_seeds(lambda a: info_zeros(a, example), seeds)(agent)
+    totals = over_seeds(lambda a: metric_zeros(a, offline), seeds)(agent)
     return OnlineState(agent, buffer, carry, rng, totals)
 
 
-def _choose(
+def choose(
     agent: Any, normalizer: Normalizer | None, observation: Any, carry: Carry, rng: Array, random: bool, action_dim: int
 ) -> tuple[Array, Carry]:
-    if random:
+    """Return one observation's action `[A]`, at random where the phase wants it, and the next carry."""
+    explore = getattr(agent, "random_actions", None)
+    if random and explore is None:
         return jax.random.uniform(rng, (action_dim,), minval=-1.0, maxval=1.0), carry
     batched = jax.tree.map(lambda leaf: leaf[None], normalize(normalizer, observation))
+    if random and explore is not None:
+        return explore(batched, rng)[0], carry
     actions, carry = agent.sample_actions(batched, carry, rng, False)
     return actions[0], carry
+
+
+def clear_carry(carry: Carry, fresh: Carry, ended: Any) -> Carry:
+    """Put `fresh` where `ended [...]` is true, leaves `[..., *]`: what a policy remembers ends with its episode."""
+
+    def pick(old: Array, new: Array) -> Array:
+        return jnp.where(jnp.reshape(ended, jnp.shape(ended) + (1,) * (old.ndim - jnp.ndim(ended))), new, old)
+
+    return jax.tree.map(pick, carry, fresh)
 
 
 @partial(jax.jit, static_argnames=("seeds", "random"))
@@ -134,11 +162,26 @@ def first_actions(
 
     def one_seed(agent: Any, carry: Carry, rng: Array, observation: Any) -> tuple[Array, Carry, Array]:
         rng, key = jax.random.split(rng)
-        action, carry = _choose(agent, normalizer, observation, carry, key, random, action_dim)
+        action, carry = choose(agent, normalizer, observation, carry, key, random, action_dim)
         return action, carry, rng
 
     action, carry, rng = over_seeds(one_seed, seeds)(state.agent, state.carry, state.rng, observations)
     return state._replace(carry=carry, rng=rng), action
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames="state")
+def initial_updates(state: OnlineState, offline: OfflineData | None, count: Array, *, mode: OnlineMode) -> OnlineState:
+    """Run `count` (traced) updates on minibatches `[1, B, ...]` of `mode`'s kind; their metrics join the totals."""
+
+    def one_seed(state: OnlineState) -> OnlineState:
+        def body(_: int, state: OnlineState) -> OnlineState:
+            rng, key = jax.random.split(state.rng)
+            agent, info = state.agent.update(mode.draw(key, offline, state.buffer, 1))
+            return state._replace(agent=agent, rng=rng, totals=jax.tree.map(jnp.add, state.totals, info))
+
+        return jax.lax.fori_loop(0, count, body, state)
+
+    return over_seeds(one_seed, mode.seeds)(state)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames="state")
@@ -163,13 +206,11 @@ def online_step(
         row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
         buffer = buffer.add(row, pending=mode.pending)
         if mode.update:
-            batch = sample_minibatches(batch_rng, offline, buffer, mode.utd_ratio, mode.batch_size, mode.offline_ratio)
-            agent, info = agent.update(batch)
+            agent, info = agent.update(mode.draw(batch_rng, offline, buffer, mode.utd_ratio))
             totals = jax.tree.map(jnp.add, totals, info)
-        fresh = agent.initial_carry((1,))
-        carry = jax.tree.map(lambda old, new: jnp.where(ended, new, old), carry, fresh)
+        carry = clear_carry(carry, agent.initial_carry((1,)), ended)
         action_dim = buffer.rows["actions"].shape[-1]
-        action, carry = _choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
+        action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
         return OnlineState(agent, buffer, carry, rng, totals), action
 
     return over_seeds(one_seed, mode.seeds)(state, rows, observations, ended)

@@ -59,6 +59,8 @@ class EnvSlot:
     def reset(self, episode: int | None = None) -> Any:
         """Begin the next episode, or `episode`, and return its first observation."""
         self.episode = self.episode + 1 if episode is None else episode
+        if self.env.has_wrapper_attr("name_episode"):
+            self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
         self.observation, _ = self.env.reset(seed=reset_seed(*self.seeds, self.episode))
         self.actions, self.raw_return, self.success, self.success_last = [], 0.0, None, None
         return self.observation

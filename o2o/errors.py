@@ -24,6 +24,10 @@ class EnvironmentFaultError(O2OError, RuntimeError):
     """The environment raised or returned a value that is not finite."""
 
 
+class BaseFaultError(EnvironmentFaultError):
+    """A base policy raised, took too long, or returned a value that is not finite."""
+
+
 class RunError(O2OError, RuntimeError):
     """A run folder that exists already, is missing, or cannot be written."""
 

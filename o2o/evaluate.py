@@ -8,6 +8,7 @@ import gymnasium
 import jax
 import numpy as np
 
+from o2o.dispatch import clear_carry, over_seeds
 from o2o.episode import EVAL_STREAM, EnvSlot
 from o2o.errors import ConfigError
 from o2o.normalizer import Normalizer, normalize
@@ -25,13 +26,9 @@ def _act(
     seeds = jax.tree.leaves(observations)[0].shape[0]
     keys = jax.random.split(rng, seeds)
     act = lambda a, o, c, k: a.sample_actions(normalize(normalizer, o), c, k, deterministic)  # noqa: E731
-    return jax.vmap(act)(agent, observations, carry, keys)
-
-
-def clear_carry(carry: Carry, fresh: Carry, ended: np.ndarray) -> Carry:
-    """Put `fresh` where `ended` `[S, slots]` is true; leaves `[S, slots, ...]`."""
-    where = lambda old, new: jax.numpy.where(ended.reshape(ended.shape + (1,) * (old.ndim - ended.ndim)), new, old)  # noqa: E731
-    return jax.tree.map(where, carry, fresh)
+    if carry is None:
+        return jax.vmap(act)(agent, observations, carry, keys)
+    return over_seeds(act, seeds)(agent, observations, carry, keys)  # one seed: without the axis, a `cond` stays one
 
 
 class Evaluator:

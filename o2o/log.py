@@ -1,5 +1,6 @@
 """Where numbers go: JSON lines always, the screen, and TensorBoard or W&B as extras. One small class per back end."""
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -93,12 +94,18 @@ class WandB:
     """Rows as a Weights & Biases history (extra `log`)."""
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
-        """Start a run; raises `ConfigError` if wandb is not installed."""
+        """Start a run; raises `ConfigError` if wandb is not installed or cannot start."""
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError("logger 'wandb' needs wandb: pip install 'o2o[log]'") from error
-        self._run = wandb.init(project="o2o", name=name, config=config, resume="allow")
+        try:
+            self._run = wandb.init(project="o2o", name=name, config=config, resume="allow")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"logger 'wandb' cannot start ({reason}): log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Log the row, keys prefixed by its seed."""
@@ -116,7 +123,9 @@ def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
     makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder.name, config)}
     unknown = [name for name in names if name not in makers]
     if unknown:
-        raise ConfigError(f"no logger {unknown[0]!r}; there are {', '.join(makers)} (metrics.jsonl is always written)")
+        near = difflib.get_close_matches(unknown[0], makers, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(makers)}"
+        raise ConfigError(f"no logger {unknown[0]!r}; {hint} (metrics.jsonl is always written)")
     return [makers[name]() for name in names]
 
 

@@ -8,25 +8,36 @@ episodes are three counters; environment steps are counted per seed (five seeds 
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o import dispatch
+from o2o import dispatch, host_replay, resume
 from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
-from o2o.dispatch import OnlineMode, OnlineState, over_seeds
+from o2o.dispatch import OnlineMode, OnlineState
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.fleet import Fleet
-from o2o.normalizer import Normalizer
+from o2o.host_replay import HostData, HostReplay
+from o2o.normalizer import Normalizer, normalized_rows
 from o2o.schedule import Counters, Hooks, LoopConfig, evaluation_steps
-from o2o.types import OnlineConfig
+from o2o.types import OnlineConfig, window_of
 
 SMALLEST_BUFFER = 10_000
 """Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
+
+
+def check_window(agent: Any, rows: int, place: str) -> None:
+    """Raise `ConfigError` if `place` can hold fewer `rows` than the agent wants in a row."""
+    if window_of(agent) > rows:
+        raise ConfigError(
+            f"the agent learns from {window_of(agent)} steps in a row, {place} holds {rows}; shorten its chunk or "
+            "horizon, or give it more data"
+        )
 
 
 class Trainer:
@@ -42,21 +53,21 @@ class Trainer:
         seed: int = 0,
         seeds: int = 1,
         loop: LoopConfig | None = None,
-        normalize: bool = False,
+        normalizer: Normalizer | None = None,
         hooks: Hooks | None = None,
+        storage: Path | None = None,
     ) -> None:
         """Create the agents from `data`'s shapes; `env_fn(evaluation)` makes one environment.
 
+        `data` and environments are raw: `normalizer` stands between them and the agents.
+        Replay that is too large for the device is kept in the folder `storage`; None: in a temporary one.
         Raises `ConfigError` for settings out of range and `DatasetError` if `data` lacks what the agent needs.
         """
         if seeds < 1 or seed < 0:
             raise ConfigError(f"seeds is {seeds} and seed {seed}; expected seeds >= 1 and seed >= 0")
         self.config, self.data, self.env_fn, self.loop = config, data, env_fn, loop or LoopConfig()
         self.seed, self.seeds, self.hooks = seed, seeds, hooks or Hooks()
-        rows = dict(data.arrays)
-        self.normalizer = Normalizer.fit(rows["observations"]) if normalize else None
-        if self.normalizer is not None:
-            rows = {k: np.asarray(self.normalizer(v)) if k.endswith("observations") else v for k, v in rows.items()}
+        self.normalizer, rows = normalizer, normalized_rows(normalizer, data.arrays)
         example = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), {k: rows[k] for k in ("observations", "actions")})
         keys = jax.random.split(jax.random.key(seed), seeds + 1)
         make = partial(dispatch.create_agent, agent_class=agent_class, config=config)
@@ -64,7 +75,10 @@ class Trainer:
             lambda key: make(key, example["observations"], example["actions"]), keys[:seeds]
         )
         sources = [(source.start, source.size, source.weight) for source in data.sources]
-        self.offline_data = OfflineData.create(rows, (*self.agent.needs, "ends"), sources)
+        self.programs: Any = dispatch
+        self.storage = storage
+        self._place(host_replay.place(rows, (*self.agent.needs, "ends"), sources, self.loop.device_bytes))
+        check_window(self.agent, self.offline_data.size, "the dataset")
         self.rng = jax.random.split(keys[seeds], seeds)
         self.counters = Counters(episodes=[0] * seeds)
         self.online_state: OnlineState | None = None
@@ -72,18 +86,13 @@ class Trainer:
         self.action: jax.Array | None = None
         self.visible = [0] * seeds
         self.exact_resume = True
-        self._offline_totals: dict[str, Any] = {}
-        self._updates_since_log = 0
+        self.offline_totals: dict[str, Any] = {}
+        self.updates_since_log = 0
         self.evaluator = Evaluator(env_fn, seeds, self.loop.eval_episodes, seed, self._normalized)
 
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Batch keys beyond the usual ones that the agent needs in its present phase."""
-        return (self.agent if self.online_state is None else self.online_state.agent).needs
 
     @property
     def online_config(self) -> OnlineConfig:
@@ -104,7 +113,7 @@ class Trainer:
             at = counters.offline_steps
             marks = [steps, *(at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every))]
             count = min(min(marks) - at, loop.updates_per_dispatch)
-            self.agent, self.rng, info = dispatch.offline_updates(
+            self.agent, self.rng, info = self.programs.offline_updates(
                 self.agent,
                 self.rng,
                 self.offline_data,
@@ -133,18 +142,27 @@ class Trainer:
     def _accumulate(self, info: dict[str, Any], count: int) -> None:
         """Add the dispatch's mean metrics, weighted by its updates; all stays on the device."""
         weighted = {key: value * count for key, value in info.items()}
-        totals = self._offline_totals
-        self._offline_totals = {key: value + totals[key] if totals else value for key, value in weighted.items()}
+        totals = self.offline_totals
+        self.offline_totals = {key: value + totals[key] if totals else value for key, value in weighted.items()}
 
     def _log_offline(self) -> None:
         counters = self.counters
         updates = counters.offline_steps - counters.logged_at
         if updates:
-            self._write_metrics({key: value / updates for key, value in self._offline_totals.items()}, {})
-        self._offline_totals, counters.logged_at = {}, counters.offline_steps
+            self._write_metrics({key: value / updates for key, value in self.offline_totals.items()}, {})
+        self.offline_totals, counters.logged_at = {}, counters.offline_steps
 
-    def begin_online(self, steps: int) -> None:
-        """Switch the agents to their online form, allocate the replay buffer, reset the environments."""
+    def _place(self, data: OfflineData | HostData) -> None:
+        """Take the dataset as it is placed, and the programs that go with it."""
+        self.offline_data = data
+        if isinstance(data, HostData) and not isinstance(self.programs, HostReplay):
+            self.programs = HostReplay(self.storage, self.loop.checkpoint_every)
+
+    def begin_online(self, steps: int, host: bool | None = None) -> None:
+        """Switch the agents to their online form, allocate the replay buffer, reset the environments.
+
+        `host` says whether observations stay in host memory; None: if the device is too small for them.
+        """
         if self.online_state is not None:
             return
         wanted = self.online_config
@@ -155,7 +173,11 @@ class Trainer:
             )
         rows = self.offline_data.size if wanted.replay == "append" else 0
         capacity = min(self.loop.replay_capacity, max(steps, SMALLEST_BUFFER)) + rows
-        self.online_state = dispatch.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
+        check_window(agent, capacity, "the replay buffer")
+        if wanted.replay == "mixed":
+            check_window(agent, self.offline_data.size, "the dataset")
+        self._place(host_replay.make_room(self.offline_data, capacity * self.seeds, self.loop.device_bytes, host))
+        self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
         self.fleet = Fleet(self.env_fn, self.seed, self.seeds, "mc_returns" in agent.needs)
@@ -184,14 +206,7 @@ class Trainer:
         started = time.perf_counter() - counters.elapsed
         eval_steps = evaluation_steps(loop, self.online_config, steps)
         if self.action is None:
-            assert self.online_state is not None and self.fleet is not None
-            self.online_state, self.action = dispatch.first_actions(
-                self.online_state,
-                self.normalizer,
-                self.fleet.observations,
-                seeds=self.seeds,
-                random=self.online_config.random_steps > 0,
-            )
+            self.first_actions()
         while counters.env_steps < steps:
             self._online_step()
             at = counters.env_steps
@@ -211,17 +226,33 @@ class Trainer:
                 return False
         return True
 
+    def first_actions(self) -> None:
+        """Choose the actions for the observations at which the environments stand."""
+        assert self.online_state is not None and self.fleet is not None
+        self.online_state, self.action = self.programs.first_actions(
+            self.online_state,
+            self.normalizer,
+            self.fleet.observations,
+            seeds=self.seeds,
+            random=self.counters.env_steps < self.online_config.random_steps,
+        )
+
     @property
     def phase_name(self) -> str:
         """`offline`, `warmup` (no update has run yet online) or `online`."""
-        online = self.counters.phase == "online"
-        return (
-            "offline"
-            if not online
-            else "online"
-            if self.counters.env_steps > self.online_config.first_update()
-            else "warmup"
-        )
+        if self.counters.phase == "offline":
+            return "offline"
+        return "online" if self.counters.online_updates else "warmup"
+
+    def _may_update(self, window: int) -> bool:
+        """Whether this step ends with an update: its time has come, and enough rows are stored to cut a window."""
+        assert self.fleet is not None
+        online, counters = self.online_config, self.counters
+        if online.replay == "none" or counters.env_steps < online.first_update():
+            return False
+        appended = self.offline_data.size if online.replay == "append" else 0
+        stored = self.visible if self.fleet.waits else [appended + counters.env_steps]
+        return min(stored) >= window
 
     def _online_step(self) -> None:
         assert self.online_state is not None and self.action is not None and self.fleet is not None
@@ -233,9 +264,8 @@ class Trainer:
                 "its learning rate or look at critic/q in metrics.jsonl"
             )
         rows, ended = self.fleet.step(actions, self._episode_finished)
-        waits = self.fleet.waits
-        ready = all(self.visible) if waits else True
-        update = online.replay != "none" and counters.env_steps >= online.first_update() and ready
+        waits, window = self.fleet.waits, window_of(self.online_state.agent)
+        update = self._may_update(window)
         mode = OnlineMode(
             seeds=self.seeds,
             update=update,
@@ -244,20 +274,34 @@ class Trainer:
             utd_ratio=online.utd_ratio,
             batch_size=self.config.batch_size,
             offline_ratio=online.offline_ratio if online.replay == "mixed" else 0.0,
+            window=window,
         )
         offline = self.offline_data if online.replay == "mixed" else None
-        self.online_state, self.action = dispatch.online_step(
+        if update and online.initial_updates and not counters.online_updates:
+            self._initial_updates(offline, mode)
+        self.online_state, self.action = self.programs.online_step(
             self.online_state, offline, self.normalizer, rows, self.fleet.observations, ended, mode=mode
         )
         if waits:
-            self._commit(np.flatnonzero(ended))
+            self.commit(np.flatnonzero(ended))
         else:
             self.fleet.forget(np.flatnonzero(ended))
         counters.env_steps += 1
         counters.gradient_steps += online.utd_ratio if update else 0
-        self._updates_since_log += int(update)
+        counters.online_updates += int(update)
+        self.updates_since_log += int(update)
 
-    def _commit(self, members: np.ndarray) -> None:
+    def _initial_updates(self, offline: OfflineData | HostData | None, mode: OnlineMode) -> None:
+        """Run the updates that come in one go before the first online one (`OnlineConfig.initial_updates`)."""
+        assert self.online_state is not None
+        count = self.online_config.initial_updates
+        self.online_state = self.programs.initial_updates(
+            self.online_state, offline, jnp.asarray(count, jnp.int32), mode=mode
+        )
+        self.counters.gradient_steps += count
+        self.updates_since_log += count
+
+    def commit(self, members: np.ndarray) -> None:
         """Fill in the returns-to-go of these members' waiting rows and let them be sampled."""
         assert self.online_state is not None and self.fleet is not None
         failure = self.data.task.failure_reward
@@ -269,7 +313,7 @@ class Trainer:
                 f"an episode of {counts.max()} steps does not fit the replay buffer; raise replay_capacity"
             )
         self.visible = [seen + int(count) for seen, count in zip(self.visible, counts, strict=True)]
-        buffer = dispatch.commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
+        buffer = self.programs.commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
         self.online_state = self.online_state._replace(buffer=buffer)
 
     def _episode_finished(self, member: int, row: dict[str, Any]) -> None:
@@ -282,13 +326,13 @@ class Trainer:
 
     def _log_online(self) -> None:
         assert self.online_state is not None
-        updates, counters = self._updates_since_log, self.counters
+        updates, counters = self.updates_since_log, self.counters
         steps = counters.env_steps - counters.logged_at
         metrics = {key: value / updates for key, value in self.online_state.totals.items()} if updates else {}
         zeros = jax.tree.map(jnp.zeros_like, self.online_state.totals)
         self.online_state = self.online_state._replace(totals=zeros)
         self._write_metrics(metrics, {"time/log_steps": float(steps)})
-        self._updates_since_log, counters.logged_at = 0, counters.env_steps
+        self.updates_since_log, counters.logged_at = 0, counters.env_steps
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Evaluate all seeds in their own environments, report and return one row per episode."""
@@ -317,80 +361,24 @@ class Trainer:
             self.hooks.metrics({**row, **values, **extra})
 
     def close(self) -> None:
-        """Close all environments."""
+        """Close all environments, and the files of a replay in host memory."""
         self.evaluator.close()
         if self.fleet is not None:
             self.fleet.close()
+        if isinstance(self.programs, HostReplay):
+            self.programs.close()
 
     def arrays(self) -> dict[str, Any]:
         """Return every device array of the run, by name (o2o.checkpoint)."""
-        stats = {} if self.normalizer is None else {"normalizer": self.normalizer}
-        if self.online_state is None:
-            return {"agent": self.agent, "loop": {"rng": self.rng, "totals": self._offline_totals}, **stats}
-        assert self.fleet is not None
-        agent, buffer, carry, rng, totals = self.online_state
-        loop = {"rng": rng, "totals": totals, "observations": self.fleet.observations}
-        if self.action is not None:
-            loop["action"] = self.action
-        if carry is not None:
-            loop["carry"] = carry
-        return {"agent": agent, "buffer": buffer, "loop": loop, **stats}
+        return resume.arrays(self)
 
     def state(self) -> dict[str, Any]:
         """Return every host value of the run, JSON-able."""
-        return {
-            "counters": dict(vars(self.counters)),
-            "fleet": None if self.fleet is None else self.fleet.snapshot(),
-            "visible": self.visible,
-            "updates_since_log": self._updates_since_log,
-        }
+        return resume.state(self)
 
     def restore(
         self, state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int
     ) -> Self:
         """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
-        if state["counters"]["phase"] == "online":
-            self.begin_online(online_steps)
-        targets = self.arrays()
-        if self.online_state is not None:
-            targets["loop"]["action"] = jnp.zeros(self.offline_data.rows["actions"].shape[1:]) + jnp.zeros(
-                (self.seeds, 1)
-            )
-        elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
-            shapes = over_seeds(lambda a, b: dispatch.info_zeros(a, b), self.seeds, (0, None))
-            targets["loop"]["totals"] = shapes(self.agent, self.offline_data.sample(jax.random.key(0), (1, 2)))
-        loaded = load(targets)
-        self.counters = Counters(**state["counters"])
-        self.visible, self._updates_since_log = list(state["visible"]), state["updates_since_log"]
-        self.normalizer = loaded.get("normalizer", self.normalizer)
-        if self.online_state is None:
-            self.agent, self.rng = loaded["agent"], loaded["loop"]["rng"]
-            self._offline_totals = loaded["loop"]["totals"]
-            return self
-        part = loaded["loop"]
-        self.online_state = OnlineState(
-            loaded["agent"], loaded["buffer"], part.get("carry"), part["rng"], part["totals"]
-        )
-        self.action = part["action"]
-        self._restore_fleet(state["fleet"], part["observations"])
+        resume.restore(self, state, load, online_steps)
         return self
-
-    def _restore_fleet(self, snapshot: dict[str, Any], observations: Any) -> None:
-        assert self.online_state is not None and self.fleet is not None
-        same = self.fleet.restore(snapshot, observations)
-        self.exact_resume = all(same)
-        if self.exact_resume:
-            return
-        # An environment stands elsewhere: its half episode ends as if cut by a time limit, and the policies act afresh.
-        elsewhere = np.logical_not(same)
-        ended = over_seeds(lambda b, where: b.mark_end(where), self.seeds)(self.online_state.buffer, elsewhere)
-        self.online_state = self.online_state._replace(buffer=ended)
-        if self.fleet.waits:
-            self._commit(np.flatnonzero(elsewhere))
-        self.online_state, self.action = dispatch.first_actions(
-            self.online_state,
-            self.normalizer,
-            self.fleet.observations,
-            seeds=self.seeds,
-            random=self.counters.env_steps < self.online_config.random_steps,
-        )

@@ -15,9 +15,11 @@ import optax
 from flax import struct
 
 from o2o.distributions import Normal, TanhNormal
+from o2o.losses import sample_members
 from o2o.types import Array, Params
 
 Init = Literal["orthogonal", "xavier", "lecun"]
+Activation = Literal["relu", "gelu"]
 SQRT2 = float(np.sqrt(2.0))
 
 
@@ -30,8 +32,13 @@ def kernel_init(name: Init, gain: float = SQRT2) -> Callable[..., Array]:
     return nn.initializers.lecun_normal()
 
 
+def activate(x: Array, name: Activation) -> Array:
+    """Return the activation of `x [...]`; GELU is the tanh approximation."""
+    return nn.relu(x) if name == "relu" else nn.gelu(x)
+
+
 class MLP(nn.Module):
-    """Dense -> (dropout) -> (LayerNorm) -> ReLU for every width, also the last; `[..., D]` to `[..., hidden[-1]]`."""
+    """Dense -> (dropout) -> (LayerNorm) -> activation for every width, also the last: `[..., D]` to `[..., last]`."""
 
     hidden_dims: Sequence[int]
     layer_norm: bool = False
@@ -39,6 +46,7 @@ class MLP(nn.Module):
     init_scheme: Init = "orthogonal"
     last_gain: float | None = None
     """Orthogonal gain of the last hidden layer; `None` leaves it at sqrt(2)."""
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, x: Array, training: bool = False) -> Array:
@@ -51,7 +59,7 @@ class MLP(nn.Module):
                 x = nn.Dropout(self.dropout)(x, deterministic=not training)
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
-            x = nn.relu(x)
+            x = activate(x, self.activation)
         return x
 
 
@@ -155,6 +163,9 @@ class CriticEnsemble(nn.Module):
     last_gain: float | None = None
     output_gain: float = SQRT2
     shared_output: bool = False
+    activation: Activation = "relu"
+    norm_last: bool = False
+    """LayerNorm behind each activation (Q-chunking) instead of before it."""
 
     @nn.compact
     def __call__(self, observations: Array, actions: Array) -> Array:
@@ -167,9 +178,10 @@ class CriticEnsemble(nn.Module):
             last = i == len(self.hidden_dims) - 1
             gain = self.last_gain if last and self.last_gain is not None else SQRT2
             x = EnsembleDense(self.num, width, self.init_scheme, gain, stacked=i > 0, name=f"dense_{i}")(x)
+            x = activate(x, self.activation) if self.norm_last else x
             if self.layer_norm:
                 x = EnsembleLayerNorm(self.num, name=f"norm_{i}")(x)
-            x = nn.relu(x)
+            x = x if self.norm_last else activate(x, self.activation)
         if self.shared_output:
             x = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")(x)
         else:
@@ -187,6 +199,19 @@ def take_members(params: Params, members: Array) -> Params:
         }
 
     return {"params": take(params["params"])}
+
+
+def draw_members(
+    critic: CriticEnsemble, params: Params, rng: Array, size: int | None, replace: bool = False
+) -> tuple[CriticEnsemble, Params]:
+    """Return definition and parameters of `size` random members of `critic`; all of them where nothing is to draw.
+
+    One draw, without replacement unless `replace`, serves everything that is evaluated with the result.
+    """
+    if size is None or (size >= critic.num and not replace):
+        return critic, params
+    members = sample_members(rng, critic.num, size, replace)
+    return critic.clone(num=size), take_members(params, members)
 
 
 class Value(nn.Module):
@@ -222,6 +247,8 @@ class Adam:
     decay_steps: int | None = None
     """Cosine decay to 0 over this many steps; `None` for a constant rate."""
     weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Gradients with a larger global norm are scaled down to it; `None` leaves them."""
 
     def build(self) -> optax.GradientTransformation:
         """Return the optax transformation."""
@@ -251,5 +278,8 @@ class Model(struct.PyTreeNode):
 
     def apply_gradients(self, grads: Params) -> Self:
         """Return the model after one optimiser step."""
+        if self.optimizer.clip_norm is not None:
+            clip = optax.clip_by_global_norm(self.optimizer.clip_norm)
+            grads, _ = clip.update(grads, clip.init(self.params))
         updates, opt_state = self.optimizer.build().update(grads, self.opt_state, self.params)
         return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state)

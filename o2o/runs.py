@@ -4,8 +4,10 @@ Killed at any instant, a run goes on from its last checkpoint: the rows behind i
 A signal (SIGINT, SIGTERM) saves first.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.metadata
 import json
 import os
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from o2o import checkpoint
-from o2o.errors import ConfigError, RunError
+from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
 from o2o.log import JsonLines
 from o2o.loop import Trainer
 
@@ -189,11 +191,20 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
     try:
         finished = work()
     except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk may have no room for it
+            run.status("failed", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, CheckpointError):
+            raise  # saving is what failed
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RunError(
+                f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"
+            ) from error
         try:
             run.save(trainer)
+            if isinstance(error, EnvironmentFaultError):
+                error.args = (f"{error}; the run is saved, go on with `o2o resume {run.path}`",)
         except Exception as second:
             print(f"o2o: the state could not be saved either: {second}", file=sys.stderr)
-        run.status("failed", error=f"{type(error).__name__}: {error}")
         raise
     run.status("finished" if finished else "stopped")
     return finished

@@ -25,6 +25,9 @@ class LoopConfig:
     """Offline updates in one call to the device."""
     replay_capacity: int = 2_000_000
     """Most transitions of its own that a run keeps; the buffer is no larger than the run can fill."""
+    device_bytes: int | None = None
+    """Dataset and replay may take so many bytes of the device; beyond, their observations stay in host memory and on
+    disk (RUN/replay): slower, the same draws. None: half the device's memory, 8 GiB on a CPU; 0 forces it."""
     deterministic_eval: bool = True
     """Evaluate the mode of the policy; False samples."""
 
@@ -54,6 +57,8 @@ class Counters:
     """Gradient steps of the offline phase."""
     gradient_steps: int = 0
     """Critic updates of both phases."""
+    online_updates: int = 0
+    """Update calls of the online phase, `initial_updates` not counted."""
     env_steps: int = 0
     """Environment steps of the online phase, per seed."""
     episodes: list[int] = field(default_factory=list)

@@ -5,7 +5,7 @@ Order of a flat observation: entries of a Dict by name, alphabetically and depth
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import gymnasium as gym
@@ -16,8 +16,12 @@ from o2o.errors import EnvironmentMismatchError
 
 STATE = "state"
 """Key of the flat part when there are images too."""
+BASE_ACTION = "base_action"
+"""Key of what a base policy would do, `[A]` in [-1, 1], for agents that correct one."""
 ACTION_LIMIT = 0.99999
 """Dataset actions are clipped to this, so that a tanh policy's density stays finite (Cal-QL's and WSRL's code)."""
+SMALLEST_HALF_RANGE = 0.05
+"""Of an action coordinate that a dataset hardly moves, in the environment's units (arXiv 2509.19301, released code)."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,50 @@ class ObservationSpec:
             return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         return ({STATE: np.concatenate(parts, axis=-1)} if parts else {}) | images
 
+    def unflatten(self, observation: Any) -> Any:
+        """Undo `flatten`: one observation, or a batch, as the environment gives it; numbers stay float32."""
+        state: Any = observation.get(STATE) if isinstance(observation, dict) else observation
+        tree: Any = {}
+        at = 0
+        for leaf in self.leaves:
+            if leaf.image:
+                value = observation[leaf.name]
+            else:
+                width = int(np.prod(leaf.shape))
+                value = state[..., at : at + width].reshape((*state.shape[:-1], *leaf.shape))
+                at += width
+            if not leaf.path:
+                return value
+            node = tree
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = value
+        return _nested(tree)
+
+    def latest(self, observation: Any) -> Any:
+        """Return the present one of observations joined along their last axis (`o2o.history`)."""
+        if not isinstance(observation, dict):
+            return observation[..., -self.state_dim :]
+        widths = {STATE: self.state_dim} | {name: shape[-1] for name, shape in self.images.items()}
+        return {key: entry[..., -widths[key] :] for key, entry in observation.items() if key in widths}
+
     def __str__(self) -> str:
         """Return one line, such as `desired_goal[2] + observation[4]`."""
         return " + ".join(f"{leaf.name}[{'x'.join(map(str, leaf.shape))}]" for leaf in self.leaves)
+
+
+def _nested(tree: Any) -> Any:
+    """Turn the dicts with integer keys of a tree into tuples."""
+    if not isinstance(tree, dict):
+        return tree
+    entries = {key: _nested(value) for key, value in tree.items()}
+    return tuple(entries.values()) if all(isinstance(key, int) for key in entries) else entries
+
+
+def with_base_action(observation: Any, action: Any) -> dict[str, Any]:
+    """Return a flattened observation, or a batch, as a dict with the `base_action` beside its entries."""
+    entries = observation if isinstance(observation, dict) else {STATE: observation}
+    return {**entries, BASE_ACTION: action}
 
 
 @dataclass(frozen=True)
@@ -146,6 +191,17 @@ class ActionMap:
                 f"the action space {space} has no finite bounds: give it bounds with gymnasium.wrappers.RescaleAction"
             )
         return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
+
+    def fitted(self, actions: Any, margin: float = 0.0) -> Self:
+        """Return the map of the range that environment actions `[N, *shape]` take, within this map's bounds.
+
+        Each half range is at least `SMALLEST_HALF_RANGE`, then (1 + margin) times as wide (arXiv 2509.19301).
+        """
+        flat = np.asarray(actions, np.float64).reshape(-1, self.dim)
+        low, high = flat.min(axis=0), flat.max(axis=0)
+        centre, half = (low + high) / 2, np.maximum((high - low) / 2, SMALLEST_HALF_RANGE) * (1.0 + margin)
+        bounds = np.maximum(centre - half, self.low), np.minimum(centre + half, self.high)
+        return replace(self, low=tuple(map(float, bounds[0])), high=tuple(map(float, bounds[1])))
 
     @property
     def dim(self) -> int:

@@ -1,5 +1,6 @@
 """Tables on the screen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from o2o.dataset_files import DatasetInfo
 from o2o.plots import read_rows
 
 
@@ -43,3 +45,19 @@ def before_after(path: Path, console: Console) -> None:
     console.print(
         f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False
     )
+
+
+def print_datasets(found: Sequence[tuple[str, DatasetInfo]], console: Console) -> None:
+    """Print one line per dataset."""
+    table = Table()
+    for column in ("dataset", "environment", "episodes", "steps"):
+        table.add_column(column)
+    for name, about in found:
+        table.add_row(name, str(about.env_id), str(about.episodes), str(about.steps))
+    console.print(table)
+
+
+def print_episodes(rows: list[dict[str, Any]]) -> None:
+    """Print one line per episode that was played."""
+    for row in rows:
+        print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")

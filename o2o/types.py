@@ -8,7 +8,9 @@ import jax
 Array = jax.Array
 Batch = dict[str, Any]
 """`observations [..., D]`, `actions [..., A]`, `rewards [...]`, `masks [...]` (1 - terminated),
-`next_observations [..., D]` and, where the agent `needs` it, `mc_returns [...]`. Leading axes: `[utd, B]`."""
+`next_observations [..., D]` and, where the agent `needs` it, `mc_returns [...]`. Leading axes: `[utd, B]`; for an agent
+with a `window` W > 1 `[utd, B, W]`, and `ends` (1 at every episode end) and `valid` (1 up to and including the first)
+come with them."""
 Info = dict[str, Array]
 """Scalar metrics, keys such as `critic/loss`; they stay on the device until a logger reads them."""
 Params = Any
@@ -35,6 +37,9 @@ class OnlineConfig:
     minibatch from the dataset; `append` one buffer that starts with the whole dataset; `none` no update at all."""
     offline_ratio: float = 0.5
     """Share of dataset rows in each minibatch when `replay` is `mixed`."""
+    initial_updates: int = 0
+    """Updates in one go just before the first online update, on leaves `[1, B, ...]`; the agent counts for itself which
+    of its networks take part (ResFiT warms its critic up so)."""
 
     def first_update(self) -> int:
         """Return the zero-based online step after whose insertion the first update runs."""
@@ -45,7 +50,9 @@ class OnlineConfig:
 class Agent(Protocol):
     """What the loops need of an agent: a pytree, pure methods, a frozen config.
 
-    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`.
+    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Two parts are optional:
+    `window: int`, the rows in a row that it learns from (`window_of`), and `random_actions(observations, rng)`, which
+    returns the actions `[..., A]` of `online.random_steps` in place of uniform ones.
     """
 
     config: Any
@@ -88,3 +95,12 @@ class Preset:
     """Environment steps of the online phase, warm-up included."""
     reward: tuple[float, float] | None = None
     """(scale, bias) that this agent's paper applies to the task's raw reward; `None` for the task's own."""
+    only_successes: bool = False
+    """Whether this agent's paper leaves episodes without success out of a binary task's dataset."""
+    normalize_returns: float | None = None
+    """Distance of the dataset's best and worst return once rewards are scaled; `None` leaves them."""
+
+
+def window_of(agent: Any) -> int:
+    """Return how many rows in a row the agent's batches hold; 1 for plain transitions."""
+    return int(getattr(agent, "window", 1))

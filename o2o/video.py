@@ -1,5 +1,7 @@
 """Play episodes and write them as a video."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,33 @@ from o2o.normalizer import Normalizer, normalize
 SUFFIXES = (".mp4", ".gif", ".webm")
 
 
+def check_window() -> None:
+    """Raise `ConfigError` where no window can open: GLFW would end the process without a word."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise ConfigError("there is no display for a window; write a video instead, with --out play.mp4")
+
+
+def check_out(out: Path | None) -> None:
+    """Raise `ConfigError` if no video can be written to `out`; its folder is made."""
+    if out is None:
+        return
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"video {out} has no known suffix; use one of {', '.join(SUFFIXES)}")
+    there = out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"video {out} cannot be written: {error.strerror}") from error
+    if not there:
+        out.unlink()
+
+
 def record(
     slot: EnvSlot, agent: Any, normalizer: Normalizer | None, episodes: int, out: Path | None
 ) -> list[dict[str, Any]]:
     """Play `episodes` with the mode of `agent`; frames go to `out`, None for a window. Returns one row each."""
-    if out is not None and out.suffix not in SUFFIXES:
-        raise ConfigError(f"video {out} has no known suffix; use one of {', '.join(SUFFIXES)}")
+    check_out(out)
     act = jax.jit(lambda a, o, c, k: a.sample_actions(o, c, k, True))
     rows, frames, rng = [], [], jax.random.key(0)
     for _ in range(episodes):
@@ -51,5 +74,9 @@ def _write(out: Path, frames: list[np.ndarray], fps: int) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures: list[Any] = list(frames)
-    timing = {"duration": 1000 / fps} if out.suffix == ".gif" else {"fps": fps}
-    imageio.mimwrite(out, pictures, **timing)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    options: dict[str, Any] = {"duration": 1000 / fps} if out.suffix == ".gif" else {"fps": fps}
+    if out.suffix == ".webm":
+        options["codec"] = "libvpx-vp9"
+    imageio.mimwrite(out, pictures, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if not out.stat().st_size:  # ffmpeg's failures do not reach Python
+        raise ConfigError(f"video {out} could not be encoded; choose another of {', '.join(SUFFIXES)}")

@@ -1,7 +1,9 @@
 """Shared fixtures: the embedded dataset, made once per worker, and settings small enough for a test."""
 
+import ctypes.util
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,12 @@ from typing import Any
 import jax
 import pytest
 
+if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.find_library("OSMesa"):
+    os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
+
 from o2o import envs, experiment
+from o2o.envs.pointmaze import EMBEDDED
+from o2o.errors import ConfigError
 from o2o.schedule import LoopConfig
 
 
@@ -19,6 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     base = os.environ.get("O2O_TEST_COMPILATION_CACHE") or os.path.join(tempfile.gettempdir(), "o2o-test-jit")
     jax.config.update("jax_compilation_cache_dir", base)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drop a module's compiled programs behind it: together they would take several GiB per worker."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +56,10 @@ def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
 
     def make(agent: str, fields: Any = (), **changes: Any) -> experiment.RunConfig:
         run = experiment.preset_run(agent, embedded, "small")
-        tiny: list[tuple[str, Any]] = [("actor_hidden_dims", (16, 16)), ("batch_size", 16)]
+        tiny: list[tuple[str, Any]] = [("batch_size", 16)]
         names = {field.name for field in dataclasses.fields(run.config)}
-        tiny += [(name, (16, 16)) for name in ("critic_hidden_dims", "value_hidden_dims") if name in names]
+        widths = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit")]
+        tiny += [(name, (16, 16)) for name in widths if name in names]
         online = [("online.warmup_steps", 20)] if agent == "wsrl" else []
         online += [("online.random_steps", 20)] if agent == "rlpd" else []
         config = experiment.with_fields(run.config, [*tiny, *online, ("online.min_rows", 0), *fields])
@@ -55,3 +70,34 @@ def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
         return dataclasses.replace(run, **{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rendering() -> None:
+    """Skip where MuJoCo cannot render."""
+    try:
+        env = envs.make("InvertedPendulum-v5", cameras=("free",), image_size=16)
+        env.reset(seed=0)
+        env.close()
+    except ConfigError as error:
+        pytest.skip(f"no images without OpenGL: {error}")
+
+
+@pytest.fixture(scope="session")
+def pixels_root(rendering: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a root of datasets that holds a small version of the embedded pixel dataset."""
+    root = tmp_path_factory.mktemp("pixels")
+    recipe = EMBEDDED["pointmaze-pixels"]
+    EMBEDDED["pointmaze-pixels"] = dataclasses.replace(recipe, steps=400, image_size=32)
+    try:
+        envs.make_embedded("pointmaze-pixels", root)
+    finally:
+        EMBEDDED["pointmaze-pixels"] = recipe
+    return root
+
+
+@pytest.fixture
+def pixels(pixels_root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the pixel dataset's id, with MINARI_DATASETS_PATH set to its root."""
+    monkeypatch.setitem(os.environ, "MINARI_DATASETS_PATH", str(pixels_root))
+    return envs.embedded_id("pointmaze-pixels")

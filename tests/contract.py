@@ -12,9 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o.agents import AGENTS, BCConfig, CalQLConfig, CQLConfig, IQLConfig, RLPDConfig, SACConfig, WSRLConfig
+from o2o.agents import (
+    AGENTS,
+    BCConfig,
+    CalQLConfig,
+    CQLConfig,
+    DiffusionBCConfig,
+    EXPOConfig,
+    FlowBCConfig,
+    IQLConfig,
+    QCConfig,
+    ResidualConfig,
+    RLPDConfig,
+    SACConfig,
+    WSRLConfig,
+)
+from o2o.generative import Diffusion, Flow
 from o2o.networks import Model
-from o2o.types import Agent, Batch, Info
+from o2o.types import Agent, Batch, Info, OnlineConfig, window_of
 
 OBSERVATION_DIM, ACTION_DIM, ROWS = 3, 2, 8
 QUICK = {"xla_backend_optimization_level": 0}
@@ -30,17 +45,49 @@ CONFIGS: dict[str, Any] = {
     "sac": replace(SACConfig(), **CRITICS),
     "rlpd": replace(RLPDConfig(), **CRITICS, num_critics=3),
     "wsrl": replace(WSRLConfig(), **CRITICS, num_critics=3),
+    "diffusion_bc": DiffusionBCConfig(
+        model=Diffusion(3, clip="prediction"), horizon=3, execute=2, width=16, blocks=1, dropout=0.1, batch_size=ROWS
+    ),
+    "qc": replace(QCConfig(), **CRITICS, chunk=3, policy="distilled", flow_steps=2),
+    "flow_bc": replace(FlowBCConfig(model=Flow(2), network="mlp"), **HIDDEN),
+    "expo": EXPOConfig(
+        edit_hidden_dims=(16, 16),
+        critic_hidden_dims=(16, 16),
+        num_critics=3,
+        base_width=16,
+        base_blocks=1,
+        diffusion=Diffusion(3),
+        n_samples=3,
+        n_edits=2,
+        edit_scale=0.3,
+        edit_dropout=0.1,
+        batch_size=ROWS,
+    ),
+    "residual": replace(
+        ResidualConfig(), **CRITICS, num_critics=3, actor_lr=1e-3, online=OnlineConfig(utd_ratio=3, replay="mixed")
+    ),
 }
 
-EVERY_BLOCK = {"bc": ("actor",), "iql": ("actor", "critic", "value")}
+EVERY_BLOCK = {"bc": ("actor",), "iql": ("actor", "critic", "value"), "diffusion_bc": ("actor",), "flow_bc": ("actor",)}
+EVERY_BLOCK |= {"qc": ("actor", "critic", "one_step")}
 """Networks that step once per minibatch; the others step once per call. Every agent not listed steps its critic so."""
+BEFORE_ONLINE = {"expo": ("base",)}
+"""Networks that learn before `online()`, for agents where these are not all."""
+ALWAYS_SAMPLED = {"expo"}
+"""Agents whose deterministic action is a sample like any other."""
 
 
-def make_batch(utd: int, seed: int = 0) -> Batch:
-    """Return random transitions with Monte-Carlo returns, leaves `[utd, ROWS, ...]`."""
-    keys = jax.random.split(jax.random.key(seed), 6)
-    shape = (utd, ROWS)
+def make_batch(utd: int, seed: int = 0, window: int = 1) -> Batch:
+    """Return random transitions with Monte-Carlo returns, leaves `[utd, ROWS, ...]`.
+
+    With a `window` W above 1: `[utd, ROWS, W, ...]`, with `ends` and `valid`.
+    """
+    keys = jax.random.split(jax.random.key(seed), 7)
+    shape = (utd, ROWS) if window == 1 else (utd, ROWS, window)
+    ends = (jax.random.uniform(keys[6], shape) > 0.8).astype(jnp.float32)
+    valid = (jnp.cumsum(ends, axis=-1) - ends == 0).astype(jnp.float32)
     return {
+        **({} if window == 1 else {"ends": ends, "valid": valid}),
         "observations": jax.random.normal(keys[0], (*shape, OBSERVATION_DIM)),
         "actions": jnp.tanh(jax.random.normal(keys[1], (*shape, ACTION_DIM))),
         "rewards": jax.random.normal(keys[2], shape),
@@ -48,6 +95,18 @@ def make_batch(utd: int, seed: int = 0) -> Batch:
         "next_observations": jax.random.normal(keys[4], (*shape, OBSERVATION_DIM)),
         "mc_returns": jax.random.normal(keys[5], shape),
     }
+
+
+def fresh_carry(agent: Any, observations: Any) -> Any:
+    """Return the carry of new episodes, one for each of the observations `[..., D]`."""
+    return agent.initial_carry(jax.tree.leaves(observations)[0].shape[:-1])
+
+
+def observed(name: str, states: jax.Array) -> Any:
+    """Return the observations that an agent takes, made of states `[..., OBSERVATION_DIM]`."""
+    if not getattr(AGENTS[name], "needs_base", False):
+        return states
+    return {"state": states, "base_action": jnp.tanh(states[..., :ACTION_DIM])}
 
 
 def models(agent: Any) -> dict[str, Model]:
@@ -89,11 +148,13 @@ class Case:
         act = functools.partial(jax.jit, static_argnums=3, compiler_options=QUICK)
         self.create = jax.jit(self.make, compiler_options=QUICK)
         self.update = jax.jit(update, compiler_options=QUICK)
-        self.act = act(lambda agent, obs, rng, det: agent.sample_actions(obs, None, rng, det))
+        self.act = act(lambda agent, obs, rng, det: agent.sample_actions(obs, fresh_carry(agent, obs), rng, det))
+        self.go_on = act(lambda agent, obs, rng, det, carry: agent.sample_actions(obs, carry, rng, det))
 
     def make(self, rng: jax.Array) -> Any:
         """Return the agent of a key, in the case's phase."""
-        observations, actions = jnp.zeros((1, OBSERVATION_DIM)), jnp.zeros((1, ACTION_DIM))
+        observations = observed(self.name, jnp.zeros((1, OBSERVATION_DIM)))
+        actions = jnp.zeros((1, ACTION_DIM))
         agent = AGENTS[self.name].create(rng, observations, actions, CONFIGS[self.name])
         return agent.online() if self.phase == "online" else agent
 
@@ -102,15 +163,25 @@ class Case:
         """The agent of key 0."""
         return self.create(jax.random.key(0))
 
+    def batch(self, utd: int, seed: int = 0) -> Batch:
+        """Return random minibatches of what the agent learns from."""
+        batch = make_batch(utd, seed, window_of(self.agent))
+        keys = ("observations", "next_observations")
+        return {**batch, **{key: observed(self.name, batch[key]) for key in keys}}
+
     @functools.cached_property
     def updated(self) -> tuple[Any, Info]:
         """The agent and its metrics after one call with three minibatches."""
-        return self.update(self.agent, make_batch(3))
+        return self.update(self.agent, self.batch(3))
 
     @property
     def critic_blocks(self) -> tuple[str, ...]:
         """Names of the networks that step once per minibatch."""
         return EVERY_BLOCK.get(self.name, ("critic", "dual"))
+
+    def learns(self, network: str) -> bool:
+        """Whether a network learns in this phase."""
+        return self.phase == "online" or network in BEFORE_ONLINE.get(self.name, (network,))
 
 
 def check_protocol(case: Case) -> None:
@@ -139,7 +210,7 @@ def check_finite_update(case: Case) -> None:
     moved = models(agent)
     for name, before in models(case.agent).items():
         pairs = zip(jax.tree.leaves(before.params), jax.tree.leaves(moved[name].params), strict=True)
-        assert any(np.any(one != two) for one, two in pairs), f"{name} did not move"
+        assert any(np.any(one != two) for one, two in pairs) == case.learns(name), name
 
 
 def check_one_trace(case: Case) -> None:
@@ -147,7 +218,7 @@ def check_one_trace(case: Case) -> None:
     for utd in (3, 1):
         agent = case.agent
         for i in range(3):
-            agent, info = case.update(agent, make_batch(utd, seed=i))
+            agent, info = case.update(agent, case.batch(utd, seed=i))
             assert all(np.isfinite(value) for value in info.values())
         assert case.traces[utd] == 1
         assert jax.tree.structure(agent) == jax.tree.structure(case.agent)
@@ -157,32 +228,53 @@ def check_optimisers_step_only_with_their_loss(case: Case) -> None:
     """A call with three minibatches steps the per-minibatch networks three times and the others once."""
     for name, model in models(case.updated[0]).items():
         steps = int(model.opt_state[0].count) - int(models(case.agent)[name].opt_state[0].count)
-        assert steps == (3 if name.split("/")[-1] in case.critic_blocks else 1), name
+        expected = 3 if name.split("/")[-1] in case.critic_blocks else 1
+        assert steps == (expected if case.learns(name) else 0), name
 
 
 def check_actions(case: Case) -> None:
     """Actions are float32 in [-1, 1] for one observation and for batches; only samples depend on the key."""
     agent = case.updated[0]
     for shape in ((), (5,), (2, 5)):
-        observations = 3.0 * jax.random.normal(jax.random.key(1), (*shape, OBSERVATION_DIM))
+        observations = observed(case.name, 3.0 * jax.random.normal(jax.random.key(1), (*shape, OBSERVATION_DIM)))
         actions = []
         for deterministic, seed in ((False, 1), (False, 1), (False, 2), (True, 1), (True, 2)):
-            sample, carry = case.act(agent, observations, jax.random.key(seed), deterministic)
+            sample, _ = case.act(agent, observations, jax.random.key(seed), deterministic)
             assert sample.shape == (*shape, ACTION_DIM) and sample.dtype == jnp.float32
             assert float(jnp.abs(sample).max()) <= 1.0
-            assert carry is None and agent.initial_carry(shape) is None
             actions.append(np.asarray(sample))
         np.testing.assert_array_equal(actions[0], actions[1])
+        assert np.any(actions[0] != actions[2])
+        if case.name in ALWAYS_SAMPLED:
+            np.testing.assert_array_equal(actions[0], actions[3])
+            continue
         np.testing.assert_array_equal(actions[3], actions[4])
-        assert np.any(actions[0] != actions[2]) and np.any(actions[0] != actions[3])
+        assert np.any(actions[0] != actions[3])
+
+
+def check_carry(case: Case) -> None:
+    """What the policy carries keeps structure, shapes and types, has the batch's axes, and serves each entry alone."""
+    agent = case.updated[0]
+    observations = observed(case.name, jax.random.normal(jax.random.key(1), (2, 5, OBSERVATION_DIM)))
+    described = lambda carry: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), carry)  # noqa: E731
+    fresh = agent.initial_carry((2, 5))
+    assert all(leaf.shape[:2] == (2, 5) for leaf in jax.tree.leaves(fresh))
+    carry = fresh
+    for seed in range(3):
+        _, carry = case.go_on(agent, observations, jax.random.key(seed), True, carry)
+        assert described(carry) == described(fresh)
+    early = jnp.arange(2)[:, None] == 0  # the first row begins new episodes, the second goes on
+    mixed = jax.tree.map(lambda a, b: jnp.where(early.reshape(2, *[1] * (a.ndim - 1)), a, b), fresh, carry)
+    actions = [case.go_on(agent, observations, jax.random.key(9), True, each)[0] for each in (fresh, carry, mixed)]
+    np.testing.assert_allclose(actions[2], jnp.concatenate([actions[0][:1], actions[1][1:]]), atol=1e-6)
 
 
 def check_vmap_over_seeds(case: Case) -> None:
     """Two seeds under `vmap` learn what each learns alone."""
     keys = jax.random.split(jax.random.key(5), 2)
     agents = jax.jit(jax.vmap(case.make), compiler_options=QUICK)(keys)
-    batches = [make_batch(3, seed=seed) for seed in (0, 1)]
-    stacked = {name: jnp.stack([batch[name] for batch in batches]) for name in batches[0]}
+    batches = [case.batch(3, seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
     update = jax.jit(jax.vmap(lambda agent, batch: agent.update(batch)), compiler_options=QUICK)
     together, infos = update(agents, stacked)
     for i in range(2):
@@ -193,12 +285,13 @@ def check_vmap_over_seeds(case: Case) -> None:
 
 def check_reproducible(case: Case) -> None:
     """The same key gives the same agent bit for bit after an update; another key another one."""
-    again, info = case.update(case.create(jax.random.key(0)), make_batch(3))
+    again, info = case.update(case.create(jax.random.key(0)), case.batch(3))
     assert_same(again, case.updated[0])
     assert_same(info, case.updated[1])
     other = case.create(jax.random.key(1))
-    kernels = [np.asarray(jax.tree.leaves(agent.actor.params)[-1]) for agent in (case.agent, other)]
-    assert np.any(kernels[0] != kernels[1])
+    first = [next(iter(models(agent).values())) for agent in (case.agent, other)]
+    pairs = zip(*(jax.tree.leaves(model.params) for model in first), strict=True)
+    assert any(np.any(one != two) for one, two in pairs)
 
 
 def check_round_trip(case: Case) -> None:
@@ -213,14 +306,14 @@ def check_round_trip(case: Case) -> None:
     ]
     rebuilt = jax.tree.unflatten(treedef, copies)
     assert_same(rebuilt, agent)
-    assert_same(case.update(rebuilt, make_batch(3, seed=2)), case.update(agent, make_batch(3, seed=2)))
+    assert_same(case.update(rebuilt, case.batch(3, seed=2)), case.update(agent, case.batch(3, seed=2)))
 
 
 def check_online_keeps_the_policy(case: Case) -> None:
     """The switch, with no update in between, leaves the deterministic action as it was, and the result can learn."""
     agent = case.updated[0]
     online = jax.jit(lambda agent: agent.online(), compiler_options=QUICK)(agent)
-    observations = jax.random.normal(jax.random.key(3), (16, OBSERVATION_DIM))
+    observations = observed(case.name, jax.random.normal(jax.random.key(3), (16, OBSERVATION_DIM)))
     key = jax.random.key(0)
     for deterministic in (True, False):
         before, _ = case.act(agent, observations, key, deterministic)
@@ -228,16 +321,26 @@ def check_online_keeps_the_policy(case: Case) -> None:
         np.testing.assert_allclose(after, before, atol=1e-6)
     assert isinstance(online, Agent)
     assert jax.tree.structure(online.online()) == jax.tree.structure(online)
-    agent, info = case.update(online, make_batch(1))
+    agent, info = case.update(online, case.batch(1))
     assert all(np.isfinite(value) for value in info.values())
 
 
 def check_terminal_rows_have_the_reward_as_target(case: Case) -> None:
-    """With masks of 0 the critics' target is the reward; with masks of 1 it is not."""
-    batch = make_batch(3)
+    """With masks of 0 the critics' target is the reward; with masks of 1 it is not.
+
+    For windows, whose reward is a sum: with masks of 0 it does not depend on the next states, with masks of 1 it does.
+    """
+    batch = case.batch(3)
     _, info = case.update(case.agent, {**batch, "masks": jnp.zeros_like(batch["masks"])})
     if "critic/target" not in info:
-        assert case.name == "bc"
+        assert not any("critic" in name and case.learns(name) for name in models(case.agent))
+        return
+    if window_of(case.agent) > 1:
+        for mask, bootstraps in ((0.0, False), (1.0, True)):
+            rows = {**batch, "masks": jnp.full_like(batch["masks"], mask), "valid": jnp.ones_like(batch["valid"])}
+            elsewhere = {**rows, "next_observations": jax.tree.map(lambda leaf: leaf + 1.0, rows["next_observations"])}
+            targets = [float(case.update(case.agent, each)[1]["critic/target"]) for each in (rows, elsewhere)]
+            assert (abs(targets[0] - targets[1]) > 1e-4) == bootstraps
         return
     reward = float(batch["rewards"].mean())
     assert abs(float(info["critic/target"]) - reward) < 1e-5

@@ -274,5 +274,31 @@ def test_every_suite_loads_and_its_cells_are_distinct(path):
     suite = load_suite(path.stem, ROOT / "benchmarks")
     assert suite.name == path.stem
     cells = suite.cells()
-    assert len({cell.name for cell in cells}) == len(cells) == len(suite.tasks) * len(suite.variants)
+    each = sum(suite.seeds if variant.base else 1 for variant in suite.variants)  # a base's seeds run one by one
+    assert len({cell.name for cell in cells}) == len(cells) == len(suite.tasks) * each
     assert all(published is None or published.source for published in suite.published.values())
+
+
+def test_a_base_of_an_earlier_variant_gives_one_run_per_seed(suite, tmp_path):
+    corrected = replace(suite, variants=(Variant("bc", "bc"), Variant("residual", "residual", base="bc")), seeds=3)
+    cells = corrected.cells(tasks=[PEN])
+    assert [(cell.label, cell.seed, cell.seeds) for cell in cells] == [
+        ("bc", 0, 3), ("residual", 0, 1), ("residual", 1, 1), ("residual", 2, 1),
+    ]  # fmt: skip
+    root = tmp_path / "tiny"
+    with pytest.raises(RunError, match="corrects bc, whose seed 1 has no finished run .* o2o bench run tiny"):
+        cells[2].base_of(root / cells[2].name)
+    write_run(cells[0], root / cells[0].name, status="running")
+    with pytest.raises(RunError, match="no finished run"):
+        cells[2].base_of(root / cells[2].name)
+    set_status(root / cells[0].name, "finished")
+    assert cells[2].base_of(root / cells[2].name) == (str(root / cells[0].name), 1)
+    other = replace(cells[2], suite="other", base="tiny/bc")
+    assert other.base_of(tmp_path / "other" / other.name) == (str(root / cells[0].name), 1)
+    assert cells[0].base_of(root / cells[0].name) is None
+
+
+def test_a_base_that_is_no_variant_serves_all_seeds_in_one_run(suite, tmp_path):
+    for base in ("robot:act", "policy.onnx"):
+        (cell,) = replace(suite, variants=(Variant("residual", "residual", base=base),)).cells(tasks=[PEN])
+        assert cell.seeds == 3 and cell.base_of(tmp_path / cell.name) == (base, 0)

@@ -40,6 +40,16 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
     assert run("resume", str(path)) == 0
     assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
     assert "exists already" in capsys.readouterr().err
+    for args, words in (
+        (["eval", str(path), "--checkpoint", "bset"], "no checkpoint 'bset'; give latest, best or a step"),
+        (["eval", str(path), "--checkpoint", "7"], "no checkpoint 7"),
+        (["play", str(path), "--member", "1", "--out", str(tmp_path / "play.gif")], "no member 1"),
+        (["play", str(path), "--out", str(tmp_path / "x.avi")], "has no known suffix"),
+        (["data", "export", str(path)], "no recorded episode: train with --record"),
+    ):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,10 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
         (["bench", "run", "nothing"], "nothing"),
         (["resume", "runs/absent"], "no run folder"),
         (["eval", "runs/absent"], "no run folder"),
-        (["play", "runs/absent"], "no run folder"),
+        (["play", "runs/absent", "--out", "x.mp4"], "no run folder"),
+        (["data", "export", "runs/absent"], "no run folder"),
+        (["resume"], "Missing from o2o resume"),
+        (["eval", "runs/absent", "--episodes", "many"], "--episodes: invalid literal"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -71,8 +84,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_an_unknown_field_is_refused_with_the_near_one(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "wsrl", "--dataset", embedded, "--config.online.utd-ration", "3") == 2
-    output = capsys.readouterr()
-    assert "--config.online.utd-ratio" in output.err + output.out
+    error = capsys.readouterr().err
+    assert "did you mean --config.online.utd-ratio?" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("agent", ["bc", "iql", "cql", "calql", "sac", "rlpd", "wsrl"])

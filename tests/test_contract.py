@@ -12,9 +12,9 @@ import pytest
 from o2o.agents import AGENTS
 from o2o.errors import ConfigError, O2OError
 from o2o.types import OnlineConfig, Preset
-from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, make_batch
+from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
 
-CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online")]
+CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 
 
@@ -34,7 +34,7 @@ def test_every_agent_has_a_toy_config() -> None:
     assert set(CONFIGS) == set(AGENTS)
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", [name for name in AGENTS if not hasattr(CONFIGS[name], "encoder")])
 def test_image_observations_are_refused(name: str) -> None:
     images = {"state": jnp.zeros((1, 3)), "image": jnp.zeros((1, 8, 8, 3), jnp.uint8)}
     with pytest.raises(ConfigError, match="needs flat float32 observations"):
@@ -43,20 +43,21 @@ def test_image_observations_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_missing_needed_key_is_named(name: str) -> None:
-    agent = make_case(name, "offline").agent
+    case = make_case(name, "offline")
+    agent = case.agent
     for key in agent.needs:
-        batch = make_batch(1)
+        batch = case.batch(1)
         del batch[key]
         with pytest.raises(O2OError, match=key):
             agent.update(batch)
-    extra = set(make_batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
+    extra = set(case.batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
     assert set(agent.needs) <= extra
 
 
 @pytest.mark.parametrize("size", ["paper", "small"])
 @pytest.mark.parametrize("name", AGENTS)
 def test_presets_are_complete_and_fit_their_agent(name: str, size: str) -> None:
-    observations, actions = jnp.zeros((1, OBSERVATION_DIM)), jnp.zeros((1, ACTION_DIM))
+    observations, actions = observed(name, jnp.zeros((1, OBSERVATION_DIM))), jnp.zeros((1, ACTION_DIM))
     for family in FAMILIES:
         preset = AGENTS[name].preset(family, size)
         assert isinstance(preset, Preset) and type(preset.config) is type(CONFIGS[name])

@@ -291,11 +291,18 @@ def test_describe_and_check_of_a_sound_set(tmp_path):
     assert datasets.check(name, tmp_path) == []
 
 
-def test_observation_statistics(tmp_path):
-    data = datasets.load(put(tmp_path, [episode(40, 0, space=SPACE)], space=SPACE), root=tmp_path)
-    mean, std = data.observation_statistics()
-    np.testing.assert_allclose(mean, data.arrays["observations"]["state"].mean(0), atol=1e-6)
-    assert mean.shape == std.shape == (5,) and mean.dtype == np.float32
+def test_the_action_range_of_the_data_is_shared_by_a_mixture(tmp_path):
+    gentle = [replace(e, actions=0.3 * e.actions) for e in (episode(40, 0), episode(40, 1))]
+    names = [put(tmp_path, [e], f"mix/part{i}-v0") for i, e in enumerate(gentle)]
+    plain = datasets.load(names, root=tmp_path)
+    own = plain.action_map.to_env(plain.arrays["actions"])
+    data = datasets.load(names, root=tmp_path, action_range="data", action_margin=0.2)
+    assert data.fingerprint == plain.fingerprint and data.action_map != plain.action_map
+    np.testing.assert_allclose(data.action_map.to_env(data.arrays["actions"]), own, atol=1e-5)
+    low, high = np.asarray(data.action_map.low), np.asarray(data.action_map.high)
+    middle, half = (own.max(0) + own.min(0)) / 2, (own.max(0) - own.min(0)) / 2
+    np.testing.assert_allclose(high, np.minimum(middle + 1.2 * half, plain.action_map.high), atol=1e-5)
+    np.testing.assert_allclose(low, np.maximum(middle - 1.2 * half, plain.action_map.low), atol=1e-5)
 
 
 RECORDED = {  # episodes, steps, mean return, standard deviation, success in any step: the data's own README

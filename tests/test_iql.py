@@ -262,6 +262,12 @@ def test_presets_follow_the_tables() -> None:
     assert (adroit.config.expectile, adroit.config.beta, adroit.config.dropout) == (0.7, 0.5, 0.1)
     assert adroit.reward == (10.0, 5.0) and (maze.offline_steps, adroit.offline_steps) == (1_000_000, 20_000)
     assert IQL.preset("kitchen", "paper").reward == (1.0, -4.0)
+    assert [IQL.preset(family).normalize_returns for family in ("locomotion", "antmaze", "adroit")] == [
+        1000,
+        None,
+        None,
+    ]
+    assert IQL.preset("locomotion", "paper").config.beta == 3.0 and IQL.preset("locomotion", "small").config.beta == 0.5
     small = IQL.preset("locomotion", "small")
     assert small.config.critic_hidden_dims == (128, 128) and small.offline_steps == small.online_steps == 10_000
     assert small.config.online.replay == "append" and small.config.online.utd_ratio == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from o2o.errors import ConfigError
-from o2o.normalizer import Normalizer, normalize
+from o2o.normalizer import Normalizer, normalize, normalized_rows
 
 OBSERVATIONS = np.random.default_rng(0).normal([3.0, -50.0, 0.0], [2.0, 1e-3, 10.0], (5000, 3)).astype(np.float32)
 
@@ -46,6 +46,27 @@ def test_without_a_normalizer_observations_pass_untouched() -> None:
     assert normalize(None, image) is image
 
 
-def test_images_are_refused() -> None:
+def test_a_floor_holds_the_standard_deviation_up() -> None:
+    normalizer = Normalizer.fit(OBSERVATIONS, floor=0.1)
+    deviations = OBSERVATIONS.astype(np.float64).std(axis=0)
+    np.testing.assert_allclose(normalizer.std, [deviations[0], 0.1, deviations[2]], rtol=1e-6)
+    np.testing.assert_allclose(Normalizer.fit(np.ones((5, 2), np.float32), floor=0.1).std, 0.1)
+    with pytest.raises(ConfigError, match="std_floor is 0"):
+        Normalizer.fit(OBSERVATIONS, floor=0.0)
+
+
+def test_of_a_dict_only_the_state_is_normalised() -> None:
+    others = {"camera": np.full((5000, 2, 2, 3), 7, np.uint8), "base_action": np.ones((5000, 2), np.float32)}
+    observations = {"state": OBSERVATIONS, **others}
+    normalizer = Normalizer.fit(observations)
+    found = normalize(normalizer, observations)
+    np.testing.assert_allclose(found["state"], normalizer(OBSERVATIONS))
+    assert all(found[key] is others[key] for key in others)
+    rows = normalized_rows(normalizer, {"observations": observations, "actions": others["base_action"]})
+    assert isinstance(rows["observations"]["state"], np.ndarray) and rows["observations"]["camera"].dtype == np.uint8
+    assert rows["actions"] is others["base_action"]
+
+
+def test_images_alone_are_refused() -> None:
     with pytest.raises(ConfigError, match="flat float32 observations, not on images"):
-        Normalizer.fit({"camera": np.zeros((10, 2, 2, 3), np.uint8), "state": np.zeros((10, 2), np.float32)})
+        Normalizer.fit({"camera": np.zeros((10, 2, 2, 3), np.uint8)})

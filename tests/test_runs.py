@@ -165,6 +165,11 @@ def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
     assert rows[0]["phase"] == "offline" and rows[0]["env_steps"] == 0
     with pytest.raises(RunError, match="no run folder"):
         experiment.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")), tmp_path / "other")
+    shifted = dataclasses.replace(run, task=dataclasses.replace(run.task, reward_scale=1.0, reward_bias=-1.0))
+    with pytest.raises(CheckpointError, match=r"learnt rewards of scale and bias \(10.0, -5.0\), this run has \(1.0"):
+        experiment.train(shifted, tmp_path / "shifted")
+    with pytest.raises(CheckpointError, match="has normalize False, this run True"):
+        experiment.train(dataclasses.replace(run, normalize=True), tmp_path / "normalised")
 
 
 class Breaking(gymnasium.Wrapper):

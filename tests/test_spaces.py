@@ -116,3 +116,55 @@ def test_discrete_actions_are_refused(space):
 def test_unbounded_actions_are_refused():
     with pytest.raises(EnvironmentMismatchError, match="no finite bounds"):
         ActionMap.from_space(box(2))
+
+
+def test_unflatten_gives_the_environments_own_structure_back():
+    space = spaces.Dict({"goals": spaces.Tuple((box(2), box(1, 2))), "achieved_goal": box(2), "pose": box(3), **CAMERA})
+    spec = ObservationSpec.from_space(space)
+    rng = np.random.default_rng(0)
+    own = {
+        "goals": (rng.normal(size=2), rng.normal(size=(1, 2))),
+        "achieved_goal": np.zeros(2),
+        "pose": rng.normal(size=3),
+        "grip": rng.normal(size=()),
+        "wrist": rng.integers(0, 255, (8, 6, 3), np.uint8),
+    }
+    back = spec.unflatten(spec.flatten(own))
+    assert set(back) == {"goals", "pose", "grip", "wrist"} and isinstance(back["goals"], tuple)
+    parts = [(*tree["goals"], tree["pose"], tree["grip"]) for tree in (back, own)]
+    for ours, theirs in zip(*parts, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        assert ours.shape == theirs.shape and ours.dtype == np.float32
+    np.testing.assert_array_equal(back["wrist"], own["wrist"])
+    flat = ObservationSpec.from_space(box(2, 2))
+    np.testing.assert_array_equal(flat.unflatten(flat.flatten(np.eye(2))), np.eye(2))
+
+
+def test_the_latest_of_joined_observations():
+    spec = ObservationSpec.from_space(CAMERA)
+    state, image = np.arange(8.0), np.arange(8 * 6 * 6).reshape(8, 6, 6)
+    latest = spec.latest({"state": state, "wrist": image, "base_action": np.zeros(4)})
+    np.testing.assert_array_equal(latest["state"], state[4:])
+    np.testing.assert_array_equal(latest["wrist"], image[..., 3:])
+    assert set(latest) == {"state", "wrist"}
+    np.testing.assert_array_equal(ObservationSpec.from_space(box(3)).latest(np.arange(6)), [3, 4, 5])
+
+
+def test_a_map_fitted_to_actions_leaves_room_for_a_full_residual():
+    bounds = ActionMap.from_space(spaces.Box(-10.0, 10.0, (3,), np.float32))
+    actions = np.asarray([[-2.0, 5.0, 1.0], [4.0, 5.0, 1.02], [0.0, 5.0, 1.0]])
+    fitted = bounds.fitted(actions, 0.2)
+    np.testing.assert_allclose(fitted.low, [1 - 1.2 * 3, 5 - 1.2 * 0.05, 1.01 - 1.2 * 0.05], atol=1e-6)
+    np.testing.assert_allclose(fitted.high, [1 + 1.2 * 3, 5 + 1.2 * 0.05, 1.01 + 1.2 * 0.05], atol=1e-6)
+    np.testing.assert_allclose(fitted.to_env(fitted.from_env(actions)), actions, atol=1e-6)
+    extreme = fitted.from_env(actions)[:, 0]
+    np.testing.assert_allclose(extreme[:2] * 1.2, [-1.0, 1.0], atol=1e-6)
+    assert np.abs(extreme[:2]).max() + 0.2 / 1.2 == pytest.approx(1.0)
+
+
+def test_a_fitted_map_stays_within_the_bounds():
+    bounds = ActionMap.from_space(spaces.Box(-1.0, 1.0, (2,), np.float32))
+    fitted = bounds.fitted(np.asarray([[-1.0, 1.0], [0.5, 1.0]]), 0.5)
+    np.testing.assert_allclose(fitted.low, [-1.0, 1 - 1.5 * 0.05], atol=1e-6)
+    np.testing.assert_allclose(fitted.high, [-0.25 + 1.5 * 0.75, 1.0], atol=1e-6)
+    assert np.abs(fitted.to_env(np.asarray([[-1.0, 1.0], [1.0, -1.0]]))).max() <= 1.0

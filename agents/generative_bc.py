@@ -1,0 +1,251 @@
+"""DiffusionBC and FlowBC: behaviour cloning by a generative model of action chunks, agents and bases of others.
+
+A chunk of `horizon` actions is one vector, modelled given the observation at its start: by diffusion (DDPM or DDIM;
+arXiv 2006.11239, 2010.02502, as policies in 2303.04137 and 2409.00588), or by flow matching (2210.02747, as in FQL,
+2502.02538). The first `execute` actions of a chunk are played open loop; then another is drawn. The acting policy is an
+exponential moving average of the trained network. It collects online but learns nothing there.
+
+`deterministic` acting starts the deterministic sampler (DDIM for both diffusion samplers) at zero noise. For one action
+coordinate that is the median of the learned distribution, which lies in the larger of two modes, and between two modes
+of equal weight. The papers evaluate samples: `deterministic_eval` False in the run's loop, `--sample` in `o2o eval`.
+
+Where we differ
+- DPPO's networks (plain or residual MLPs, time in 16 or 32 sinusoids): `residual` is EXPO's, `mlp` FQL's.
+- DPPO's AdamW rate ends at a tenth, ours at zero; its average moves every tenth step from epoch 20 on, ours always.
+- States are normalised by mean and std (the run's `normalize`), not to [-1, 1].
+- A chunk that reaches behind its episode's end repeats the last action there, and those entries have no loss; DPPO cuts
+  no such chunk, FQL's authors count the entries as zeros in the mean (QC).
+- FQL has neither a moving average nor chunks: `ema_rate` 1, `horizon` 1 are its presets.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from o2o.chunks import ActionQueue, empty_queue, next_action
+from o2o.errors import ConfigError
+from o2o.generative import Denoiser, Diffusion, Flow
+from o2o.networks import Adam, Model
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class GenerativeBCConfig:
+    """What both have in common."""
+
+    horizon: int = 1
+    """Actions predicted at once."""
+    execute: int | None = None
+    """Actions of a prediction played before the next one; `None` for all of them."""
+    network: Literal["residual", "mlp"] = "residual"
+    """`residual`: EXPO's, time in Fourier features; `mlp`: FQL's, time as a number."""
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """Widths of `mlp`."""
+    width: int = 256
+    """Width of `residual`; four times as wide inside its blocks."""
+    blocks: int = 3
+    """Blocks of `residual`."""
+    dropout: float = 0.0
+    """Dropout in the network, active in the loss only."""
+    actor_lr: float = 3e-4
+    """Adam rate at the start."""
+    decay_steps: int | None = None
+    """Cosine decay of the rate to 0 over this many updates; `None` for a constant one."""
+    weight_decay: float = 1e-6
+    """AdamW's decay."""
+    ema_rate: float = 0.001
+    """Share of the trained network in the acting average's step; 1 acts with the trained network itself."""
+    discount: float = 0.99
+    """Discount factor; cloning does not use it, the evaluation does."""
+    batch_size: int = 256
+    """Chunks per minibatch."""
+    online: OnlineConfig = OnlineConfig(replay="none")
+    """Online phase: act and store, never update."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        name = type(self).__name__
+        if self.horizon < 1:
+            raise ConfigError(f"{name}.horizon is {self.horizon}; expected at least 1 action per prediction.")
+        if self.execute is not None and not 1 <= self.execute <= self.horizon:
+            raise ConfigError(f"{name}.execute is {self.execute}; expected 1 to {self.horizon}, the horizon.")
+        if not 0.0 < self.ema_rate <= 1.0:
+            raise ConfigError(f"{name}.ema_rate is {self.ema_rate}; expected above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class DiffusionBCConfig(GenerativeBCConfig):
+    """Settings of diffusion cloning."""
+
+    model: Diffusion = Diffusion(20, "cosine", clip="prediction")
+    """Steps, schedule and sampler."""
+
+
+@dataclass(frozen=True)
+class FlowBCConfig(GenerativeBCConfig):
+    """Settings of flow cloning."""
+
+    model: Flow = Flow()
+    """Euler steps."""
+
+
+class GenerativeBC(struct.PyTreeNode):
+    """The part that both share; `config.model` is all that tells them apart."""
+
+    actor: Model
+    average: Params
+    """Moving average of the actor's parameters, which acts."""
+    rng: Array
+    config: Any = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: Any) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        if isinstance(observations, dict):
+            raise ConfigError(
+                f"{cls.__name__} got dict observations with {sorted(observations)}: needs flat float32 observations."
+            )
+        rng, actor_rng = jax.random.split(rng)
+        network = Denoiser(
+            config.network,
+            hidden_dims=config.actor_hidden_dims,
+            blocks=config.blocks,
+            width=config.width,
+            dropout=config.dropout,
+        )
+        optimizer = Adam(config.actor_lr, config.decay_steps, config.weight_decay)
+        chunks = jnp.tile(actions, config.horizon)
+        actor = Model.create(actor_rng, network, optimizer, observations, chunks, jnp.zeros(actions.shape[:-1]))
+        average = jax.tree.map(jnp.copy, actor.params)
+        agent = cls(actor=actor, average=average, rng=rng, config=config, action_dim=actions.shape[-1])
+        return jax.tree.map(jnp.asarray, agent)
+
+    @property
+    def window(self) -> int:
+        """Rows in a row that a minibatch's leaves have: `[utd, B, W, ...]`; 1 for none of that axis."""
+        return self.config.horizon
+
+    def chunks(self, batch: Batch) -> tuple[Array, Array, Array]:
+        """Return first observations `[B, D]`, chunks `[B, H A]`, and 1 where an entry is of the episode, `[B, H A]`."""
+        observations, actions = batch["observations"], batch["actions"]
+        if self.window == 1:
+            return observations, actions, jnp.ones_like(actions)
+        valid = batch["valid"]
+        last = jnp.maximum(valid.sum(axis=-1, keepdims=True).astype(jnp.int32) - 1, 0)
+        index = jnp.minimum(jnp.arange(self.window), last)
+        filled = jnp.take_along_axis(actions, index[..., None], axis=-2)
+        return observations[:, 0], filled.reshape(filled.shape[0], -1), jnp.repeat(valid, self.action_dim, axis=-1)
+
+    def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return the model's squared error, a mean over the entries within episodes, and metrics."""
+        model_rng, dropout_rng = jax.random.split(rng)
+        observations, chunks, valid = self.chunks(batch)
+
+        def apply(x: Array, t: Array) -> Array:
+            return self.actor(observations, x, t, training=True, params=params, rngs={"dropout": dropout_rng})
+
+        errors = self.config.model.loss(apply, chunks, model_rng)
+        loss = jnp.sum(valid * errors) / jnp.maximum(jnp.sum(valid), 1.0)
+        return loss, {"actor/loss": loss, "actor/valid": jnp.mean(valid)}
+
+    def _step(self, batch: Batch) -> tuple[Self, Info]:
+        rng, loss_rng = jax.random.split(self.rng)
+        grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, loss_rng)
+        actor = self.actor.apply_gradients(grads)
+        average = optax.incremental_update(actor.params, self.average, self.config.ema_rate)
+        return self.replace(actor=actor, average=average, rng=rng), info
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run one step per leading row of the leaves `[utd, B, ...]`, with chunks `[utd, B, W, ...]`; mean metrics."""
+        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
+        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+
+    def sample_chunks(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
+        """Return chunks `[..., H, A]` in [-1, 1] for observations `[..., D]`, by the averaged network."""
+        lead, config = observations.shape[:-1], self.config
+        shape = (*lead, config.horizon * self.action_dim)
+        noise_rng, step_rng = jax.random.split(rng)
+        noise = jnp.zeros(shape) if deterministic else jax.random.normal(noise_rng, shape)
+        model = config.model.deterministic() if deterministic else config.model
+        chunks = model.sample(lambda x, t: self.actor(observations, x, t, params=self.average), noise, step_rng)
+        return chunks.reshape(*lead, config.horizon, self.action_dim)
+
+    @property
+    def execute(self) -> int:
+        """Actions played of one chunk."""
+        return self.config.execute or self.config.horizon
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return the next actions `[..., A]` of the chunks under way, or of new ones, and the queues behind them."""
+        if self.execute == 1:
+            return self.sample_chunks(observations, rng, deterministic)[..., 0, :], carry
+        return next_action(carry, lambda: self.sample_chunks(observations, rng, deterministic), self.execute)
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` where every action is predicted anew."""
+        return None if self.execute == 1 else empty_queue(batch_shape, self.execute, self.action_dim)
+
+    def online(self) -> Self:
+        """Return the agent unchanged."""
+        return self
+
+
+class DiffusionBC(GenerativeBC):
+    """Cloning by diffusion."""
+
+    @classmethod
+    def create(
+        cls, rng: Array, observations: Array, actions: Array, config: DiffusionBCConfig = DiffusionBCConfig()
+    ) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        return super().create(rng, observations, actions, config)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks; no online steps.
+
+        `paper`: DPPO's 20 cosine steps, chunks of 4, AdamW at 3e-4 with cosine decay, EXPO's network and its budgets
+        of pre-training. `small`: EXPO's 10 steps, 2 blocks of 128, batch 128, 10k updates at 1e-3.
+        """
+        if size == "small":
+            config = DiffusionBCConfig(
+                model=Diffusion(10, "vp", clip="prediction"), horizon=4, width=128, blocks=2, actor_lr=1e-3,
+                decay_steps=10_000, ema_rate=0.005, batch_size=128,
+            )  # fmt: skip
+            return Preset(config, offline_steps=10_000, online_steps=0)
+        steps = 500_000 if family in ("antmaze", "pointmaze") else 200_000
+        return Preset(DiffusionBCConfig(horizon=4, decay_steps=steps), offline_steps=steps, online_steps=0)
+
+
+class FlowBC(GenerativeBC):
+    """Cloning by flow matching."""
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: FlowBCConfig = FlowBCConfig()) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        return super().create(rng, observations, actions, config)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks; no online steps.
+
+        `paper`: FQL's behaviour flow, 4x512, Adam 3e-4, batch 256, no average, no chunks, 1M updates (Adroit and
+        AntMaze 500k). `small`: 2x128, batch 128, 10k updates at 1e-3 with cosine decay, averaged.
+        """
+        if size == "small":
+            config = FlowBCConfig(
+                network="mlp", actor_hidden_dims=(128, 128), actor_lr=1e-3, decay_steps=10_000, ema_rate=0.005,
+                batch_size=128, weight_decay=0.0,
+            )  # fmt: skip
+            return Preset(config, offline_steps=10_000, online_steps=0)
+        steps = 500_000 if family in ("antmaze", "adroit") else 1_000_000
+        config = FlowBCConfig(network="mlp", ema_rate=1.0, weight_decay=0.0)
+        return Preset(config, offline_steps=steps, online_steps=0)

@@ -1,0 +1,94 @@
+"""What a run is at one instant, named device arrays and JSON-able host values, and how a trainer is put back there."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o2o import dispatch
+from o2o.dispatch import OnlineState, over_seeds
+from o2o.host_replay import HostReplay
+from o2o.schedule import Counters
+
+if TYPE_CHECKING:
+    from o2o.loop import Trainer
+
+
+def arrays(trainer: "Trainer") -> dict[str, Any]:
+    """Return every device array of the run, by name (o2o.checkpoint)."""
+    stats = {} if trainer.normalizer is None else {"normalizer": trainer.normalizer}
+    if trainer.online_state is None:
+        return {"agent": trainer.agent, "loop": {"rng": trainer.rng, "totals": trainer.offline_totals}, **stats}
+    assert trainer.fleet is not None
+    agent, buffer, carry, rng, totals = trainer.online_state
+    loop = {"rng": rng, "totals": totals, "observations": trainer.fleet.observations}
+    if trainer.action is not None:
+        loop["action"] = trainer.action
+    if carry is not None:
+        loop["carry"] = carry
+    return {"agent": agent, "buffer": buffer, "loop": loop, **stats}
+
+
+def state(trainer: "Trainer") -> dict[str, Any]:
+    """Return every host value of the run, JSON-able."""
+    return {
+        "counters": dict(vars(trainer.counters)),
+        "fleet": None if trainer.fleet is None else trainer.fleet.snapshot(),
+        "visible": trainer.visible,
+        "updates_since_log": trainer.updates_since_log,
+        "host": isinstance(trainer.programs, HostReplay),
+    }
+
+
+def restore(
+    trainer: "Trainer", state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int
+) -> None:
+    """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
+    if state["counters"]["phase"] == "online":
+        trainer.begin_online(online_steps, state.get("host"))
+    targets = arrays(trainer)
+    data = trainer.offline_data
+    if trainer.online_state is not None:
+        targets["loop"]["action"] = jnp.zeros((trainer.seeds, *data.rows["actions"].shape[1:]))
+    elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
+        zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data), trainer.seeds)
+        targets["loop"]["totals"] = zeros(trainer.agent)
+    loaded = load(targets)
+    trainer.counters = Counters(**state["counters"])
+    trainer.visible, trainer.updates_since_log = list(state["visible"]), state["updates_since_log"]
+    trainer.normalizer = loaded.get("normalizer", trainer.normalizer)
+    part = loaded["loop"]
+    if trainer.online_state is None:
+        trainer.agent, trainer.rng, trainer.offline_totals = loaded["agent"], part["rng"], part["totals"]
+        return
+    trainer.online_state = OnlineState(
+        loaded["agent"], loaded["buffer"], part.get("carry"), part["rng"], part["totals"]
+    )
+    if isinstance(trainer.programs, HostReplay):
+        trainer.programs.stand_at(loaded["buffer"])
+    trainer.action = part["action"]
+    _restore_fleet(trainer, state["fleet"], part["observations"])
+
+
+def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: Any) -> None:
+    """Put the environments back; where one stands elsewhere, its half episode ends and its policy begins afresh."""
+    assert trainer.online_state is not None and trainer.fleet is not None
+    same = np.asarray(trainer.fleet.restore(snapshot, observations))
+    trainer.exact_resume = bool(same.all())
+    if trainer.exact_resume:
+        return
+    # As if cut by a time limit: the newest row ends its episode, and nothing is remembered of it.
+    stood, action = trainer.online_state, trainer.action
+    buffer = over_seeds(lambda b, where: b.mark_end(where), trainer.seeds)(stood.buffer, ~same)
+    fresh = jax.vmap(lambda a: a.initial_carry((1,)))(stood.agent)
+    carry = dispatch.clear_carry(stood.carry, fresh, ~same)
+    trainer.online_state = stood._replace(buffer=buffer, carry=carry)
+    if trainer.fleet.waits:
+        trainer.commit(np.flatnonzero(~same))
+    trainer.first_actions()
+    assert trainer.online_state is not None and trainer.action is not None and action is not None
+    carry = dispatch.clear_carry(trainer.online_state.carry, stood.carry, same)
+    trainer.online_state = trainer.online_state._replace(carry=carry)
+    trainer.action = jnp.where(same[:, None], action, trainer.action)

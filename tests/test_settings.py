@@ -1,0 +1,145 @@
+"""What a run's settings do to its task and its data: successes only, normalised returns, comparable scores."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from o2o import checkpoint, datasets, envs, experiment
+from o2o.about import returns_scale
+from o2o.agents import WSRL
+from o2o.datasets import Episode
+from o2o.errors import ConfigError, DatasetError
+from o2o.experiment import RunConfig, TaskConfig
+
+Maker = Callable[..., RunConfig]
+OBSERVATIONS, ACTIONS = spaces.Box(-np.inf, np.inf, (11,), np.float64), spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+
+def episode(rewards: list[float], success: list[bool] | None = None, seed: int = 0) -> Episode:
+    rng, steps = np.random.default_rng(seed), len(rewards)
+    return Episode(
+        observations=rng.normal(size=(steps + 1, 11)),
+        actions=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
+        rewards=np.asarray(rewards),
+        terminations=np.zeros(steps, bool),
+        truncations=np.arange(steps) == steps - 1,
+        success=None if success is None else np.asarray(success),
+    )
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    monkeypatch.setenv("O2O_CACHE", str(tmp_path / "cache"))
+
+    def write(name: str, episodes: list[Episode], env_id: str | None = None, **metadata: float) -> str:
+        datasets.write(
+            name, episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, metadata=metadata,
+            spec=None if env_id is None else gym.spec(env_id),
+        )  # fmt: skip
+        return name
+
+    return write
+
+
+def test_only_successes_leaves_failed_episodes_out(put: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [[False, True, False], [False] * 4, [False, False, True, True]]
+    name = put("test/door-v0", [episode([0.0] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
+    every = experiment.preset_run("bc", name, "small")
+    assert every.task.binary and every.task.only_successes is None
+    assert int(experiment.load_data(every).arrays["ends"].sum()) == 3 + 1  # the last success is an end of its own
+    only = dataclasses.replace(every, task=dataclasses.replace(every.task, only_successes=True))
+    assert experiment.task_of(only).only_successes
+    kept = experiment.load_data(only)
+    assert kept.size == 2 + 4 and kept.arrays["rewards"].max() > kept.arrays["rewards"].min()
+    assert kept.info.episodes == 3, "what the dataset is does not change"
+    paper = dataclasses.replace(WSRL.preset("adroit", "small"), only_successes=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(WSRL, "preset", lambda *_: paper)
+        assert experiment.preset_run("wsrl", name, "small").task.only_successes
+        for task in (TaskConfig(binary=False), TaskConfig(only_successes=False)):
+            assert not experiment.preset_run("wsrl", name, "small", task=task).task.only_successes
+    failed = put("test/failed-v0", [episode([0.0] * 3, [False] * 3)], "AdroitHandDoor-v1")
+    with pytest.raises(DatasetError, match="no episode succeeds"):
+        experiment.load_data(dataclasses.replace(only, dataset=(failed,)))
+
+
+def test_returns_are_normalised_for_dataset_and_environment_alike(put: Callable[..., str]) -> None:
+    name = put("test/hopper-v0", [episode([1.0, 2.0]), episode([4.0, 1.0, 2.0]), episode([2.0, 3.0])], "Hopper-v5")
+    assert returns_scale([name], envs.task_for("Hopper-v5"), 1000.0) == 1000.0 / (7.0 - 3.0)
+    run = experiment.preset_run("iql", name, "small")
+    assert run.task.normalize_returns == 1000.0 and run.task.reward_scale is None
+    data = experiment.load_data(run)
+    np.testing.assert_allclose(data.arrays["rewards"][:3], [250.0, 500.0, 1000.0])
+    env = experiment.make_env(run, data)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(np.zeros(3, np.float32))
+    np.testing.assert_allclose(float(reward), 250.0 * info["raw_reward"], rtol=1e-6)
+    assert info["raw_reward"] != 0.0
+    env.close()
+
+
+def test_only_iqls_locomotion_normalises_and_a_given_scale_wins(put: Callable[..., str]) -> None:
+    name = put("test/hopper-v0", [episode([1.0]), episode([2.0])], "Hopper-v5")
+    for agent in ("bc", "calql", "sac", "rlpd", "wsrl"):
+        assert experiment.preset_run(agent, name, "small").task.normalize_returns is None
+    assert experiment.preset_run("iql", name, "paper").task.normalize_returns == 1000.0
+    given = experiment.preset_run("iql", name, "small", task=TaskConfig(reward_scale=0.1))
+    assert experiment.task_of(given).reward_scale == 0.1
+    raw = experiment.preset_run("iql", name, "small", task=TaskConfig(reward_scale=1.0))
+    assert experiment.load_data(raw).arrays["rewards"].tolist() == [1.0, 2.0]
+
+
+def test_returns_that_are_all_equal_have_no_scale(put: Callable[..., str]) -> None:
+    name = put("test/hopper-v0", [episode([1.0, 2.0]), episode([3.0])], "Hopper-v5")
+    with pytest.raises(ConfigError, match="all episodes of test/hopper-v0 have the return 3, so there is no scale"):
+        experiment.load_data(experiment.preset_run("iql", name, "small"))
+    with pytest.raises(ConfigError, match="normalize_returns is 0.0; expected a positive number"):
+        experiment.load_data(experiment.preset_run("iql", name, "small", task=TaskConfig(normalize_returns=0.0)))
+
+
+def test_the_scale_is_kept_with_the_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run("bc", offline_steps=10, online_steps=0, task=TaskConfig(normalize_returns=100.0, reward_bias=0.0))
+    scale = experiment.task_of(run).reward_scale
+    assert scale == 100.0, "the maze's returns are 0 and 1"
+    assert experiment.train(run, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["task"]
+    assert (kept["normalize_returns"], kept["reward_scale"]) == (100.0, scale)
+    monkeypatch.setattr(experiment, "returns_scale", None)  # never asked for again
+    loaded, trainer = experiment.open_run(tmp_path / "run")
+    assert trainer.data.task.reward_scale == scale and loaded.task.reward_scale == scale
+    trainer.close()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
+
+
+def test_scores_are_normalised_only_in_the_datasets_own_environment(put: Callable[..., str]) -> None:
+    episodes = [episode([1.0, 2.0]), episode([3.0])]
+    name = put("test/hopper-v0", episodes, "Hopper-v5", ref_min_score=0.0, ref_max_score=200.0)
+
+    def score(**changes: Any) -> float | None:
+        run = experiment.preset_run("bc", name, "small", **changes)
+        small = dataclasses.replace(run.config, actor_hidden_dims=(8,))
+        normalized = experiment.build(dataclasses.replace(run, config=small)).evaluator.normalized
+        return None if normalized is None else normalized(50.0)
+
+    assert score() == 25.0
+    assert score(env="Hopper-v5") == 25.0
+    assert score(env="Hopper-v4") is None
+
+
+def test_another_environment_is_one_of_another_id_arguments_or_time_limit(put: Callable[..., str]) -> None:
+    about = datasets.info(put("test/hopper-v0", [episode([1.0])], "Hopper-v5"))
+    assert envs.same_environment("Hopper-v5", about) and not envs.same_environment("Walker2d-v5", about)
+    spec = about.env_spec
+    assert spec is not None
+    longer = dataclasses.replace(about, env_spec=dataclasses.replace(spec, max_episode_steps=2000))
+    lighter = dataclasses.replace(about, env_spec=dataclasses.replace(spec, kwargs={"healthy_reward": 0.0}))
+    assert not envs.same_environment("Hopper-v5", longer) and not envs.same_environment("Hopper-v5", lighter)
+    assert not envs.same_environment("Hopper-v5", dataclasses.replace(about, env_spec=None))
