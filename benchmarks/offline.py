@@ -1,4 +1,4 @@
-"""Offline agents on Adroit roll-outs and human demonstrations and on Hopper: what pre-training alone gives."""
+"""Offline agents on Adroit roll-outs and human demonstrations, on Hopper and PointMaze: what pre-training gives."""
 
 from o2o.bench import BenchTask, Suite, Variant
 
@@ -15,6 +15,7 @@ SUITE = Suite(
         BenchTask("hand_dapg/door/noisy-v0", BINARY),
         BenchTask("hand_dapg/door/human-v0", BINARY),
         BenchTask("o2o/hopper/medium-v0"),
+        BenchTask("o2o/embedded/pointmaze-umaze-v0"),
     ),
     variants=(Variant("bc", "bc"), Variant("iql", "iql"), Variant("calql", "calql")),
     seeds=3,

@@ -13,7 +13,7 @@ SUITE = Suite(
         "the same dataset; `sac` is `wsrl` that updates as soon as one minibatch has been collected. Sparse -1/0 "
         "reward; the datasets are stand-ins, not the official ones of similar names."
     ),
-    tasks=(BenchTask("hand_dapg/pen/noisy-v0", BINARY), BenchTask("hand_dapg/door/noisy-v0", BINARY)),
+    tasks=(BenchTask("hand_dapg/pen/noisy-v0", BINARY), BenchTask("o2o/embedded/pointmaze-umaze-v0")),
     variants=(
         Variant("wsrl", "wsrl", starts_from="offline/calql"),
         Variant("rlpd", "rlpd", offline_steps=0),
