@@ -24,7 +24,7 @@ from o2o.base_policy import Base, Policy, Source, base_labels, episode_actions, 
 from o2o.chunks import ActionQueue
 from o2o.datasets import Dataset
 from o2o.errors import BaseFaultError, ConfigError, EnvironmentMismatchError
-from o2o.history import History, join
+from o2o.history import History, join, past
 from o2o.normalizer import Normalizer, normalize
 from o2o.spaces import ActionMap, ObservationSpec, with_base_action
 from o2o.types import Array, Carry
@@ -209,9 +209,7 @@ class RunSource(Source):
 
 def joined(episode: Any, history: int) -> Any:
     """Return an episode `[T, ...]` with every observation joined to those before it, as `History` does."""
-    rows = np.arange(len(jax.tree.leaves(episode)[0]))
-    past = [jax.tree.map(lambda leaf, b=b: leaf[np.maximum(rows - b, 0)], episode) for b in reversed(range(history))]
-    return join(past)
+    return join(past(episode, np.arange(len(jax.tree.leaves(episode)[0])), 0, history))
 
 
 class RunPolicy:

@@ -5,9 +5,6 @@ seed of its own. Labelling asks it about every observation of a dataset, episode
 """
 
 import hashlib
-import json
-import os
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -15,7 +12,8 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
-from o2o.datasets import Dataset, cache_dir
+from o2o.cache import cached
+from o2o.datasets import Dataset
 from o2o.errors import BaseFaultError, ConfigError, EnvironmentMismatchError, O2OError
 from o2o.spaces import ActionMap, with_base_action
 
@@ -221,23 +219,14 @@ def _cached_actions(source: Source, data: Dataset, episodes: list[Any]) -> list[
         return episode_actions(source, data, episodes)
     ends = hashlib.sha256(np.asarray(data.arrays["ends"], bool).tobytes()).hexdigest()
     key = [CACHE_VERSION, source.fingerprint, data.fingerprint, repr(data.task), str(data.observation_spec), ends]
-    path = cache_dir() / f"base-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
     cuts = np.cumsum([len(jax.tree.leaves(episode)[0]) for episode in episodes])
-    try:
-        rows = np.load(path)
-        if rows.shape == (cuts[-1], *data.action_map.shape):
-            return np.split(rows, cuts[:-1])
-    except (OSError, ValueError, EOFError):
-        pass
-    found = episode_actions(source, data, episodes)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, np.concatenate(found))
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return found
+    found = cached(
+        key,
+        lambda: {"actions": np.concatenate(episode_actions(source, data, episodes))},
+        prefix="base-",
+        fits=lambda kept: kept["actions"].shape == (cuts[-1], *data.action_map.shape),
+    )
+    return np.split(found["actions"], cuts[:-1])
 
 
 def base_labels(

@@ -7,10 +7,6 @@ on success has mask 0 and ends its sequence; with a binary reward the episode is
 """
 
 import hashlib
-import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from minari.serialization import deserialize_space, serialize_space
 
 from o2o import dataset_files as files
+from o2o.cache import cached
 from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, default_root, info, record
 from o2o.dataset_files import write_dataset as write
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
@@ -130,35 +127,14 @@ def _digest(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def cache_dir() -> Path:
-    """Return O2O_CACHE, or `o2o` in the user's cache folder."""
-    if os.environ.get("O2O_CACHE"):
-        return Path(os.environ["O2O_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "o2o"
-
-
 def _cached_rows(
     data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, cache: bool
 ) -> Rows:
-    """Read through the cache, keyed by the files' digest and all that shapes the rows; a damaged entry is made anew."""
+    """Read through the cache, keyed by the files' digest and all that shapes the rows."""
     if not cache:
         return _read_rows(data, about, spec, actions, clip)
-    key = json.dumps([CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip])
-    path = cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    try:
-        with np.load(path) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        pass
-    rows = _read_rows(data, about, spec, actions, clip)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, **rows)  # pyright: ignore[reportArgumentType]
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return rows
+    key = [CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip]
+    return cached(key, lambda: _read_rows(data, about, spec, actions, clip))
 
 
 def monte_carlo_returns(

@@ -21,10 +21,8 @@ import jax.numpy as jnp
 
 from o2o.errors import ConfigError
 from o2o.networks import Adam, Model
+from o2o.spaces import STATE
 from o2o.types import Array, Batch, Params
-
-STATE = "state"
-"""Key of an observation's flat part."""
 
 
 @dataclass(frozen=True)

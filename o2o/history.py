@@ -65,6 +65,16 @@ def joined_space(space: gym.Space, length: int) -> gym.Space:
     return spaces.Box(low, high, dtype=space.dtype)  # pyright: ignore[reportArgumentType]
 
 
+def past(observations: Any, rows: np.ndarray, first: Any, length: int) -> list[Any]:
+    """Return the `length` observations up to each of `rows`, the oldest first; before `first`, that one repeated."""
+
+    def at(index: np.ndarray) -> Any:
+        whole = observations
+        return {key: entry[index] for key, entry in whole.items()} if isinstance(whole, dict) else whole[index]
+
+    return [at(np.maximum(rows - back, first)) for back in reversed(range(length))]
+
+
 def with_history(data: Dataset, length: int) -> Dataset:
     """Return the dataset with every observation joined to the `length` - 1 before it in its episode.
 
@@ -78,11 +88,8 @@ def with_history(data: Dataset, length: int) -> Dataset:
     ends = np.asarray(data.arrays["ends"], bool)
     first = np.maximum.accumulate(np.where(np.concatenate([[True], ends[:-1]]), rows, 0))
 
-    def earlier(values: Any, index: np.ndarray) -> Any:
-        return {key: entry[index] for key, entry in values.items()} if isinstance(values, dict) else values[index]
-
     now, after = data.arrays["observations"], data.arrays["next_observations"]
-    ago = [earlier(now, np.maximum(rows - back, first)) for back in reversed(range(length))]
+    ago = past(now, rows, first, length)
     return replace(
         data, arrays={**data.arrays, "observations": join(ago), "next_observations": join([*ago[1:], after])}
     )

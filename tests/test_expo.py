@@ -24,7 +24,7 @@ from o2o.networks import Adam
 from o2o.plots import read_rows
 from o2o.schedule import LoopConfig
 from tests.contract import QUICK
-from tests.test_runs import StopAt, agent_leaves, train_interrupted, untimed
+from tests.test_runs import StopAt, assert_same_runs, train_interrupted
 from tests.tiny import (
     ACTION_DIM,
     OBSERVATION_DIM,
@@ -511,11 +511,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert experiment.train(run, tmp_path / "whole")
     offline = [StopAt("offline", 10)] if offline_steps else []
     train_interrupted(run, tmp_path / "parts", monkeypatch, [*offline, StopAt("online", 40)])
-    for name in ("metrics.jsonl", "episodes.jsonl"):
-        whole, parts = read_rows(tmp_path / "whole" / name), read_rows(tmp_path / "parts" / name)
-        assert untimed(parts) == untimed(whole) and len(whole) > 1
-    for ours, theirs in zip(agent_leaves(tmp_path / "parts"), agent_leaves(tmp_path / "whole"), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=1)
     rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
     counts = [row["gradient_steps"] for row in rows if row["phase"] == "offline"]
     assert (max(counts) if counts else 0) == offline_steps

@@ -73,6 +73,17 @@ def train_interrupted(run: RunConfig, path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_status(path) == "finished"
 
 
+def assert_same_runs(
+    whole: Path, parts: Path, more_than: int, names: tuple[str, ...] = ("metrics.jsonl", "episodes.jsonl")
+) -> None:
+    """Compare two runs: their rows, of which there are `more_than` that many, and their agents bit for bit."""
+    for name in names:
+        expected, rows = read_rows(whole / name), read_rows(parts / name)
+        assert untimed(rows) == untimed(expected) and len(expected) > more_than
+    for ours, theirs in zip(agent_leaves(parts), agent_leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("agent", ["wsrl", "calql"])
 def test_stopped_and_resumed_equals_never_stopped(
     agent: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,11 +92,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     run = tiny_run(agent, seeds=2, offline_steps=60, online_steps=240, loop=loop)
     assert experiment.train(run, tmp_path / "whole")
     train_interrupted(run, tmp_path / "parts", monkeypatch, [StopAt("offline", 30), StopAt("online", 180)])
-    for name in ("metrics.jsonl", "episodes.jsonl"):
-        whole, parts = read_rows(tmp_path / "whole" / name), read_rows(tmp_path / "parts" / name)
-        assert untimed(parts) == untimed(whole) and len(whole) > 4
-    for ours, theirs in zip(agent_leaves(tmp_path / "parts"), agent_leaves(tmp_path / "whole"), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=4)
 
 
 def test_killed_at_any_instant_goes_on_from_the_last_checkpoint(tiny_run: Maker, tmp_path: Path) -> None:
