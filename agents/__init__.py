@@ -1,14 +1,24 @@
 """The agents: `AGENTS` maps the command line's name to the class; configs are exported next to their agents."""
 
+from o2o.agents.awac import AWAC, AWACConfig
 from o2o.agents.bc import BC, BCConfig
 from o2o.agents.cql import CQL, CalQL, CalQLConfig, Conservative, CQLConfig
 from o2o.agents.expo import EXPO, EXPOConfig
+from o2o.agents.famo2o import FamO2O, FamO2OConfig
+from o2o.agents.famo2o_cql import FamO2OCQL, FamO2OCQLConfig
 from o2o.agents.generative_bc import DiffusionBC, DiffusionBCConfig, FlowBC, FlowBCConfig
+from o2o.agents.ibrl import IBRL, IBRLConfig
 from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.jsrl import JSRL, JSRLConfig
+from o2o.agents.pex import PEX, PEXConfig
+from o2o.agents.ppo import PPO, PPOConfig
 from o2o.agents.qc import QC, QCConfig
 from o2o.agents.residual import Residual
 from o2o.agents.residual_config import ResidualConfig
 from o2o.agents.sac import RLPD, SAC, RLPDConfig, SACConfig
+from o2o.agents.td3bc import TD3BC, TD3BCConfig
+from o2o.agents.uni_o4 import UniO4
+from o2o.agents.uni_o4_config import UniO4Config
 from o2o.agents.wsrl import WSRL, WSRLConfig
 
 AGENTS: dict[str, type] = {"bc": BC, "iql": IQL, "cql": CQL, "calql": CalQL, "sac": SAC, "rlpd": RLPD, "wsrl": WSRL}
@@ -16,18 +26,30 @@ AGENTS |= {"diffusion_bc": DiffusionBC, "flow_bc": FlowBC}
 AGENTS |= {"qc": QC}
 AGENTS |= {"expo": EXPO}
 AGENTS |= {"residual": Residual}
+AGENTS |= {"famo2o": FamO2O, "famo2o_cql": FamO2OCQL}
+AGENTS |= {"ppo": PPO, "uni_o4": UniO4}
+AGENTS |= {"awac": AWAC, "td3bc": TD3BC, "pex": PEX}
+AGENTS |= {"ibrl": IBRL, "jsrl": JSRL}
 
 __all__ = [
     "AGENTS",
+    "AWAC",
     "BC",
     "CQL",
     "EXPO",
+    "IBRL",
     "IQL",
+    "JSRL",
+    "PEX",
+    "PPO",
     "QC",
     "RLPD",
     "SAC",
+    "TD3BC",
     "WSRL",
     "Residual",
+    "UniO4",
+    "AWACConfig",
     "BCConfig",
     "CQLConfig",
     "CalQL",
@@ -36,12 +58,22 @@ __all__ = [
     "DiffusionBC",
     "DiffusionBCConfig",
     "EXPOConfig",
+    "FamO2O",
+    "FamO2OCQL",
+    "FamO2OCQLConfig",
+    "FamO2OConfig",
     "FlowBC",
     "FlowBCConfig",
+    "IBRLConfig",
     "IQLConfig",
+    "JSRLConfig",
+    "PEXConfig",
+    "PPOConfig",
     "QCConfig",
     "RLPDConfig",
     "ResidualConfig",
     "SACConfig",
+    "UniO4Config",
+    "TD3BCConfig",
     "WSRLConfig",
 ]

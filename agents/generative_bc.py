@@ -11,11 +11,16 @@ of equal weight. The papers evaluate samples: `deterministic_eval` False in the 
 
 Where we differ
 - DPPO's networks (plain or residual MLPs, time in 16 or 32 sinusoids): `residual` is EXPO's, `mlp` FQL's.
-- DPPO's AdamW rate ends at a tenth, ours at zero; its average moves every tenth step from epoch 20 on, ours always.
-- States are normalised by mean and std (the run's `normalize`), not to [-1, 1].
+- DPPO's AdamW rate falls to a tenth (1e-3 on hopper, 1e-4 on square), ours from 3e-4 to zero. Its average takes 0.005
+  every tenth step from epoch 20 on, ours `ema_rate` at every step.
+- States are taken as they are, or by mean and std (the run's `normalize`), and [-1, 1] is the action space (the data's
+  range: `action_range`); DPPO maps the ranges of both to [-1, 1].
+- DDIM takes all the steps of the diffusion; DPPO and DSRL a part of them.
+- The flow's layers start from flax's default draw, FQL's from Xavier's.
 - A chunk that reaches behind its episode's end repeats the last action there, and those entries have no loss; DPPO cuts
   no such chunk, FQL's authors count the entries as zeros in the mean (QC).
 - FQL has neither a moving average nor chunks: `ema_rate` 1, `horizon` 1 are its presets.
+- Cloning only: fine-tuning by DPPO, DSRL or DiWA (2508.03645) is left out.
 """
 
 from dataclasses import dataclass
@@ -213,7 +218,8 @@ class DiffusionBC(GenerativeBC):
         """Return the settings for a family of tasks; no online steps.
 
         `paper`: DPPO's 20 cosine steps, chunks of 4, AdamW at 3e-4 with cosine decay, EXPO's network and its budgets
-        of pre-training. `small`: EXPO's 10 steps, 2 blocks of 128, batch 128, 10k updates at 1e-3.
+        of pre-training (500k updates on mazes, as on its AntMaze; else 200k, as on its robomimic square). `small`:
+        EXPO's 10 steps, 2 blocks of 128, batch 128, 10k updates at 1e-3.
         """
         if size == "small":
             config = DiffusionBCConfig(

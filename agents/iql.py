@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
 from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
 from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
@@ -162,22 +163,28 @@ class IQL(struct.PyTreeNode):
 
     def actor_loss(self, params: Params, batch: Batch, value: Model, rng: Array) -> tuple[Array, Info]:
         """Return the negative log-likelihood of the batch's actions weighted by their advantages, and metrics."""
+        policy = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
+        return self.weighted_cloning(policy, self.config.beta, batch, value)
+
+    def weighted_cloning(
+        self, policy: Normal | TanhNormal, beta: float | Array, batch: Batch, value: Model
+    ) -> tuple[Array, Info]:
+        """Return the actor's loss for its distribution at the batch's states and `beta`, one or `[B]`, and metrics."""
         config, actions = self.config, batch["actions"]
         q = self.critic(batch["observations"], actions, params=self.target_critic).min(axis=0)
         advantages = jax.lax.stop_gradient(q - value(batch["observations"]))
-        weights = advantage_weights(advantages, config.beta, config.weight_cap)
-        dist = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
+        weights = advantage_weights(advantages, beta, config.weight_cap)
         if config.squash:
             actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
-        log_prob = dist.log_prob(actions)
+        log_prob = policy.log_prob(actions)
         loss = -jnp.mean(weights * log_prob)
         return loss, {
             "actor/loss": loss,
             "actor/log_prob": log_prob.mean(),
             "actor/advantage": advantages.mean(),
             "actor/weight": weights.mean(),
-            "actor/capped": jnp.mean(config.beta * advantages >= jnp.log(config.weight_cap)),
-            "actor/std": dist.std.mean(),
+            "actor/capped": jnp.mean(beta * advantages >= jnp.log(config.weight_cap)),
+            "actor/std": policy.std.mean(),
         }
 
     def q_loss(self, params: Params, batch: Batch, value: Model) -> tuple[Array, Info]:

@@ -16,6 +16,8 @@ Where we differ
   episodes end at success, as on Adroit or in mazes, never learns the last h - 1 states of a success, though the policy
   queries it there and other windows bootstrap from them. Time limits inside a window drop it in both.
 - A window crosses neither an episode's end nor the ring's cursor nor two datasets; the code cuts by index alone.
+- The ring has room for the dataset and `loop.replay_capacity` own steps; the code's, max(2M, dataset + 1) rows for
+  both, overwrites the dataset.
 - The flow's layers start from flax's default draw (o2o.generative), critic and one-step policy as in the code.
 - Left out: CO-RFT's prefix critic (2508.02219), n-step backups of one-step critics (FQL-n), QC on RLPD, and datasets
   swapped file by file. Rewards: -1/0 as in the code's sparse tasks on mazes and Adroit, else the task's own.

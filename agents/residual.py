@@ -12,9 +12,13 @@ Where we differ
 - The stored action is the executed one, clamped as the environment clamps it; the code stores b + residual unclamped.
 - [-1, 1] never reaches beyond the action space: where the data touch its bounds there is no headroom behind them.
 - State only (no images): encoder and trunk fall away, the critics are independent ensembles of concat(s, a).
-- Heads start from LeCun's normal draw, where the code has PyTorch's default: uniform, and smaller by sqrt(3).
+- Heads and trunk start from LeCun's normal draw, where the code has PyTorch's default: uniform, and smaller by sqrt(3).
 - `critic_loss="mse"` is the paper's; the code squares the mean absolute error over the heads ("squared_mean").
-- Windows are cut by n rows: one starts only where its n rows, or its episode's end, are stored already.
+- Windows are cut by index: the newest n - 1 rows, and a dataset's last ones, begin none yet, whatever ended there.
+- The base begins every episode afresh, in labels too; in the code a chunk may run on into the next episode.
+- An episode's last observation is normalised and has its base action; the code's is raw, with b = 0, and never counts.
+- Demonstrations keep all their rows and rewards; the code pays the next frame's done flag, and drops the last frame.
+- The replay keeps the whole run (`loop.replay_capacity`), the code the last 200k to 300k steps.
 - Vision: the encoder's random shift differs for s and s'; encoder, trunk and heads are clipped each on its own.
 - `timeouts="terminal"` (the paper) is the default for sparse tasks; Kitchen and locomotion presets bootstrap there, as
   a time limit without a reward for success is no failure.
@@ -25,7 +29,7 @@ Where we differ
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +48,26 @@ ACTION_LIMIT = 1.0 - 1e-6
 """Residuals with noise are clipped to this (the code)."""
 
 
-def n_step_rows(batch: Batch, config: ResidualConfig) -> Batch:
+class NStep(Protocol):
+    """What `n_step_rows` reads of a config."""
+
+    @property
+    def n_step(self) -> int:
+        """Rewards summed before the target bootstraps."""
+        ...
+
+    @property
+    def discount(self) -> float:
+        """Discount factor per step."""
+        ...
+
+    @property
+    def timeouts(self) -> Literal["terminal", "bootstrap"]:
+        """Whether a time limit is worth nothing, or bootstraps."""
+        ...
+
+
+def n_step_rows(batch: Batch, config: NStep) -> Batch:
     """Return rows `[B, ...]` of windows `[B, W, ...]`: `rewards` are n-step sums, `masks` gamma^k c.
 
     k is the number of steps inside the window and its episode; c is 1 where the value behind them counts.

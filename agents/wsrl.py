@@ -143,7 +143,7 @@ class WSRL(struct.PyTreeNode):
             raise ConfigError(
                 f"WSRL got a {type(source).__name__} whose policy is not tanh-squashed; pre-train it with squash=True"
             )
-        observation_dim, action_dim = _input_dims(source.actor)
+        observation_dim, action_dim = input_dims(source.actor)
         rng, fresh_rng = jax.random.split(source.rng)
         fresh = SAC.create(fresh_rng, jnp.zeros((1, observation_dim)), jnp.zeros((1, action_dim)), config)
         parts: dict[str, Any] = {"actor": _carry_over(source.actor, fresh.actor, "actor")}
@@ -213,7 +213,8 @@ def _part(learner: Learner, name: str) -> Any:
     return getattr(learner, name)
 
 
-def _input_dims(actor: Model) -> tuple[int, int]:
+def input_dims(actor: Model) -> tuple[int, int]:
+    """Return the sizes (D, A) of a `GaussianActor`'s observations and actions."""
     return actor.params["params"]["MLP_0"]["Dense_0"]["kernel"].shape[-2], actor.module.action_dim
 
 

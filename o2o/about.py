@@ -20,8 +20,14 @@ def summary(data: datasets.Dataset) -> dict[str, float | None]:
     return {"success": mean(solved), "return": mean(returns), "normalized": mean(scores)}
 
 
-def check_episodes(agent: Any, data: datasets.Dataset) -> None:
-    """Raise `ConfigError` if no episode of the dataset is as long as the rows in a row that the agent learns from."""
+def check_data(agent: Any, data: datasets.Dataset, normalize: bool) -> None:
+    """Raise an `O2OError` where the agent cannot learn from the dataset: few rows, episodes shorter than its window.
+
+    `normalize`: whether the run normalises observations; some agents want them raw.
+    """
+    if normalize and getattr(agent, "raw_observations", False):
+        raise ConfigError("this agent standardises observations itself and wants them raw: leave out --normalize")
+    getattr(agent, "check_data", lambda _: None)(data)
     ends = np.flatnonzero(data.arrays["ends"])
     longest = int(np.diff(ends, prepend=-1).max()) if len(ends) else data.size
     if window_of(agent) > longest:

@@ -47,6 +47,8 @@ class BenchTask:
     """Minari id."""
     options: tuple[tuple[str, Any], ...] = ()
     """Fields of the task, such as `("binary", True)`."""
+    target: float | None = None
+    """Score of the suite's first metric to reach; the report says after how many environment steps each method did."""
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,20 @@ def plot(
     return 0
 
 
+def balance(run: Name[Path], out: Path = Path("balance.png")) -> int:
+    """Draw the balance coefficient of a FamO2O run over the states of its dataset.
+
+    Args:
+        run: The run folder.
+        out: The picture.
+    """
+    from o2o.balance_plot import plot_balance
+
+    plot_balance(run, out)
+    print(f"wrote {out}")
+    return 0
+
+
 def data_list(root: Path | None = None) -> int:
     """List the local datasets.
 
@@ -347,7 +361,7 @@ def _call(function: Callable[..., int], args: list[str], prog: str) -> int:
 
 DATA = {"list": data_list, "describe": data_describe, "make": data_make, "check": data_check, "export": data_export}
 BENCH = {"run": bench_run, "report": bench_report}
-SIMPLE = {"resume": resume, "eval": evaluate, "play": play, "plot": plot, "demo": demo}
+SIMPLE = {"resume": resume, "eval": evaluate, "play": play, "plot": plot, "balance": balance, "demo": demo}
 
 
 def _dispatch(args: list[str]) -> int:

@@ -64,30 +64,54 @@ def to_online(agent: Any) -> Any:
     return agent.online()
 
 
-def metric_zeros(agent: Any, data: Placed) -> Info:
-    """Return zeros shaped like the metrics of one seed's `agent.update` (their shapes depend on no batch size)."""
-    batch = data.batch_shapes((1, agent.config.batch_size), window_of(agent))
-    infos = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
+def metric_zeros(agent: Any, data: Placed, stage: str = "") -> Info:
+    """Return zeros shaped like the metrics of one seed's update, in a `stage` (they depend on no batch size)."""
+    if stage:
+        infos = jax.eval_shape(lambda a, d: a.pretrain(d, stage, jnp.zeros(()))[1], agent, data)
+    else:
+        batch = data.batch_shapes((1, agent.config.batch_size), window_of(agent))
+        infos = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), infos)
 
 
-@partial(jax.jit, static_argnames=("seeds", "batch_size"), donate_argnames=("agent", "rng"))
+@partial(jax.jit, static_argnames=("seeds", "batch_size", "stage"), donate_argnames=("agent", "rng"))
 def offline_updates(
-    agent: Any, rng: Array, data: OfflineData, num_updates: Array, *, seeds: int, batch_size: int
+    agent: Any,
+    rng: Array,
+    data: OfflineData,
+    num_updates: Array,
+    *,
+    seeds: int,
+    batch_size: int,
+    stage: str = "",
+    begin: Array | float = 0.0,
+    length: Array | float = 1.0,
 ) -> tuple[Any, Array, Info]:
-    """Run `num_updates` (traced: no recompile) updates on dataset minibatches; metrics are means, `[S]` each."""
+    """Run `num_updates` (traced: no recompile) updates on dataset minibatches; metrics are means, `[S]` each.
+
+    With a `stage`: updates of it, of which `begin` of `length` (traced) are done.
+    """
 
     def one_seed(agent: Any, rng: Array) -> tuple[Any, Array, Info]:
-        def body(_: int, state: tuple[Any, Array, Info]) -> tuple[Any, Array, Info]:
+        def body(i: int, state: tuple[Any, Array, Info]) -> tuple[Any, Array, Info]:
             agent, rng, totals = state
-            rng, key = jax.random.split(rng)
-            agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
+            if stage:
+                agent, info = agent.pretrain(data, stage, (begin + i) / length)
+            else:
+                rng, key = jax.random.split(rng)
+                agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
             return agent, rng, jax.tree.map(jnp.add, totals, info)
 
-        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, metric_zeros(agent, data)))
+        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, metric_zeros(agent, data, stage)))
         return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
 
     return over_seeds(one_seed, seeds)(agent, rng)
+
+
+@partial(jax.jit, static_argnames=("seeds", "stage"), donate_argnames="agent")
+def judge(agent: Any, data: OfflineData, *, seeds: int, stage: str) -> Any:
+    """Let every agent look at what a stage of its pre-training has made so far."""
+    return over_seeds(lambda a: a.judge(data, stage), seeds)(agent)
 
 
 class OnlineState(NamedTuple):

@@ -40,6 +40,10 @@ class Normal(struct.PyTreeNode):
         """Return the log-density of `actions` `[..., A]`, shape `[...]`."""
         return _gaussian_log_prob(actions, self.mean, self.std)
 
+    def entropy(self) -> Array:
+        """Return the differential entropy, `[...]`."""
+        return jnp.sum(jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e), axis=-1)
+
     def sample_and_log_prob(self, rng: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, Array]:
         """Return samples `[*sample_shape, ..., A]` and their log-densities `[*sample_shape, ...]`."""
         actions = self.sample(rng, sample_shape)

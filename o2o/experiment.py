@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from o2o import datasets, envs
-from o2o.about import check_episodes, returns_scale, summary
+from o2o.about import check_data, returns_scale, summary
 from o2o.agents import AGENTS
 from o2o.base import Base, Source, base_labels, load_base, with_base_labels
 from o2o.episode import EnvSlot
@@ -23,6 +23,7 @@ from o2o.loop import Trainer
 from o2o.normalizer import Normalizer
 from o2o.presets import agent_class, cell_run, config_class, preset_run
 from o2o.recorder import EPISODES, Recorder, export, forget
+from o2o.rollouts import trainer_class
 from o2o.runs import RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
 from o2o.schedule import Hooks
 from o2o.settings import RunConfig, TaskConfig, with_fields
@@ -121,11 +122,11 @@ def build(
         return make_env(config, found, base, evaluation, inner=recorded)
 
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
-    trainer = Trainer(
+    trainer = trainer_class(config.config.online)(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
         normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / "replay",
     )  # fmt: skip
-    check_episodes(trainer.agent, found)
+    check_data(trainer.agent, found, config.normalize)
     if not comparable:
         trainer.evaluator.normalized = None
     if config.init_from is not None:

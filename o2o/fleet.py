@@ -1,4 +1,4 @@
-"""The training environments of a run, one per seed, stepped side by side, and the episodes under way in them."""
+"""The training environments of a run, stepped side by side, and the episodes under way in them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +19,15 @@ def stack(observations: Sequence[Any]) -> Any:
 class Fleet:
     """Environments of `seeds` members; knows rewards waiting for their episode's end where `mc_returns` are wanted."""
 
-    def __init__(self, env_fn: EnvFn, seed: int, seeds: int, waits: bool) -> None:
-        """Make and reset the environments; `waits`: the agent needs Monte-Carlo returns of what it samples."""
-        self.slots = [EnvSlot(env_fn(False), (seed, TRAIN_STREAM, member)) for member in range(seeds)]
+    def __init__(self, env_fn: EnvFn, seed: int, seeds: int, waits: bool, per_seed: int = 1) -> None:
+        """Make and reset the environments, `per_seed` in a row for each seed: all of them are "members" here, `[S]`.
+
+        `waits`: the agent needs Monte-Carlo returns of what it samples.
+        """
+        names = [(member,) if per_seed == 1 else (member, k) for member in range(seeds) for k in range(per_seed)]
+        self.slots = [EnvSlot(env_fn(False), (seed, TRAIN_STREAM, *name)) for name in names]
         self.waits = waits
-        self.waiting: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
+        self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
         """(reward, mask) of the episode under way, per member."""
         for slot in self.slots:
             slot.reset()

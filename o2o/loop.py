@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o import dispatch, host_replay, resume
+from o2o import dispatch, host_replay, pretraining, resume
 from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
-from o2o.dispatch import OnlineMode, OnlineState
+from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.fleet import Fleet
@@ -106,51 +106,7 @@ class Trainer:
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
-        counters, loop = self.counters, self.loop
-        started = time.perf_counter() - counters.elapsed
-        eval_every = loop.offline_eval_every or steps
-        while counters.offline_steps < steps:
-            at = counters.offline_steps
-            marks = [steps, *(at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every))]
-            count = min(min(marks) - at, loop.updates_per_dispatch)
-            self.agent, self.rng, info = self.programs.offline_updates(
-                self.agent,
-                self.rng,
-                self.offline_data,
-                jnp.asarray(count, jnp.int32),
-                seeds=self.seeds,
-                batch_size=self.config.batch_size,
-            )
-            counters.offline_steps += count
-            counters.gradient_steps += count
-            self._accumulate(info, count)
-            at = counters.offline_steps
-            if at % loop.log_every == 0 or at == steps:
-                counters.elapsed = time.perf_counter() - started
-                self._log_offline()
-            if at % eval_every == 0 or at == steps:
-                self.evaluate()
-            counters.elapsed = time.perf_counter() - started
-            self.hooks.progress("offline", at, steps, {})
-            stop = self.hooks.should_stop()
-            if at % loop.checkpoint_every == 0 or at == steps or stop:
-                self.hooks.checkpoint(self)
-            if stop and at < steps:
-                return False
-        return True
-
-    def _accumulate(self, info: dict[str, Any], count: int) -> None:
-        """Add the dispatch's mean metrics, weighted by its updates; all stays on the device."""
-        weighted = {key: value * count for key, value in info.items()}
-        totals = self.offline_totals
-        self.offline_totals = {key: value + totals[key] if totals else value for key, value in weighted.items()}
-
-    def _log_offline(self) -> None:
-        counters = self.counters
-        updates = counters.offline_steps - counters.logged_at
-        if updates:
-            self._write_metrics({key: value / updates for key, value in self.offline_totals.items()}, {})
-        self.offline_totals, counters.logged_at = {}, counters.offline_steps
+        return pretraining.pretrain(self, steps)
 
     def _place(self, data: OfflineData | HostData) -> None:
         """Take the dataset as it is placed, and the programs that go with it."""
@@ -207,19 +163,21 @@ class Trainer:
         eval_steps = evaluation_steps(loop, self.online_config, steps)
         if self.action is None:
             self.first_actions()
-        while counters.env_steps < steps:
+        at = counters.env_steps
+        while at < steps:
             self._online_step()
-            at = counters.env_steps
-            if at % loop.log_every == 0 or at == steps:
+            before, at = at, counters.env_steps
+            due = lambda every, since=before, now=at: now // every > since // every or now >= steps  # noqa: E731
+            if due(loop.log_every):
                 counters.elapsed = time.perf_counter() - started
                 self._log_online()
-            if at in eval_steps:
+            if any(before < point <= at for point in eval_steps):
                 self.evaluate()
-            if at % 20 == 0 or at == steps:
+            if due(20):
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.progress(self.phase_name, at, steps, {})
             stop = self.hooks.should_stop()
-            if at % loop.checkpoint_every == 0 or at == steps or stop:
+            if due(loop.checkpoint_every) or stop:
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.checkpoint(self)
             if stop and at < steps:
@@ -239,10 +197,10 @@ class Trainer:
 
     @property
     def phase_name(self) -> str:
-        """`offline`, `warmup` (no update has run yet online) or `online`."""
+        """`offline`, `warmup` (the first update online is still to come) or `online`."""
         if self.counters.phase == "offline":
             return "offline"
-        return "online" if self.counters.online_updates else "warmup"
+        return "online" if self.counters.online_updates or self.online_config.replay == "none" else "warmup"
 
     def _may_update(self, window: int) -> bool:
         """Whether this step ends with an update: its time has come, and enough rows are stored to cut a window."""
@@ -254,16 +212,20 @@ class Trainer:
         stored = self.visible if self.fleet.waits else [appended + counters.env_steps]
         return min(stored) >= window
 
-    def _online_step(self) -> None:
-        assert self.online_state is not None and self.action is not None and self.fleet is not None
-        counters, online = self.counters, self.online_config
+    def finite_actions(self) -> np.ndarray:
+        """Return the chosen actions on the host; raises `DivergenceError` if one is not finite."""
         actions = np.asarray(self.action)
         if not np.isfinite(actions).all():
             raise DivergenceError(
-                f"the policy's action at online step {counters.env_steps} is not finite: the learner diverged; lower "
-                "its learning rate or look at critic/q in metrics.jsonl"
+                f"the policy's action at online step {self.counters.env_steps} is not finite: the learner diverged; "
+                "lower its learning rate or look at critic/q in metrics.jsonl"
             )
-        rows, ended = self.fleet.step(actions, self._episode_finished)
+        return actions
+
+    def _online_step(self) -> None:
+        assert self.online_state is not None and self.fleet is not None
+        counters, online = self.counters, self.online_config
+        rows, ended = self.fleet.step(self.finite_actions(), self._episode_finished)
         waits, window = self.fleet.waits, window_of(self.online_state.agent)
         update = self._may_update(window)
         mode = OnlineMode(
@@ -331,7 +293,7 @@ class Trainer:
         metrics = {key: value / updates for key, value in self.online_state.totals.items()} if updates else {}
         zeros = jax.tree.map(jnp.zeros_like, self.online_state.totals)
         self.online_state = self.online_state._replace(totals=zeros)
-        self._write_metrics(metrics, {"time/log_steps": float(steps)})
+        self.write_metrics(metrics, {"time/log_steps": float(steps)})
         self.updates_since_log, counters.logged_at = 0, counters.env_steps
 
     def evaluate(self) -> list[dict[str, Any]]:
@@ -351,7 +313,8 @@ class Trainer:
         self.hooks.episodes(rows)
         return rows
 
-    def _write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
+    def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
+        """Report one row per seed: metrics `[S]` each, and what all seeds share."""
         counters = self.counters
         host = jax.device_get(metrics)
         for member in range(self.seeds):
@@ -359,6 +322,23 @@ class Trainer:
             position = {"env_steps": counters.env_steps, "gradient_steps": counters.gradient_steps}
             row = {"phase": self.phase_name, **position, "time_s": round(counters.elapsed, 3), "seed": member}
             self.hooks.metrics({**row, **values, **extra})
+
+    @property
+    def slots_shape(self) -> tuple[int, ...]:
+        """The axes of the training environments: `[S]`."""
+        return (self.seeds,)
+
+    def mark_ends(self, where: np.ndarray) -> None:
+        """Make the newest row the last of its episode where `where` `[S]` is true."""
+        assert self.online_state is not None
+        buffer = over_seeds(lambda b, cut: b.mark_end(cut), self.seeds)(self.online_state.buffer, where)
+        self.online_state = self.online_state._replace(buffer=buffer)
+
+    def placed(self, buffer: Any) -> Any:
+        """Return a loaded replay buffer as the programs want it."""
+        if isinstance(self.programs, HostReplay):
+            self.programs.stand_at(buffer)
+        return buffer
 
     def close(self) -> None:
         """Close all environments, and the files of a replay in host memory."""

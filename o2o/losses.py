@@ -16,6 +16,26 @@ def sample_members(rng: Array, num: int, size: int, replace: bool) -> Array:
     return jax.random.choice(rng, num, (size,), replace=replace)
 
 
+def generalised_advantages(deltas: Array, ends: Array, discount: float, gae_lambda: float) -> Array:
+    """Return GAE (arXiv 1506.02438) of TD errors `deltas` `[T, ...]` in order of time.
+
+    Nothing is carried over a row with `ends` 1, an episode's last; a time limit's bootstrap is in its own delta.
+    """
+
+    def back(following: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, end = row
+        advantage = delta + discount * gae_lambda * (1.0 - end) * following
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(back, jnp.zeros_like(deltas[0]), (deltas, ends), reverse=True)
+    return advantages
+
+
+def clipped_surrogate(ratio: Array, advantages: Array, clip: Array | float) -> Array:
+    """Return min(rho A, clip(rho, 1 - clip, 1 + clip) A), same shape (PPO, arXiv 1707.06347, eq. 7)."""
+    return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantages)
+
+
 def critic_loss(q: Array, targets: Array) -> Array:
     """Return the mean over members and batch of (Q_i - y)^2 for `q [E, B]` and `targets [B]`."""
     return jnp.mean(jnp.square(q - targets))
@@ -37,7 +57,7 @@ def expectile_loss(difference: Array, expectile: float) -> Array:
     return jnp.mean(weight * jnp.square(difference))
 
 
-def advantage_weights(advantages: Array, beta: float, cap: float = 100.0) -> Array:
+def advantage_weights(advantages: Array, beta: float | Array, cap: float = 100.0) -> Array:
     """Return min(exp(beta * u), cap), clipped in the exponent so that it cannot overflow (IQL, eq. 7)."""
     return jnp.exp(jnp.minimum(beta * advantages, jnp.log(cap)))
 

@@ -18,23 +18,33 @@ from o2o.distributions import Normal, TanhNormal
 from o2o.losses import sample_members
 from o2o.types import Array, Params
 
-Init = Literal["orthogonal", "xavier", "lecun"]
-Activation = Literal["relu", "gelu"]
+Init = Literal["orthogonal", "xavier", "lecun", "linear", "truncated"]
+Activation = Literal["relu", "gelu", "tanh"]
 SQRT2 = float(np.sqrt(2.0))
 
 
 def kernel_init(name: Init, gain: float = SQRT2) -> Callable[..., Array]:
-    """Return the initialiser of `[in, out]` kernels; `gain` applies to `orthogonal` only."""
+    """Return the initialiser of `[in, out]` kernels; `gain` applies to `orthogonal` only.
+
+    `linear` is uniform within 1 / sqrt(in), PyTorch's default for a linear layer; `truncated` a normal of standard
+    deviation 1 / (2 sqrt(in)), cut at two of them (dynamics models).
+    """
     if name == "orthogonal":
         return nn.initializers.orthogonal(gain)
     if name == "xavier":
         return nn.initializers.xavier_uniform()
+    if name == "linear":
+        return nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+    if name == "truncated":
+        return lambda rng, shape, dtype=jnp.float32: (
+            jax.random.truncated_normal(rng, -2.0, 2.0, shape, dtype) / (2.0 * np.sqrt(shape[0]))
+        )
     return nn.initializers.lecun_normal()
 
 
 def activate(x: Array, name: Activation) -> Array:
     """Return the activation of `x [...]`; GELU is the tanh approximation."""
-    return nn.relu(x) if name == "relu" else nn.gelu(x)
+    return {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh}[name](x)
 
 
 class MLP(nn.Module):
@@ -47,13 +57,15 @@ class MLP(nn.Module):
     last_gain: float | None = None
     """Orthogonal gain of the last hidden layer; `None` leaves it at sqrt(2)."""
     activation: Activation = "relu"
+    hidden_gain: float = SQRT2
+    """Orthogonal gain of the other layers."""
 
     @nn.compact
     def __call__(self, x: Array, training: bool = False) -> Array:
         """Return the last hidden activations; `training` switches dropout on (rng collection `dropout`)."""
         for i, width in enumerate(self.hidden_dims):
             last = i == len(self.hidden_dims) - 1
-            gain = self.last_gain if last and self.last_gain is not None else SQRT2
+            gain = self.last_gain if last and self.last_gain is not None else self.hidden_gain
             x = nn.Dense(width, kernel_init=kernel_init(self.init_scheme, gain))(x)
             if self.dropout:
                 x = nn.Dropout(self.dropout)(x, deterministic=not training)
@@ -83,15 +95,18 @@ class GaussianActor(nn.Module):
     """tanh of the sample (`TanhNormal`)."""
     tanh_mean: bool = False
     """tanh of the mean, for a plain Gaussian around it (IQL as published)."""
+    output_gain: float = SQRT2
+    """Orthogonal gain of the heads."""
 
     @nn.compact
     def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
         """Return the action distribution at `observations`."""
         trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain)
         x = trunk(observations, training)
-        mean = nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme), name="mean")(x)
+        head_init = kernel_init(self.init_scheme, self.output_gain)
+        mean = nn.Dense(self.action_dim, kernel_init=head_init, name="mean")(x)
         if self.std_mode != "uniform":
-            log_std = nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme), name="log_std")(x)
+            log_std = nn.Dense(self.action_dim, kernel_init=head_init, name="log_std")(x)
             if self.std_mode == "scaled":
                 scale = self.param("log_std_scale", nn.initializers.ones, ())
                 log_std = scale * log_std + self.param("log_std_offset", nn.initializers.constant(-1.0), ())
@@ -104,6 +119,25 @@ class GaussianActor(nn.Module):
         if self.tanh_mean:
             mean = jnp.tanh(mean)
         return TanhNormal(mean, std) if self.squash else Normal(mean, std)
+
+
+class BoundedGaussianActor(nn.Module):
+    """A Gaussian whose mean and log-std are both bounded by tanh (Uni-O4, arXiv 2311.03351): `[..., D]` to `Normal`.
+
+    mean = m in (-1, 1), log-std = -5 + 2.5 (u + 1) in (-5, 0), with (m, u) = tanh of one linear layer of 2A outputs.
+    """
+
+    hidden_dims: Sequence[int]
+    action_dim: int
+    activation: Activation = "relu"
+
+    @nn.compact
+    def __call__(self, observations: Array) -> Normal:
+        """Return the action distribution at `observations`; samples are not clipped."""
+        x = MLP(self.hidden_dims, last_gain=1.0, hidden_gain=1.0, activation=self.activation)(observations)
+        x = jnp.tanh(nn.Dense(2 * self.action_dim, kernel_init=kernel_init("orthogonal", 1.0))(x))
+        mean, free = jnp.split(x, 2, axis=-1)
+        return Normal(mean, jnp.exp(-5.0 + 2.5 * (free + 1.0)))
 
 
 class EnsembleDense(nn.Module):
@@ -249,13 +283,17 @@ class Adam:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     """Gradients with a larger global norm are scaled down to it; `None` leaves them."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
 
     def build(self) -> optax.GradientTransformation:
         """Return the optax transformation."""
         rate: Any = self.learning_rate
         if self.decay_steps is not None:
             rate = optax.cosine_decay_schedule(self.learning_rate, self.decay_steps)
-        return optax.adamw(rate, weight_decay=self.weight_decay) if self.weight_decay else optax.adam(rate)
+        if self.weight_decay:
+            return optax.adamw(rate, eps=self.eps, weight_decay=self.weight_decay)
+        return optax.adam(rate, eps=self.eps)
 
 
 class Model(struct.PyTreeNode):
@@ -276,10 +314,11 @@ class Model(struct.PyTreeNode):
         """Apply the network, with `params` in place of its own where given (for a loss to differentiate)."""
         return self.module.apply(self.params if params is None else params, *inputs, **kwargs)
 
-    def apply_gradients(self, grads: Params) -> Self:
-        """Return the model after one optimiser step."""
+    def apply_gradients(self, grads: Params, rate: Array | float | None = None) -> Self:
+        """Return the model after one optimiser step, at `rate` times the optimiser's own learning rate."""
         if self.optimizer.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.optimizer.clip_norm)
             grads, _ = clip.update(grads, clip.init(self.params))
         updates, opt_state = self.optimizer.build().update(grads, self.opt_state, self.params)
+        updates = updates if rate is None else jax.tree.map(lambda update: rate * update, updates)
         return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state)

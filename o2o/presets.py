@@ -11,6 +11,7 @@ from o2o.bench import Cell
 from o2o.errors import ConfigError
 from o2o.schedule import LoopConfig
 from o2o.settings import RunConfig, TaskConfig, with_fields
+from o2o.terminations import termination_of
 
 
 def agent_class(name: str) -> Any:
@@ -53,6 +54,9 @@ def preset_run(
         task_config = dataclasses.replace(task_config, normalize_returns=preset.normalize_returns)
     if preset.only_successes and task_config.binary and task_config.only_successes is None:
         task_config = dataclasses.replace(task_config, only_successes=True)
+    if getattr(preset.config, "termination", None) == "auto":
+        rule = termination_of(env or about.env_id)
+        preset = dataclasses.replace(preset, config=dataclasses.replace(preset.config, termination=rule))
     loop = LoopConfig() if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
     defaults: dict[str, Any] = {
         "config": preset.config,

@@ -152,6 +152,33 @@ def _protocol(suite: Suite, machines: Sequence[str]) -> list[str]:
     ]
 
 
+def reached(points: Sequence[Point], target: float) -> dict[int, int]:
+    """Return, for every seed that reached `target`, the environment steps of its first evaluation there."""
+    first: dict[int, int] = {}
+    for point in sorted(points, key=lambda p: p.env_steps):
+        for seed, score in point.scores.items():
+            if score >= target:
+                first.setdefault(seed, point.env_steps)
+    return first
+
+
+def _targets(suite: Suite, methods: Sequence[Method]) -> list[str]:
+    """Return the table of environment steps to the tasks' targets; empty if none has one."""
+    metric, goals = suite.metrics[0], {task.dataset: task.target for task in suite.tasks if task.target is not None}
+    lines = [
+        "| dataset | target | method | seeds that reached it | environment steps |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = [(m, aggregate(m.rows, metric)) for m in methods if m.dataset in goals]
+    for method, points in found:
+        target = goals[method.dataset]
+        steps = sorted(reached(points, target).values())
+        seeds = len({seed for point in points for seed in point.scores})
+        cells = [f"`{method.dataset}`", _number(target, metric), method.label, f"{len(steps)} of {seeds}"]
+        lines.append(f"| {' | '.join([*cells, ', '.join(f'{n:,}' for n in steps) or NO_POINT])} |")
+    return ["## Environment steps to the target", "", *lines, ""] if found else []
+
+
 def _unrun(planned: Sequence[Job]) -> list[str]:
     missing = [job for job in planned if job.state != "finished"]
     if not missing:
@@ -195,7 +222,7 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path = RUNS)
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
     lines += _pictures(suite, methods, folder)
-    lines += _elsewhere(suite) + _unrun(planned)
+    lines += _targets(suite, methods) + _elsewhere(suite) + _unrun(planned)
     lines += [f"Made by `o2o bench report {suite.name}` from the raw rows in this folder.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"

@@ -10,6 +10,7 @@ import numpy as np
 from o2o import dispatch
 from o2o.dispatch import OnlineState, over_seeds
 from o2o.host_replay import HostReplay
+from o2o.pretraining import stage_at
 from o2o.schedule import Counters
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ def restore(
     targets = arrays(trainer)
     data = trainer.offline_data
     if trainer.online_state is not None:
-        targets["loop"]["action"] = jnp.zeros((trainer.seeds, *data.rows["actions"].shape[1:]))
+        targets["loop"]["action"] = jnp.zeros((*trainer.slots_shape, *data.rows["actions"].shape[1:]))
     elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
-        zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data), trainer.seeds)
+        steps = state["counters"].get("offline_total", 0)
+        stage = stage_at(trainer.agent, steps, state["counters"]["offline_steps"])
+        zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data, stage), trainer.seeds)
         targets["loop"]["totals"] = zeros(trainer.agent)
     loaded = load(targets)
     trainer.counters = Counters(**state["counters"])
@@ -64,10 +67,8 @@ def restore(
         trainer.agent, trainer.rng, trainer.offline_totals = loaded["agent"], part["rng"], part["totals"]
         return
     trainer.online_state = OnlineState(
-        loaded["agent"], loaded["buffer"], part.get("carry"), part["rng"], part["totals"]
+        loaded["agent"], trainer.placed(loaded["buffer"]), part.get("carry"), part["rng"], part["totals"]
     )
-    if isinstance(trainer.programs, HostReplay):
-        trainer.programs.stand_at(loaded["buffer"])
     trainer.action = part["action"]
     _restore_fleet(trainer, state["fleet"], part["observations"])
 
@@ -80,15 +81,15 @@ def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: A
     if trainer.exact_resume:
         return
     # As if cut by a time limit: the newest row ends its episode, and nothing is remembered of it.
+    trainer.mark_ends(~same)
+    same = same.reshape(trainer.slots_shape)
     stood, action = trainer.online_state, trainer.action
-    buffer = over_seeds(lambda b, where: b.mark_end(where), trainer.seeds)(stood.buffer, ~same)
-    fresh = jax.vmap(lambda a: a.initial_carry((1,)))(stood.agent)
-    carry = dispatch.clear_carry(stood.carry, fresh, ~same)
-    trainer.online_state = stood._replace(buffer=buffer, carry=carry)
+    fresh = jax.vmap(lambda a: a.initial_carry(trainer.slots_shape[1:] or (1,)))(stood.agent)
+    trainer.online_state = stood._replace(carry=dispatch.clear_carry(stood.carry, fresh, ~same))
     if trainer.fleet.waits:
         trainer.commit(np.flatnonzero(~same))
     trainer.first_actions()
     assert trainer.online_state is not None and trainer.action is not None and action is not None
     carry = dispatch.clear_carry(trainer.online_state.carry, stood.carry, same)
     trainer.online_state = trainer.online_state._replace(carry=carry)
-    trainer.action = jnp.where(same[:, None], action, trainer.action)
+    trainer.action = jnp.where(same[..., None], action, trainer.action)

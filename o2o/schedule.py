@@ -55,6 +55,8 @@ class Counters:
     phase: str = "offline"
     offline_steps: int = 0
     """Gradient steps of the offline phase."""
+    offline_total: int = 0
+    """Gradient steps that the offline phase was begun for."""
     gradient_steps: int = 0
     """Critic updates of both phases."""
     online_updates: int = 0
@@ -72,11 +74,11 @@ class Counters:
 
 
 def evaluation_steps(loop: LoopConfig, online: OnlineConfig, steps: int) -> set[int]:
-    """Return the online steps to evaluate at: every `eval_every`, the warm-up's end, after 1000 updates, the end."""
-    points = set(range(loop.eval_every, steps, loop.eval_every))
-    points |= {
-        max(online.warmup_steps, online.random_steps),
-        online.first_update() + -(-1000 // online.utd_ratio),
-        steps,
-    }
+    """Return the online steps to evaluate at: every `eval_every`, the warm-up's end, after 1000 updates, the end.
+
+    On-policy agents have no warm-up, and their updates are not counted so.
+    """
+    points = {*range(loop.eval_every, steps, loop.eval_every), steps}
+    if online.replay != "rollout":
+        points |= {max(online.warmup_steps, online.random_steps), online.first_update() + -(-1000 // online.utd_ratio)}
     return {point for point in points if 0 < point <= steps}

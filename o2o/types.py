@@ -1,7 +1,7 @@
 """Shared types: batches, metrics, the agent protocol and the schedule that an agent asks the online loop for."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 
@@ -17,7 +17,7 @@ Params = Any
 Carry = Any
 """What a policy remembers between two steps of one episode; `None` for a memoryless one."""
 
-Replay = Literal["online", "mixed", "append", "none"]
+Replay = Literal["online", "mixed", "append", "rollout", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,17 @@ class OnlineConfig:
     """The first update waits until the online buffer holds more rows than this."""
     replay: Replay = "online"
     """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
-    minibatch from the dataset; `append` one buffer that starts with the whole dataset; `none` no update at all."""
+    minibatch from the dataset; `append` one buffer that starts with the whole dataset; `rollout` no buffer: the newest
+    `rollout_steps` steps in order of time, once; `none` no update at all."""
     offline_ratio: float = 0.5
     """Share of dataset rows in each minibatch when `replay` is `mixed`."""
     initial_updates: int = 0
     """Updates in one go just before the first online update, on leaves `[1, B, ...]`; the agent counts for itself which
     of its networks take part (ResFiT warms its critic up so)."""
+    num_envs: int = 1
+    """Environments per seed that are stepped together (`rollout` only)."""
+    rollout_steps: int = 2048
+    """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
 
     def first_update(self) -> int:
         """Return the zero-based online step after whose insertion the first update runs."""
@@ -50,9 +55,11 @@ class OnlineConfig:
 class Agent(Protocol):
     """What the loops need of an agent: a pytree, pure methods, a frozen config.
 
-    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Two parts are optional:
-    `window: int`, the rows in a row that it learns from (`window_of`), and `random_actions(observations, rng)`, which
-    returns the actions `[..., A]` of `online.random_steps` in place of uniform ones.
+    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Optional parts:
+    `window: int`, the rows in a row that it learns from (`window_of`); `random_actions(observations, rng)`, which
+    returns the actions `[..., A]` of `online.random_steps` in place of uniform ones; `stages`, pre-training in several
+    parts (`Staged`); `check_data(data)`, which raises `DatasetError` for a dataset that it cannot learn from. With
+    `online.replay` "rollout" the leaves of an online `update` are `[T, num_envs, ...]`, in order of time, with `ends`.
     """
 
     config: Any
@@ -83,6 +90,37 @@ class Agent(Protocol):
         ...
 
 
+class Stage(NamedTuple):
+    """One part of a pre-training that has several."""
+
+    name: str
+    """What the agent knows it by; empty where the whole pre-training is `update`."""
+    steps: int
+    """Its gradient steps."""
+    every: int = 0
+    """Gradient steps between two calls of `Staged.judge`; 0 for none."""
+
+
+class Staged(Protocol):
+    """An agent that pre-trains in stages, each with batches of its own making."""
+
+    def stages(self, steps: int) -> tuple[Stage, ...]:
+        """Return the stages of a pre-training of `steps` gradient steps, which theirs add up to."""
+        ...
+
+    def prepare(self, data: Any, stage: str) -> Self:
+        """Return the agent ready for a stage; runs once before it, not traced. `data` has `rows`, leaves `[N, ...]`."""
+        ...
+
+    def pretrain(self, data: Any, stage: str, progress: Array) -> tuple[Self, Info]:
+        """Run one gradient step of a stage, at `progress` `[]` in [0, 1) of it."""
+        ...
+
+    def judge(self, data: Any, stage: str) -> Self:
+        """Look at what the stage has made so far, every `Stage.every` steps and at its end."""
+        ...
+
+
 @dataclass(frozen=True)
 class Preset:
     """An agent's settings for a family of tasks: the paper's, or small ones that show the same effect on a laptop."""
@@ -104,3 +142,8 @@ class Preset:
 def window_of(agent: Any) -> int:
     """Return how many rows in a row the agent's batches hold; 1 for plain transitions."""
     return int(getattr(agent, "window", 1))
+
+
+def stages_of(agent: Any, steps: int) -> tuple[Stage, ...]:
+    """Return the stages of a pre-training of `steps` gradient steps: one without a name for most agents."""
+    return agent.stages(steps) if hasattr(agent, "stages") else (Stage("", steps),)

@@ -18,6 +18,7 @@ USAGE = """usage: o2o COMMAND ...
   eval RUN                   evaluate a run's policy anew
   play RUN                   watch a run's policy (window, or --out FILE.mp4)
   plot RUN...                learning curves of one or several runs
+  balance RUN                a FamO2O run's balance coefficient over the states of its dataset
   data list|describe|make|check|export
   bench run|report SUITE     tables and curves of a benchmark suite
   demo                       the whole way on a small dataset that is made on the spot

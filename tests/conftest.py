@@ -60,7 +60,7 @@ def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
         run = experiment.preset_run(agent, embedded, "small")
         tiny: list[tuple[str, Any]] = [("batch_size", 16)]
         names = {field.name for field in dataclasses.fields(run.config)}
-        widths = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit")]
+        widths = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit", "balance")]
         tiny += [(name, (16, 16)) for name in widths if name in names]
         online = [("online.warmup_steps", 20)] if agent == "wsrl" else []
         online += [("online.random_steps", 20)] if agent == "rlpd" else []

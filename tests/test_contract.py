@@ -15,6 +15,8 @@ from o2o.types import OnlineConfig, Preset
 from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
 
 CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
+CASES += [("pex", "online"), ("ibrl", "online"), ("jsrl", "online")]
+CASES += [("ppo", "online"), ("uni_o4", "online")]
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 
 
@@ -64,7 +66,8 @@ def test_presets_are_complete_and_fit_their_agent(name: str, size: str) -> None:
         assert isinstance(preset.config.online, OnlineConfig) and hash(preset.config) == hash(preset.config)
         assert preset.offline_steps + preset.online_steps > 0
         if size == "small":
-            assert preset.offline_steps <= 10_000 and preset.online_steps <= 10_000 and preset.config.batch_size <= 256
+            longest = 30_000 if preset.config.online.replay == "rollout" else 10_000  # not an update for every step
+            assert preset.offline_steps <= 10_000 and preset.online_steps <= longest and preset.config.batch_size <= 256
     config = AGENTS[name].preset(FAMILIES[0], size).config
     agent = jax.eval_shape(lambda key: AGENTS[name].create(key, observations, actions, config), jax.random.key(0))
     assert agent.config == config

@@ -1,0 +1,110 @@
+"""What FamO2O's agents share: the balance coefficient, its encoding, and a policy network for a whole family.
+
+"Train Once, Get a Family: State-Adaptive Balances for Offline-to-Online Reinforcement Learning", arXiv 2310.17966.
+A coefficient beta per state, `[...]`, goes with its state as the last number of the policy's input (`join`); a larger
+one means more improvement and less constraint.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o2o.distributions import Normal, TanhNormal
+from o2o.errors import ConfigError
+from o2o.networks import GaussianActor
+from o2o.types import Array, Info
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Settings of the balance coefficient."""
+
+    balance_range: Range = (8.0, 14.0)
+    """Smallest and largest coefficient; equal ones make a constant balance."""
+    encoding_dim: int = 6
+    """Numbers that encode the coefficient for the policy: half of them sines, half cosines."""
+    encoding_base: float = 10_000.0
+    """Frequencies of the encoding are encoding_base^(-2i / encoding_dim), i = 0, 1, ..."""
+    balance_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the balance network's hidden layers."""
+    balance_lr: float = 3e-4
+    """Adam rate of the balance network, and of its temperature where it has one."""
+
+    def check_balance(self) -> None:
+        """Raise `ConfigError` for settings of the balance that cannot be used."""
+        name, ends = type(self).__name__, self.balance_range
+        if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] > ends[1]:
+            raise ConfigError(
+                f"{name}.balance_range is {ends}; expected two finite numbers, the lower first, such as 8.0 14.0"
+            )
+        if self.encoding_dim < 2 or self.encoding_dim % 2:
+            raise ConfigError(f"{name}.encoding_dim is {self.encoding_dim}; expected an even number from 2, such as 6")
+        if not (math.isfinite(self.encoding_base) and self.encoding_base > 0.0):
+            raise ConfigError(
+                f"{name}.encoding_base is {self.encoding_base}; expected a positive number, such as 10000"
+            )
+
+
+def encode(beta: Array, dim: int = 6, base: float = 10_000.0) -> Array:
+    """Return sin and cos of beta / base^(2i / dim) for i = 0 .. dim/2 - 1, in turn: `[...]` to `[..., dim]`."""
+    wavelengths = base ** (np.arange(0, dim, 2) / dim)
+    phases = beta[..., None] / jnp.asarray(wavelengths, jnp.float32)
+    return jnp.stack([jnp.sin(phases), jnp.cos(phases)], axis=-1).reshape(*beta.shape, dim)
+
+
+def coefficient(x: Array, ends: Range) -> Array:
+    """Map x in [-1, 1] to the balance range, -1 and 1 to its ends; any shape."""
+    low, high = ends
+    return jnp.clip(low + (x + 1.0) / 2.0 * (high - low), low, high)
+
+
+def uniform_betas(rng: Array, shape: tuple[int, ...], ends: Range) -> Array:
+    """Draw coefficients `shape` from all of the range: the offline phase's."""
+    return jax.random.uniform(rng, shape, minval=ends[0], maxval=ends[1])
+
+
+def join(observations: Array, beta: Array) -> Array:
+    """Return the policy's input `[..., D + 1]`: observations `[..., D]` with their coefficients `[...]` behind."""
+    return jnp.concatenate([observations, beta[..., None]], axis=-1)
+
+
+class FamilyActor(GaussianActor):
+    """A family of policies: the last number of its input is the coefficient, which it sees encoded."""
+
+    encoding_dim: int = 6
+    encoding_base: float = 10_000.0
+
+    def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
+        """Return the action distribution at `join(observations, beta)`, `[..., D + 1]`."""
+        encoding = encode(observations[..., -1], self.encoding_dim, self.encoding_base)
+        return super().__call__(jnp.concatenate([observations[..., :-1], encoding], axis=-1), training)
+
+
+def recast(kind: Any, module: nn.Module, **extra: Any) -> Any:
+    """Return a module of `kind`, a subclass of `module`'s class, with the settings of `module` and `extra`."""
+    names = {field.name for field in fields(module)} - {"parent", "name"}
+    return kind(**{name: getattr(module, name) for name in names}, **extra)
+
+
+def family_actor(module: Any, config: BalanceConfig) -> FamilyActor:
+    """Return the actor `module` as one of a family."""
+    return recast(FamilyActor, module, encoding_dim=config.encoding_dim, encoding_base=config.encoding_base)
+
+
+def balance_info(greedy: Array, log_prob: Array) -> Info:
+    """Return mean and spread over states of the deterministic coefficients `[B]`, and the balance policy's entropy.
+
+    `log_prob` `[B]` is the log-density of samples x in (-1, 1): entropy in that space, log 2 at most.
+    """
+    return {
+        "balance/beta": greedy.mean(),
+        "balance/std": greedy.std(),
+        "balance/entropy": -log_prob.mean(),
+    }

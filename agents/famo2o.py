@@ -1,0 +1,190 @@
+"""FamO2O over IQL: a family of policies, and a network that picks one of them for every state.
+
+"Train Once, Get a Family: State-Adaptive Balances for Offline-to-Online Reinforcement Learning", arXiv 2310.17966.
+Idea: one actor is conditioned on the coefficient beta of its own advantage weights, exp(beta * advantage), so it holds
+policies from cautious to greedy; a balance network learns the beta whose action the critics value most. Offline the
+actor is trained at betas from all of the range, online at those that the balance network draws. Critics, values and
+data are IQL's (arXiv 2110.06169) and never see beta. Defaults follow the published code (LeapLabTHU/FamO2O, jax_iql).
+
+Where we differ
+- The two draws of the balance loss, the actor's betas and its dropout have keys of their own; the code shares some.
+- Evaluation takes the actor's mean; the code samples with a standard deviation of 0. Its own environments are apart.
+- A step that ends an episode by time limit and truly terminates as well is terminal (the code: truncated).
+- As published: the action that the balance loss values is an unclipped sample, and log pi is that of x in (-1, 1), so
+  the target entropy does not depend on the range. While the balance network is at least that random, nothing but the
+  critics makes it less so: the temperature only falls.
+- IQL's own options stay (dropout, squashed actor, simultaneous order, several critics); the Q loss averages over the
+  critics where the code sums, the same step under Adam up to epsilon. The replay ring drops the oldest rows.
+- Only the IQL form: with AWAC's advantage, Q(s, a) - Q(s, a'), the paper has a variant without published code.
+- With `balance_every` above 1 the balance and its temperature step at every such update, the first one included.
+- Presets: mazes take (8, 14), locomotion (1, 5) with the balance trained every 5th update (a port's settings; no
+  published ones). Others scale IQL's beta as locomotion does, by 1/3 and 5/3, under IQL's preset for the family, its
+  dropout on Adroit included; so does small locomotion, whose beta is 0.5. "pointmaze" follows AntMaze.
+  Small ones train the balance at 1e-3: the temperature starts at 1 and has to fall before states are told apart.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o.agents.balance import BalanceConfig, balance_info, coefficient, family_actor, join, uniform_betas
+from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.sac import positive, positive_model
+from o2o.errors import ConfigError
+from o2o.losses import sac_actor_loss, temperature_loss
+from o2o.networks import Adam, GaussianActor, Model
+from o2o.types import Array, Batch, Carry, Info, Params, Preset
+
+LOG_STD_RANGE = (-10.0, 2.0)
+"""Clip of the balance policy's log-std."""
+
+
+@dataclass(frozen=True)
+class FamO2OConfig(BalanceConfig, IQLConfig):
+    """Settings of FamO2O over IQL; the defaults are AntMaze's."""
+
+    beta: ClassVar[float] = math.nan  # pyright: ignore[reportIncompatibleVariableOverride]  # no field: balance_range
+    expectile: float = 0.9
+    """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
+    balance_every: int = 1
+    """The balance network and its temperature step at every such update."""
+    balance_target_entropy: float = -0.5
+    """Entropy that the temperature holds the balance policy at; of x in (-1, 1), whose largest is ln 2."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        super().__post_init__()
+        self.check_balance()
+        if self.balance_every < 1:
+            raise ConfigError(f"FamO2OConfig.balance_every is {self.balance_every}; expected at least 1")
+        if not self.balance_target_entropy < math.log(2.0):
+            raise ConfigError(
+                f"FamO2OConfig.balance_target_entropy is {self.balance_target_entropy}; expected less than ln 2 = "
+                "0.693, the entropy of a uniform x in (-1, 1)"
+            )
+
+
+class FamO2O(IQL):
+    """Implicit Q-learning of a family of policies, with a balance network."""
+
+    balance_actor: Model
+    temperature: Model
+    config: FamO2OConfig = struct.field(pytree_node=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+    fine_tuning: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: IQLConfig = FamO2OConfig()) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        if not isinstance(config, FamO2OConfig):
+            raise ConfigError(f"FamO2O got a {type(config).__name__}; expected a FamO2OConfig")
+        rng, actor_rng, balance_rng, temperature_rng = jax.random.split(rng, 4)
+        base = IQL.create(rng, observations, actions, config)
+        low, high = LOG_STD_RANGE
+        balance = GaussianActor(
+            config.balance_hidden_dims, 1, init_scheme=config.init_scheme, std_mode="uniform", log_std_min=low,
+            log_std_max=high,
+        )  # fmt: skip
+        inputs, optimizer = join(observations, jnp.zeros(observations.shape[:-1])), base.actor.optimizer
+        parts: dict[str, Any] = {
+            **{field.name: getattr(base, field.name) for field in fields(base)},
+            "actor": Model.create(actor_rng, family_actor(base.actor.module, config), optimizer, inputs),
+            "balance_actor": Model.create(balance_rng, balance, Adam(config.balance_lr), observations),
+            "temperature": positive_model(temperature_rng, 1.0, "exp", config.balance_lr),
+        }
+        return jax.tree.map(jnp.asarray, cls(**parts))
+
+    def balance(self, observations: Array) -> Array:
+        """Return the coefficient of every state, `[..., D]` to `[...]`, without randomness."""
+        return coefficient(self.balance_actor(observations).mode()[..., 0], self.config.balance_range)
+
+    def draw_betas(self, observations: Array, rng: Array) -> Array:
+        """Draw the coefficients `[B]` that the actor is trained at: uniform offline, the balance policy's online."""
+        ends = self.config.balance_range
+        if not self.fine_tuning:
+            return uniform_betas(rng, observations.shape[:-1], ends)
+        return jax.lax.stop_gradient(coefficient(self.balance_actor(observations).sample(rng)[..., 0], ends))
+
+    def actor_loss(self, params: Params, batch: Batch, value: Model, rng: Array) -> tuple[Array, Info]:
+        """Return IQL's actor loss with every row's own coefficient, in its weight and in its policy, and metrics."""
+        beta_rng, dropout_rng = jax.random.split(rng)
+        beta = self.draw_betas(batch["observations"], beta_rng)
+        inputs = join(batch["observations"], beta)
+        policy = self.actor(inputs, training=True, params=params, rngs={"dropout": dropout_rng})
+        loss, info = self.weighted_cloning(policy, beta, batch, value)
+        return loss, {**info, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
+
+    def alpha(self, params: Params | None = None) -> Array:
+        """Return the temperature of the balance policy's entropy, `[]`."""
+        return positive(self.temperature(params=params), "exp")
+
+    def balance_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return mean(t log pi(x|s) - min Q-bar(s, a)), a drawn at the beta of a drawn x, and metrics."""
+        x_rng, action_rng = jax.random.split(rng)
+        states, ends = batch["observations"], self.config.balance_range
+        policy = self.balance_actor(states, params=params)
+        x, log_prob = policy.sample_and_log_prob(x_rng)
+        actions = self.actor(join(states, coefficient(x[..., 0], ends))).sample(action_rng)
+        q = self.critic(states, actions, params=self.target_critic).min(axis=0)
+        loss = sac_actor_loss(log_prob, q, self.alpha())
+        info = balance_info(coefficient(policy.mode()[..., 0], ends), log_prob)
+        return loss, {**info, "balance/loss": loss, "balance/q": q.mean(), "balance/alpha": self.alpha()}
+
+    def balance_step(self, batch: Batch, rng: Array) -> tuple[Model, Model, Info]:
+        """Return balance network and temperature after their step, where one is due, and metrics."""
+
+        def learn() -> tuple[Model, Model, Info]:
+            grads, info = jax.grad(self.balance_loss, has_aux=True)(self.balance_actor.params, batch, rng)
+            entropy, target = info["balance/entropy"], self.config.balance_target_entropy
+            loss = lambda params: temperature_loss(self.alpha(params), entropy, target)  # noqa: E731
+            temperature = self.temperature.apply_gradients(jax.grad(loss)(self.temperature.params))
+            return self.balance_actor.apply_gradients(grads), temperature, info
+
+        def rest() -> tuple[Model, Model, Info]:
+            _, info = self.balance_loss(self.balance_actor.params, batch, rng)
+            return self.balance_actor, self.temperature, info
+
+        if self.config.balance_every == 1:
+            return learn()
+        done: Any = self.value.opt_state[0]  # V steps at every update: Adam counts them
+        return jax.lax.cond(done.count % self.config.balance_every == 0, learn, rest)
+
+    def _step(self, batch: Batch) -> tuple[Self, Info]:
+        # Both steps read the parameters from before the update: the actor old betas, the balance the old actor.
+        agent, info = super()._step(batch)
+        rng, balance_rng = jax.random.split(agent.rng)
+        balance_actor, temperature, balance = self.balance_step(batch, balance_rng)
+        return agent.replace(balance_actor=balance_actor, temperature=temperature, rng=rng), {**info, **balance}
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]`, clipped to [-1, 1], at each state's `balance`, and the unused carry."""
+        return super().sample_actions(join(observations, self.balance(observations)), carry, rng, deterministic)
+
+    def online(self) -> Self:
+        """Return the agent whose actor is trained at the balance policy's coefficients, at a constant rate."""
+        return super().online().replace(fine_tuning=True)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks: IQL's, with a range around its beta and a balance network."""
+        preset = IQL.preset(family, size)
+        base = preset.config
+        maze = family in ("antmaze", "pointmaze")
+        low, high = (0.8, 1.4) if maze else (1 / 3, 5 / 3)
+        names = {field.name for field in fields(FamO2OConfig)} & {field.name for field in fields(base)}
+        config = FamO2OConfig(
+            **{name: getattr(base, name) for name in names},
+            balance_range=(low * base.beta, high * base.beta),
+            balance_hidden_dims=base.actor_hidden_dims,
+            balance_lr=1e-3 if size == "small" else 3e-4,
+            balance_every=5 if family == "locomotion" and size == "paper" else 1,
+        )
+        preset = replace(preset, config=config)
+        if family == "locomotion" and size == "paper":
+            return replace(preset, offline_steps=1_000_000, online_steps=1_000_000)
+        return preset

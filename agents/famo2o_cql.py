@@ -1,0 +1,220 @@
+"""FamO2O over CQL: a family of conservative policies, and a network that picks one of them for every state.
+
+"Train Once, Get a Family: State-Adaptive Balances for Offline-to-Online Reinforcement Learning", arXiv 2310.17966.
+Idea: one actor is conditioned on the coefficient beta that multiplies Q in its own loss, alpha log pi - beta Q; a
+balance network learns the beta whose action the critics value most. Offline the actor is trained at betas from all of
+the range, online at those that the balance network draws. Critics and their conservative term are CQL's (arXiv
+2006.04779), which stays on online. Defaults follow the published code (LeapLabTHU/FamO2O, jax_cql).
+
+Where we differ
+- The balance network's x maps onto the whole range and no further; the code's onto (2 lo - hi, hi), negative
+  coefficients included (`released_range`, which leaves the uniform betas as they are: so the code).
+- The target's action is drawn at the coefficient of the next state; the code's at that of the present one
+  (`target_beta="current"`). In both, offline too, it is the balance network's and not a uniform one.
+- The balance loss draws its own x and action, in both phases; online the code takes those of the actor's loss. Every
+  draw has its own key.
+- Kernels are orthogonal, hidden layers with gain sqrt(2) where the code's are LeCun normal, output layers with 0.1,
+  which gives them the norm of its uniform initialiser of variance 0.01 / fan-in.
+- TD loss and gap are means over the critics, not sums: the same step under Adam up to epsilon.
+- All losses are of the same parameters at UTD 1, as in the code; above, the policies follow the critics (see CQL).
+- One update after every environment step, not 1000 after every 1000; dataset actions are clipped to 0.99999 (0.999).
+- Presets: only locomotion has published settings. Others take CQL's own conservative term, rewards and steps for the
+  family with these networks and this range.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o.agents.balance import (
+    BalanceConfig,
+    Range,
+    balance_info,
+    coefficient,
+    family_actor,
+    join,
+    recast,
+    uniform_betas,
+)
+from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_conservative
+from o2o.agents.sac import Positive, SACConfig, build_actor
+from o2o.errors import ConfigError
+from o2o.networks import Adam, CriticEnsemble, Init, Model
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class FamO2OCQLConfig(BalanceConfig, CQLConfig):
+    """Settings of FamO2O over CQL; the defaults are those of locomotion."""
+
+    balance_range: Range = (0.5, 1.5)
+    """Smallest and largest coefficient; equal ones make a constant balance."""
+    released_range: bool = False
+    """Replica of the released code: the balance network's coefficients are x (hi - lo) + lo, x in (-1, 1)."""
+    target_beta: Literal["next", "current"] = "next"
+    """State whose coefficient the next action is drawn at: `next`, or `current` as in the released code."""
+    policy_output_gain: float = 0.1
+    """Orthogonal gain of the output layers of actor and balance network."""
+    online: OnlineConfig = OnlineConfig(replay="append")
+    """Online phase: one buffer that starts with the dataset, one update per step."""
+    actor_layer_norm: bool = False
+    """LayerNorm after each hidden layer of actor and balance network."""
+    last_gain: float | None = None
+    """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
+    init_scheme: Init = "orthogonal"
+    """Initialiser of every kernel."""
+    output_gain: float = 0.1
+    """Orthogonal gain of the critics' output layer."""
+    shared_output: bool = False
+    """One output layer for all critics instead of one each."""
+    std_mode: Literal["exp", "scaled", "uniform"] = "scaled"
+    """`exp`: log-std is a head of the state; `scaled`: with a learned scale and offset; `uniform`: one free vector."""
+    log_std_range: tuple[float, float] | None = (-20.0, 2.0)
+    """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
+    num_critics: int = 2
+    """Members of the critic ensemble."""
+    target_subset: int | None = None
+    """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
+    max_target_actions: int | None = None
+    """Next actions of which the target takes the best; `None` for a single one."""
+    temperature_param: Positive = "exp"
+    """How alpha is made from its free parameter."""
+    temperature_objective: Literal["alpha", "log_alpha"] = "log_alpha"
+    """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
+    entropy_on: Literal["current", "next"] = "current"
+    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
+    actor_lr: float = 3e-4
+    """Adam's rate of the actor."""
+    temperature_lr: float = 3e-4
+    """Adam's rate of the temperature."""
+    conservative: Conservative = Conservative(weight=1.0, subset=None)
+    """The conservative term."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        super().__post_init__()
+        self.check_balance()
+        if self.target_beta not in ("next", "current"):
+            raise ConfigError(f"FamO2OCQLConfig.target_beta is {self.target_beta!r}; expected 'next' or 'current'")
+
+
+class StateCritic(CriticEnsemble):
+    """Q-functions that read the first `state_dim` numbers of their observations: never the coefficient behind."""
+
+    state_dim: int = 0
+
+    def __call__(self, observations: Array, actions: Array) -> Array:
+        """Return all members' values `[num, ...]` at observations `[..., D]` or `join`ed ones `[..., D + 1]`."""
+        return super().__call__(observations[..., : self.state_dim], actions)
+
+
+class FamO2OCQL(CQL):
+    """Conservative Q-learning of a family of policies, with a balance network."""
+
+    balance_actor: Any = None
+    """The balance network, a `Model`."""
+    fine_tuning: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = FamO2OCQLConfig()) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        if not isinstance(config, FamO2OCQLConfig):
+            raise ConfigError(f"FamO2OCQL got a {type(config).__name__}; expected a FamO2OCQLConfig")
+        rng, actor_rng, balance_rng = jax.random.split(rng, 3)
+        agent, gain = super().create(rng, observations, actions, config), config.policy_output_gain
+        actor = family_actor(agent.actor.module, config).clone(output_gain=gain)
+        own = build_actor(1, replace(config, actor_hidden_dims=config.balance_hidden_dims)).clone(output_gain=gain)
+        inputs = join(observations, jnp.zeros(observations.shape[:-1]))
+        critic = recast(StateCritic, agent.critic.module, state_dim=observations.shape[-1])
+        agent = agent.replace(
+            actor=Model.create(actor_rng, actor, agent.actor.optimizer, inputs),
+            critic=agent.critic.replace(module=critic),
+            balance_actor=Model.create(balance_rng, own, Adam(config.balance_lr), observations),
+        )
+        return jax.tree.map(jnp.asarray, agent)
+
+    @property
+    def settings(self) -> FamO2OCQLConfig:
+        """The config, under its own type."""
+        assert isinstance(self.config, FamO2OCQLConfig)
+        return self.config
+
+    def to_beta(self, x: Array) -> Array:
+        """Return the coefficients of the balance network's x `[..., 1]`, shape `[...]`."""
+        low, high = self.settings.balance_range
+        if self.settings.released_range:
+            return x[..., 0] * (high - low) + low
+        return coefficient(x[..., 0], (low, high))
+
+    def balance(self, observations: Array) -> Array:
+        """Return the coefficient of every state, `[..., D]` to `[...]`, without randomness."""
+        return self.to_beta(self.balance_actor(observations).mode())
+
+    def conditioned(self, batch: Batch, rng: Array) -> Batch:
+        """Return the batch with coefficients behind its observations: the actor's losses', and the next actions'."""
+        uniform_rng, own_rng, next_rng = jax.random.split(rng, 3)
+        states, following = batch["observations"], batch["next_observations"]
+        own = self.to_beta(self.balance_actor(states).sample(own_rng))
+        beta = own if self.fine_tuning else uniform_betas(uniform_rng, own.shape, self.settings.balance_range)
+        after = own
+        if self.settings.target_beta == "next":
+            after = self.to_beta(self.balance_actor(following).sample(next_rng))
+        return {**batch, "observations": join(states, beta), "next_observations": join(following, after)}
+
+    def balance_loss(self, params: Params, batch: Batch, rng: Array, critic: Any) -> tuple[Array, Info]:
+        """Return -mean Q(s, a), a drawn at the beta of a drawn x, on `conditioned` rows `[B, ...]`, and metrics."""
+        x_rng, action_rng = jax.random.split(rng)
+        states = batch["observations"][..., :-1]
+        policy = self.balance_actor(states, params=params)
+        x, log_prob = policy.sample_and_log_prob(x_rng)
+        actions = self.actor(join(states, self.to_beta(x))).sample(action_rng)
+        loss = -jnp.mean(self.reduced(critic(states, actions)))
+        return loss, {**balance_info(self.to_beta(policy.mode()), log_prob), "balance/loss": loss}
+
+    def reduced(self, q: Array) -> Array:
+        """Return the policies' one value `[1, ...]` of the critics' `[E, ...]`."""
+        return (jnp.min if self.config.actor_reduce == "min" else jnp.mean)(q, axis=0, keepdims=True)
+
+    def policy_step(self, batch: Batch, rng: Array, critic: Any) -> tuple[Self, Info]:
+        """Step actor, temperature and balance network on `conditioned` rows `[B, ...]`, all from these parameters."""
+        actor_rng, balance_rng = jax.random.split(rng)
+        beta = batch["observations"][..., -1]
+        scaled: Any = lambda s, a: beta * self.reduced(critic(s, a))  # noqa: E731
+        agent, info = super().policy_step(batch, actor_rng, scaled)
+        loss = jax.grad(self.balance_loss, has_aux=True)
+        grads, balance = loss(self.balance_actor.params, batch, balance_rng, critic)
+        info = {**info, **balance, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
+        return agent.replace(balance_actor=self.balance_actor.apply_gradients(grads)), info
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run `utd` critic steps and one step of actor, temperature and balance on leaves `[utd, B, ...]`."""
+        rng, beta_rng = jax.random.split(self.rng)
+        return super(FamO2OCQL, self.replace(rng=rng)).update(self.conditioned(batch, beta_rng))
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1] at each state's `balance`: a sample, or tanh of the mean."""
+        return super().sample_actions(join(observations, self.balance(observations)), carry, rng, deterministic)
+
+    def online(self) -> Self:
+        """Return the agent whose actor is trained at the balance network's coefficients; the losses go on."""
+        return self.replace(fine_tuning=True)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the published locomotion settings, and for other families these with CQL's term and rewards."""
+        preset, (_, term, _, _) = CQL.preset(family, size), family_settings(family)
+        config = FamO2OCQLConfig()
+        if family != "locomotion":
+            config = replace(config, conservative=replace(term, subset=None))
+        if size == "small":
+            config = shrink_conservative(config, utd_ratio=1)
+            config = replace(config, balance_hidden_dims=config.actor_hidden_dims, balance_lr=config.actor_lr)
+            return replace(preset, config=config)
+        if family == "locomotion":
+            return replace(preset, config=config, offline_steps=2_000_000, online_steps=1_000_000)
+        return replace(preset, config=config)

@@ -1,0 +1,234 @@
+"""IBRL: imitation-bootstrapped reinforcement learning (arXiv 2311.02198).
+
+A cloned policy, frozen, is a second opinion wherever the learner's policy has one: at every step, and at every
+bootstrap, the action is chosen between the two by the target critics. So imitation guides exploration and lifts the
+targets from the start, and never holds the learner back later. The learner is TD3 with n-step returns.
+
+Offline the agent is the cloning (squared error, `BC`); actor and critics do not move. `online()` freezes the clone and
+starts the learner from scratch, so the policy changes at the switch; the warm-up (`random_steps`) is the clone's alone.
+`ibrl/reference_share` is the share of its actions in the targets; it falls as the learner overtakes it.
+
+Where we differ
+- State observations only. Numbers are those of Can from states; "hard" (Meta-World's rule) where rewards are not 0/1.
+- The whole dataset is preloaded, not ten demonstrations, and cloned; the replay is one ring that starts with it.
+- A warm-up of 5000 steps stands for the 40 episodes; `utd_ratio` 2 and an actor step per 5 critic steps stand for a
+  block of 5 and 1 every 2 environment steps.
+- A deterministic action takes the best by the minimum over all target critics; the released code draws a subset there
+  too, and with the soft rule samples the choice, but reports the hard one beside it.
+- Each critic has its own LayerNorm; in the code they share its scale and bias. Biases start at zero.
+- Actions are clipped to [-1, 1], not to 1 - 1e-6 within; the clone's gradient is not clipped (100 in the code).
+- A window that a true terminal cuts short ends there; time limits bootstrap (`timeouts`). n-step returns are not
+  corrected for the actions in between, as published.
+- Left out: "RFT" (the actor pre-trained and held to demonstrations), epsilon-greedy choice, a decaying noise.
+- Families of tasks: none is in the paper; rewards are 0/1 on mazes and Adroit, else the task's own.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o import losses
+from o2o.agents.bc import BC, BCConfig
+from o2o.agents.residual import n_step_rows
+from o2o.agents.td3 import TD3, TD3Config
+from o2o.errors import ConfigError
+from o2o.networks import CriticEnsemble, draw_members
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+WIDE = (1024, 1024, 1024)
+
+
+@dataclass(frozen=True)
+class IBRLConfig(TD3Config):
+    """Settings of IBRL; the defaults are the released ones for Can from states."""
+
+    choice: Literal["soft", "hard"] = "soft"
+    """`hard`: the action with the higher value; `soft`: drawn from the soft maximum of the values."""
+    inverse_temperature: float = 10.0
+    """Of the soft rule, on the scale of Q: 10 is for rewards of 0 and 1."""
+    target_subset: int | None = 2
+    """Target critics, drawn anew for each choice and each target, whose minimum counts; `None` for all."""
+    n_step: int = 3
+    """Rewards summed before the target bootstraps."""
+    timeouts: Literal["terminal", "bootstrap"] = "bootstrap"
+    """Whether a time limit ends the return like a terminal, or bootstraps."""
+    clone_hidden_dims: tuple[int, ...] = WIDE
+    """Widths of the cloned policy's hidden layers."""
+    clone_dropout: float = 0.5
+    """Dropout while cloning."""
+    clone_lr: float = 1e-4
+    """Adam's rate of the cloning."""
+    actor_hidden_dims: tuple[int, ...] = WIDE
+    """Widths of the actor's hidden layers."""
+    critic_hidden_dims: tuple[int, ...] = WIDE
+    """Widths of every critic's hidden layers."""
+    critic_layer_norm: bool = True
+    """LayerNorm before each activation of the critics."""
+    actor_dropout: float = 0.5
+    """Dropout in the actor's hidden layers, on in every loss and, deliberately, in the targets; off when it acts."""
+    num_critics: int = 5
+    """Members of the critic ensemble."""
+    policy_delay: int = 5
+    """Critic steps per actor step."""
+    delayed_targets: bool = False
+    """The critics' targets move with the actor's, every `policy_delay` steps; otherwise after every critic step."""
+    target_noise: float = 0.1
+    """Standard deviation of the noise on the actor's action, in the targets and in its own loss."""
+    noise_clip: float = 0.3
+    """Bound of that noise."""
+    actor_lr: float = 1e-4
+    """Adam's rate of the actor."""
+    critic_lr: float = 1e-4
+    """Adam's rate of the critics."""
+    tau: float = 0.01
+    """Weight of the new parameters in the targets' averages."""
+    online: OnlineConfig = OnlineConfig(utd_ratio=2, random_steps=5000, replay="append")
+    """Online phase: one buffer that starts with the dataset; `random_steps`, before any update, are the clone's."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        super().__post_init__()
+        for name, known in (("choice", ("soft", "hard")), ("timeouts", ("terminal", "bootstrap"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"IBRLConfig.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}.")
+        if not 0.0 <= self.inverse_temperature < math.inf:
+            raise ConfigError(
+                f"IBRLConfig.inverse_temperature is {self.inverse_temperature}; expected 0 or more, finite."
+            )
+        if self.target_subset is not None and not 1 <= self.target_subset <= self.num_critics:
+            raise ConfigError(
+                f"IBRLConfig.target_subset is {self.target_subset}; expected 1 to num_critics={self.num_critics}, or "
+                "None."
+            )
+        if self.n_step < 1:
+            raise ConfigError(f"IBRLConfig.n_step is {self.n_step}; expected at least 1.")
+
+
+_DEFAULT = IBRLConfig()
+
+
+class Choice(NamedTuple):
+    """A choice between the clone's action and another at observations `[..., D]`."""
+
+    actions: Array
+    """The chosen ones, `[..., A]`."""
+    cloned: Array
+    """Whether they are the clone's, bool `[...]`."""
+
+
+class IBRL(TD3):
+    """TD3 with a second opinion; `reference` is the cloned policy."""
+
+    reference: Any = None
+    """A `BC` agent: learning offline, frozen online."""
+    fine_tuning: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: IBRLConfig = _DEFAULT) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        rng, clone_rng = jax.random.split(rng)
+        agent = super().create(rng, observations, actions, config)
+        cloning = BCConfig(
+            loss="mse", actor_hidden_dims=config.clone_hidden_dims, dropout=config.clone_dropout,
+            init_scheme=config.init_scheme, actor_lr=config.clone_lr, batch_size=config.batch_size,
+        )  # fmt: skip
+        return agent.replace(reference=BC.create(clone_rng, observations, actions, cloning))
+
+    @property
+    def window(self) -> int:
+        """Rows in a row that the agent learns from; two at least, as only windows say where an episode ended."""
+        return max(self.config.n_step, 2)
+
+    def cloned_actions(self, observations: Array) -> Array:
+        """Return the cloned policy's actions `[..., A]`; it draws nothing."""
+        return self.reference.sample_actions(observations, None, self.rng, True)[0]
+
+    def lowest_target(self, observations: Array, actions: Array, rng: Array, subset: int | None) -> Array:
+        """Return the minimum `[...]` over `subset` randomly drawn target critics; over all of them with `None`."""
+        critics: Any = self.critic.module
+        assert isinstance(critics, CriticEnsemble)
+        critics, params = draw_members(critics, self.target_critic, rng, subset)
+        q: Any = critics.apply(params, observations, actions)
+        return q.min(axis=0)
+
+    def choose(self, observations: Array, actions: Array, rng: Array, deterministic: bool = False) -> Choice:
+        """Choose between the clone's actions and `actions` `[..., A]`, by the target critics."""
+        config = self.config
+        member_rng, choice_rng = jax.random.split(rng)
+        pair = jnp.stack([actions, self.cloned_actions(observations)])
+        q = self.lowest_target(observations, pair, member_rng, None if deterministic else config.target_subset)
+        cloned = q[1] > q[0]
+        if config.choice == "soft" and not deterministic:
+            probability = jax.nn.sigmoid(config.inverse_temperature * (q[1] - q[0]))
+            cloned = jax.random.uniform(choice_rng, q[0].shape) < probability
+        return Choice(jnp.where(cloned[..., None], pair[1], pair[0]), cloned)
+
+    def targets(self, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return y = R + gamma^k m Q'(s_k, a') `[B]` of rows from `n_step_rows`, and the clone's share of a'."""
+        behind = batch["next_observations"]
+        action_rng, choice_rng, member_rng = jax.random.split(rng, 3)
+        choice = self.choose(behind, self.noisy_actions(behind, self.target_actor, action_rng), choice_rng)
+        values = self.lowest_target(behind, choice.actions, member_rng, self.config.target_subset)
+        targets = losses.td_target(batch["rewards"], batch["masks"], values, 1.0)  # the masks hold gamma^k
+        return targets, {"ibrl/reference_share": choice.cloned.mean()}
+
+    def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return -mean min_j Q_j(s, a) `[]` over all critics, a the actor's own with noise, and metrics."""
+        actions = self.noisy_actions(batch["observations"], params, rng)
+        loss = -self.critic(batch["observations"], actions).min(axis=0).mean()
+        return loss, {"actor/loss": loss}
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run one step per leading row of windows `[utd, B, W, ...]`: cloning offline, the learner's online."""
+        if self.fine_tuning:
+            return super().update(jax.vmap(lambda rows: n_step_rows(rows, self.config))(batch))
+        first = {key: batch[key][:, :, 0] for key in ("observations", "actions")}
+        reference, info = self.reference.update(first)
+        rng, _ = jax.random.split(self.rng)
+        agent = self.replace(reference=reference, rng=rng)
+        return agent, {name.replace("actor/", "reference/"): value for name, value in info.items()}
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1]: the clone's offline, else the chosen ones; noise is the actor's only.
+
+        Offline a sample is the clone's action with exploration noise.
+        """
+        noise_rng, choice_rng = jax.random.split(rng)
+        own = self.actor(observations) if self.fine_tuning else self.cloned_actions(observations)
+        actions = own if deterministic else self.explore(own, noise_rng)
+        if not self.fine_tuning:
+            return actions, carry
+        return self.choose(observations, actions, choice_rng, deterministic).actions, carry
+
+    def random_actions(self, observations: Array, rng: Array) -> Array:
+        """Return the clone's actions `[..., A]`, which are those of the warm-up."""
+        return self.cloned_actions(observations)
+
+    def online(self) -> Self:
+        """Return the agent with the clone frozen and the learner, as it was initialised, at work."""
+        return self.replace(fine_tuning=True)
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks.
+
+        `paper`: those of Can from states, 100k cloning steps and 200k environment steps. `small`: 2x128, 4 critics,
+        batch 128, no dropout, faster rates, a warm-up of 1000 steps, 5k cloning and 10k environment steps.
+        """
+        reward = {"antmaze": (1.0, 0.0), "pointmaze": (1.0, 0.0), "adroit": (1.0, 1.0)}.get(family)
+        config = IBRLConfig(choice="hard" if reward is None else "soft")
+        if size == "paper":
+            return Preset(config, 100_000, 200_000, reward)
+        width = (128, 128)
+        config = replace(
+            config, actor_hidden_dims=width, critic_hidden_dims=width, clone_hidden_dims=width, num_critics=4,
+            batch_size=128, actor_dropout=0.0, clone_dropout=0.0, actor_lr=3e-4, critic_lr=1e-3, clone_lr=1e-3,
+            policy_delay=2, online=replace(config.online, random_steps=1000),
+        )  # fmt: skip
+        return Preset(config, 5_000, 10_000, reward)

@@ -1,0 +1,284 @@
+"""PPO: proximal policy optimisation (arXiv 1707.06347) with GAE, the online phase of Uni-O4 and a baseline.
+
+A rollout of several environments gives advantages by GAE; some epochs of minibatches then follow the clipped surrogate
+and a clipped regression of V on the returns. Nothing is kept of older data. Pre-training, where there is any, clones
+the dataset's actions and fits V to its Monte-Carlo returns, so that `ppo` is "PPO from BC" with offline steps and "PPO
+from scratch" without. Settings are those of Uni-O4's released online phase (arXiv 2311.03351; Lei-Kun/Uni-O4).
+
+Where we differ
+- Several environments share a rollout; the release has one. Advantages are normalised over the whole rollout, as there.
+- The log-probabilities of the collecting policy are computed at the update, from the parameters that collected.
+- "number" reward scaling is `reward_scale`, applied offline and online alike, so that V need not be fitted again at the
+  switch; "dynamic" scaling (by the running std of the discounted return) is left out.
+- V's output is linear in every case. Time limits bootstrap in both phases.
+- The last minibatch of an epoch is padded with rows of weight 0 instead of being shorter.
+- Biases begin at zero; `linear` kernels are PyTorch's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o.errors import ConfigError, DatasetError
+from o2o.losses import clipped_surrogate, generalised_advantages
+from o2o.networks import Activation, Adam, BoundedGaussianActor, Init, Model, Value
+from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of PPO."""
+
+    actor_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    """Widths of the actor's hidden layers."""
+    value_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    """Widths of V's hidden layers."""
+    activation: Activation = "relu"
+    """Activation of the actor's hidden layers."""
+    value_init: Init = "linear"
+    """Initialiser of V's kernels."""
+    actor_lr: float = 2e-5
+    """Adam's rate of the actor online."""
+    value_lr: float = 2e-4
+    """Adam's rate of V online."""
+    pretrain_lr: float = 1e-4
+    """Adam's rate of actor and V offline; the moments start anew at the switch."""
+    decay_steps: int | None = 3_000_000
+    """Environment steps over which both rates fall linearly to 0; `None` for constant rates."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon online."""
+    clip: float = 0.05
+    """The probability ratio is clipped to within this of 1."""
+    value_clip: float | None = 0.05
+    """V's change per update is clipped to this, in units of the scaled return; `None` leaves it."""
+    gae_lambda: float = 0.95
+    """Lambda of the generalised advantage estimate."""
+    epochs: int = 10
+    """Passes over a rollout per update."""
+    entropy_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Gradients of each network are scaled down to this norm."""
+    reward_scale: float = 1.0
+    """Factor of all rewards that the agent sees, offline and online (0.1: Uni-O4's "number")."""
+    discount: float = 0.99
+    """Discount factor."""
+    batch_size: int = 128
+    """Rows per minibatch."""
+    online: OnlineConfig = OnlineConfig(replay="rollout", num_envs=8, rollout_steps=2048)
+    """Online phase: rollouts of 2048 steps in all."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        if self.epochs < 1:
+            raise ConfigError(f"PPOConfig.epochs is {self.epochs}; expected at least 1")
+        if not self.clip > 0.0:
+            raise ConfigError(f"PPOConfig.clip is {self.clip}; expected a positive number, such as 0.2")
+        if not 0.0 <= self.gae_lambda <= 1.0:
+            raise ConfigError(f"PPOConfig.gae_lambda is {self.gae_lambda}; expected 0 to 1, such as 0.95")
+        if self.online.replay != "rollout":
+            raise ConfigError(f"online.replay is {self.online.replay!r}; an on-policy agent needs 'rollout'")
+
+
+_DEFAULT = PPOConfig()
+
+
+def fresh(model: Model, optimizer: Adam) -> Model:
+    """Return the model with another optimiser, whose state begins anew."""
+    return model.replace(optimizer=optimizer, opt_state=optimizer.build().init(model.params))
+
+
+class PPO(struct.PyTreeNode):
+    """Proximal policy optimisation."""
+
+    actor: Model
+    value: Model
+    mean: Array
+    """Subtracted from observations, `[D]`; zero unless whoever made the agent set it."""
+    std: Array
+    """Observations are divided by this, `[D]`."""
+    seen: Array
+    """Environment steps learnt from, `[]`."""
+    rng: Array
+    config: PPOConfig = struct.field(pytree_node=False)
+    is_online: bool = struct.field(pytree_node=False, default=False)
+    needs: ClassVar[tuple[str, ...]] = ("mc_returns",)
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: PPOConfig = _DEFAULT) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        if isinstance(observations, dict):
+            raise ConfigError(f"PPO got dict observations {sorted(observations)}: needs flat float32 observations.")
+        rng, actor_rng, value_rng = jax.random.split(rng, 3)
+        policy = BoundedGaussianActor(config.actor_hidden_dims, actions.shape[-1], config.activation)
+        value = Value(config.value_hidden_dims, init_scheme=config.value_init)
+        optimizer = Adam(config.pretrain_lr)
+        agent = cls(
+            actor=Model.create(actor_rng, policy, optimizer, observations),
+            value=Model.create(value_rng, value, optimizer, observations),
+            mean=jnp.zeros(observations.shape[-1]),
+            std=jnp.ones(observations.shape[-1]),
+            seen=jnp.zeros((), jnp.int32),
+            rng=rng,
+            config=config,
+        )
+        return jax.tree.map(jnp.asarray, agent)
+
+    @property
+    def rollout_updates(self) -> int:
+        """Gradient steps that one rollout is worth."""
+        return self.config.epochs * -(-self.config.online.rollout_steps // self.config.batch_size)
+
+    def scaled(self, observations: Array) -> Array:
+        """Return what the networks see of observations `[..., D]`."""
+        return (observations - self.mean) / self.std
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Learn from a rollout `[T, N, ...]` online; offline clone and regress on minibatches `[utd, B, ...]`."""
+        if self.is_online:
+            return self.update_on_rollout(batch)
+        if "mc_returns" not in batch:
+            raise DatasetError("batch has no mc_returns, which PPO's V is fitted to; sample them from the dataset")
+        agent, infos = jax.lax.scan(lambda agent, rows: agent.pretrain_step(rows), self, batch)
+        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+
+    def pretrain_step(self, batch: Batch) -> tuple[Self, Info]:
+        """Raise the likelihood of a minibatch's actions and regress V on its returns `mc_returns` `[B]`."""
+        observations = self.scaled(batch["observations"])
+        returns = self.config.reward_scale * batch["mc_returns"]
+
+        def clone(params: Params) -> Array:
+            return -jnp.mean(self.actor(observations, params=params).log_prob(batch["actions"]))
+
+        def regress(params: Params) -> Array:
+            return jnp.mean(jnp.square(self.value(observations, params=params) - returns))
+
+        actor_loss, actor_grads = jax.value_and_grad(clone)(self.actor.params)
+        value_loss, value_grads = jax.value_and_grad(regress)(self.value.params)
+        agent = self.replace(
+            actor=self.actor.apply_gradients(actor_grads),
+            value=self.value.apply_gradients(value_grads),
+            rng=jax.random.split(self.rng)[0],
+        )
+        return agent, {"actor/loss": actor_loss, "value/loss": value_loss}
+
+    def advantages(self, rows: Batch) -> tuple[Array, Array]:
+        """Return GAE and returns, `[T, N]` each, of a rollout; a time limit ends the sum and bootstraps."""
+        config = self.config
+        values = self.value(self.scaled(rows["observations"]))
+        following = self.value(self.scaled(rows["next_observations"]))
+        deltas = config.reward_scale * rows["rewards"] + config.discount * rows["masks"] * following - values
+        advantages = generalised_advantages(deltas, rows["ends"], config.discount, config.gae_lambda)
+        return advantages, advantages + values
+
+    def update_on_rollout(self, rows: Batch) -> tuple[Self, Info]:
+        """Run all epochs of minibatches on a rollout, leaves `[T, N, ...]`."""
+        config = self.config
+        rng, key = jax.random.split(self.rng)
+        advantages, returns = self.advantages(rows)
+        size = advantages.size
+        observations = self.scaled(rows["observations"])
+        table = {
+            "observations": observations,
+            "actions": rows["actions"],
+            "advantages": (advantages - advantages.mean()) / (advantages.std() + 1e-5),
+            "returns": returns,
+            "old_values": self.value(observations),
+            "old_log_prob": self.actor(observations).log_prob(rows["actions"]),
+        }
+        table = jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), table)
+        count = min(config.batch_size, size)
+        batches = -(-size // count)
+        padding = batches * count - size
+        weights = jnp.concatenate([jnp.ones(size), jnp.zeros(padding)]).reshape(batches, count)
+        orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
+        orders = jnp.pad(orders, ((0, 0), (0, padding))).reshape(config.epochs * batches, count)
+        rate = 1.0 if config.decay_steps is None else jnp.maximum(1.0 - self.seen / config.decay_steps, 0.0)
+
+        def body(agent: Self, work: tuple[Array, Array]) -> tuple[Self, Info]:
+            order, weight = work
+            return agent.minibatch_step(jax.tree.map(lambda leaf: leaf[order], table), weight, rate)
+
+        work = (orders, jnp.tile(weights, (config.epochs, 1)))
+        agent, infos = jax.lax.scan(body, self, work)
+        info = {name: value.mean() for name, value in infos.items()}
+        info |= {"ppo/first_ratio": infos["ppo/ratio"][0], "ppo/return": returns.mean(), "ppo/rate": jnp.asarray(rate)}
+        return agent.replace(rng=rng, seen=self.seen + size), info
+
+    def minibatch_step(self, rows: Batch, weight: Array, rate: Array | float = 1.0) -> tuple[Self, Info]:
+        """Step actor and V on rows `[B, ...]` with weights `[B]`, at `rate` times their learning rates."""
+        (_, actor_info), actor_grads = jax.value_and_grad(self.actor_loss, has_aux=True)(
+            self.actor.params, rows, weight
+        )
+        value_loss, value_grads = jax.value_and_grad(self.value_loss)(self.value.params, rows, weight)
+        actor = self.actor.apply_gradients(actor_grads, rate)
+        value = self.value.apply_gradients(value_grads, rate)
+        return self.replace(actor=actor, value=value), {**actor_info, "value/loss": value_loss}
+
+    def actor_loss(self, params: Params, rows: Batch, weight: Array) -> tuple[Array, Info]:
+        """Return the negative clipped surrogate with entropy bonus, weighted mean `[]`, and metrics."""
+        mean = lambda x: jnp.sum(weight * x) / jnp.sum(weight)  # noqa: E731
+        dist = self.actor(rows["observations"], params=params)
+        ratio = jnp.exp(dist.log_prob(rows["actions"]) - rows["old_log_prob"])
+        entropy = mean(dist.entropy())
+        surrogate = mean(clipped_surrogate(ratio, rows["advantages"], self.config.clip))
+        loss = -surrogate - self.config.entropy_coef * entropy
+        clipped = mean(jnp.abs(ratio - 1.0) > self.config.clip)
+        info = {"actor/loss": loss, "actor/entropy": entropy, "ppo/ratio": mean(ratio), "ppo/clipped": clipped}
+        return loss, info
+
+    def value_loss(self, params: Params, rows: Batch, weight: Array) -> Array:
+        """Return the squared error of V to the returns, the worse of clipped and unclipped change, weighted mean."""
+        v, old, width = self.value(rows["observations"], params=params), rows["old_values"], self.config.value_clip
+        error = jnp.square(v - rows["returns"])
+        if width is not None:
+            clipped = old + jnp.clip(v - old, -width, width)
+            error = jnp.maximum(error, jnp.square(clipped - rows["returns"]))
+        return jnp.sum(weight * error) / jnp.sum(weight)
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]`, clipped to [-1, 1], and the unused carry."""
+        dist = self.actor(self.scaled(observations))
+        actions = dist.mode() if deterministic else dist.sample(rng)
+        return jnp.clip(actions, -1.0, 1.0), carry
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
+        """Return `None`: the policy has no memory."""
+        return None
+
+    def online(self) -> Self:
+        """Return the agent ready for rollouts: fresh optimisers at the online rates, everything else kept."""
+        if self.is_online:
+            return self
+        config = self.config
+        rates: dict[str, Any] = {"clip_norm": config.max_grad_norm, "eps": config.adam_eps}
+        return self.replace(
+            actor=fresh(self.actor, Adam(config.actor_lr, **rates)),
+            value=fresh(self.value, Adam(config.value_lr, **rates)),
+            is_online=True,
+        )
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks (Uni-O4's release, `ppo_finetune/scripts`).
+
+        `paper`: 1M steps; locomotion 20 epochs at 2e-5 and rewards x0.1, Adroit 10 epochs of 256 rows at 8e-6; families
+        without a script follow Adroit. `small`: 2x64 tanh networks, rates of 3e-4, clip 0.2, no value clip, 30k steps
+        in all, which is what a beginner with no pre-training needs (the usual settings of PPO).
+        """
+        locomotion = family == "locomotion"
+        scale = 0.1 if locomotion else 1.0
+        if size == "small":
+            config = PPOConfig(
+                actor_hidden_dims=(64, 64), value_hidden_dims=(64, 64), activation="tanh", actor_lr=3e-4,
+                value_lr=1e-3, pretrain_lr=1e-3, decay_steps=None, clip=0.2, value_clip=None, entropy_coef=0.0,
+                reward_scale=scale, online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
+            )  # fmt: skip
+            return Preset(config, offline_steps=5_000, online_steps=30_000)
+        rates = {"actor_lr": 2e-5, "epochs": 20} if locomotion else {"actor_lr": 8e-6, "batch_size": 256}
+        return Preset(PPOConfig(**rates, reward_scale=scale), offline_steps=400_000, online_steps=1_000_000)

@@ -1,0 +1,106 @@
+"""TD3+BC: TD3 whose actor is also pulled towards the data, "A Minimalist Approach to Offline RL" (arXiv 2106.06860).
+
+The actor climbs Q, scaled by alpha over its own mean size so that alpha means the same on every task, minus its squared
+distance to the logged action. That is the whole difference to TD3.
+
+States must be normalised: `run_settings` turns the run's `normalize` on (std + 1e-3, statistics of the dataset, frozen
+online). Where a run is made by hand, give `Normalizer.fit(observations)` to the trainer.
+
+Online (a choice of ours, the paper ends offline): exploration noise of 0.1, one buffer that starts with the dataset,
+and the distance's weight either kept, which gains slowly, or faded over `bc_decay_steps` critic steps to `bc_final`.
+
+Where we differ
+- The size of Q that the actor's term is divided by is at least 1e-8.
+- Kernels start as in the authors' code, uniform within 1 / sqrt(inputs); biases at zero, where it draws them as well.
+- The actor steps with the parameters that the critics have just reached, on the same rows, as in the authors' code.
+- Rewards: -1/0 on mazes and Adroit, otherwise the task's own; the paper is about locomotion only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from o2o.agents.td3 import TD3, TD3Config
+from o2o.errors import ConfigError
+from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class TD3BCConfig(TD3Config):
+    """Settings of TD3+BC."""
+
+    alpha: float = 2.5
+    """Weight of Q, once divided by its mean size, against the squared distance to the data."""
+    bc_decay_steps: int | None = None
+    """Critic steps of the online phase over which the distance's weight falls linearly; `None` keeps it at 1."""
+    bc_final: float = 0.0
+    """Where it falls to."""
+    online: OnlineConfig = OnlineConfig(replay="append")
+    """Online phase: one buffer that starts with the dataset, one update per step."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        super().__post_init__()
+        for name in ("alpha", "bc_final"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"TD3BCConfig.{name} is {getattr(self, name)}; expected 0 or more.")
+        if self.bc_decay_steps is not None and self.bc_decay_steps < 1:
+            raise ConfigError(f"TD3BCConfig.bc_decay_steps is {self.bc_decay_steps}; expected at least 1, or None.")
+
+
+_DEFAULT = TD3BCConfig()
+
+
+class TD3BC(TD3):
+    """TD3 with a cloning term."""
+
+    fine_tuning: bool = struct.field(pytree_node=False, default=False)
+    run_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({"normalize": True})
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: TD3BCConfig = _DEFAULT) -> Self:
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        return super().create(rng, observations, actions, config)
+
+    def bc_weight(self) -> Array:
+        """Return the present weight of the distance to the data, `[]`."""
+        steps = self.config.bc_decay_steps
+        if steps is None or not self.fine_tuning:
+            return jnp.ones(())
+        faded = jnp.minimum(self.updates / steps, 1.0)
+        return 1.0 + (self.config.bc_final - 1.0) * faded
+
+    def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return -alpha mean(Q_1) / mean |Q_1| + w mean (pi(s) - a)^2 `[]` on leaves `[B, ...]`, and metrics."""
+        actions = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
+        q = self.critic(batch["observations"], actions)[0]
+        size = jnp.maximum(jax.lax.stop_gradient(jnp.abs(q).mean()), 1e-8)
+        distance = jnp.mean(jnp.square(actions - batch["actions"]))
+        weight = self.bc_weight()
+        loss = -self.config.alpha / size * q.mean() + weight * distance
+        return loss, {"actor/loss": loss, "actor/mse": distance, "actor/bc_weight": weight, "actor/q_size": size}
+
+    def online(self) -> Self:
+        """Return the agent for the online phase: networks, targets and moments stay; the count of updates restarts."""
+        if self.fine_tuning:
+            return self
+        return self.replace(fine_tuning=True, updates=jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks.
+
+        `paper`: the authors' for locomotion, 1M updates, and as many environment steps; one setting for all families.
+        `small`: 2x128, batch 128, rates of 1e-3, 10k updates and 10k environment steps.
+        """
+        reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
+        if size == "paper":
+            return Preset(TD3BCConfig(), 1_000_000, 1_000_000, reward)
+        widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
+        small = replace(TD3BCConfig(), **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
+        return Preset(small, 10_000, 10_000, reward)
