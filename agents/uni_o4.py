@@ -13,8 +13,14 @@ Where we differ
 - One policy head serves both phases; the release squashes the log-std twice online.
 - States are standardised by std + 0.001, constant dimensions only centred; the release adds 1e-10.
 - The dynamics models see every pair within an episode and none across; see `o2o.dynamics` for the rest. A roll-out that
-  leaves the data's range a hundredfold, or is not finite, is dropped; where more than a tenth of them do, the policy is
-  put back to its reference, and `amq/diverged` counts it.
+  leaves the data's range a hundredfold, or is not finite, keeps its last Q to the end; where more than a tenth of them
+  do, the policy is put back to its reference with a fresh optimiser, and `amq/diverged` counts it.
+- Policies are judged at the improvement's end too. New noise, where asked for, is shared by the members.
+- Dataset actions are clipped to 0.99999 on every task (release: Adroit), sampled ones never. The Q loss is a mean over
+  both critics, the same step under Adam. Biases begin at zero. `analytic_kl` sums over action dimensions.
+- Candidates for the online phase play fresh evaluation episodes, which are not counted as environment steps, and are
+  judged by success where there is one; the release looks at its last offline evaluations.
+- Tasks and rewards are the toolkit's (Adroit binary, Kitchen minus 4), not D4RL's.
 - V is not fitted anew for scaled rewards: `reward_scale` holds in both phases. The release's "dynamic" scaling, its
   SARSA critic (medium-expert sets), filtered cloning (AntMaze) and KL term in the improvement are left out.
 - Up to the last stage the first clone acts in evaluations; from then on the one with the best last score, where the
@@ -123,8 +129,6 @@ class UniO4(struct.PyTreeNode):
         """Raise `DatasetError` for a dataset with too few rows to hold some out."""
         holdout_rows(data.size)
 
-    # Stages
-
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """Return critic, dynamics, cloning and improvement, stretched to `steps` gradient steps in all."""
         config = self.config
@@ -177,10 +181,10 @@ class UniO4(struct.PyTreeNode):
             replaced=self.replaced + better,
             diverged=self.diverged + lost,
         )
-        kept = where_member(lost, agent.reference, self.policies.params)
-        return agent.replace(policies=self.policies.replace(params=kept), rng=jax.random.split(self.rng)[0])
-
-    # Critic
+        moments, params = self.policies.opt_state, self.policies.params
+        anew = where_member(lost, jax.tree.map(jnp.zeros_like, moments), moments)
+        policies = self.policies.replace(params=where_member(lost, agent.reference, params), opt_state=anew)
+        return agent.replace(policies=policies, rng=jax.random.split(self.rng)[0])
 
     def scaled(self, observations: Array) -> Array:
         """Return what the networks see of observations `[..., D]`."""
@@ -212,8 +216,6 @@ class UniO4(struct.PyTreeNode):
         """Return min Q - V of scaled observations `[B, D]`, normalised over the batch, no gradient."""
         raw = self.critic(observations, actions).min(axis=0) - self.value(observations)
         return jax.lax.stop_gradient((raw - raw.mean()) / (raw.std() + 1e-10))
-
-    # Policies
 
     def policy(self, params: Params, observations: Array) -> Normal:
         """Return one member's distribution at scaled observations `[..., D]`."""
@@ -256,7 +258,7 @@ class UniO4(struct.PyTreeNode):
     def amq(self, params: Params, data: Any) -> tuple[Array, Array]:
         """Return the scores `[n]` of stacked policies, and whether their roll-outs diverged."""
         config = self.config
-        key = jax.random.fold_in(self.dynamics.bootstrap, 1) if config.common_noise else self.rng
+        key = jax.random.fold_in(self.dynamics.bootstrap if config.common_noise else self.rng, 1)
         start_rng, noise_rng = jax.random.split(key)
         states = data.rows["observations"]
         starts = states[jax.random.randint(start_rng, (config.judge_rows,), 0, states.shape[0])]
@@ -264,27 +266,27 @@ class UniO4(struct.PyTreeNode):
         middle, width = self.dynamics.mean[:size], self.dynamics.std[:size]
 
         def member(own: Params) -> tuple[Array, Array]:
-            def step(state: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], Array]:
-                raw, alive, lost = state
+            def step(state: tuple[Array, ...], key: Array) -> tuple[tuple[Array, ...], Array]:
+                raw, alive, lost, last = state
                 seen = self.scaled(raw)
                 actions = jnp.clip(self.policy(own, seen).mode(), -1.0, 1.0)
                 q = self.critic(seen, actions).min(axis=0)
-                values = jnp.stack([jnp.where(alive, q, 0.0).sum(), alive.sum().astype(jnp.float32)])
+                last = jnp.where(alive, q, last)  # what was lost keeps its last Q: no gain where Q is below 0
+                values = jnp.stack([jnp.where(alive | lost, last, 0.0).sum(), (alive | lost).sum().astype(jnp.float32)])
                 following, _, ended = self.dynamics.step(key, raw, actions)
                 wild = ~jnp.all(jnp.isfinite(following) & (jnp.abs((following - middle) / width) < FAR), axis=-1)
                 lost = lost | (alive & ~ended & wild)
                 alive = alive & ~ended & ~wild
-                return (jnp.where(alive[:, None], following, raw), alive, lost), values
+                return (jnp.where(alive[:, None], following, raw), alive, lost, last), values
 
             full, keys = jnp.ones(config.judge_rows, bool), jax.random.split(noise_rng, config.horizon)
-            (_, _, lost), values = jax.lax.scan(step, (starts, full, ~full), keys)
+            begin = (starts, full, ~full, jnp.zeros(config.judge_rows))
+            (_, _, lost, _), values = jax.lax.scan(step, begin, keys)
             total, count = values.sum(axis=0)
             score = total / (config.judge_rows if config.judge_sum else count)
             return score, (lost.mean() > LOST) | ~jnp.isfinite(score)
 
         return jax.vmap(member)(params)
-
-    # Protocol
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Step critic and clones once per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""

@@ -51,13 +51,14 @@ class UniO4Config(PPOConfig):
     validate_every: int = 1000
     """Gradient steps from one validation of the dynamics models to the next."""
     termination: Termination | Literal["auto"] = "auto"
-    """Rule that ends a roll-out; `auto`: the task's where there is one, else `learned` from the dataset."""
+    """Rule that ends a roll-out; `auto`: a preset puts in the task's where there is one; otherwise `learned`."""
     improve_lr: float = 1e-4
     """Adam's rate of the policies' improvement, falling linearly to 0 over it."""
     improve_clip: float = 0.25
     """Clip of the probability ratio in the improvement, falling linearly to 0 over it."""
     freeze_clip_at: float | None = None
-    """Share of the improvement after which its clip stays as it is (0.02: the release); None: never."""
+    """Share of the improvement after which its clip stays as it is (0.02: the release,
+    200 of 10,000 steps); None: never."""
     improve_grad_norm: float = 0.5
     """Gradients of a policy's improvement are scaled down to this norm."""
     judge_every: int = 100
@@ -102,12 +103,15 @@ class UniO4Config(PPOConfig):
 def preset(family: str, size: Literal["paper", "small"]) -> Preset:
     """Return the settings for a family of tasks (the tables of Lei-Kun/Uni-O4's scripts).
 
-    `paper`: where the scripts sweep a value the middle one is taken; the policy's width is 256. Families without a
-    script ("other", "pointmaze") follow AntMaze's networks with locomotion's schedule. Rewards of locomotion are x0.1
-    in both phases. `small`: 2x128 networks, 10k gradient steps in all, roll-outs of 100 steps from 128 states, judged
-    every 50 steps by the sum of Q (`judge_sum`: with a critic of so few steps the mean prefers policies that fall at
-    once in states of high Q; Hopper went from 1300 to 20), improvement at 3e-5, three policies; online as PPO's small
-    preset but with the paper's caution (clip 0.1, rates 1e-4).
+    `paper`: one setting per family where the scripts have one per task, and of what they sweep one value: width 256,
+    ReLU; states normalised in locomotion and Kitchen, not in Adroit and mazes; 10,000 steps of improvement (Kitchen
+    1,000); H 1000, Adroit 50, Kitchen 6, mazes 150; dynamics patience 5, Adroit 10, Kitchen 20, counted in validations
+    every 1,000 steps, not epochs. "other" has locomotion's settings, "pointmaze" AntMaze's. Online: rewards x0.1 and
+    20 epochs in all of locomotion, Adroit 10 epochs of 256 rows at 8e-6; mazes and Kitchen, which have no script,
+    2e-5. `small`: 2x128 networks (Adroit 2x256), 10k gradient steps in all, roll-outs of at most 100 steps from 128
+    states, judged every 50 steps by the sum of Q (`judge_sum`: with a critic of so few steps the mean prefers policies
+    that fall at once in states of high Q; Hopper went from 1300 to 20), improvement at 3e-5 at most, three policies;
+    online as PPO's small preset but with the paper's caution (clip 0.1, the actor's rate 1e-4).
     """
     adroit, maze = family == "adroit", family in ("antmaze", "pointmaze")
     config = UniO4Config(actor_lr=2e-5, epochs=20)
@@ -136,8 +140,8 @@ def preset(family: str, size: Literal["paper", "small"]) -> Preset:
             config, actor_hidden_dims=width, value_hidden_dims=width, critic_hidden_dims=width,
             dynamics_hidden_dims=(128, 128), dynamics_members=4, dynamics_elites=3, dynamics_lr=1e-3, num_policies=3,
             offline_batch_size=128, improve_lr=min(config.improve_lr, 3e-5), pretrain_lr=1e-3, tau=0.01,
-            horizon=min(config.horizon, 100), judge_sum=True, judge_rows=128, judge_every=50, validate_every=500, critic_steps=6_000,
-            dynamics_steps=2_000, clone_steps=1_400, improve_steps=600, candidates=3,
+            horizon=min(config.horizon, 100), judge_sum=True, judge_rows=128, judge_every=50, validate_every=500,
+            critic_steps=6_000, dynamics_steps=2_000, clone_steps=1_400, improve_steps=600, candidates=3,
             actor_lr=1e-4, value_lr=1e-3, decay_steps=None, clip=0.1, value_clip=None, entropy_coef=0.0, batch_size=128,
             epochs=10, online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
         )  # fmt: skip

@@ -1,7 +1,9 @@
 """When an episode ends, as functions of the raw next observation, for roll-outs in a learned model.
 
-The rules are those of the simulators themselves (Gymnasium's MuJoCo tasks; Adroit pen as in the Uni-O4 release).
-`learned` stands for a classifier that a dynamics model fits to the dataset's own ends; it serves every other task.
+The rules are those of the Uni-O4 release (which go beyond the simulators where a state is out of range); its `pen`
+rule can be asked for by name, since gymnasium-robotics' pen does not end when it is dropped. `learned` stands for a
+classifier that a dynamics model fits to the dataset's own ends; it serves every other task, where the release has a
+goal distance (AntMaze) or no end at all.
 """
 
 import re
@@ -52,7 +54,6 @@ _PATTERNS = {
     r"HalfCheetah-v\d+": "halfcheetah",
     r"Hopper-v\d+": "hopper",
     r"Walker2d-v\d+": "walker2d",
-    r"AdroitHandPen\w*-v\d+": "pen",
 }
 
 
