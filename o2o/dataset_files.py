@@ -307,7 +307,7 @@ def write_dataset(
 ) -> Path:
     """Write episodes as a Minari dataset and return its folder; it appears whole or not at all.
 
-    Raises `DatasetError` if the id is malformed or taken.
+    Raises `DatasetError` if the id is malformed or taken, or an episode has no steps.
     """
     try:
         parse_dataset_id(dataset_id)
@@ -383,6 +383,8 @@ def _stack(observations: list[Any]) -> Any:
 
 
 def _buffer(episode: Episode) -> EpisodeBuffer:
+    if len(episode.rewards) == 0:
+        raise DatasetError("an episode to be written has no steps; leave it out")
     infos = None if episode.success is None else {"success": np.concatenate([[False], episode.success])}
     return EpisodeBuffer(
         seed=episode.seed,

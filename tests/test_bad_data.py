@@ -41,6 +41,12 @@ def put(root: Path, episodes: list[Episode], actions: spaces.Space = ACTIONS, sp
     datasets.write(NAME, episodes, observation_space=OBSERVATIONS, action_space=actions, spec=spec, root=root)
 
 
+def test_an_episode_without_steps_is_not_written_and_nothing_is_left_behind(root):
+    with pytest.raises(DatasetError, match="has no steps; leave it out"):
+        put(root, [episode(), episode(steps=0)])
+    assert not list(root.rglob("*.hdf5"))
+
+
 def hdf5(root: Path) -> Path:
     return root / NAME / "data" / "main_data.hdf5"
 
