@@ -19,6 +19,7 @@ from o2o import envs, experiment
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
 from o2o.schedule import LoopConfig
+from tests.tiny import forget_many_programs
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,11 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Drop compiled programs before they are too many: each maps memory, and Linux allows some 65,000 of them."""
+    """Drop compiled programs after a module if they are many."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
+    forget_many_programs()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from o2o.agents import AGENTS
 from o2o.errors import ConfigError, O2OError
 from o2o.types import OnlineConfig, Preset
 from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
+from tests.tiny import forget_many_programs
 
 CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
 CASES += [("pex", "online"), ("ibrl", "online"), ("jsrl", "online")]
@@ -23,6 +24,7 @@ FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 @functools.lru_cache
 def make_case(name: str, phase: str) -> Case:
     """Return the case, made once per session so that its compiled methods are shared."""
+    forget_many_programs()  # this module alone compiles more than a process may keep
     return Case(name, phase)
 
 

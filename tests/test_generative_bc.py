@@ -201,7 +201,7 @@ def test_a_stopped_run_with_chunks_and_history_equals_one_that_never_stopped(
     fields = [("network", "mlp"), ("horizon", 8), ("execute", 5), ("model.steps", 2)]
     run = tiny_run(agent, fields, seeds=2, history=2, offline_steps=40, online_steps=90, loop=loop)
     assert experiment.train(run, tmp_path / "whole")
-    original, stop = experiment.Session._metrics, StopAt("warmup", 40)
+    original, stop = experiment.Session._metrics, StopAt("online", 40)
 
     def listening(self: experiment.Session, row: dict[str, Any]) -> None:
         original(self, row)

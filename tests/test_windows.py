@@ -311,10 +311,10 @@ def test_a_window_longer_than_what_is_stored_is_refused_before_any_step(probe: A
     assert trainer.episodes == []
 
 
-def test_an_agent_that_never_updates_stays_in_its_warm_up(tiny_run: Maker) -> None:
+def test_an_agent_that_never_updates_has_no_warm_up(tiny_run: Maker) -> None:
     trainer = experiment.build(tiny_run("bc"))
     trainer.online(5)
-    assert trainer.phase_name == "warmup" and trainer.counters.online_updates == 0
+    assert trainer.phase_name == "online" and trainer.counters.online_updates == 0
     trainer.close()
 
 

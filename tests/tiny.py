@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,13 @@ import numpy as np
 from o2o.types import Batch, Info
 
 OBSERVATION_DIM, ACTION_DIM, ROWS = 3, 2, 8
+
+
+def forget_many_programs() -> None:
+    """Drop compiled programs before they are too many: each maps memory, and Linux allows some 65,000 of them."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def make_batch(utd: int | None = None, rows: int = ROWS, seed: int = 0) -> Batch:
