@@ -26,7 +26,7 @@ import optax
 from flax import struct
 
 from o2o import losses
-from o2o.agents.sac import check_flat
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -157,8 +157,7 @@ class AWAC(struct.PyTreeNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one whole update per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import Adam, GaussianActor, Init, Model
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -73,8 +74,7 @@ class BC(struct.PyTreeNode):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: BCConfig = _DEFAULT) -> Self:
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
-        if isinstance(observations, dict):
-            raise ConfigError(f"BC got dict observations with {sorted(observations)}: needs flat float32 observations.")
+        check_flat(observations, "BC")
         rng, actor_rng = jax.random.split(rng)
         low, high = config.log_std_range or (None, None)
         actor = GaussianActor(
@@ -111,8 +111,7 @@ class BC(struct.PyTreeNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one step per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False

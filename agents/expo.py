@@ -41,7 +41,8 @@ from flax import struct
 from o2o import losses
 from o2o.agents.expo_config import EXPOConfig, expo_preset
 from o2o.agents.expo_policy import Choice, on_the_fly
-from o2o.agents.sac import check_flat, positive, positive_model
+from o2o.agents.minibatches import check_flat
+from o2o.agents.sac import positive, positive_model
 from o2o.distributions import TanhNormal
 from o2o.encoders import augment, create_encoder, encode
 from o2o.generative import Denoiser

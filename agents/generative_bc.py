@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.chunks import ActionQueue, empty_queue, next_action
 from o2o.errors import ConfigError
 from o2o.generative import Denoiser, Diffusion, Flow
@@ -112,10 +113,7 @@ class GenerativeBC(struct.PyTreeNode):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: Any) -> Self:
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
-        if isinstance(observations, dict):
-            raise ConfigError(
-                f"{cls.__name__} got dict observations with {sorted(observations)}: needs flat float32 observations."
-            )
+        check_flat(observations, cls.__name__)
         rng, actor_rng = jax.random.split(rng)
         network = Denoiser(
             config.network,
@@ -168,8 +166,7 @@ class GenerativeBC(struct.PyTreeNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one step per leading row of the leaves `[utd, B, ...]`, with chunks `[utd, B, W, ...]`; mean metrics."""
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_chunks(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return chunks `[..., H, A]` in [-1, 1] for observations `[..., D]`, by the averaged network."""

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
 from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
@@ -116,9 +117,7 @@ class IQL(struct.PyTreeNode):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: IQLConfig = _DEFAULT) -> Self:
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
-        if isinstance(observations, dict):
-            keys = sorted(observations)
-            raise ConfigError(f"IQL got dict observations with {keys}: needs flat float32 observations.")
+        check_flat(observations, "IQL")
         rng, actor_rng, critic_rng, value_rng = jax.random.split(rng, 4)
         low, high = config.log_std_range or (None, None)
         actor = GaussianActor(
@@ -214,8 +213,7 @@ class IQL(struct.PyTreeNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one whole IQL update per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False

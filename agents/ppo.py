@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError, DatasetError
 from o2o.losses import clipped_surrogate, generalised_advantages
 from o2o.networks import Activation, Adam, BoundedGaussianActor, Init, Model, Value
@@ -110,8 +111,7 @@ class PPO(struct.PyTreeNode):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: PPOConfig = _DEFAULT) -> Self:
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
-        if isinstance(observations, dict):
-            raise ConfigError(f"PPO got dict observations {sorted(observations)}: needs flat float32 observations.")
+        check_flat(observations, "PPO")
         rng, actor_rng, value_rng = jax.random.split(rng, 3)
         policy = BoundedGaussianActor(config.actor_hidden_dims, actions.shape[-1], config.activation)
         value = Value(config.value_hidden_dims, init_scheme=config.value_init)
@@ -142,8 +142,7 @@ class PPO(struct.PyTreeNode):
             return self.update_on_rollout(batch)
         if "mc_returns" not in batch:
             raise DatasetError("batch has no mc_returns, which PPO's V is fitted to; sample them from the dataset")
-        agent, infos = jax.lax.scan(lambda agent, rows: agent.pretrain_step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent.pretrain_step(rows), self, batch)
 
     def pretrain_step(self, batch: Batch) -> tuple[Self, Info]:
         """Raise the likelihood of a minibatch's actions and regress V on its returns `mc_returns` `[B]`."""

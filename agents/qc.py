@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.sac import check_flat
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.chunks import ActionQueue, empty_queue, next_action
 from o2o.errors import ConfigError
 from o2o.generative import Denoiser, Flow
@@ -275,8 +275,7 @@ class QC(struct.PyTreeNode):
         if self.window == 1:
             batch = {**batch, "valid": jnp.ones_like(batch["rewards"])}
             batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False

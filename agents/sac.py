@@ -25,6 +25,7 @@ import optax
 from flax import struct
 
 from o2o import losses
+from o2o.agents.minibatches import check_flat
 from o2o.errors import ConfigError
 from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -143,12 +144,6 @@ def positive_model(rng: Array, initial: float, param: Positive, learning_rate: f
     """Return the `Model` of a scalar that `positive` maps to `initial`."""
     free = math.log(initial) if param == "exp" else math.log(math.expm1(initial))
     return Model.create(rng, Scalar(free), Adam(learning_rate))
-
-
-def check_flat(observations: Any, agent: str) -> None:
-    """Raise ConfigError unless `observations` is one array `[B, D]`."""
-    if isinstance(observations, dict) or jnp.ndim(observations) != 2:
-        raise ConfigError(f"{agent} needs flat float32 observations [batch, dim]; choose the dataset's state entries")
 
 
 def build_actor(action_dim: int, config: SACConfig) -> GaussianActor:

@@ -18,7 +18,7 @@ import optax
 from flax import struct
 
 from o2o import losses
-from o2o.agents.sac import check_flat
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params
@@ -193,8 +193,7 @@ class TD3(struct.PyTreeNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one critic step per leading row of the leaves `[utd, B, ...]`, with the actor's in their turn."""
-        agent, infos = jax.lax.scan(lambda agent, rows: agent._step(rows), self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def explore(self, actions: Array, rng: Array) -> Array:
         """Return actions `[..., A]` with exploration noise, clipped to [-1, 1]."""

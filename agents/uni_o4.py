@@ -36,14 +36,14 @@ import numpy as np
 import optax
 from flax import struct
 
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.ppo import PPO
 from o2o.agents.uni_o4_clones import clone_step
 from o2o.agents.uni_o4_config import UniO4Config, preset
 from o2o.distributions import Normal
 from o2o.dynamics import Dynamics, holdout_rows
-from o2o.errors import ConfigError
 from o2o.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
-from o2o.networks import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value
+from o2o.networks import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
 from o2o.normalizer import Normalizer
 from o2o.types import Array, Batch, Carry, Info, Params, Preset, Stage
 
@@ -89,8 +89,7 @@ class UniO4(struct.PyTreeNode):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: UniO4Config = _DEFAULT) -> Self:
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
-        if isinstance(observations, dict):
-            raise ConfigError(f"Uni-O4 got dict observations {sorted(observations)}: needs flat float32 observations.")
+        check_flat(observations, "Uni-O4")
         rng, value_rng, critic_rng, policy_rng, dynamics_rng = jax.random.split(rng, 5)
         count, optimizer = config.num_policies, Adam(config.pretrain_lr)
         actor = BoundedGaussianActor(config.actor_hidden_dims, actions.shape[-1], config.activation)
@@ -175,15 +174,15 @@ class UniO4(struct.PyTreeNode):
         scores, lost = self.amq(self.policies.params, data)
         better = (scores > self.best) & ~lost
         agent = self.replace(
-            reference=where_member(better, self.policies.params, self.reference),
+            reference=where_leading(better, self.policies.params, self.reference),
             best=jnp.where(better, scores, self.best),
             scores=jnp.where(lost, self.best, scores),
             replaced=self.replaced + better,
             diverged=self.diverged + lost,
         )
         moments, params = self.policies.opt_state, self.policies.params
-        anew = where_member(lost, jax.tree.map(jnp.zeros_like, moments), moments)
-        policies = self.policies.replace(params=where_member(lost, agent.reference, params), opt_state=anew)
+        anew = where_leading(lost, jax.tree.map(jnp.zeros_like, moments), moments)
+        policies = self.policies.replace(params=where_leading(lost, agent.reference, params), opt_state=anew)
         return agent.replace(policies=policies, rng=jax.random.split(self.rng)[0])
 
     def scaled(self, observations: Array) -> Array:
@@ -297,8 +296,7 @@ class UniO4(struct.PyTreeNode):
             agent, clone_info = agent.clone_step(rows, key)
             return agent, {**critic_info, **clone_info}
 
-        agent, infos = jax.lax.scan(body, self, batch)
-        return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+        return each_minibatch(body, self, batch)
 
     @property
     def candidates(self) -> int:
@@ -338,8 +336,3 @@ class UniO4(struct.PyTreeNode):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks (`o2o.agents.uni_o4_config.preset`)."""
         return preset(family, size)
-
-
-def where_member(pick: Array, new: Params, old: Params) -> Params:
-    """Return `new` for the members `[n]` that are picked, `old` for the others, leaves `[n, ...]`."""
-    return jax.tree.map(lambda a, b: jnp.where(pick.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
+from o2o.networks import where_leading
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Batch, Carry, Info, window_of
 
@@ -170,11 +171,7 @@ def choose(
 
 def clear_carry(carry: Carry, fresh: Carry, ended: Any) -> Carry:
     """Put `fresh` where `ended [...]` is true, leaves `[..., *]`: what a policy remembers ends with its episode."""
-
-    def pick(old: Array, new: Array) -> Array:
-        return jnp.where(jnp.reshape(ended, jnp.shape(ended) + (1,) * (old.ndim - jnp.ndim(ended))), new, old)
-
-    return jax.tree.map(pick, carry, fresh)
+    return where_leading(ended, fresh, carry)
 
 
 @partial(jax.jit, static_argnames=("seeds", "random"))

@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from o2o.errors import DatasetError
-from o2o.networks import Adam, EnsembleDense, Model, Value
+from o2o.networks import Adam, EnsembleDense, Model, Value, where_leading
 from o2o.terminations import RULES, Termination
 from o2o.types import Array, Info, Params
 
@@ -207,7 +207,7 @@ class Dynamics(struct.PyTreeNode):
         def pick(path: Any, new: Array, old: Array) -> Array:
             if "log_var" in jax.tree_util.keystr(path):  # the bounds are shared by all members
                 return jnp.where(better.any(), new, old)
-            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+            return where_leading(better, new, old)
 
         return self.replace(
             best=jax.tree_util.tree_map_with_path(pick, self.model.params, self.best),

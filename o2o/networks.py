@@ -223,6 +223,15 @@ class CriticEnsemble(nn.Module):
         return jnp.squeeze(x, -1)
 
 
+def where_leading(pick: Any, new: Any, old: Any) -> Any:
+    """Return the leaves `[..., *]` of `new` where `pick [...]` is true, else those of `old`."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(jnp.reshape(pick, jnp.shape(pick) + (1,) * (b.ndim - jnp.ndim(pick))), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
 def take_members(params: Params, members: Array) -> Params:
     """Return the parameters of a `CriticEnsemble`'s members `[k]`, for `critic.clone(num=k)`; a shared layer stays."""
 

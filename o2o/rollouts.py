@@ -77,10 +77,9 @@ class RolloutTrainer(Trainer):
         agent = dispatch.each_seed(dispatch.to_online, self.agent)
         length, keys = online.rollout_steps // online.num_envs, (*TRANSITION_KEYS, "ends")
         rows = {key: self.offline_data.light.rows[key] for key in keys}
-        storage = jax.tree.map(lambda leaf: np.zeros((self.seeds, length, online.num_envs, *leaf.shape[1:])), rows)
-        storage = jax.tree.map(lambda leaf, row: leaf.astype(row.dtype), storage, rows) | {
-            "ends": storage["ends"].astype(np.float32)
-        }
+        place = (self.seeds, length, online.num_envs)
+        storage = jax.tree.map(lambda leaf: np.zeros((*place, *leaf.shape[1:]), leaf.dtype), rows)
+        storage["ends"] = storage["ends"].astype(np.float32)
         carry = jax.vmap(lambda a: a.initial_carry((online.num_envs,)))(agent)
         example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), storage)
 
