@@ -34,6 +34,7 @@ import numpy as np
 from o2o import losses
 from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
 from o2o.errors import ConfigError, DatasetError
+from o2o.layout import piece_rows, sum_in_pieces
 from o2o.networks import Init, Model, take_members
 from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
 
@@ -161,24 +162,33 @@ class CQL(SAC):
         actions = jnp.concatenate([uniform, current, following])
         return jax.lax.stop_gradient((actions, jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob])))
 
-    def gap(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Array, Array]:
-        """Return gaps `[k, B]` of the drawn critics, given `q [E, B]` at the logged actions, and the clamped share."""
-        term, count = self.term, self.term.n_actions
+    def gap_inputs(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Any, Params, Array, Batch]:
+        """Return what the gap is computed from: the drawn critics, their parameters and `q [k, B]`, and its rows.
+
+        `q [E, B]` are all critics' values of the logged actions. The rows' leaves lead with `[B]`.
+        """
         member_rng, action_rng = jax.random.split(rng)
-        module = self.critic.module
-        if term.subset is not None:
-            members = losses.sample_members(member_rng, module.num, term.subset, replace=True)
-            module, params, q = module.clone(num=term.subset), take_members(params, members), q[members]
+        module, subset = self.critic.module, self.term.subset
+        if subset is not None:
+            members = losses.sample_members(member_rng, module.num, subset, replace=True)
+            module, params, q = module.clone(num=subset), take_members(params, members), q[members]
         actions, log_prob = self.sampled_actions(batch, action_rng)
-        z: Any = module.apply(params, batch["observations"], actions)  # [k, 3N, B], all at the current state
-        clamped = jnp.zeros(())
+        rows = {key: batch[key] for key in ("observations", *self.needs)}
+        return module, params, q, {**rows, "actions": jnp.swapaxes(actions, 0, 1), "log_prob": log_prob.T}
+
+    def row_gaps(self, module: Any, params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
+        """Return gaps `[k, B]` of critics with `q [k, B]` at the logged actions, and the clamped share `[B]`."""
+        term, count = self.term, self.term.n_actions
+        actions = jnp.swapaxes(rows["actions"], 0, 1)
+        z: Any = module.apply(params, rows["observations"], actions)  # [k, 3N, B], all at the current state
+        clamped = jnp.zeros(z.shape[-1])
         if self.calibrated:
-            bound = batch["mc_returns"]
-            clamped = jnp.mean(z[:, count:] < bound)
+            bound = rows["mc_returns"]
+            clamped = jnp.mean(z[:, count:] < bound, axis=(0, 1))
             free = 0 if term.clamp_uniform else count
             z = jnp.concatenate([z[:, :free], jnp.maximum(z[:, free:], bound)], axis=1)
         if term.importance_sampling:
-            z = z - log_prob
+            z = z - rows["log_prob"].T
         else:
             z = jnp.concatenate([z, q[:, None]], axis=1)
             z = z - term.temperature * np.log(z.shape[1]) if term.subtract_log_count else z
@@ -188,8 +198,14 @@ class CQL(SAC):
         """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`."""
         term = self.term
         q = self.critic(batch["observations"], batch["actions"], params=params)
-        gaps, clamped = self.gap(params, batch, q, rng)
-        gap, td_loss = jnp.mean(gaps), losses.critic_loss(q, targets)
+        module, drawn, logged, rows = self.gap_inputs(params, batch, q, rng)
+
+        def total(params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
+            gaps, clamped = self.row_gaps(module, params, q.T, rows)
+            return jnp.sum(gaps), jnp.sum(clamped)
+
+        gap, clamped = sum_in_pieces(total, piece_rows(), drawn, logged.T, rows)
+        gap, clamped, td_loss = gap / logged.size, clamped / logged.shape[1], losses.critic_loss(q, targets)
         penalty = term.weight * gap
         if self.dual is not None:
             penalty = term.weight * positive(self.dual(), term.dual_param) * (gap - term.target_gap)

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from o2o.errors import ConfigError, O2OError
+from o2o.startup import prepare_process
 from o2o.usage import USAGE, lookup, one_line, option
 
 Name = tyro.conf.Positional
@@ -383,7 +384,7 @@ def _dispatch(args: list[str]) -> int:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads spin, and initialisers' QR then crawls
+    prepare_process()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its every merge
     warnings.filterwarnings("ignore", module="orbax")
     try:

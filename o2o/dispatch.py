@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from o2o import layout
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
 from o2o.networks import where_leading
 from o2o.normalizer import Normalizer, normalize
@@ -103,8 +104,9 @@ def offline_updates(
                 agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
             return agent, rng, jax.tree.map(jnp.add, totals, info)
 
-        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, (agent, rng, metric_zeros(agent, data, stage)))
-        return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
+        start = (layout.working(agent, seeds), rng, metric_zeros(agent, data, stage))
+        agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, start)
+        return layout.stored(agent, seeds), rng, jax.tree.map(lambda total: total / num_updates, totals)
 
     return over_seeds(one_seed, seeds)(agent, rng)
 
@@ -200,7 +202,9 @@ def initial_updates(state: OnlineState, offline: OfflineData | None, count: Arra
             agent, info = state.agent.update(mode.draw(key, offline, state.buffer, 1))
             return state._replace(agent=agent, rng=rng, totals=jax.tree.map(jnp.add, state.totals, info))
 
-        return jax.lax.fori_loop(0, count, body, state)
+        state = state._replace(agent=layout.working(state.agent, mode.seeds))
+        state = jax.lax.fori_loop(0, count, body, state)
+        return state._replace(agent=layout.stored(state.agent, mode.seeds))
 
     return over_seeds(one_seed, mode.seeds)(state)
 
@@ -227,8 +231,9 @@ def online_step(
         row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
         buffer = buffer.add(row, pending=mode.pending)
         if mode.update:
+            agent = layout.working(agent, mode.seeds)
             agent, info = agent.update(mode.draw(batch_rng, offline, buffer, mode.utd_ratio))
-            totals = jax.tree.map(jnp.add, totals, info)
+            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
         carry = clear_carry(carry, agent.initial_carry((1,)), ended)
         action_dim = buffer.rows["actions"].shape[-1]
         action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)

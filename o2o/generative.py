@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from o2o.errors import ConfigError
-from o2o.networks import kernel_init
+from o2o.networks import join_alike, kernel_init
 from o2o.types import Array
 
 Apply = Callable[[Array, Array], Array]
-"""A conditioned network: x `[..., n]` and float t `[...]` to `[..., n]`."""
+"""A conditioned network: x `[..., n]` and float t, `[...]` or one for all rows, to `[..., n]`."""
 VP_BETAS = (0.1, 10.0)
 LINEAR_BETAS = (1e-4, 2e-2)
 LINEAR_STEPS = 1000
@@ -90,7 +90,7 @@ class Diffusion:
         def step(carry: tuple[Array, Array], row: Array) -> tuple[tuple[Array, Array], None]:
             x, key = carry
             key, draw = jax.random.split(key)
-            predicted = apply(x, jnp.full(x.shape[:-1], row[0]))
+            predicted = apply(x, row[0])
             mean, std = self._reverse(x, predicted, row[1], row[2], row[3])
             if self.sampler == "ddpm":
                 mean = mean + jnp.where(row[0] > 0, self.temperature * std, 0.0) * jax.random.normal(draw, x.shape)
@@ -142,10 +142,26 @@ class Flow:
         """Return vectors `[..., n]` in [-1, 1], a deterministic function of `noise [..., n]`; `rng` is not used."""
 
         def step(x: Array, t: Array) -> tuple[Array, None]:
-            return x + apply(x, jnp.full(x.shape[:-1], t)) / self.steps, None
+            return x + apply(x, t) / self.steps, None
 
         times = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
         return jnp.clip(jax.lax.scan(step, noise, times)[0], -1.0, 1.0)
+
+
+class JointDense(nn.Module):
+    """One Dense layer on the concatenation of its inputs, whose leading axes broadcast (`join_alike`)."""
+
+    features: int
+    kernel_init: Callable[..., Array]
+    """Initialiser of the whole `[sum of widths, features]` kernel."""
+
+    @nn.compact
+    def __call__(self, *parts: Array) -> Array:
+        """Return `[..., features]` for parts `[..., n_i]`."""
+        kernel = self.param("kernel", self.kernel_init, (sum(part.shape[-1] for part in parts), self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        inputs, kernels = join_alike(parts, kernel)
+        return sum((part @ rows for part, rows in zip(inputs, kernels, strict=True)), bias)
 
 
 class Denoiser(nn.Module):
@@ -168,22 +184,21 @@ class Denoiser(nn.Module):
     def __call__(self, observations: Array, x: Array, t: Array, training: bool = False) -> Array:
         """Return `[..., n]` for observations `[..., D]`, `x [..., n]`, float `t [...]`; leading axes broadcast."""
         lead = jnp.broadcast_shapes(observations.shape[:-1], x.shape[:-1], jnp.shape(t))
-        size = x.shape[-1]
-        observations = jnp.broadcast_to(observations, (*lead, observations.shape[-1]))
-        x = jnp.broadcast_to(x, (*lead, size))
-        t = jnp.broadcast_to(t, lead)[..., None]
+        size, t = x.shape[-1], jnp.asarray(t)[..., None]
         if self.style == "mlp":
-            h = jnp.concatenate([observations, x, t], axis=-1)
-            for width in self.hidden_dims:
+            first = JointDense(self.hidden_dims[0], nn.initializers.lecun_normal(), name="inputs")
+            h = self._drop(nn.gelu(first(observations, x, t)), training)
+            for width in self.hidden_dims[1:]:
                 h = self._drop(nn.gelu(nn.Dense(width)(h)), training)
-            return nn.Dense(size)(h)
+            return jnp.broadcast_to(nn.Dense(size)(h), (*lead, size))
         xavier = kernel_init("xavier")
         frequencies = self.param("frequencies", nn.initializers.normal(0.2), (self.time_dim // 2,))
         angles = 2.0 * jnp.pi * t * frequencies
         code = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         code = nn.swish(nn.Dense(self.width, kernel_init=xavier)(code))
         code = nn.Dense(self.width, kernel_init=xavier)(code)
-        h = nn.Dense(self.width, kernel_init=xavier)(jnp.concatenate([x, observations, code], axis=-1))
+        h = JointDense(self.width, xavier, name="inputs")(x, observations, code)
+        h = jnp.broadcast_to(h, (*lead, self.width))
         for _ in range(self.blocks):
             h = h + self._block(h, training)
         return nn.Dense(size, kernel_init=xavier)(nn.swish(h))

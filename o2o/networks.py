@@ -1,10 +1,12 @@
 """Linen networks for flat observations (MLP, Gaussian actor, critics, value) and `Model`: one with its optimiser.
 
-Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products; only `EnsembleDense` knows how.
+Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products, or with separate members as single
+ones where that is faster; only `EnsembleDense` knows how.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import flax.linen as nn
@@ -141,44 +143,88 @@ class BoundedGaussianActor(nn.Module):
 
 
 class EnsembleDense(nn.Module):
-    """`num` independent Dense layers: `[..., in]` (one input) or `[E, ..., in]` (stacked) to `[E, ..., features]`."""
+    """`num` independent Dense layers: `[..., in]` (one input) or `[E, ..., in]` (stacked) to `[E, ..., features]`.
+
+    With separate members (`split_members`) parameters, results and stacked inputs are tuples, an entry a member.
+    """
 
     num: int
     features: int
     init_scheme: Init = "orthogonal"
     gain: float = SQRT2
     stacked: bool = True
+    centred: bool = False
+    """Subtract each row's mean over the features from the result, by centring the weights: a layer norm's first half,
+    at the price of the weights' size instead of the activations'."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Return every member's product plus bias."""
+    def __call__(self, *parts: Any) -> Any:
+        """Return every member's product plus bias; of several `parts`, of their concatenation over the last axis."""
         base = kernel_init(self.init_scheme, self.gain)
 
         def member_init(rng: Array, shape: tuple[int, ...]) -> Array:
             # One member after the other: XLA's CPU back end can deadlock in a batched QR (jaxlib 0.10.2, 2 cores).
             return jax.lax.map(lambda key: base(key, shape[1:], jnp.float32), jax.random.split(rng, shape[0]))
 
-        kernel = self.param("kernel", member_init, (self.num, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.num, self.features))
-        batch_axes = (1,) * (x.ndim - (2 if self.stacked else 1))
-        product = jnp.einsum("e...i,eio->e...o" if self.stacked else "...i,eio->e...o", x, kernel)
-        return product + bias.reshape(self.num, *batch_axes, self.features)
+        if self.is_initializing():
+            width = sum(part.shape[-1] for part in parts)
+            self.param("kernel", member_init, (self.num, width, self.features))
+            self.param("bias", nn.initializers.zeros, (self.num, self.features))
+        kernel, bias = self.get_variable("params", "kernel"), self.get_variable("params", "bias")
+        if not isinstance(kernel, tuple):
+            return self.products(parts, kernel, bias, "e...i,eio->e...o" if self.stacked else "...i,eio->e...o")
+        inputs = zip(*parts, strict=True) if self.stacked else (parts,) * self.num
+        members = zip(inputs, kernel, bias, strict=True)
+        return tuple(self.products(own, rows, shift, "...i,io->...o") for own, rows, shift in members)
+
+    def products(self, parts: Sequence[Array], kernel: Array, bias: Array, form: str) -> Array:
+        """Return the sum of the parts' products and the bias: of all members, or of a separate one."""
+        if self.centred:
+            kernel, bias = (leaf - jnp.mean(leaf, axis=-1, keepdims=True) for leaf in (kernel, bias))
+        lead = bias.shape[:-1]
+        products = [jnp.einsum(form, part, rows) for part, rows in zip(*join_alike(parts, kernel), strict=True)]
+        ndim = max(product.ndim for product in products)
+        total = bias.reshape(*lead, *(1,) * (ndim - bias.ndim), self.features)
+        for product in products:
+            rest = product.shape[len(lead) :]
+            total = total + product.reshape(*lead, *(1,) * (ndim - product.ndim), *rest)
+        return total
+
+
+def join_alike(parts: Sequence[Array], kernel: Array) -> tuple[list[Array], list[Array]]:
+    """Return inputs `[..., n_i]` of one layer and their rows of its `kernel [..., sum n_i, F]`.
+
+    Parts of the same leading axes are concatenated. The others stay apart: what is the same for many rows (an
+    observation with several actions, a time) is then multiplied once, and the products broadcast.
+    """
+    if all(part.shape[:-1] == parts[0].shape[:-1] for part in parts):
+        return [jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]], [kernel]
+    return list(parts), jnp.split(kernel, np.cumsum([part.shape[-1] for part in parts])[:-1], axis=-2)
 
 
 class EnsembleLayerNorm(nn.Module):
-    """Layer norm over the last axis of `[E, ..., F]` with each member's own scale and bias."""
+    """Layer norm over the last axis of `[E, ..., F]` with each member's own scale and bias; of a tuple, of each."""
 
     num: int
     epsilon: float = 1e-6
+    centred: bool = False
+    """`x` has mean 0 over its features already (`EnsembleDense.centred`)."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Any) -> Any:
         """Return the normalised activations, same shape."""
+        if self.is_initializing():
+            self.param("scale", nn.initializers.ones, (self.num, x.shape[-1]))
+            self.param("bias", nn.initializers.zeros, (self.num, x.shape[-1]))
+        scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
+        if isinstance(x, tuple):
+            return tuple(self.normalized(*own) for own in zip(x, scale, bias, strict=True))
         shape = (self.num, *(1,) * (x.ndim - 2), x.shape[-1])
-        scale = self.param("scale", nn.initializers.ones, (self.num, x.shape[-1])).reshape(shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.num, x.shape[-1])).reshape(shape)
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        centred = x - mean
+        return self.normalized(x, scale.reshape(shape), bias.reshape(shape))
+
+    def normalized(self, x: Array, scale: Array, bias: Array) -> Array:
+        """Return (x - mean) / std * scale + bias."""
+        centred = x if self.centred else x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
 
@@ -204,23 +250,24 @@ class CriticEnsemble(nn.Module):
     @nn.compact
     def __call__(self, observations: Array, actions: Array) -> Array:
         """Return all members' values; leading axes of observations and actions broadcast against each other."""
-        batch_shape = jnp.broadcast_shapes(observations.shape[:-1], actions.shape[:-1])
-        observations = jnp.broadcast_to(observations, (*batch_shape, observations.shape[-1]))
-        actions = jnp.broadcast_to(actions, (*batch_shape, actions.shape[-1]))
-        x = jnp.concatenate([observations, actions], axis=-1)
+        centred = self.layer_norm and not self.norm_last
+        act: Any = partial(jax.tree.map, partial(activate, name=self.activation))
+        x: Any = None
         for i, width in enumerate(self.hidden_dims):
             last = i == len(self.hidden_dims) - 1
             gain = self.last_gain if last and self.last_gain is not None else SQRT2
-            x = EnsembleDense(self.num, width, self.init_scheme, gain, stacked=i > 0, name=f"dense_{i}")(x)
-            x = activate(x, self.activation) if self.norm_last else x
+            layer = EnsembleDense(self.num, width, self.init_scheme, gain, i > 0, centred, name=f"dense_{i}")
+            x = layer(x) if i else layer(observations, actions)
+            x = act(x) if self.norm_last else x
             if self.layer_norm:
-                x = EnsembleLayerNorm(self.num, name=f"norm_{i}")(x)
-            x = x if self.norm_last else activate(x, self.activation)
+                x = EnsembleLayerNorm(self.num, centred=centred, name=f"norm_{i}")(x)
+            x = x if self.norm_last else act(x)
         if self.shared_output:
-            x = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")(x)
+            layer = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")
+            x = tuple(map(layer, x)) if isinstance(x, tuple) else layer(x)
         else:
             x = EnsembleDense(self.num, 1, self.init_scheme, self.output_gain, name="output")(x)
-        return jnp.squeeze(x, -1)
+        return jnp.squeeze(jnp.stack(x) if isinstance(x, tuple) else x, -1)
 
 
 def where_leading(pick: Any, new: Any, old: Any) -> Any:
@@ -232,16 +279,35 @@ def where_leading(pick: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
+def _each_layer(function: Callable[[Any], Any], params: Params) -> Params:
+    """Apply `function` to the parameters of every layer of a `CriticEnsemble`; a shared layer stays as it is."""
+    layers = {name: sub if name == "shared_output" else function(sub) for name, sub in params["params"].items()}
+    return {"params": layers}
+
+
+def split_members(params: Params) -> Params:
+    """Return a `CriticEnsemble`'s parameters (or what is shaped like them) with a tuple of members for every leaf.
+
+    A CPU multiplies separate matrices faster than stacked ones, but cutting them out costs a copy: it pays where one
+    call makes many updates.
+    """
+    return _each_layer(lambda layer: jax.tree.map(tuple, layer), params)
+
+
+def stack_members(params: Params) -> Params:
+    """Return what `split_members` made as it was."""
+    return _each_layer(lambda layer: {name: jnp.stack(members) for name, members in layer.items()}, params)
+
+
 def take_members(params: Params, members: Array) -> Params:
     """Return the parameters of a `CriticEnsemble`'s members `[k]`, for `critic.clone(num=k)`; a shared layer stays."""
 
-    def take(tree: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: sub if name == "shared_output" else jax.tree.map(lambda leaf: leaf[members], sub)
-            for name, sub in tree.items()
-        }
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, tuple):
+            return leaf[members]
+        return tuple(jax.lax.switch(member, [lambda own=own: own for own in leaf]) for member in members)
 
-    return {"params": take(params["params"])}
+    return _each_layer(lambda layer: {name: take(leaf) for name, leaf in layer.items()}, params)
 
 
 def draw_members(

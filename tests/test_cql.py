@@ -50,14 +50,15 @@ def with_dual(**term: Any) -> Any:
 @jax.jit
 def gap(agent: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
     q = agent.critic(batch["observations"], batch["actions"])
-    return agent.gap(agent.critic.params, batch, q, rng)
+    gaps, clamped = agent.row_gaps(*agent.gap_inputs(agent.critic.params, batch, q, rng))
+    return gaps, jnp.mean(clamped)
 
 
 @jax.jit
 def gap_gradient(agent: Any, batch: Batch, rng: jax.Array) -> Any:
     def mean_gap(params: Any) -> Any:
         q = agent.critic(batch["observations"], batch["actions"], params=params)
-        return jnp.mean(agent.gap(params, batch, q, rng)[0])
+        return jnp.mean(agent.row_gaps(*agent.gap_inputs(params, batch, q, rng))[0])
 
     return jax.grad(mean_gap)(agent.critic.params)
 

@@ -190,9 +190,22 @@ def test_the_network_broadcasts_leading_axes_and_depends_on_all_inputs(style: An
 def test_the_residual_network_has_the_sizes_of_expo() -> None:
     module = Denoiser()
     shapes = jax.eval_shape(module.init, KEY, jnp.zeros((1, 29)), jnp.zeros((1, 8)), jnp.zeros(1))["params"]
-    kernels = [shapes[f"Dense_{i}"]["kernel"].shape for i in range(10)]
-    assert shapes["frequencies"].shape == (64,) and kernels[:3] == [(128, 256), (256, 256), (8 + 29 + 256, 256)]
-    assert kernels[3:9] == [(256, 1024), (1024, 256)] * 3 and kernels[9] == (256, 8) and "Dense_10" not in shapes
+    kernels = [shapes[f"Dense_{i}"]["kernel"].shape for i in range(9)]
+    assert shapes["frequencies"].shape == (64,) and shapes["inputs"]["kernel"].shape == (8 + 29 + 256, 256)
+    assert kernels[:2] == [(128, 256), (256, 256)] and kernels[2:8] == [(256, 1024), (1024, 256)] * 3
+    assert kernels[8] == (256, 8) and "Dense_9" not in shapes
+
+
+@pytest.mark.parametrize("style", ["residual", "mlp"])
+def test_what_is_the_same_for_many_rows_is_computed_once_with_the_same_result(style: Any) -> None:
+    """Several vectors at one observation and one time, against one row each of all three."""
+    module = Denoiser(style, hidden_dims=(16, 16), blocks=1, width=16, time_dim=8)
+    observations, x = jax.random.normal(KEY, (4, 3)), jax.random.normal(jax.random.key(3), (5, 4, 2))
+    params = module.init(KEY, observations, x[0], jnp.zeros(4))
+    once = module.apply(params, observations, x, jnp.asarray(0.3))
+    rows = module.apply(params, jnp.broadcast_to(observations, (5, 4, 3)), x, jnp.full((5, 4), 0.3))
+    assert isinstance(once, jax.Array) and once.shape == (5, 4, 2) and np.std(once) > 0.1
+    np.testing.assert_allclose(once, np.asarray(rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("style", ["residual", "mlp"])

@@ -1,0 +1,36 @@
+"""What the command line sets up for its own process before JAX starts; importing o2o changes nothing of the kind."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from o2o.cache import cache_dir
+
+NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
+"""Turns off a fusion of XLA's CPU back end that makes small products slower (`benchmarks/PERFORMANCE.md`)."""
+KNOWN_TO = ("0.10.",)
+"""Releases of jaxlib that know the flag: another might refuse to start with it."""
+
+
+def processor() -> str:
+    """Return what programs compiled for this processor depend on."""
+    info = Path("/proc/cpuinfo")
+    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
+    return flags[0] if flags else platform.machine()
+
+
+def prepare_process() -> None:
+    """Set the environment of a process of the command line; what the user has set stays.
+
+    Compiled programs are kept in the cache folder, one for each kind of processor and release of jaxlib, so that the
+    second start of the same run compiles nothing (JAX_ENABLE_COMPILATION_CACHE=0 turns that off).
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads spin, and initialisers' QR then crawls
+    jaxlib, flags = version("jaxlib"), os.environ.get("XLA_FLAGS", "")
+    if jaxlib.startswith(KNOWN_TO) and NO_YNN.rstrip("=") not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {NO_YNN}".strip()
+    place = hashlib.sha256(f"{jaxlib} {processor()}".encode()).hexdigest()[:16]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "programs" / place))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
