@@ -9,10 +9,11 @@ starts the learner from scratch, so the policy changes at the switch; the warm-u
 `ibrl/reference_share` is the share of its actions in the targets; it falls as the learner overtakes it.
 
 Where we differ
-- State observations only. Numbers are those of Can from states; "hard" (Meta-World's rule) where rewards are not 0/1.
+- State observations only, one at a time; the code stacks three (the run's `history`). Numbers are those of Can from
+  states; "hard" (Meta-World's rule) where rewards are not 0/1.
 - The whole dataset is preloaded, not ten demonstrations, and cloned; the replay is one ring that starts with it.
-- A warm-up of 5000 steps stands for the 40 episodes; `utd_ratio` 2 and an actor step per 5 critic steps stand for a
-  block of 5 and 1 every 2 environment steps.
+- A warm-up of 5000 steps, counted among the environment steps, stands for the 40 episodes, which are not; `utd_ratio`
+  2 and an actor step per 5 critic steps stand for a block of 5 and 1 every 2 environment steps.
 - A deterministic action takes the best by the minimum over all target critics; the released code draws a subset there
   too, and with the soft rule samples the choice, but reports the hard one beside it.
 - Each critic has its own LayerNorm; in the code they share its scale and bias. Biases start at zero.

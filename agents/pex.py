@@ -10,7 +10,8 @@ The switch changes the policy on purpose: wherever the newcomer's action is valu
 Where we differ
 - The regression weighs with V and target critics from before their step, as everything else does
   (`update_order="simultaneous"`); the published code reads V(s') before, but the weights after their steps.
-- Adam's moments of critics and V go on; the code loads parameters only.
+- Adam's moments of critics and V go on; the code loads parameters only. The offline actor's rate is constant; the
+  code's falls to 0 along a cosine (`actor_decay_steps`).
 - Proposals are clipped to [-1, 1] before they are valued, regressed to and played.
 - `inverse_temperature` is on the scale of Q: 10 for rewards of -1 per step, so 1 on Adroit, whose rewards are IQL's.
 - A deterministic evaluation keeps `evaluation_randomness` of 0.1, as published; 0 makes it deterministic.

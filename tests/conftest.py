@@ -16,10 +16,12 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.fin
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
 from o2o import envs, experiment
+from o2o.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
 from o2o.schedule import LoopConfig
 from tests.tiny import forget_many_programs
+from tests.toy_world import make_world
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,6 +73,12 @@ def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
         return dataclasses.replace(run, **{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Return a small dataset of a toy environment (`tests.toy_world`)."""
+    return make_world(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,19 @@ def test_a_large_lambda_is_behaviour_cloning_and_a_small_one_stays_finite() -> N
 
 
 def test_no_gradient_reaches_targets_or_weights() -> None:
-    agent, batch = make_agent(), make_batch()
+    agent, batch = make_agent(), make_batch(1)
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
 
-    def total(critic_params: Any, target: Any) -> Any:
-        changed = agent.replace(critic=agent.critic.replace(params=critic_params), target_critic=target)
-        actor, _ = changed.actor_loss(agent.actor.params, batch, changed.critic, KEY)
-        return actor
+    def of_actor(critic_params: Any) -> Any:
+        changed = agent.replace(critic=agent.critic.replace(params=critic_params))
+        return changed.actor_loss(agent.actor.params, rows, changed.critic, KEY)[0]
 
-    for leaf in jax.tree.leaves(jax.grad(total, argnums=(0, 1))(agent.critic.params, agent.target_critic)):
-        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+    def of_critics(target: Any) -> Any:
+        return agent.replace(target_critic=target).update(batch)[1]["critic/loss"]
+
+    for loss, params in ((of_actor, agent.critic.params), (of_critics, agent.target_critic)):
+        for leaf in jax.tree.leaves(jax.grad(loss)(params)):
+            np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
 def test_steps_are_critic_then_actor_then_targets() -> None:
@@ -133,6 +137,8 @@ def test_the_policy_is_a_plain_gaussian_with_one_clipped_log_std_and_clipped_sam
     far = agent.replace(actor=agent.actor.replace(params=jax.tree.map(lambda leaf: 3.0 * leaf, agent.actor.params)))
     mode, _ = far.sample_actions(observations, None, KEY, True)
     assert float(jnp.abs(far.actor(observations).mean).max()) > 1.0 == float(jnp.abs(mode).max())
+    sample, _ = far.sample_actions(observations, None, KEY)
+    assert float(jnp.abs(far.actor(observations).sample(KEY)).max()) > 1.0 == float(jnp.abs(sample).max())
 
 
 def test_online_the_same_agent_goes_on_with_one_buffer() -> None:

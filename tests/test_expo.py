@@ -1,10 +1,7 @@
-"""EXPO: the on-the-fly operator, which parameters serve where, the three losses, the temperature, and a bandit."""
+"""EXPO: which parameters serve where, the three losses, the temperature, the schedule of a call, settings."""
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,139 +10,31 @@ import numpy as np
 import optax
 import pytest
 
-from o2o import experiment
 from o2o.agents.expo import EXPO
 from o2o.agents.expo_config import EXPOConfig
-from o2o.agents.expo_policy import Choice, on_the_fly, select
-from o2o.encoders import EncoderConfig
 from o2o.errors import ConfigError
-from o2o.generative import Diffusion, Flow
 from o2o.networks import Adam
-from o2o.plots import read_rows
-from o2o.schedule import LoopConfig
-from tests.contract import QUICK
-from tests.test_runs import StopAt, assert_same_runs, train_interrupted
-from tests.tiny import (
-    ACTION_DIM,
-    OBSERVATION_DIM,
-    ROWS,
-    constant_critic,
-    largest_difference,
-    make_batch,
-    moved,
-    set_config,
-    steps,
+from tests.tiny import ACTION_DIM, ROWS, constant_critic, largest_difference, make_batch, moved, steps
+from tests.toy_expo import (
+    EDITS,
+    KEY,
+    MEMBERS,
+    TINY,
+    N,
+    act,
+    base_step,
+    changed,
+    choose,
+    critic_step,
+    distort,
+    edit_step,
+    expo,
+    fresh,
+    members,
+    next_values,
+    quick,
+    update,
 )
-
-KEY = jax.random.key(4)
-N, EDITS, MEMBERS = 4, 3, 4
-TINY = EXPOConfig(
-    base_width=16, base_blocks=1, edit_hidden_dims=(16, 16), critic_hidden_dims=(16, 16), num_critics=MEMBERS,
-    batch_size=ROWS, n_samples=N, n_edits=EDITS, diffusion=Diffusion(steps=3), flow=Flow(steps=3), edit_scale=0.3,
-)  # fmt: skip
-
-quick = functools.partial(jax.jit, compiler_options=QUICK)
-update = quick(lambda agent, batch: agent.update(batch))
-act = quick(lambda agent, observations, rng: agent.sample_actions(observations, None, rng)[0])
-choose = quick(lambda agent, observations, params, rng: agent.choose(observations, params, rng))
-next_values = quick(lambda agent, observations, rng: agent.next_values(observations, rng))
-base_step = quick(lambda agent, batch, rng: agent.base_step(batch, rng))
-edit_step = quick(lambda agent, batch, rng: agent.edit_step(batch, rng))
-critic_step = quick(lambda agent, batch, rng: agent.critic_step(batch, rng))
-members = quick(lambda agent, observations, actions: agent.critic(observations, actions, params=agent.target_critic))
-
-
-@functools.cache
-def fresh(config: EXPOConfig = TINY, observation_dim: int = OBSERVATION_DIM, action_dim: int = ACTION_DIM) -> Any:
-    shapes = jnp.zeros((1, observation_dim)), jnp.zeros((1, action_dim))
-    return quick(lambda key: EXPO.create(key, *shapes, config))(jax.random.key(0))
-
-
-def expo(**changes: Any) -> Any:
-    return set_config(fresh(), **changes).online()
-
-
-def distort(params: Any) -> Any:
-    """Return other parameters of the same shapes."""
-    return jax.tree.map(lambda leaf: leaf * 1.5 + 0.1, params)
-
-
-# The operator -------------------------------------------------------------------------------------------------------
-
-SAMPLES = jax.random.uniform(jax.random.key(1), (N, ROWS, ACTION_DIM), minval=-1.0, maxval=1.0)
-
-
-def fixed_edit(rng: Any, actions: Any) -> Any:
-    return jnp.tanh(jax.random.normal(rng, actions.shape))
-
-
-def fixed_score(rng: Any, actions: Any) -> Any:
-    """Score by the distance to a random point."""
-    return -jnp.sum(jnp.square(actions - jax.random.normal(rng, (ACTION_DIM,))), axis=-1)
-
-
-def refuse(rng: Any, actions: Any) -> Any:
-    raise AssertionError("must not be called")
-
-
-def choice_of(scale: float = 0.3, n_edits: int = EDITS, **options: Any) -> Choice:
-    return on_the_fly(SAMPLES, fixed_edit, fixed_score, KEY, n_edits=n_edits, scale=scale, **options)
-
-
-def test_scale_zero_repeats_the_base_samples_and_is_the_best_of_n() -> None:
-    without, zero = choice_of(n_edits=0), choice_of(scale=0.0)
-    np.testing.assert_array_equal(zero.candidates[N:], SAMPLES[:EDITS])
-    np.testing.assert_array_equal(zero.actions, without.actions)
-    assert moved(choice_of().actions, without.actions)
-
-
-def test_without_edits_it_is_the_best_of_n() -> None:
-    choice = on_the_fly(SAMPLES, refuse, fixed_score, KEY, n_edits=0, scale=0.3)
-    np.testing.assert_array_equal(choice.candidates, SAMPLES)
-    best = np.asarray(choice.scores).argmax(axis=0)
-    assert len(set(best)) > 1
-    np.testing.assert_array_equal(choice.actions, np.asarray(SAMPLES)[best, np.arange(ROWS)])
-
-
-def test_a_single_sample_is_neither_edited_nor_scored() -> None:
-    choice = on_the_fly(SAMPLES[:1], refuse, refuse, KEY, n_edits=1, scale=0.3)
-    np.testing.assert_array_equal(choice.actions, SAMPLES[0])
-    assert not choice.place.any() and not choice.entropy.any()
-
-
-@pytest.mark.parametrize("clip", [False, True])
-def test_the_first_samples_are_edited_within_the_scale(clip: bool) -> None:
-    choice = choice_of(scale=0.7, clip=clip)
-    assert choice.candidates.shape == (N + EDITS, ROWS, ACTION_DIM)
-    np.testing.assert_array_equal(choice.candidates[:N], SAMPLES)
-    edits = np.abs(choice.candidates[N:] - SAMPLES[:EDITS])
-    assert 0.0 < edits.min() and 0.35 < edits.max() <= 0.7
-    inside = float(jnp.abs(choice.candidates).max()) <= 1.0
-    assert inside == clip
-
-
-def test_the_chosen_score_is_the_highest_of_all_candidates() -> None:
-    choice = choice_of()
-    won = np.asarray(choice.scores)[choice.place, np.arange(ROWS)]
-    np.testing.assert_array_equal(won, choice.scores.max(axis=0))
-    np.testing.assert_array_equal(choice.actions, np.asarray(choice.candidates)[choice.place, np.arange(ROWS)])
-    places = np.asarray(choice.place)
-    assert places.min() < N <= places.max(), "both kinds win somewhere"
-
-
-def test_soft_selection_draws_by_exp_of_score_and_knows_its_entropy() -> None:
-    scores, kappa = jnp.asarray([0.0, 1.0, 0.3]), 2.0
-    weights = np.exp(kappa * np.asarray(scores))
-    weights /= weights.sum()
-    rows = jnp.broadcast_to(scores[:, None], (3, 20_000))
-    places, entropy = select(rows, KEY, "soft", kappa)
-    np.testing.assert_allclose(np.bincount(np.asarray(places)) / 20_000, weights, atol=0.015)
-    np.testing.assert_allclose(entropy, -(weights * np.log(weights)).sum(), rtol=1e-5)
-    best, nothing = select(scores, KEY, "max", kappa)
-    assert int(best) == 1 and float(nothing) == 0.0
-    sharp, entropy = select(scores, KEY, "soft", 1e3)
-    assert int(sharp) == 1 and float(entropy) == pytest.approx(0.0, abs=1e-6)
-
 
 # Which parameters serve where ---------------------------------------------------------------------------------------
 
@@ -254,11 +143,6 @@ def test_the_base_only_imitates() -> None:
     for part in ("base", "target_base"):
         assert largest_difference(*(jax.tree.leaves(getattr(one, part)) for one in (other, after))) == 0.0
     assert moved(after.base.params, agent.base.params)
-
-
-def changed(before: Any, after: Any) -> set[str]:
-    names = ("base", "target_base", "edit", "critic", "target_critic", "temperature")
-    return {name for name in names if moved(getattr(before, name), getattr(after, name))}
 
 
 def test_every_loss_moves_its_own_networks_only() -> None:
@@ -399,54 +283,6 @@ def test_base_and_edit_policy_start_from_different_keys_and_every_call_draws_ane
     assert moved(update(agent.replace(rng=once.rng), batch)[0].base.params, once.base.params)
 
 
-# Images ------------------------------------------------------------------------------------------------------------
-
-PIXELS = replace(TINY, encoder=EncoderConfig("conv", conv_features=(4, 4), conv_strides=(2, 2), latent_dim=6))
-
-
-def pixel_batch(*shape: int) -> Any:
-    """Return a batch whose observations are a state and an image of 12x12 pixels, leaves `[*shape, ...]`."""
-    batch = make_batch(*shape)
-    draw = np.random.default_rng(1).integers
-    for name in ("observations", "next_observations"):
-        pixels = jnp.asarray(draw(0, 256, (*shape, 12, 12, 3)), jnp.uint8)
-        batch[name] = {"state": batch[name], "front": pixels}
-    return batch
-
-
-@functools.cache
-def pixel_agent() -> Any:
-    example = jax.tree.map(lambda leaf: leaf[0, :1], pixel_batch(1, ROWS))
-    make = quick(lambda key: EXPO.create(key, example["observations"], example["actions"], PIXELS))
-    return make(jax.random.key(0))
-
-
-def test_the_encoder_learns_from_imitation_first_and_online_from_the_critics_alone() -> None:
-    agent, batch = pixel_agent(), pixel_batch(2, ROWS)
-    rows = jax.tree.map(lambda leaf: leaf[0], batch)
-    pretrained, _ = update(agent, batch)
-    assert changed(agent, pretrained) == {"base", "target_base"}
-    assert moved(agent.encoder.params, pretrained.encoder.params)
-    online = pretrained.online()
-    for step, learns in ((critic_step, True), (base_step, False), (edit_step, False)):
-        assert moved(online.encoder.params, step(online, rows, KEY)[0].encoder.params) == learns
-    after, info = update(online, batch)
-    assert steps(after.encoder) == 1 + 2 and all(np.isfinite(value) for value in info.values())
-
-
-def test_actions_depend_on_the_image_and_the_state() -> None:
-    agent, observations = pixel_agent(), pixel_batch(2, ROWS)["observations"]
-    before = act(agent, observations, KEY)
-    assert before.shape == (2, ROWS, ACTION_DIM)
-    assert moved(act(agent, {**observations, "front": 255 - observations["front"]}, KEY), before)
-    assert moved(act(agent, {**observations, "state": observations["state"] + 1.0}, KEY), before)
-
-
-def test_observations_without_images_must_be_flat() -> None:
-    with pytest.raises(ConfigError, match="EXPO needs flat float32 observations"):
-        EXPO.create(KEY, {"state": jnp.zeros((1, 3))}, jnp.zeros((1, 2)), TINY)
-
-
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -484,77 +320,3 @@ def test_paper_presets() -> None:
     assert (adroit.offline_steps, adroit.online_steps, adroit.reward) == (0, 1_000_000, (1.0, 0.0))
     assert (adroit.config.edit_scale, adroit.config.target_subset, adroit.config.edit_dropout) == (0.7, 2, 0.1)
     assert maze.config.online.first_update() == 1 == adroit.config.online.first_update()
-
-
-# Runs ---------------------------------------------------------------------------------------------------------------
-
-SMALLER = [
-    ("online.utd_ratio", 2),
-    ("base_width", 16),
-    ("base_blocks", 1),
-    ("diffusion", Diffusion(2)),
-    ("n_edits", 2),
-    ("n_samples", 2),
-]
-MODES = {"prior data": (0, 15), "pre-trained": (30, 0)}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_stopped_and_resumed_equals_never_stopped(
-    mode: str, tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Online with prior data (random steps, then everything learns), and after imitation alone."""
-    offline_steps, random_steps = MODES[mode]
-    loop = LoopConfig(eval_every=1000, eval_episodes=1, log_every=10, checkpoint_every=10_000, updates_per_dispatch=10)
-    fields = [*SMALLER, ("online.random_steps", random_steps)]
-    run = tiny_run("expo", fields, offline_steps=offline_steps, online_steps=60, loop=loop)
-    assert experiment.train(run, tmp_path / "whole")
-    offline = [StopAt("offline", 10)] if offline_steps else []
-    train_interrupted(run, tmp_path / "parts", monkeypatch, [*offline, StopAt("online", 40)])
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=1)
-    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
-    counts = [row["gradient_steps"] for row in rows if row["phase"] == "offline"]
-    assert (max(counts) if counts else 0) == offline_steps
-    assert all("critic/loss" not in row for row in rows if row["phase"] == "offline")
-    learnt = [row for row in rows if "critic/loss" in row]
-    assert all(0.0 <= row["edit/win_share"] <= 1.0 and 0.0 < row["edit/size"] < 1.0 for row in learnt)
-    assert min(row["env_steps"] for row in learnt) >= max(random_steps, 1)
-
-
-# A bandit -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.learning
-@pytest.mark.parametrize("base", ["diffusion", "flow"])
-def test_on_a_bandit_the_rewarded_one_of_two_modes_is_chosen(base: Any) -> None:
-    """Data at -0.6 and 0.6 alike, reward for the positive ones: the base has both modes, the OTF policy one."""
-    config = replace(
-        TINY, base=base, base_width=32, base_lr=3e-3, base_ema=0.02, critic_lr=3e-3, tau=0.05, edit_scale=0.1,
-        diffusion=Diffusion(steps=10), flow=Flow(steps=10), n_edits=N, batch_size=64,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    actions = np.where(rng.random((512, 1)) < 0.5, -0.6, 0.6) + 0.05 * rng.normal(size=(512, 1))
-    table: Any = {
-        "observations": np.zeros((512, 1)),
-        "actions": actions,
-        "rewards": (actions[:, 0] > 0).astype(float),
-        "masks": np.zeros(512),
-        "next_observations": np.zeros((512, 1)),
-    }
-    table = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
-
-    def train(agent: Any, count: int) -> Any:
-        def step(agent: Any, key: Any) -> tuple[Any, Any]:
-            rows = jax.random.randint(key, (1, 64), 0, 512)
-            return agent.update({name: column[rows] for name, column in table.items()})
-
-        return jax.lax.scan(step, agent, jax.random.split(KEY, count))[0]
-
-    run: Callable[..., Any] = jax.jit(train, static_argnums=1)
-    agent = run(run(fresh(config, 1, 1), 500).online(), 200)
-    observations = jnp.zeros((512, 1))
-    samples = np.asarray(agent.base_samples(agent.target_base, observations, 1, KEY)[0])
-    assert np.abs(samples).max() <= 1.0
-    assert 0.3 < np.mean(samples > 0) < 0.7 and np.mean(np.abs(np.abs(samples) - 0.6) < 0.25) > 0.8
-    chosen = np.asarray(act(agent, observations, KEY))
-    assert np.mean(chosen > 0.3) > 0.9, f"base {np.mean(samples > 0):.2f}, chosen {np.mean(chosen > 0):.2f}"

@@ -278,9 +278,12 @@ def test_the_actor_sees_the_new_value_and_the_old_balance() -> None:
     later = agent.replace(balance_actor=after.balance_actor)
     assert largest_difference(after.actor.params, step(later, after.value)) > 1e-5
     balance_rng = jax.random.split(jax.random.split(agent.rng)[0])[1]
-    old = jax.jit(lambda a: a.balance_step(ROWS, balance_rng), compiler_options=QUICK)(agent)
-    assert largest_difference(after.balance_actor.params, old[0].params) < 1e-5, "and the balance the old actor"
-    assert largest_difference(after.temperature.params, old[1].params) < 1e-6
+    balance_step = jax.jit(lambda a: a.balance_step(ROWS, balance_rng), compiler_options=QUICK)
+    first = lambda other: balance_step(other)[0].opt_state[0].mu  # noqa: E731  # Adam's first step hides the gradient
+    assert largest_difference(after.balance_actor.opt_state[0].mu, first(agent)) < 1e-6
+    for new in ({"actor": after.actor}, {"target_critic": after.target_critic}):
+        assert largest_difference(first(agent.replace(**new)), first(agent)) > 2e-6, "the old actor and the old targets"
+    assert largest_difference(after.temperature.params, balance_step(agent)[1].params) < 1e-6
 
 
 def test_the_balance_steps_at_every_second_update() -> None:
@@ -331,7 +334,28 @@ def test_a_bandit_with_good_and_bad_data() -> None:
     assert abs(mode(agent, 1.0) - 0.4) < 0.1 and abs(mode(agent, -1.0) + 0.4) < 0.1
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- networks and settings
+
+
+def test_first_networks_and_their_rates() -> None:
+    """t = 1, the log-std 0 and clipped to [-10, 2]; the actor's rate is constant online, its dropout on in its loss."""
+    agent, states = make_agent(), ROWS["observations"]
+    assert float(agent.alpha()) == 1.0
+    for free, expected in ((0.0, 0.0), (-40.0, -10.0), (5.0, 2.0)):
+        policy = with_balance(agent, 0.0, log_std=free).balance_actor(states)
+        np.testing.assert_allclose(policy.std, math.exp(expected), rtol=1e-4)
+        assert free or float(agent.balance_actor(states).std[0, 0]) == pytest.approx(1.0)
+    config = replace(CONFIG, balance_lr=0.02, actor_decay_steps=10)
+    phases = jax.eval_shape(lambda: [(a := FamO2O.create(KEY, states, ROWS["actions"], config)), a.online()])
+    rates = [[phase.actor.optimizer, phase.balance_actor.optimizer, phase.temperature.optimizer] for phase in phases]
+    assert rates == [[Adam(3e-4, 10), Adam(0.02), Adam(0.02)], [Adam(3e-4), Adam(0.02), Adam(0.02)]]
+    still = set_config(agent, balance_range=(9.0, 9.0))
+    blurred = still.replace(actor=still.actor.replace(module=still.actor.module.clone(dropout=0.5)))
+    for other, alike in ((still, True), (blurred, False)):
+        losses = [
+            float(other.actor_loss(other.actor.params, ROWS, other.value, key)[0]) for key in jax.random.split(KEY)
+        ]
+        assert (losses[0] == losses[1]) == alike
 
 
 @pytest.mark.parametrize(

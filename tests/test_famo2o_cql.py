@@ -13,6 +13,7 @@ import pytest
 from o2o.agents import CQL, Conservative, CQLConfig, FamO2OCQL, FamO2OCQLConfig
 from o2o.agents.balance import encode, join
 from o2o.errors import ConfigError
+from o2o.networks import Adam
 from tests.contract import QUICK
 from tests.tiny import create, largest_difference, make_batch, moved, set_config, steps
 
@@ -197,6 +198,38 @@ def test_online_trains_the_chosen_members() -> None:
     assert (steps(after.critic), steps(after.actor), steps(after.balance_actor)) == (2, 1, 1)
     assert after.fine_tuning and not make_agent().fine_tuning
     assert all(np.isfinite(value) for value in info.values())
+
+
+def test_at_one_update_all_losses_are_of_the_parameters_before_it() -> None:
+    """Actor and balance network are judged by the critics from before their step; every part has a key of its own."""
+    agent, batch = make_agent(), {name: leaf[None] for name, leaf in ROWS.items()}
+    agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.05)))
+    after, _ = jax.jit(lambda a: a.update(batch), compiler_options=QUICK)(agent)
+    rng, beta_rng = jax.random.split(agent.rng)
+    next_rng, _, policy_rng = jax.random.split(rng, 3)
+    rows = jax.tree.map(lambda leaf: leaf[0], agent.conditioned(batch, beta_rng))
+    policies = jax.jit(lambda a, critic: a.policy_step(rows, policy_rng, critic)[0], compiler_options=QUICK)
+    old, new = policies(agent, agent.critic), policies(agent, after.critic)
+    for name in ("actor", "balance_actor"):
+        seen, right, wrong = (getattr(each, name).opt_state[0].mu for each in (after, old, new))
+        assert largest_difference(seen, right) < 1e-6 < 1e-4 < largest_difference(seen, wrong), name
+    assert largest_difference(after.temperature.params, old.temperature.params) < 1e-6
+    assert jnp.array_equal(jax.random.key_data(after.rng), jax.random.key_data(next_rng))
+
+
+def test_output_layers_begin_small() -> None:
+    """Orthogonal at gain 0.1 where the code's are uniform with the same norm; hidden ones at sqrt(2)."""
+    agent = make_agent()
+    for model in (agent.actor, agent.balance_actor):
+        tree = model.params["params"]
+        for head in ("mean", "log_std"):
+            np.testing.assert_allclose(np.linalg.norm(tree[head]["kernel"], axis=0), 0.1, rtol=1e-4)
+        assert (float(tree["log_std_scale"]), float(tree["log_std_offset"])) == (1.0, -1.0)
+    output = agent.critic.params["params"]["output"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(output, axis=1), 0.1, rtol=1e-4)
+    assert np.linalg.norm(first_layer(agent.actor)["kernel"], axis=1) == pytest.approx(
+        np.full(9, math.sqrt(2)), rel=1e-4
+    )
 
 
 def test_acting_uses_the_deterministic_coefficient() -> None:

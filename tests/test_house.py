@@ -97,7 +97,7 @@ def test_agents_and_envs_have_one_name(path):
     assert not bare, f"{name_of(path)} imports {sorted(bare)}; say o2o.agents or o2o.envs, else the module loads twice"
 
 
-@pytest.mark.parametrize("path", real_files(*CODE), ids=ids)
+@pytest.mark.parametrize("path", real_files(*CODE, "tests"), ids=ids)
 def test_sizes(path):
     text = path.read_text()
     limit = 350 if path.parent.name == "agents" else 400

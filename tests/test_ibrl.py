@@ -135,6 +135,23 @@ def test_soft_choice_by_hand_and_its_limits() -> None:
     np.testing.assert_allclose(best, np.where((q[1] > q[0])[:, None], pair[1], pair[0]), atol=1e-6)
 
 
+def test_a_choice_asks_a_random_subset_of_the_target_critics_and_a_deterministic_one_all() -> None:
+    agent = learner(target_subset=1)
+    own = agent.actor(STATES)
+    each = [agent.critic(STATES, a, params=agent.target_critic) for a in (own, agent.cloned_actions(STATES))]
+    by_member = np.asarray(each[1] > each[0])
+    found = [np.asarray(choose(agent, STATES, own, jax.random.key(seed)).cloned) for seed in range(20)]
+    drawn = [int(np.argmax((by_member == cloned).mean(axis=1))) for cloned in found]
+    assert set(drawn) == {0, 1, 2, 3}
+    for member, cloned in zip(drawn, found, strict=True):
+        assert np.mean(by_member[member] == cloned) > 0.999
+    all_of_them = np.asarray(each[1].min(axis=0) > each[0].min(axis=0))
+    for seed in range(3):
+        best, _ = agent.sample_actions(STATES, None, jax.random.key(seed), True)
+        expected = np.where(all_of_them[:, None], agent.cloned_actions(STATES), own)
+        np.testing.assert_allclose(best, expected, atol=1e-6)
+
+
 def test_only_the_actors_own_action_has_exploration_noise() -> None:
     agent = learner(choice="soft", inverse_temperature=0.0, exploration_noise=0.1)
     actions = np.asarray(agent.sample_actions(STATES, None, KEY)[0])
@@ -229,6 +246,23 @@ def test_actor_loss_by_hand_and_when_what_moves() -> None:
     twice, _ = update(once, jax.tree.map(lambda leaf: leaf[None], batch))
     expected = jax.tree.map(lambda one, two: 0.25 * one + 0.75 * two, twice.actor.params, agent.target_actor)
     assert largest_difference(twice.target_actor, expected) < 1e-6 and steps(twice.actor) == 1
+
+
+def test_the_actors_own_loss_has_noise_whose_clip_gradients_pass() -> None:
+    """a = clip(pi(s) + clip(N(0, 0.6^2), -0.3, 0.3), -1, 1), with the gradient of pi(s) also where a is clipped."""
+    agent, states = learner(target_noise=0.6, noise_clip=0.3), STATES[:64]
+    bold = jax.tree.map(lambda leaf: 4.0 * leaf, agent.actor.params)  # many actions near -1 and 1
+    noise = jnp.clip(0.6 * jax.random.normal(jax.random.split(KEY)[1], (64, ACTION_DIM)), -0.3, 0.3)
+    noisy = agent.actor(states, params=bold) + noise
+    assert 0.1 < float(jnp.mean(jnp.abs(noisy) > 1.0)) < 0.9
+
+    def expected(params: Any) -> Any:
+        shift = jnp.clip(noisy, -1.0, 1.0) - agent.actor(states, params=bold)
+        return -agent.critic(states, agent.actor(states, params=params) + shift).min(axis=0).mean()
+
+    found = jit(jax.value_and_grad(lambda params: agent.actor_loss(params, {"observations": states}, KEY)[0]))(bold)
+    loss, gradient = jit(jax.value_and_grad(expected))(bold)
+    assert float(found[0]) == pytest.approx(float(loss), rel=1e-4) and largest_difference(found[1], gradient) < 1e-5
 
 
 def test_it_outgrows_its_clone() -> None:

@@ -147,6 +147,10 @@ def test_evaluation_is_greedy_but_for_its_randomness() -> None:
     actions, _ = always_new.sample_actions(MANY, None, KEY, True)
     sampled = np.abs(np.asarray(actions) - np.asarray(modes(always_new, MANY)[1])).max(axis=1) > 1e-6
     assert 0.0 < sampled.mean() < 0.1, "a tenth of the new policy's actions is drawn, some of them chosen"
+    even = equal_values(always_new)  # greedy: the frozen policy's mode; the new one's where the choice is drawn
+    played = np.asarray(choose(even, MANY, KEY, 0.1).actions)
+    sampled = np.abs(played - np.clip(modes(even, MANY)[1], -1.0, 1.0)).max(axis=1) > 1e-6
+    assert sampled.mean() == pytest.approx(0.1 * 0.1 / 2, abs=0.004), "policy and choice are drawn apart"
 
 
 # ---------------------------------------------------------------- the regression
