@@ -1,4 +1,4 @@
-"""The jitted programs of the two phases: hundreds of offline updates per call; one call per online environment step.
+"""The jitted programs of the two phases: hundreds of offline updates per call; two calls per online environment step.
 
 All take and return state with a leading seed axis `[S]`. One seed runs without that axis inside (no batched products of
 size one); several run under `vmap`.
@@ -209,7 +209,55 @@ def initial_updates(state: OnlineState, offline: OfflineData | None, count: Arra
     return over_seeds(one_seed, mode.seeds)(state)
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames="state")
+@partial(jax.jit, static_argnames="mode", donate_argnames="buffer")
+def insert(buffer: ReplayBuffer, normalizer: Normalizer | None, rows: Batch, *, mode: OnlineMode) -> ReplayBuffer:
+    """Store one raw transition per seed, `rows` `[S, ...]`, normalised.
+
+    A program of its own: in one that also draws, XLA copies the whole buffer in every step.
+    """
+
+    def one_seed(buffer: ReplayBuffer, row: Batch) -> ReplayBuffer:
+        row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
+        return buffer.add(row, pending=mode.pending)
+
+    return over_seeds(one_seed, mode.seeds)(buffer, rows)
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "carry", "rng", "totals"))
+def learn_and_choose(
+    agent: Any,
+    carry: Carry,
+    rng: Array,
+    totals: Info,
+    buffer: ReplayBuffer,
+    offline: OfflineData | None,
+    normalizer: Normalizer | None,
+    observations: Any,
+    ended: Array,
+    *,
+    mode: OnlineMode,
+) -> tuple[Any, Carry, Array, Info, Array]:
+    """Run one update call, then choose the next actions `[S, A]` for raw `observations` `[S, D]`.
+
+    `ended` `[S]` clears the carry.
+    """
+
+    def one_seed(
+        agent: Any, carry: Carry, rng: Array, totals: Info, buffer: ReplayBuffer, observation: Any, ended: Array
+    ) -> tuple[Any, Carry, Array, Info, Array]:
+        rng, batch_rng, act_rng = jax.random.split(rng, 3)
+        if mode.update:
+            agent = layout.working(agent, mode.seeds)
+            agent, info = agent.update(mode.draw(batch_rng, offline, buffer, mode.utd_ratio))
+            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
+        carry = clear_carry(carry, agent.initial_carry((1,)), ended)
+        action_dim = buffer.rows["actions"].shape[-1]
+        action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
+        return agent, carry, rng, totals, action
+
+    return over_seeds(one_seed, mode.seeds)(agent, carry, rng, totals, buffer, observations, ended)
+
+
 def online_step(
     state: OnlineState,
     offline: OfflineData | None,
@@ -222,24 +270,13 @@ def online_step(
 ) -> tuple[OnlineState, Array]:
     """Insert `rows` `[S, ...]`, run one update call, choose the next actions `[S, A]` for `observations` `[S, D]`.
 
-    `ended` `[S]` clears the carry. Rows come with raw observations and are normalised here.
+    `ended` `[S]` clears the carry. Rows and observations come raw.
     """
-
-    def one_seed(state: OnlineState, row: Batch, observation: Any, ended: Array) -> tuple[OnlineState, Array]:
-        agent, buffer, carry, rng, totals = state
-        rng, batch_rng, act_rng = jax.random.split(rng, 3)
-        row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
-        buffer = buffer.add(row, pending=mode.pending)
-        if mode.update:
-            agent = layout.working(agent, mode.seeds)
-            agent, info = agent.update(mode.draw(batch_rng, offline, buffer, mode.utd_ratio))
-            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
-        carry = clear_carry(carry, agent.initial_carry((1,)), ended)
-        action_dim = buffer.rows["actions"].shape[-1]
-        action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
-        return OnlineState(agent, buffer, carry, rng, totals), action
-
-    return over_seeds(one_seed, mode.seeds)(state, rows, observations, ended)
+    buffer = insert(state.buffer, normalizer, rows, mode=mode)
+    agent, carry, rng, totals, action = learn_and_choose(
+        state.agent, state.carry, state.rng, state.totals, buffer, offline, normalizer, observations, ended, mode=mode
+    )
+    return OnlineState(agent, buffer, carry, rng, totals), action
 
 
 @partial(jax.jit, static_argnames="seeds", donate_argnames="buffer")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o import dispatch
+from o2o import dispatch, layout
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.normalizer import Normalizer, normalize
@@ -141,27 +141,26 @@ def _draw_online(
 @partial(jax.jit, static_argnames="seeds", donate_argnames="agent")
 def _update(agent: Any, batch: Batch, totals: Info, *, seeds: int) -> tuple[Any, Info]:
     def one_seed(agent: Any, batch: Batch, totals: Info) -> tuple[Any, Info]:
-        agent, info = agent.update(batch)
-        return agent, jax.tree.map(jnp.add, totals, info)
+        agent, info = layout.working(agent, seeds).update(batch)
+        return layout.stored(agent, seeds), jax.tree.map(jnp.add, totals, info)
 
     return over_seeds(one_seed, seeds)(agent, batch, totals)
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames="buffer")
-def _insert(
+@partial(jax.jit, static_argnames="mode")
+def _draw_step(
     buffer: ReplayBuffer, rng: Array, offline: OfflineData | None, rows: Batch, *, mode: OnlineMode
-) -> tuple[ReplayBuffer, Array, Array, Batch, Array | None]:
-    """Store `rows` and draw; returns buffer, rng, the key for acting, the batch, and the next step's likely handles."""
+) -> tuple[Array, Array, Batch, Array | None]:
+    """Draw behind the insertion of `rows`; returns rng, the key for acting, the batch, and the next step's handles."""
 
     def one_seed(buffer: ReplayBuffer, rng: Array, row: Batch) -> tuple[Any, ...]:
         rng, batch_rng, act_rng = jax.random.split(rng, 3)
-        buffer = buffer.add(row, pending=mode.pending)
         if not mode.update:
-            return buffer, rng, act_rng, {}, None
+            return rng, act_rng, {}, None
         batch = mode.draw(batch_rng, offline, buffer, mode.utd_ratio)
         following = buffer.add({**row, **{key: row[key] + 1 for key in ON_HOST}}, pending=mode.pending)
         ahead = mode.draw(jax.random.split(rng, 3)[1], offline, following, mode.utd_ratio)
-        return buffer, rng, act_rng, batch, ahead["observations"]
+        return rng, act_rng, batch, ahead["observations"]
 
     return over_seeds(one_seed, mode.seeds)(buffer, rng, rows)
 
@@ -182,8 +181,8 @@ def _learn_and_act(
 ) -> tuple[Any, Any, Info, Array]:
     def one_seed(agent: Any, carry: Any, totals: Info, batch: Batch, rng: Array, seen: Any, ended: Array) -> Any:
         if mode.update:
-            agent, info = agent.update(batch)
-            totals = jax.tree.map(jnp.add, totals, info)
+            agent, info = layout.working(agent, mode.seeds).update(batch)
+            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
         carry = dispatch.clear_carry(carry, agent.initial_carry((1,)), ended)
         action, carry = dispatch.choose(agent, normalizer, seen, carry, rng, mode.random, action_dim)
         return agent, carry, totals, action
@@ -288,7 +287,8 @@ class HostReplay:
         handles = self.store.add(kept)
         light = {**rows, **dict.fromkeys(ON_HOST, handles)}
         data = None if offline is None else offline.light
-        buffer, rng, act_rng, batch, guess = _insert(state.buffer, state.rng, data, light, mode=mode)
+        buffer = dispatch.insert(state.buffer, None, light, mode=mode)
+        rng, act_rng, batch, guess = _draw_step(buffer, state.rng, data, light, mode=mode)
         if mode.update:
             batch = {**batch, **self._fetched(np.asarray(batch["observations"]))}
             self._ahead = self._pool.submit(self._fetch_ahead, guess, self.store.total)

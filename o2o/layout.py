@@ -15,6 +15,9 @@ from o2o.types import Array, Params
 PIECE_ROWS = 32
 """Rows whose intermediate values, some dozens of each, still fit a CPU core's cache."""
 
+APART_FROM = 64
+"""Width of the critics' layers from which separate products gain more than their compilation costs."""
+
 RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
 
@@ -89,6 +92,8 @@ def _convert(agent: Any, convert: Callable[[Params], Params]) -> Any:
     for name in [field.name for field in fields(agent)]:
         part = getattr(agent, name)
         if isinstance(part, Model) and isinstance(part.module, CriticEnsemble):
+            if max(part.module.hidden_dims) < APART_FROM:
+                continue
             changes[name] = part.replace(params=convert(part.params), opt_state=_in_state(part.opt_state, convert))
         elif isinstance(part, struct.PyTreeNode) and hasattr(part, "critic"):
             changes[name] = _convert(part, convert)

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from o2o import experiment
-from o2o.dispatch import offline_updates, online_step
+from o2o.dispatch import insert, learn_and_choose, offline_updates
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.experiment import RunConfig
 from o2o.loop import Trainer
@@ -160,13 +160,14 @@ def test_time_limit_bootstraps_and_the_last_observation_is_kept(tiny_run: Maker)
 
 def test_one_program_per_kind_of_step(tiny_run: Maker) -> None:
     offline_updates.clear_cache()
-    online_step.clear_cache()
+    insert.clear_cache()
+    learn_and_choose.clear_cache()
     trainer = trainer_of(tiny_run("wsrl"))
     trainer.offline(40)
     trainer.offline(57)
     assert offline_updates._cache_size() == 1
     trainer.online(60)
-    assert online_step._cache_size() == 2, "one for the warm-up, one for learning"
+    assert (insert._cache_size(), learn_and_choose._cache_size()) == (2, 2), "one for the warm-up, one for learning"
     trainer.close()
 
 
