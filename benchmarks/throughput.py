@@ -1,273 +1,221 @@
-"""Updates per second of every agent at the papers' network sizes; run it alone on the machine.
+"""How fast every agent learns and plays, and how fast other libraries do.
 
-`python benchmarks/throughput.py` writes `benchmarks/results/throughput/`. Transitions are synthetic and resident on the
-device; no environment is stepped. Every row is the median of a few repeats, compilation excluded.
+    python benchmarks/throughput.py [--peers] [--quick] [WORD ...]
+
+Without a flag our agents are measured; `--peers` measures the comparison with other libraries as well, which go into an
+environment of their own. Words select: an agent (`iql`), a shape (`pen` 45/24, `cheetah` 17/6, `pixels`), seeds
+(`1seed`, `5seeds`, `10seeds`), a form (`offline`, `utd1`, `utd4`, `utd20`, `online`); of the comparison, a case
+(`sac-utd1`, `sac-utd20`, `iql`, `cql`, `loop`) or a library (`sbx`, `sb3`, `d3rlpy`); `agents` and `comparison` for
+all of either. Words of one kind are alternatives; words of several kinds must all fit, and what does not know a word is
+left out. `--quick` runs a few tiny ones to show that every path works, and writes to `runs/throughput-quick`.
+
+Results go to `benchmarks/results/throughput/`, row by row: what is measured anew replaces what was there. Run it alone
+on the machine.
 """
 
+import difflib
 import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# OpenBLAS's threads spin in the initialisers' QR while another process holds a core: minutes instead of seconds.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+from throughput_peers import CASES, PEERS, PeersError, contest
+from throughput_report import Results, Row, middle, number
 
 from o2o.agents import AGENTS
-from o2o.buffer import OfflineData
-from o2o.dispatch import (
-    OnlineMode,
-    create_agent,
-    each_seed,
-    fresh_online_state,
-    offline_updates,
-    online_step,
-    to_online,
-)
-from o2o.types import window_of
+from o2o.startup import prepare_process
 
-RESULTS = Path(__file__).parent / "results" / "throughput"
-REPEATS = 3
-SECONDS = 2.0
-"""Aimed-at time of one repeat; it is longer where one call takes longer."""
-BATCH_SIZE = 256
-DATASET_ROWS = 20_000
-FAMILIES = {"adroit": (45, 24), "locomotion": (17, 6)}
-"""Family of the preset to (observation, action) dimensions: those of Adroit's pen and of HalfCheetah."""
-ONLINE = ("sac", "rlpd", "wsrl")
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "throughput"
+QUICK_RESULTS = HERE.parent / "runs" / "throughput-quick"
+CELL_SECONDS = 3600.0
+"""A process that takes longer is ended; the rows it has given stay."""
+SEEDS = {"1seed": 1, "5seeds": 5, "10seeds": 10}
+RATIOS = ("utd1", "utd4", "utd20")
+FORMS = ("offline", *RATIOS, "online")
+FLAGS = ("--peers", "--quick")
+
+
+class UsageError(Exception):
+    """The command line cannot be understood."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement."""
+class Cell:
+    """What one process measures."""
 
-    family: str
     agent: str
-    form: str
-    """`offline`: many updates in one call; `single`: one update in each; `online`: `utd_ratio` with one step's work."""
-    utd_ratio: int
-    updates_per_second: float
-    """Critic updates (BC: actor updates) on minibatches of `BATCH_SIZE`; median over the repeats."""
-    steps_per_second: float | None
-    """Online: environment steps, with a simulator that takes no time."""
-    repeats: list[float]
-    """Updates per second of each repeat."""
-    ratio: float = 1.0
-    """Updates per second over those of the family's `sac` with one update in each call."""
+    shape: str
+    seeds: int
+    forms: tuple[str, ...]
 
 
-def observed(kind: Any, states: Any, action_dim: int) -> Any:
-    """Return the observations that an agent of this class takes, of states `[N, D]`."""
-    if not getattr(kind, "needs_base", False):
-        return states
-    return {"state": states, "base_action": np.tanh(states[:, :action_dim])}
+def forms_of(agent: Any) -> tuple[str, ...]:
+    """Return the forms of an agent class: on-policy agents, and those that only act online, have no update ratio."""
+    own = agent.preset("locomotion", "paper").config.online.replay in ("none", "rollout")
+    return ("offline", "online") if own else ("offline", *RATIOS)
 
 
-def synthetic(observation_dim: int, action_dim: int, needs: tuple[str, ...], kind: Any) -> OfflineData:
-    """Return random transitions with every key that an agent of this class may need."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal((DATASET_ROWS, *shape)).astype(np.float32)  # noqa: E731
-    rows = {
-        "observations": observed(kind, normal(observation_dim), action_dim),
-        "actions": np.tanh(normal(action_dim)),
-        "rewards": normal(),
-        "masks": np.ones(DATASET_ROWS, np.float32),
-        "next_observations": observed(kind, normal(observation_dim), action_dim),
-        "ends": np.zeros(DATASET_ROWS, np.float32),
-        "mc_returns": normal(),
-    }
-    return OfflineData.create(rows, (*needs, "ends"))
+def shapes_of(agent: Any) -> tuple[str, ...]:
+    """Return the shapes that an agent class takes."""
+    images = hasattr(agent.preset("locomotion", "paper").config, "encoder")
+    return ("pen", "cheetah", "pixels") if images else ("pen", "cheetah")
 
 
-def measure(run: Callable[[int], None]) -> list[float]:
-    """Time `run(n)`, which does a thing `n` times and waits; return how often per second, for each repeat."""
-    run(1)
-    count, elapsed = 1, _seconds(run, 1)
-    if elapsed < SECONDS / 4:  # one alone says little where it is short
-        count = max(1, round(SECONDS / 8 / elapsed))
-        elapsed = _seconds(run, count)
-    count = max(1, round(count * SECONDS / elapsed))
-    return [count / _seconds(run, count) for _ in range(REPEATS)]
+def all_cells() -> list[Cell]:
+    """Return the whole table, one seed first."""
+    return [
+        Cell(name, shape, seeds, forms_of(agent))
+        for seeds in SEEDS.values()
+        for name, agent in AGENTS.items()
+        for shape in shapes_of(agent)
+    ]
 
 
-def _seconds(run: Callable[[int], None], count: int) -> float:
-    started = time.perf_counter()
-    run(count)
-    return time.perf_counter() - started
+QUICK_CELLS = [
+    Cell("iql", "cheetah", 1, ("offline", "utd4")),
+    Cell("bc", "pen", 1, ("offline", "online")),
+    Cell("sac", "cheetah", 2, ("utd1",)),
+    Cell("ppo", "cheetah", 1, ("online",)),
+    Cell("residual", "pixels", 1, ("utd1",)),
+]
+KINDS: dict[str, Sequence[str]] = {
+    "agent": tuple(AGENTS), "shape": ("pen", "cheetah", "pixels"), "seeds": tuple(SEEDS), "form": FORMS,
+    "all agents": ("agents",), "case": tuple(CASES), "library": PEERS, "all cases": ("comparison",),
+}  # fmt: skip
+OF_AGENTS, OF_CASES = ("agent", "shape", "seeds", "form", "all agents"), ("case", "library", "all cases")
 
 
-class Bench:
-    """One agent of one family at paper size, one seed."""
-
-    def __init__(self, name: str, family: str) -> None:
-        """Create the agent and its data."""
-        observation_dim, action_dim = FAMILIES[family]
-        kind: Any = AGENTS[name]
-        self.name, self.family = name, family
-        preset = kind.preset(family, "paper").config
-        steady = replace(preset.online, initial_updates=0)  # a critic's warm-up is no measure of what follows
-        self.config = replace(preset, batch_size=BATCH_SIZE, online=steady)
-        states = np.zeros((1, observation_dim), np.float32)
-        example = (observed(kind, states, action_dim), jnp.zeros((1, action_dim)))
-        keys = jax.random.split(jax.random.key(0), 1)
-        self.agent = each_seed(lambda key: create_agent(key, *example, agent_class=kind, config=self.config), keys)
-        self.data = synthetic(observation_dim, action_dim, self.agent.needs, kind)
-        self.rng = jax.random.split(jax.random.key(1), 1)
-
-    def offline(self, single: bool = False) -> Row:
-        """Measure the offline phase; with `single`, one update in each call."""
-
-        def update(count: int) -> None:
-            number = jnp.asarray(count, jnp.int32)
-            self.agent, self.rng, _ = offline_updates(
-                self.agent, self.rng, self.data, number, seeds=1, batch_size=BATCH_SIZE
-            )
-
-        def run(count: int) -> None:
-            if single:
-                for _ in range(count):
-                    update(1)
-            else:
-                update(count)
-            jax.block_until_ready(self.agent)
-
-        repeats = measure(run)
-        form = "single" if single else "offline"
-        return Row(self.family, self.name, form, 1, statistics.median(repeats), None, repeats)
-
-    def online(self) -> Row:
-        """Measure the online phase: insert a row, `utd_ratio` updates, the next action, which the caller waits for."""
-        wanted = self.config.online
-        agent = each_seed(to_online, self.agent)
-        state = fresh_online_state(agent, self.rng, self.data, DATASET_ROWS, append=True)
-        mixed = wanted.replay == "mixed"
-        mode = OnlineMode(
-            seeds=1,
-            update=True,
-            random=False,
-            pending=False,
-            utd_ratio=wanted.utd_ratio,
-            batch_size=BATCH_SIZE,
-            offline_ratio=wanted.offline_ratio if mixed else 0.0,
-            window=window_of(agent),
-        )
-        kept = {key: value for key, value in self.data.rows.items() if key in state.buffer.rows}
-        row = jax.tree.map(lambda value: np.asarray(value[:1]), kept)
-        ended = np.zeros(1, bool)
-
-        def run(count: int) -> None:
-            nonlocal state
-            for _ in range(count):
-                state, action = online_step(
-                    state, self.data if mixed else None, None, row, row["next_observations"], ended, mode=mode
-                )
-                np.asarray(action)
-            jax.block_until_ready(state.agent)
-
-        steps = measure(run)
-        repeats = [rate * wanted.utd_ratio for rate in steps]
-        median = statistics.median(repeats)
-        return Row(self.family, self.name, "online", wanted.utd_ratio, median, statistics.median(steps), repeats)
+def selected(words: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+    """Return the words of each of these kinds, all that there are where none is given; None if one is unknown here."""
+    known = {word for kind in kinds for word in KINDS[kind]}
+    if any(word not in known for word in words):
+        return None
+    return {kind: tuple(word for word in KINDS[kind] if word in words) or tuple(KINDS[kind]) for kind in kinds}
 
 
-def family_rows(family: str) -> list[Row]:
-    """Measure a family: first the yardstick, then every agent."""
-    yardstick = Bench("sac", family).offline(single=True)
-    rows = [yardstick]
-    report(yardstick)
-    for name in AGENTS:
-        bench = Bench(name, family)
-        for form in (bench.offline, bench.online) if name in ONLINE else (bench.offline,):
-            row = form()
-            rows.append(replace(row, ratio=row.updates_per_second / yardstick.updates_per_second))
-            report(rows[-1])
-    return rows
+def chosen_cells(words: Sequence[str], quick: bool) -> list[Cell]:
+    """Return the cells, and of each the forms, that the words select."""
+    chosen = selected(words, OF_AGENTS)
+    if chosen is None:
+        return []
+    narrow = any(word not in KINDS["all agents"] for word in words)
+    cells, seeds = QUICK_CELLS if quick and not narrow else all_cells(), [SEEDS[word] for word in chosen["seeds"]]
+    if not narrow:
+        return cells
+    fitting = [c for c in cells if c.agent in chosen["agent"] and c.shape in chosen["shape"] and c.seeds in seeds]
+    kept = [Cell(c.agent, c.shape, c.seeds, tuple(f for f in c.forms if f in chosen["form"])) for c in fitting]
+    return [cell for cell in kept if cell.forms]
 
 
-def report(row: Row) -> None:
+def chosen_cases(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the cases of the comparison that the words select, each with the libraries that take part."""
+    chosen = selected(words, OF_CASES)
+    return [] if chosen is None else [(case, chosen["library"]) for case in chosen["case"]]
+
+
+def arguments(args: Sequence[str]) -> tuple[set[str], list[str]]:
+    """Return flags and words; raises `UsageError` for what is neither."""
+    flags, words = {arg for arg in args if arg.startswith("-")}, [arg for arg in args if not arg.startswith("-")]
+    known = {word for kind in KINDS.values() for word in kind}
+    for arg in (*sorted(flags - set(FLAGS)), *(word for word in words if word not in known)):
+        near = difflib.get_close_matches(arg, [*FLAGS, *known], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"flags: {', '.join(FLAGS)}; words: {', '.join(sorted(known))}"
+        raise UsageError(f"throughput.py does not know {arg!r}; {hint}")
+    return flags, words
+
+
+def run_cell(cell: Cell, quick: bool, results: Results, folder: Path) -> bool:
+    """Measure a cell in its own process, taking and showing its rows as they come; False if it failed."""
+    about = {"agent": cell.agent, "shape": cell.shape, "seeds": cell.seeds, "quick": quick, "forms": cell.forms}
+    command = [sys.executable, str(HERE / "throughput_agents.py"), "cell", json.dumps(about)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(CELL_SECONDS, process.kill)
+    timer.start()
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            found = json.loads(line)
+            if "machine" in found:
+                results.machines[found["machine"]["device"]] = found["machine"]
+                continue
+            row = Row(**found)
+            results.add(rows=[row])
+            show(row)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    results.save(folder, CASES, quick)
+    if code:
+        why = f"ended after {CELL_SECONDS:g} s" if code < 0 else "see above"
+        print(f"{cell.agent} {cell.shape} {cell.seeds} seeds: not measured to the end, {why}", flush=True)
+    return code == 0
+
+
+def show(row: Row) -> None:
     """Print one line."""
+    updates, steps, share = number(middle(row.updates)), number(middle(row.steps)), row.share("small")
     print(
-        f"{row.family:<11} {row.agent:<6} {row.form:<8} utd {row.utd_ratio:<3} {row.updates_per_second:9.1f} updates/s "
-        f"ratio {row.ratio:.3f}",
+        f"{row.agent:<12} {row.shape:<8} {row.seeds:>2} {row.form:<16} {updates:>9} updates/s {steps:>8} steps/s "
+        f"{'' if share is None else f'{100 * share:.0f} % of its matmuls'}",
         flush=True,
     )
 
 
-def machine() -> dict[str, Any]:
-    """Describe what the figures were measured on."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "processor": model or platform.machine(),
-        "cores": cores,
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
+def run_case(name: str, libraries: tuple[str, ...], device: str, quick: bool, results: Results, folder: Path) -> bool:
+    """Measure a case of the comparison; False if a library failed, whose case is then left as it was."""
+    try:
+        found = contest(name, libraries, device, quick)
+    except PeersError as error:
+        print(f"{name}: {error}", flush=True)
+        return False
+    results.add(contests=found)
+    results.save(folder, CASES, quick)
+    for row in found:
+        print(f"{name:<10} {row.who:<7} {row.form:<13} {number(middle(row.rates)) or row.note:>9}", flush=True)
+    return True
 
 
-def markdown(rows: list[Row], about: dict[str, Any]) -> str:
-    """Return the README of the results."""
-    lines = [
-        "# Throughput",
-        "",
-        f"Updates per second with the networks of each agent's `paper` preset, minibatches of {BATCH_SIZE}, one seed, "
-        f"synthetic transitions: median of {REPEATS} repeats of about {SECONDS:g} s, compilation excluded. An update "
-        "is one step of the critics (BC: of the actor) on one minibatch.",
-        "",
-        f"Machine: {about['processor']}, {about['cores']} cores; jax {about['jax']} on {about['platform']} "
-        f"({about['device']}); Python {about['python']}.",
-        "",
-        "`offline` runs many updates in one call to the device, as pre-training does. `online` is the agent after the "
-        "switch: each call inserts a transition, runs `utd` updates and chooses the next action, for which the loop "
-        "waits; steps/s is what a simulator that takes no time would see. Ratio: updates/s over those of `sac` with "
-        "one update in each call, measured in the same run (`single`).",
-    ]
-    for family, (observation_dim, action_dim) in FAMILIES.items():
-        lines += [
-            "",
-            f"## {family} ({observation_dim} observations, {action_dim} actions)",
-            "",
-            "| agent | form | utd | updates/s | min - max | ms/update | steps/s | ratio |",
-            "|---|---|--:|--:|--:|--:|--:|--:|",
-        ]
-        for row in rows:
-            if row.family != family:
-                continue
-            rate, steps = row.updates_per_second, "" if row.steps_per_second is None else f"{row.steps_per_second:.1f}"
-            spread = f"{min(row.repeats):.1f} - {max(row.repeats):.1f}"
-            lines.append(
-                f"| {row.agent} | {row.form} | {row.utd_ratio} | {rate:.1f} | {spread} | {1000 / rate:.2f} | {steps} | "
-                f"{row.ratio:.2f} |"
-            )
-    return "\n".join([*lines, "", "Made by `python benchmarks/throughput.py`; every repeat is in `rows.json`.", ""])
+def cpu(results: Results) -> str:
+    """Return the CPU's name and add it to the results' machines; this process itself starts no JAX back end."""
+    code = "import json, throughput_machine; print(json.dumps(throughput_machine.machine()))"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    about = json.loads(
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, check=True, env=env).stdout
+    )
+    results.machines[about["device"]] = about
+    return about["device"]
 
 
-def main() -> None:
-    """Measure everything and write the results."""
-    rows = [row for family in FAMILIES for row in family_rows(family)]
-    about = machine()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"machine": about, "batch_size": BATCH_SIZE, "rows": [asdict(row) for row in rows]}
-    (RESULTS / "rows.json").write_text(json.dumps(content, indent=1) + "\n")
-    (RESULTS / "README.md").write_text(markdown(rows, about))
-    print(f"written to {RESULTS}")
+def main(args: Sequence[str]) -> int:
+    """Measure what the arguments select; return the exit code."""
+    try:
+        flags, words = arguments(args)
+        quick, peers = "--quick" in flags, "--peers" in flags
+        cells, cases = chosen_cells(words, quick), chosen_cases(words) if peers else []
+        if not cells and not cases:
+            hint = "" if peers or not chosen_cases(words) else " without --peers"
+            raise UsageError(f"nothing fits {' '.join(words)}{hint}; give fewer words")
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    prepare_process()  # what is measured inherits what the command line sets, but compiles anew
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+    folder = QUICK_RESULTS if quick else RESULTS
+    results = Results.load(folder)
+    fine = [run_cell(cell, quick, results, folder) for cell in cells]
+    if cases:
+        device = cpu(results)
+        fine += [run_case(name, libraries, device, quick, results, folder) for name, libraries in cases]
+    print(f"written to {folder}")
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

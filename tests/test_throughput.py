@@ -1,0 +1,167 @@
+"""The throughput benchmark's arithmetic: what is merged, which ratio is said, what words select, what is counted."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts import each other by name
+
+import throughput
+from peers import Contender, rows_of
+from throughput_machine import Span, matmul_flops, measure, program_flops
+from throughput_peers import CASES
+from throughput_report import Contest, Results, Row, contest_lines, markdown, merged, number, ratios
+
+ROW = Row(
+    "cpu", "iql", "pen", 1, "offline", updates=[90.0, 100.0, 130.0], flops=2e6, matmul={"small": 1e9, "large": 4e8}
+)
+LOOP = Row("cpu", "sac", "cheetah", 2, "utd1", utd=1, steps=[200.0], updates=[500.0],
+           parts={"environment": 2.0, "transfer": 0.5, "update": 4.0})  # fmt: skip
+
+
+def contests(case: str, *rates: tuple[str, str, list[float]]) -> list[Contest]:
+    return [Contest("cpu", case, who, form, f"{who} 1", each) for who, form, each in rates]
+
+
+def test_a_new_row_replaces_its_own_form_on_its_own_device_only() -> None:
+    others = [dataclasses.replace(ROW, **change) for change in ({"seeds": 5}, {"form": "utd1"}, {"device": "gpu"})]
+    again = dataclasses.replace(ROW, updates=[1.0])
+    assert merged([ROW, *others], [again]) == [*others, again]
+    assert merged([], [ROW]) == [ROW] and merged([ROW], []) == [ROW]
+
+
+def test_a_case_of_the_comparison_is_replaced_as_a_whole() -> None:
+    old = [
+        *contests("iql", ("ours", "as run", [1.0]), ("d3rlpy", "as run", [2.0])),
+        *contests("cql", ("ours", "x", [])),
+    ]
+    new = contests("iql", ("ours", "as run", [3.0]))
+    assert merged(old, new) == [old[2], *new]
+
+
+def test_the_ratio_is_the_median_of_the_rounds_not_of_the_rates() -> None:
+    assert ratios([10.0, 40.0, 90.0], [10.0, 20.0, 10.0]) == (2.0, 1.0, 9.0)
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+def test_share_of_the_matmul_rate_and_what_no_part_of_a_step_explains() -> None:
+    assert ROW.flops_per_second == 2e8
+    assert ROW.share("small") == pytest.approx(0.2) and ROW.share("large") == pytest.approx(0.5)
+    assert LOOP.step_milliseconds == pytest.approx(10.0) and LOOP.rest == pytest.approx(3.5)
+    assert ROW.rest is None and LOOP.share("small") is None
+    assert dataclasses.replace(LOOP, parts={"environment": 2.0}).rest is None
+
+
+def test_tables_say_ratio_wanted_and_missing() -> None:
+    found = contests("iql", ("ours", "as run", [300.0, 400.0, 500.0]), ("d3rlpy", "as run", [100.0, 100.0, 250.0]))
+    found.append(Contest("cpu", "iql", "sbx", "as run", "", [], "has no IQL"))
+    lines = contest_lines(found, CASES)
+    other = next(line for line in lines if line.startswith("| d3rlpy 1"))
+    assert [cell.strip() for cell in other.split("|")][3:8] == ["100", "100 - 250", "3.00", "2.00 - 4.00", "3.18"]
+    assert "- SBX: has no IQL." in lines
+
+
+def test_results_are_written_read_and_drawn(tmp_path: Path) -> None:
+    about = {"device": "cpu", "platform": "cpu", "jax": "1", "python": "3", "xla_flags": "--fast"}
+    found = contests("iql", ("ours", "as run", [4.0]), ("d3rlpy", "as run", [2.0]))
+    Results({"cpu": about}, [ROW, LOOP], found).save(tmp_path, CASES)
+    again = Results.load(tmp_path)
+    assert again.rows == [ROW, LOOP] and again.contests == found
+    text = (tmp_path / "README.md").read_text()
+    assert text == markdown(again, CASES) and (tmp_path / "throughput-cpu.png").stat().st_size > 1_000
+    cells = next(line for line in text.splitlines() if line.startswith("| iql | offline"))
+    assert [cell.strip() for cell in cells.split("|")][4:6] == ["100", "90.0 - 130"] and "| 20 % | 50 % |" in cells
+    assert "| sac | utd1 | 2 | 200 | 200 - 200 | 10.0 | 2.00 | 0.500 | 4.00 | 3.50 |" in text and "`--fast`" in text
+    assert "1.00 GFLOP/s at 256, 0.400 at 2048" in text
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [{"family": "adroit"}]}))
+    assert Results.load(tmp_path) == Results()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.0, "0"), (1234.5, "1 234"), (22.26, "22.3"), (1.005e-1, "0.101"), (-4.01, "-4.01")],
+)
+def test_figures_have_three_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_words_select_alternatives_of_one_kind_and_all_kinds_together() -> None:
+    cells = throughput.chosen_cells(["iql", "cql", "pen", "1seed", "utd4", "offline"], False)
+    assert [(c.agent, c.shape, c.seeds, c.forms) for c in cells] == [
+        (name, "pen", 1, ("offline", "utd4")) for name in ("iql", "cql")
+    ]
+    assert {c.agent for c in throughput.chosen_cells(["pixels"], False)} == {"expo", "residual"}
+    assert {c.agent for c in throughput.chosen_cells(["online"], False)} >= {"ppo", "uni_o4", "bc"}
+    assert throughput.chosen_cells(["sbx", "iql"], False) == [] and throughput.chosen_cells(["comparison"], False) == []
+    assert throughput.chosen_cases(["sbx", "loop"]) == [("loop", ("sbx",))] and throughput.chosen_cases(["pen"]) == []
+    assert len(throughput.chosen_cases(["comparison"])) == len(throughput.chosen_cases([])) == len(CASES)
+    whole = throughput.chosen_cells([], False)
+    assert whole == throughput.chosen_cells(["agents"], False) and len(
+        {(c.agent, c.shape, c.seeds) for c in whole}
+    ) == len(whole)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--quik"], "did you mean --quick"),
+        (["iqll"], "did you mean iql"),
+        (["sbx"], "without --peers"),
+        (["iql", "pixels"], "fewer"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_in_one_line(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert throughput.main(args) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_matmul_flops_count_every_round_of_a_scan() -> None:
+    x, y = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+
+    def rounds(x: jax.Array, y: jax.Array) -> Any:
+        step = lambda carry, _: (carry, jax.jit(jnp.dot)(carry, y))  # noqa: E731
+        out = jax.lax.scan(step, x, None, length=7)[1]
+        return jax.lax.cond(x[0, 0] > 0, lambda: out[0], lambda: jnp.tanh(x) @ y)
+
+    one = 2.0 * 3 * 4 * 5
+    assert matmul_flops(jax.make_jaxpr(rounds)(x, y).jaxpr) == 8 * one
+    ours, theirs = program_flops(lambda a, b: jnp.einsum("ij,jk->ik", a, b), x, y)
+    assert ours == one and (theirs is None or theirs == pytest.approx(one, rel=0.2))
+    images, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 6))
+
+    def convolve(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(a, b, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert matmul_flops(jax.make_jaxpr(convolve)(images, kernel).jaxpr) == 2.0 * (2 * 4 * 4 * 6) * (3 * 3 * 3)
+
+
+def test_measuring_counts_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, done = [0.0], []
+
+    def run(count: int) -> None:
+        done.append(count)
+        clock[0] += 0.25 * count
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert measure(run, Span(repeats=3, seconds=1.0, limit=100.0)) == [4.0, 4.0, 4.0] and done[-3:] == [4, 4, 4]
+    assert measure(run, Span(repeats=3, seconds=1.0, limit=0.1)) == [4.0]
+    assert len(measure(run, Span(repeats=9, seconds=1.0, limit=3.0))) == 3
+    contender = Contender("x", {"as run": (run, "")}, units=20)
+    assert contender.measure("as run", 2.0) == pytest.approx(80.0) and done[-1] == 8
+
+
+def test_synthetic_rows_are_those_of_the_case() -> None:
+    rows = rows_of(CASES["iql"].settings(quick=True))
+    assert rows["observations"].shape == (2_000, 45) and rows["actions"].shape == (2_000, 24)
+    assert rows["ends"].sum() == 2 and abs(rows["actions"]).max() <= 1.0
+    assert CASES["loop"].settings(quick=False)["capacity"] == 1_000_000
