@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -264,7 +264,6 @@ def _open_run(path: Path, member: int, sample: bool) -> RunSource:
     if not 0 <= member < trainer.seeds:
         raise ConfigError(f"base_member is {member}; run {path} has {trainer.seeds} seed(s), numbered from 0")
     agent = trainer.agent_of(member)
-    arrays = jax.tree.map(lambda leaf: leaf[:0].copy(), trainer.data.arrays)
     inner = experiment.base_of(config)
     parts = [agent.config, sample, config.history, trainer.data.action_map, inner and inner.fingerprint]
     digest = hashlib.sha256(repr(parts).encode())
@@ -274,5 +273,5 @@ def _open_run(path: Path, member: int, sample: bool) -> RunSource:
     known = inner is None or inner.fingerprint is not None
     return RunSource(
         name=str(path), fingerprint=digest.hexdigest() if known else None, agent=agent, normalizer=trainer.normalizer,
-        data=replace(trainer.data, arrays=arrays), history=config.history, deterministic=not sample, inner=inner,
+        data=trainer.data.without_rows(), history=config.history, deterministic=not sample, inner=inner,
     )  # fmt: skip

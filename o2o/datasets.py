@@ -76,6 +76,14 @@ class Dataset:
         """Return the number of rows N."""
         return len(self.arrays["rewards"])
 
+    def without_rows(self) -> "Dataset":
+        """Return all that is known of it but the rows."""
+
+        def empty(entry: Any) -> Any:
+            return {k: empty(v) for k, v in entry.items()} if isinstance(entry, dict) else entry[:0].copy()
+
+        return replace(self, arrays=empty(self.arrays))
+
     def sequence_starts(self, horizon: int) -> np.ndarray:
         """Return `[M]` rows from which `horizon` rows in a row belong to one episode."""
         if horizon < 1:

@@ -58,16 +58,28 @@ class EnvSlot:
 
     def reset(self, episode: int | None = None) -> Any:
         """Begin the next episode, or `episode`, and return its first observation."""
+        return self.began(self.env.reset(seed=self.begin(episode))[0])
+
+    def begin(self, episode: int | None = None) -> int:
+        """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
         self.episode = self.episode + 1 if episode is None else episode
         if self.env.has_wrapper_attr("name_episode"):
             self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
-        self.observation, _ = self.env.reset(seed=reset_seed(*self.seeds, self.episode))
+        return reset_seed(*self.seeds, self.episode)
+
+    def began(self, observation: Any) -> Any:
+        """Note the first observation of the episode, and return it."""
+        self.observation = observation
         self.actions, self.raw_return, self.success, self.success_last = [], 0.0, None, None
         return self.observation
 
     def step(self, action: np.ndarray) -> Step:
         """Play `action` `[A]`; the slot does not reset by itself."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self.played(action, self.env.step(action))
+
+    def played(self, action: np.ndarray, outcome: tuple[Any, Any, bool, bool, dict[str, Any]]) -> Step:
+        """Note that `action` was played, and the `outcome` that the environment's step returned."""
+        observation, reward, terminated, truncated, info = outcome
         executed = np.asarray(info.get("executed_action", action), np.float32)
         self.observation = observation
         self.actions.append(np.asarray(action, np.float32).copy())

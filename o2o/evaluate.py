@@ -49,6 +49,7 @@ class Evaluator:
             raise ConfigError(f"eval_episodes is {episodes}; expected at least 1")
         self.slots = min(slots, episodes)
         self.envs: list[list[EnvSlot]] = []
+        self._finished: list[tuple[Any, list[dict[str, Any]]]] = []
 
     def __call__(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
@@ -74,6 +75,17 @@ class Evaluator:
             if carry is not None and ended.any():
                 carry = clear_carry(carry, fresh, ended)
         return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
+
+    def ask(
+        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True, about: Any = None
+    ) -> None:
+        """Have the episodes of a call played; `take` hands their rows out, named by `about`."""
+        self._finished.append((about, self(agent, normalizer, point, deterministic)))
+
+    def take(self, wait: bool = False) -> list[tuple[Any, list[dict[str, Any]]]]:
+        """Return (about, rows) of what was asked for and has been played, in that order; `wait` for all of it."""
+        taken, self._finished = self._finished, []
+        return taken
 
     def _stack(self) -> Any:
         per_seed = [jax.tree.map(lambda *leaves: np.stack(leaves), *(s.observation for s in row)) for row in self.envs]

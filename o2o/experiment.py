@@ -5,6 +5,7 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from o2o.runs import RunFolder, StopFlag, from_dict, guarded, read_config, to_di
 from o2o.schedule import Hooks
 from o2o.settings import RunConfig, TaskConfig, with_fields
 from o2o.tasks import Task
+from o2o.workers import EnvMaker
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_config", "load_data", "open_run", "play_run", "resume", "train", "with_fields"]
@@ -88,12 +90,24 @@ def make_env(
     config: RunConfig, data: datasets.Dataset, base: Source | None = None, evaluation: bool = False, **options: Any
 ) -> Any:
     """Make one environment of a run, its observations with the base's action where there is one."""
-    env = envs.make(
-        config.env or data.info, data.task, evaluation=evaluation, achieved_goal=config.task.achieved_goal,
-        dataset=data.info, history=config.history, action_map=data.action_map, cameras=config.cameras,
-        image_size=config.image_size, **options,
+    return env_maker(config, data, base)(evaluation, **options)
+
+
+def env_maker(config: RunConfig, data: datasets.Dataset, base: Source | None = None, recorder: Any = None) -> EnvMaker:
+    """Return the maker of a run's environments; `recorder` goes around the training ones (`o2o.envs.wrap`, `inner`)."""
+    make = partial(
+        envs.make, config.env or data.info, data.task, achieved_goal=config.task.achieved_goal, dataset=data.info,
+        history=config.history, action_map=data.action_map, cameras=config.cameras, image_size=config.image_size,
     )  # fmt: skip
-    return env if base is None else envs.BaseAction(env, Base(base, data, config.base_timeout_s))
+    if base is None:
+        return EnvMaker(make, recorder)
+    return EnvMaker(
+        make, recorder, partial(_with_base, source=base, data=data.without_rows(), timeout_s=config.base_timeout_s)
+    )
+
+
+def _with_base(env: Any, source: Source, data: datasets.Dataset, timeout_s: float | None) -> Any:
+    return envs.BaseAction(env, Base(source, data, timeout_s))
 
 
 def build(
@@ -112,15 +126,10 @@ def build(
     comparable = config.env is None or envs.same_environment(config.env, found.info)
     scores = {key: found.info.metadata.get(key) if comparable else None for key in ("ref_min_score", "ref_max_score")}
     about = {"algorithm_name": config.agent, **{key: score for key, score in scores.items() if score is not None}}
-
-    def recorder(env: Any) -> Any:
-        assert folder is not None
-        return Recorder(env, folder / EPISODES, found.task, about)
-
-    def env_fn(evaluation: bool) -> Any:
-        recorded = recorder if config.record and folder is not None and not evaluation else None
-        return make_env(config, found, base, evaluation, inner=recorded)
-
+    recorder = None
+    if config.record and folder is not None:
+        recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
+    env_fn = env_maker(config, found, base, recorder)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = trainer_class(config.config.online)(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
@@ -148,7 +157,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
         have, want = getattr(source_config, name), getattr(config, name)
         if have != want:
             raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
-    source = build(dataclasses.replace(source_config, record=False), folder=Path(str(config.init_from)))
+    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)))
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, cut_rows=False)
     folder.close()
@@ -164,6 +173,12 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
         source.normalizer,
     )
     source.close()
+
+
+def _to_look_at(config: RunConfig) -> RunConfig:
+    """Return the settings of a run for who will not train it: no records, no processes."""
+    loop = dataclasses.replace(config.loop, eval_process=False, env_processes=0)
+    return dataclasses.replace(config, record=False, loop=loop)
 
 
 def load_config(path: Path) -> RunConfig:
@@ -281,7 +296,7 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     if which not in ("latest", "best") and not which.isdigit():
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
     config = load_config(path)
-    trainer = build(dataclasses.replace(config, init_from=None, record=False), folder=path)
+    trainer = build(dataclasses.replace(_to_look_at(config), init_from=None), folder=path)
     run = RunFolder.open(path)
     step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
     run.load(trainer, config.online_steps, step, cut_rows=False)

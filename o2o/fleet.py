@@ -1,6 +1,7 @@
 """The training environments of a run, stepped side by side, and the episodes under way in them."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from o2o.datasets import monte_carlo_returns
 from o2o.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.evaluate import EnvFn
+from o2o.workers import Crew
 
 
 def stack(observations: Sequence[Any]) -> Any:
@@ -19,20 +21,39 @@ def stack(observations: Sequence[Any]) -> Any:
 class Fleet:
     """Environments of `seeds` members; knows rewards waiting for their episode's end where `mc_returns` are wanted."""
 
-    def __init__(self, env_fn: EnvFn, seed: int, seeds: int, waits: bool, per_seed: int = 1) -> None:
+    def __init__(
+        self, env_fn: EnvFn, seed: int, seeds: int, waits: bool, per_seed: int = 1, processes: int = 0
+    ) -> None:
         """Make and reset the environments, `per_seed` in a row for each seed: all of them are "members" here, `[S]`.
 
-        `waits`: the agent needs Monte-Carlo returns of what it samples.
+        `waits`: the agent needs Monte-Carlo returns of what it samples. `processes` other than 0 hold them
+        (`o2o.workers`), which changes no number.
         """
         names = [(member,) if per_seed == 1 else (member, k) for member in range(seeds) for k in range(per_seed)]
-        self.slots = [EnvSlot(env_fn(False), (seed, TRAIN_STREAM, *name)) for name in names]
+        self.crew = Crew(env_fn, len(names), processes) if processes else None
+        envs = [env_fn(False) for _ in names] if self.crew is None else self.crew.envs
+        self.slots = [EnvSlot(env, (seed, TRAIN_STREAM, *name)) for env, name in zip(envs, names, strict=True)]
         self.waits = waits
         self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
         """(reward, mask) of the episode under way, per member."""
-        for slot in self.slots:
-            slot.reset()
+        self._actions: np.ndarray | None = None
+        try:
+            self._reset(range(len(names)))
+        except BaseException:
+            self.close()
+            raise
         self.observations = stack([slot.observation for slot in self.slots])
         """What the policy sees next, leaves `[S, ...]`."""
+
+    def _reset(self, members: Sequence[int]) -> None:
+        """Begin the next episode of these members."""
+        if self.crew is None:
+            for member in members:
+                self.slots[member].reset()
+            return
+        seen = self.crew.reset({member: self.slots[member].begin() for member in members})
+        for member, observation in seen.items():
+            self.slots[member].began(observation)
 
     def step(
         self, actions: np.ndarray, finished: Callable[[int, dict[str, Any]], None]
@@ -42,17 +63,18 @@ class Fleet:
         Ended episodes are reported to `finished(member, row)` and reset; transitions keep the true last observation.
         If an environment fails, the others' steps are taken back, so that the run can be saved as it stood.
         """
-        results: list[Step] = []
-        before = [(slot.observation, slot.raw_return, slot.success, slot.success_last) for slot in self.slots]
-        try:
-            for slot, action in zip(self.slots, actions, strict=True):
-                results.append(slot.step(action))
-        except Exception:
-            for slot, old in zip(self.slots, before, strict=True):
-                slot.observation, slot.raw_return, slot.success, slot.success_last = old
-            for slot in self.slots[: len(results)]:
-                slot.actions.pop()
-            raise
+        self.send(actions)
+        return self.receive(finished)
+
+    def send(self, actions: np.ndarray) -> None:
+        """Hand out `actions` `[S, A]`: environments in processes begin their step, those here have it in `receive`."""
+        self._actions = actions
+        if self.crew is not None:
+            self.crew.send(actions)
+
+    def receive(self, finished: Callable[[int, dict[str, Any]], None]) -> tuple[dict[str, Any], np.ndarray]:
+        """Return what became of the actions that were sent, as `step` does."""
+        results = self._results()
         rows = {
             "observations": self.observations,
             "actions": np.stack([result.action for result in results]),
@@ -63,13 +85,33 @@ class Fleet:
         }
         if self.waits:
             rows["mc_returns"] = np.zeros(len(results), np.float32)
-        for member, (slot, result) in enumerate(zip(self.slots, results, strict=True)):
+        ended = np.asarray([result.ended for result in results])
+        for member, result in enumerate(results):
             self.waiting[member].append((result.reward, 1.0 - result.terminated))
             if result.ended:
-                finished(member, slot.row(result.terminated))
-                slot.reset()
+                finished(member, self.slots[member].row(result.terminated))
+        self._reset(np.flatnonzero(ended).tolist())
         self.observations = stack([slot.observation for slot in self.slots])
-        return rows, np.asarray([result.ended for result in results])
+        return rows, ended
+
+    def _results(self) -> list[Step]:
+        """Return every member's step; if one fails, all are as they were before."""
+        actions, self._actions = self._actions, None
+        assert actions is not None
+        results: list[Step] = []
+        before = [(slot.observation, slot.raw_return, slot.success, slot.success_last) for slot in self.slots]
+        try:
+            here = (slot.env.step(action) for slot, action in zip(self.slots, actions, strict=True))
+            outcomes = here if self.crew is None else self.crew.receive()
+            for slot, action, outcome in zip(self.slots, actions, outcomes, strict=True):
+                results.append(slot.played(action, outcome))
+        except Exception:
+            for slot, old in zip(self.slots, before, strict=True):
+                slot.observation, slot.raw_return, slot.success, slot.success_last = old
+            for slot in self.slots[: len(results)]:
+                slot.actions.pop()
+            raise
+        return results
 
     def take_returns(
         self, members: np.ndarray, discount: float, failure: float | None
@@ -101,10 +143,17 @@ class Fleet:
 
     def restore(self, snapshot: dict[str, Any], observations: Any) -> list[bool]:
         """Put every environment back; which of them stand exactly where they stood."""
-        same = []
-        for member, (slot, part) in enumerate(zip(self.slots, snapshot["slots"], strict=True)):
-            seen = jax.tree.map(lambda leaf, m=member: np.asarray(leaf[m]), observations)
-            same.append(slot.restore(part, seen))
+
+        def restore(member: int) -> bool:
+            seen = jax.tree.map(lambda leaf: np.asarray(leaf[member]), observations)
+            return self.slots[member].restore(snapshot["slots"][member], seen)
+
+        if self.crew is None:
+            same = [restore(member) for member in range(len(self.slots))]
+        else:
+            with ThreadPoolExecutor(len(self.crew.shares)) as pool:  # a thread waits for the answers of its process
+                parts = pool.map(lambda share: [restore(member) for member in share], self.crew.shares)
+                same = [stands for part in parts for stands in part]
         if self.waits:
             self.waiting = [[(reward, mask) for reward, mask in rows] for rows in snapshot["waiting"]]
         self.observations = stack([slot.observation for slot in self.slots])
@@ -112,5 +161,7 @@ class Fleet:
 
     def close(self) -> None:
         """Close the environments."""
+        if self.crew is not None:
+            self.crew.close()
         for slot in self.slots:
             slot.env.close()

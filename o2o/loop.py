@@ -20,10 +20,11 @@ from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
-from o2o.evaluate import EnvFn, Evaluator
+from o2o.evaluate import EnvFn
 from o2o.fleet import Fleet
 from o2o.host_replay import HostData, HostReplay
 from o2o.normalizer import Normalizer, normalized_rows
+from o2o.remote_evaluation import evaluator_of
 from o2o.schedule import Counters, Hooks, LoopConfig, evaluation_steps
 from o2o.types import OnlineConfig, window_of
 
@@ -88,7 +89,7 @@ class Trainer:
         self.exact_resume = True
         self.offline_totals: dict[str, Any] = {}
         self.updates_since_log = 0
-        self.evaluator = Evaluator(env_fn, seeds, self.loop.eval_episodes, seed, self._normalized)
+        self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
 
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
@@ -136,7 +137,8 @@ class Trainer:
         self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
-        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, "mc_returns" in agent.needs)
+        waits, processes = "mc_returns" in agent.needs, self.loop.env_processes
+        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, waits, processes=processes)
         self._check_spaces()
 
     def _check_spaces(self) -> None:
@@ -156,7 +158,7 @@ class Trainer:
         if not 0.0 <= self.online_config.offline_ratio <= 1.0:
             raise ConfigError(f"offline_ratio is {self.online_config.offline_ratio}; expected 0 to 1")
         if self.online_state is None and self.counters.offline_steps == 0:
-            self.evaluate()
+            self.evaluate(wait=False)
         self.begin_online(steps)
         counters, loop = self.counters, self.loop
         started = time.perf_counter() - counters.elapsed
@@ -172,11 +174,12 @@ class Trainer:
                 counters.elapsed = time.perf_counter() - started
                 self._log_online()
             if any(before < point <= at for point in eval_steps):
-                self.evaluate()
+                self.evaluate(wait=False)
             if due(20):
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.progress(self.phase_name, at, steps, {})
             stop = self.hooks.should_stop()
+            self.take_evaluations(wait=stop or at >= steps)
             if due(loop.checkpoint_every) or stop:
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.checkpoint(self)
@@ -296,22 +299,31 @@ class Trainer:
         self.write_metrics(metrics, {"time/log_steps": float(steps)})
         self.updates_since_log, counters.logged_at = 0, counters.env_steps
 
-    def evaluate(self) -> list[dict[str, Any]]:
-        """Evaluate all seeds in their own environments, report and return one row per episode."""
+    def evaluate(self, wait: bool = True) -> list[dict[str, Any]]:
+        """Evaluate all seeds in their own environments, report and return one row per episode.
+
+        Without `wait`, an evaluation in another process is reported by `take_evaluations` when it is finished.
+        """
         counters = self.counters
         agent = self.agent if self.online_state is None else self.online_state.agent
         point = counters.offline_steps + counters.env_steps
-        rows = self.evaluator(agent, self.normalizer, point, self.loop.deterministic_eval)
         position = {
             "phase": self.phase_name,
             "env_steps": counters.env_steps,
             "gradient_steps": counters.gradient_steps,
         }
-        rows = [{**position, **row} for row in rows]
-        known = [row for row in rows if row["success"] is not None]
-        counters.score = float(np.mean([row["success"] for row in known] if known else [row["return"] for row in rows]))
-        self.hooks.episodes(rows)
-        return rows
+        self.evaluator.ask(agent, self.normalizer, point, self.loop.deterministic_eval, position)
+        return self.take_evaluations(wait)
+
+    def take_evaluations(self, wait: bool = False) -> list[dict[str, Any]]:
+        """Report the evaluations that are finished, `wait` for all that were asked for; return the last one's rows."""
+        last: list[dict[str, Any]] = []
+        for position, rows in self.evaluator.take(wait):
+            last = [{**position, **row} for row in rows]
+            known = [row["success"] for row in last if row["success"] is not None]
+            self.counters.score = float(np.mean(known or [row["return"] for row in last]))
+            self.hooks.episodes(last)
+        return last
 
     def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
         """Report one row per seed: metrics `[S]` each, and what all seeds share."""

@@ -58,10 +58,11 @@ def pretrain(trainer: "Trainer", steps: int) -> bool:
                 counters.elapsed = time.perf_counter() - started
                 _log(trainer)
             if at % eval_every == 0 or at == steps:
-                trainer.evaluate()
+                trainer.evaluate(wait=False)
             counters.elapsed = time.perf_counter() - started
             trainer.hooks.progress(stage.name or "offline", at, steps, {})
             stop = trainer.hooks.should_stop()
+            trainer.take_evaluations(wait=stop or at == steps)
             if at % loop.checkpoint_every == 0 or at == steps or stop:
                 trainer.hooks.checkpoint(trainer)
             if stop and at < steps:

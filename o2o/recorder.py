@@ -122,7 +122,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _write_whole(path: Path, write: Any) -> None:
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may record one run
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)

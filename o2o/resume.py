@@ -33,7 +33,8 @@ def arrays(trainer: "Trainer") -> dict[str, Any]:
 
 
 def state(trainer: "Trainer") -> dict[str, Any]:
-    """Return every host value of the run, JSON-able."""
+    """Return every host value of the run, JSON-able; evaluations under way are waited for, they are part of it."""
+    trainer.take_evaluations(wait=True)
     return {
         "counters": dict(vars(trainer.counters)),
         "fleet": None if trainer.fleet is None else trainer.fleet.snapshot(),

@@ -91,7 +91,7 @@ class RolloutTrainer(Trainer):
         self.online_state = OnlineState(agent, storage, carry, self.rng, totals)  # type: ignore[arg-type]
         self.visible = [0] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
-        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, False, online.num_envs)
+        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, False, online.num_envs, self.loop.env_processes)
         self._check_spaces()
 
     def choose_candidates(self) -> None:

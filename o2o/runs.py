@@ -136,10 +136,9 @@ class RunFolder:
 
     def save(self, trainer: Trainer) -> None:
         """Checkpoint everything, with the lengths of the row files at this point."""
-        counters = trainer.counters
-        files = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
+        state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
+        state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
         step = counters.offline_steps + counters.env_steps
-        state = {**trainer.state(), "files": files}
         checkpoint.save(self.checkpoints, step, trainer.arrays(), state, counters.score, self.keep_last)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, cut_rows: bool = True) -> int:
@@ -199,6 +198,8 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
             raise RunError(
                 f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"
             ) from error
+        with contextlib.suppress(Exception):  # an evaluation under way that fails, too, is no reason not to save
+            trainer.take_evaluations(wait=True)
         try:
             run.save(trainer)
             if isinstance(error, EnvironmentFaultError):

@@ -36,6 +36,11 @@ def test_every_agent_has_a_toy_config() -> None:
     assert set(CONFIGS) == set(AGENTS)
 
 
+def test_every_agent_has_a_config_class_of_its_own() -> None:
+    """Jaxlib takes two pytree classes with equal fields for one, so a program of one might run for the other."""
+    assert len({type(config) for config in CONFIGS.values()}) == len(AGENTS)
+
+
 @pytest.mark.parametrize("name", [name for name in AGENTS if not hasattr(CONFIGS[name], "encoder")])
 def test_image_observations_are_refused(name: str) -> None:
     images = {"state": jnp.zeros((1, 3)), "image": jnp.zeros((1, 8, 8, 3), jnp.uint8)}

@@ -36,8 +36,12 @@ FAST = {"actor_hidden_dims": (16,), "critic_hidden_dims": (16,), "init_scheme": 
 
 
 def cql(kind: Any = CQL, **term: Any) -> Any:
-    """Return a toy agent whose conservative term has settings changed that its networks do not depend on."""
-    plain = create(CQL, tiny(CQLConfig(), conservative=TERM, **FAST))
+    """Return a toy agent whose conservative term has settings changed that its networks do not depend on.
+
+    Its config is its own class's: jaxlib takes two classes with equal fields for one, and might run one's program.
+    """
+    own = CalQLConfig if issubclass(kind, CalQL) else CQLConfig
+    plain = create(CQL, tiny(own(), conservative=TERM, **FAST))
     agent = kind(**{field.name: getattr(plain, field.name) for field in fields(plain)})
     return set_config(agent, conservative=replace(TERM, **term))
 
