@@ -191,13 +191,13 @@ def test_the_rows_ahead_are_mostly_right_and_their_timing_does_not_matter(monkey
 
     plain, late = HostReplay(), HostReplay()
     wanted = play(plain, data)
+    plain.close()  # its thread may still be reading
     monkeypatch.setattr(RowStore, "read", slow)
     got = play(late, data)
     for one, two in zip(got, wanted, strict=True):
         equal(one, two)
     whole = [shape for shape, _ in calls if len(shape) == 3]
     assert len(whole) in (18, 19)  # one for each of 18 updates, perhaps one ahead of the last; none was fetched anew
-    plain.close()
     late.close()
 
 

@@ -91,8 +91,8 @@ def test_one_seed_on_a_cpu_works_with_separate_members_and_stores_stacked_ones(m
     if jax.default_backend() != "cpu":
         assert working is agent
         return
-    for tree in (working.critic.params, working.target_critic, working.critic.opt_state[0].mu):
-        assert isinstance(tree["params"]["dense_0"]["kernel"], tuple)
+    for split in (working.critic.params, working.target_critic, working.critic.opt_state[0].mu):
+        assert isinstance(split["params"]["dense_0"]["kernel"], tuple)
     assert jax.tree.structure(layout.stored(working, 1)) == tree
 
 
