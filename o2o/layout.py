@@ -17,6 +17,8 @@ PIECE_ROWS = 32
 
 APART_FROM = 64
 """Width of the critics' layers from which separate products gain more than their compilation costs."""
+APART_MEMBERS = 4
+"""Critics from which they gain at all: ten do, two lose (`benchmarks/PERFORMANCE.md`)."""
 
 RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
@@ -92,7 +94,7 @@ def _convert(agent: Any, convert: Callable[[Params], Params]) -> Any:
     for name in [field.name for field in fields(agent)]:
         part = getattr(agent, name)
         if isinstance(part, Model) and isinstance(part.module, CriticEnsemble):
-            if max(part.module.hidden_dims) < APART_FROM:
+            if max(part.module.hidden_dims) < APART_FROM or part.module.num < APART_MEMBERS:
                 continue
             changes[name] = part.replace(params=convert(part.params), opt_state=_in_state(part.opt_state, convert))
         elif isinstance(part, struct.PyTreeNode) and hasattr(part, "critic"):

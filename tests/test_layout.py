@@ -39,6 +39,7 @@ def test_an_update_with_separate_members_equals_the_stacked_one(name: str, monke
     """Adam's first steps have the size of the rate whatever the gradient: a gradient of 0 may come out either way."""
     forget_many_programs()
     monkeypatch.setattr(layout, "APART_FROM", 0)
+    monkeypatch.setattr(layout, "APART_MEMBERS", 0)
     case = Case(name, "online")
     split = layout._convert(case.agent, split_members)
     assert jax.tree.structure(split) != jax.tree.structure(case.agent)
@@ -86,6 +87,7 @@ def test_one_seed_on_a_cpu_works_with_separate_members_and_stores_stacked_ones(m
     tree = jax.tree.structure(agent)
     assert jax.tree.structure(layout.working(agent, 1)) == tree  # too small to be worth it
     monkeypatch.setattr(layout, "APART_FROM", 0)
+    monkeypatch.setattr(layout, "APART_MEMBERS", 0)
     assert layout.working(agent, 2) is agent and layout.stored(agent, 2) is agent
     working = layout.working(agent, 1)
     if jax.default_backend() != "cpu":
