@@ -209,18 +209,20 @@ def initial_updates(state: OnlineState, offline: OfflineData | None, count: Arra
     return over_seeds(one_seed, mode.seeds)(state)
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames="buffer")
-def insert(buffer: ReplayBuffer, normalizer: Normalizer | None, rows: Batch, *, mode: OnlineMode) -> ReplayBuffer:
-    """Store one raw transition per seed, `rows` `[S, ...]`, normalised.
+@partial(jax.jit, static_argnames=("seeds", "pending"), donate_argnames="buffer")
+def insert(
+    buffer: ReplayBuffer, normalizer: Normalizer | None, rows: Batch, *, seeds: int, pending: bool
+) -> ReplayBuffer:
+    """Store one raw transition per seed, `rows` `[S, ...]`, normalised; `pending` hides it until `commit_episodes`.
 
     A program of its own: in one that also draws, XLA copies the whole buffer in every step.
     """
 
     def one_seed(buffer: ReplayBuffer, row: Batch) -> ReplayBuffer:
         row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
-        return buffer.add(row, pending=mode.pending)
+        return buffer.add(row, pending=pending)
 
-    return over_seeds(one_seed, mode.seeds)(buffer, rows)
+    return over_seeds(one_seed, seeds)(buffer, rows)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "carry", "rng", "totals"))
@@ -272,7 +274,7 @@ def online_step(
 
     `ended` `[S]` clears the carry. Rows and observations come raw.
     """
-    buffer = insert(state.buffer, normalizer, rows, mode=mode)
+    buffer = insert(state.buffer, normalizer, rows, seeds=mode.seeds, pending=mode.pending)
     agent, carry, rng, totals, action = learn_and_choose(
         state.agent, state.carry, state.rng, state.totals, buffer, offline, normalizer, observations, ended, mode=mode
     )

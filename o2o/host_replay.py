@@ -287,7 +287,7 @@ class HostReplay:
         handles = self.store.add(kept)
         light = {**rows, **dict.fromkeys(ON_HOST, handles)}
         data = None if offline is None else offline.light
-        buffer = dispatch.insert(state.buffer, None, light, mode=mode)
+        buffer = dispatch.insert(state.buffer, None, light, seeds=mode.seeds, pending=mode.pending)
         rng, act_rng, batch, guess = _draw_step(buffer, state.rng, data, light, mode=mode)
         if mode.update:
             batch = {**batch, **self._fetched(np.asarray(batch["observations"]))}

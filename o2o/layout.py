@@ -42,14 +42,19 @@ def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: An
     return _in_pieces(function, size, params, varied, fixed)
 
 
+def _cut(rows: Any, size: int) -> Any:
+    """Return pieces `[n, size, ...]` of rows `[n * size, ...]`."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_pieces(function: RowSum, size: int, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:
-    pieces = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (varied, fixed))
+    pieces = _cut((varied, fixed), size)
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(lambda rows: function(params, *rows), pieces))
 
 
 def _forward(function: RowSum, size: int, params: Params, varied: Any, fixed: Any) -> tuple[Any, Any]:
-    pieces = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (varied, fixed))
+    pieces = _cut((varied, fixed), size)
     both = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
 
     def step(totals: Any, rows: Any) -> tuple[Any, Any]:

@@ -52,18 +52,11 @@ def evaluator_of(
 class RemoteEvaluator(Evaluator):
     """An `Evaluator` whose episodes are played in another process, started at first use."""
 
-    def __init__(
-        self,
-        env_fn: EnvFn,
-        seeds: int,
-        episodes: int,
-        seed: int,
-        normalized: Callable[[float], float | None] | None = None,
-        slots: int = 5,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Prepare as an `Evaluator`; raises `ConfigError` if `env_fn` cannot be pickled, closures included."""
-        super().__init__(env_fn, seeds, episodes, seed, normalized, slots)
-        self._settings = packed((env_fn, seeds, episodes, seed, slots), "env_fn", INSTEAD)
+        super().__init__(*args, **kwargs)
+        settings = (self.env_fn, self.seeds, self.episodes, self.seed, None, self.slots)
+        self._settings = packed(settings, "env_fn", INSTEAD)
         self._child: Child | None = None
         self._structure: Any = None
         self._asked: deque[Any] = deque()
@@ -174,8 +167,7 @@ class _Player:
     def play(self, request: bytes) -> list[dict[str, Any]]:
         """Play one evaluation."""
         if self.evaluator is None:
-            env_fn, seeds, episodes, seed, slots = loaded(self._settings, "env_fn", INSTEAD)
-            self.evaluator = Evaluator(env_fn, seeds, episodes, seed, slots=slots)
+            self.evaluator = Evaluator(*loaded(self._settings, "env_fn", INSTEAD))
         skeleton, leaves, point, deterministic = pickle.loads(request)
         if skeleton is not None:
             self._structure = jax.tree.structure(loaded(skeleton, "the agent", INSTEAD))

@@ -133,7 +133,7 @@ def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer() -> None:
     mode = dispatch.OnlineMode(1, True, False, False, 1, ROWS, 0.0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.buffer))
     ended = jax.ShapeDtypeStruct((1,), bool)
-    insert = dispatch.insert.lower(state.buffer, None, one, mode=mode)
+    insert = dispatch.insert.lower(state.buffer, None, one, seeds=1, pending=False)
     learn = dispatch.learn_and_choose.lower(
         state.agent,
         state.carry,
