@@ -38,6 +38,16 @@ def forget_programs() -> Iterator[None]:
     forget_many_programs()
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Take back what a test sets for processes to come: the command line's flags make them round otherwise."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def embedded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a root of datasets that holds the embedded PointMaze dataset."""

@@ -14,7 +14,7 @@ from o2o.agents import QC
 from o2o.agents.qc import cut
 from o2o.agents.residual_networks import Seen
 from o2o.spaces import ActionMap
-from tests import test_expo, test_qc, test_residual
+from tests import test_expo, test_residual, toy_qc
 from tests.tiny import OBSERVATION_DIM, create, largest_difference, make_batch
 
 KEY = jax.random.key(5)
@@ -73,17 +73,17 @@ class Peak(struct.PyTreeNode):
 
 def test_the_one_step_policy_without_a_tie_to_the_flow_plays_the_best_chunk() -> None:
     best = jnp.asarray([0.5, -0.5, 0.2, -0.7])
-    config = replace(test_qc.DISTILLED, chunk=2, actor_hidden_dims=(32, 32), alpha=0.0, actor_lr=3e-3, flow_steps=1)
+    config = replace(toy_qc.DISTILLED, chunk=2, actor_hidden_dims=(32, 32), alpha=0.0, actor_lr=3e-3, flow_steps=1)
     agent = create(QC, config)
     agent = agent.replace(critic=Peak(best))
-    batch = test_qc.windows(np.zeros((64, 2)), np.zeros((64, 2)), np.ones((64, 2)))
+    batch = toy_qc.windows(np.zeros((64, 2)), np.zeros((64, 2)), np.ones((64, 2)))
     chunks = cut({**batch, "observations": jnp.zeros_like(batch["observations"])}, 0.99, True)
 
     def step(agent: Any, key: Any) -> tuple[Any, None]:
         grads = jax.grad(lambda params: agent.policy_loss(params, chunks, key)[0])(agent.one_step.params)
         return agent.replace(one_step=agent.one_step.apply_gradients(grads)), None
 
-    agent = test_qc.quick(lambda a: jax.lax.scan(step, a, jax.random.split(KEY, 400))[0])(agent)
+    agent = toy_qc.quick(lambda a: jax.lax.scan(step, a, jax.random.split(KEY, 400))[0])(agent)
     noise = jax.random.normal(jax.random.key(1), (200, 4))
     played = np.clip(np.asarray(agent.one_step(jnp.zeros((200, OBSERVATION_DIM)), noise)), -1.0, 1.0)
     assert np.abs(played - np.asarray(best)).mean() < 0.05
