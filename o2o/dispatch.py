@@ -6,7 +6,7 @@ size one); several run under `vmap`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,12 @@ class OnlineMode(NamedTuple):
     batch_size: int
     offline_ratio: float
     window: int = 1
+    overlap: bool = False
+    """Choose before the update, so that it runs while the environments step (`LoopConfig.overlap`)."""
+
+    def before_learning(self) -> Self:
+        """Return what the program that chooses does: with `overlap`, nothing else."""
+        return self._replace(update=False, overlap=False) if self.overlap else self
 
     def draw(self, rng: Array, offline: OfflineData | None, buffer: ReplayBuffer, utd_ratio: int) -> Batch:
         """Draw the minibatches of `utd_ratio` critic updates."""
@@ -225,7 +231,25 @@ def insert(
     return over_seeds(one_seed, seeds)(buffer, rows)
 
 
-@partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "carry", "rng", "totals"))
+def learned(
+    agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, mode: OnlineMode
+) -> tuple[Any, Info]:
+    """Run one seed's update call on what the key `rng` of its step draws; its metrics join the totals."""
+    agent, key = layout.working(agent, mode.seeds), jax.random.split(rng, 3)[1]
+    agent, info = agent.update(mode.draw(key, offline, buffer, mode.utd_ratio))
+    return layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "totals"))
+def learn(
+    agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, *, mode: OnlineMode
+) -> tuple[Any, Info]:
+    """Run the update call of `learn_and_choose` alone, on the same draw."""
+    one_seed = partial(learned, offline=offline, mode=mode)
+    return over_seeds(one_seed, mode.seeds)(agent, totals, rng, buffer)
+
+
+@partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "carry", "totals"))
 def learn_and_choose(
     agent: Any,
     carry: Carry,
@@ -247,11 +271,9 @@ def learn_and_choose(
     def one_seed(
         agent: Any, carry: Carry, rng: Array, totals: Info, buffer: ReplayBuffer, observation: Any, ended: Array
     ) -> tuple[Any, Carry, Array, Info, Array]:
-        rng, batch_rng, act_rng = jax.random.split(rng, 3)
         if mode.update:
-            agent = layout.working(agent, mode.seeds)
-            agent, info = agent.update(mode.draw(batch_rng, offline, buffer, mode.utd_ratio))
-            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
+            agent, totals = learned(agent, totals, rng, buffer, offline, mode)
+        rng, _, act_rng = jax.random.split(rng, 3)
         carry = clear_carry(carry, agent.initial_carry((1,)), ended)
         action_dim = buffer.rows["actions"].shape[-1]
         action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
@@ -272,12 +294,16 @@ def online_step(
 ) -> tuple[OnlineState, Array]:
     """Insert `rows` `[S, ...]`, run one update call, choose the next actions `[S, A]` for `observations` `[S, D]`.
 
-    `ended` `[S]` clears the carry. Rows and observations come raw.
+    `ended` `[S]` clears the carry. Rows and observations come raw. With `mode.overlap` the actions are chosen first,
+    and are there while the update is still under way.
     """
     buffer = insert(state.buffer, normalizer, rows, seeds=mode.seeds, pending=mode.pending)
+    first = mode.before_learning()
     agent, carry, rng, totals, action = learn_and_choose(
-        state.agent, state.carry, state.rng, state.totals, buffer, offline, normalizer, observations, ended, mode=mode
+        state.agent, state.carry, state.rng, state.totals, buffer, offline, normalizer, observations, ended, mode=first
     )
+    if mode.update and mode.overlap:
+        agent, totals = learn(agent, totals, state.rng, buffer, offline, mode=mode)
     return OnlineState(agent, buffer, carry, rng, totals), action
 
 

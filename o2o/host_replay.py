@@ -292,10 +292,13 @@ class HostReplay:
         if mode.update:
             batch = {**batch, **self._fetched(np.asarray(batch["observations"]))}
             self._ahead = self._pool.submit(self._fetch_ahead, guess, self.store.total)
+        first = mode.before_learning()
         agent, carry, totals, action = _learn_and_act(
-            state.agent, state.carry, state.totals, batch, act_rng, normalizer, observations, ended,
-            mode=mode, action_dim=buffer.rows["actions"].shape[-1],
+            state.agent, state.carry, state.totals, batch if first.update else {}, act_rng, normalizer, observations,
+            ended, mode=first, action_dim=buffer.rows["actions"].shape[-1],
         )  # fmt: skip
+        if mode.update and mode.overlap:
+            agent, totals = _update(agent, batch, totals, seeds=mode.seeds)
         return OnlineState(agent, buffer, carry, rng, totals), action
 
     def _fetch_ahead(self, guess: Any, until: int) -> tuple[Handles, dict[str, Any], bool]:

@@ -240,6 +240,7 @@ class Trainer:
             batch_size=self.config.batch_size,
             offline_ratio=online.offline_ratio if online.replay == "mixed" else 0.0,
             window=window,
+            overlap=self.loop.overlap,
         )
         offline = self.offline_data if online.replay == "mixed" else None
         if update and online.initial_updates and not counters.online_updates:

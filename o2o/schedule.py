@@ -9,7 +9,7 @@ from o2o.types import OnlineConfig
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often the loops log, evaluate and checkpoint; none of it changes what is learnt."""
+    """How often the loops log, evaluate and checkpoint; only `overlap` changes what is learnt."""
 
     eval_every: int = 5_000
     """Environment steps between two evaluations; others: the warm-up's end, after the first 1000 updates, the end."""
@@ -36,6 +36,10 @@ class LoopConfig:
     env_processes: int = 0
     """Processes that step the training environments, each its share of them; 0 steps them in this one. Worth it where
     there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers."""
+    overlap: bool = False
+    """Learn while the environments step: each action is chosen just before the update of its step, not just after.
+    For environments that take long, robots above all; reproducible, but other numbers. On-policy agents, which learn
+    between roll-outs, are not concerned."""
 
 
 def _ignore(*_: Any) -> None:

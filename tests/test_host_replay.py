@@ -120,7 +120,10 @@ def test_offline_updates_are_the_same(seeds, window):
     replay.close()
 
 
-def play(programs, data, *, seeds=1, steps=24, window=1, replay="mixed", pending=False, normalizer=None, initial=0):
+def play(
+    programs, data, *, seeds=1, steps=24, window=1, replay="mixed", pending=False, normalizer=None, initial=0,
+    overlap=False,
+):  # fmt: skip
     """Drive the programs through a made-up environment and return all that they gave."""
     needs = ("mc_returns",) if pending else ()
     agent = agents(seeds, window=window, needs=needs)
@@ -138,7 +141,7 @@ def play(programs, data, *, seeds=1, steps=24, window=1, replay="mixed", pending
         episode += 1
         mode = OnlineMode(
             seeds=seeds, update=step >= 6, random=step < 6, pending=pending, utd_ratio=2, batch_size=BATCH,
-            offline_ratio=0.5 if replay == "mixed" else 0.0, window=window,
+            offline_ratio=0.5 if replay == "mixed" else 0.0, window=window, overlap=overlap,
         )  # fmt: skip
         offline = data if replay == "mixed" else None
         if step == 6 and initial:
@@ -159,6 +162,7 @@ CASES = {
     "mixed, normalised, with first updates": {"initial": 4, "normalizer": True},
     "windows of two seeds": {"replay": "online", "window": 3, "seeds": 2},
     "append": {"replay": "append"},
+    "learning while environments step": {"overlap": True},
     "waiting for returns": {"pending": True},
 }
 
