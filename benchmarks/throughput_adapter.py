@@ -3,6 +3,7 @@
 `Adapter` is the one place of the benchmark that knows the loop and its programs.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -129,12 +130,18 @@ class Recorder:
 class Adapter:
     """An agent on synthetic data and in a real environment, driven through o2o's `Trainer`."""
 
-    def __init__(self, name: str, config: Any, shape: str, seeds: int, rows: int, capacity: int = 0) -> None:
-        """Make agents, a dataset of so many rows, room for `capacity` more (0: as many), and environments."""
+    def __init__(
+        self, name: str, config: Any, shape: str, seeds: int, rows: int, capacity: int = 0, **changes: Any
+    ) -> None:
+        """Make agents, a dataset of so many rows, room for `capacity` more (0: as many), and environments.
+
+        `changes` are fields of `LoopConfig`.
+        """
         kind: Any = AGENTS[name]
         based = getattr(kind, "needs_base", False)
         env, self.note = make_env(shape, based)
         loop = LoopConfig(eval_every=NEVER, checkpoint_every=NEVER, eval_episodes=1, replay_capacity=capacity or rows)
+        loop = dataclasses.replace(loop, **changes)
         data = synthetic(env, rows, envs.task_for(SHAPES[shape][1]))
         env.close()
         self.config, self.seeds, self.online = config, seeds, config.online

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from o2o import layout
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
 from o2o.networks import where_leading
 from o2o.normalizer import Normalizer, normalize
@@ -104,9 +103,9 @@ def offline_updates(
                 agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
             return agent, rng, jax.tree.map(jnp.add, totals, info)
 
-        start = (layout.working(agent, seeds), rng, metric_zeros(agent, data, stage))
+        start = (agent, rng, metric_zeros(agent, data, stage))
         agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, start)
-        return layout.stored(agent, seeds), rng, jax.tree.map(lambda total: total / num_updates, totals)
+        return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
 
     return over_seeds(one_seed, seeds)(agent, rng)
 
@@ -208,9 +207,7 @@ def initial_updates(state: OnlineState, offline: OfflineData | None, count: Arra
             agent, info = state.agent.update(mode.draw(key, offline, state.buffer, 1))
             return state._replace(agent=agent, rng=rng, totals=jax.tree.map(jnp.add, state.totals, info))
 
-        state = state._replace(agent=layout.working(state.agent, mode.seeds))
-        state = jax.lax.fori_loop(0, count, body, state)
-        return state._replace(agent=layout.stored(state.agent, mode.seeds))
+        return jax.lax.fori_loop(0, count, body, state)
 
     return over_seeds(one_seed, mode.seeds)(state)
 
@@ -235,9 +232,8 @@ def learned(
     agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, mode: OnlineMode
 ) -> tuple[Any, Info]:
     """Run one seed's update call on what the key `rng` of its step draws; its metrics join the totals."""
-    agent, key = layout.working(agent, mode.seeds), jax.random.split(rng, 3)[1]
-    agent, info = agent.update(mode.draw(key, offline, buffer, mode.utd_ratio))
-    return layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
+    agent, info = agent.update(mode.draw(jax.random.split(rng, 3)[1], offline, buffer, mode.utd_ratio))
+    return agent, jax.tree.map(jnp.add, totals, info)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "totals"))

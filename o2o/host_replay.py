@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o import dispatch, layout
+from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.normalizer import Normalizer, normalize
@@ -141,8 +141,8 @@ def _draw_online(
 @partial(jax.jit, static_argnames="seeds", donate_argnames="agent")
 def _update(agent: Any, batch: Batch, totals: Info, *, seeds: int) -> tuple[Any, Info]:
     def one_seed(agent: Any, batch: Batch, totals: Info) -> tuple[Any, Info]:
-        agent, info = layout.working(agent, seeds).update(batch)
-        return layout.stored(agent, seeds), jax.tree.map(jnp.add, totals, info)
+        agent, info = agent.update(batch)
+        return agent, jax.tree.map(jnp.add, totals, info)
 
     return over_seeds(one_seed, seeds)(agent, batch, totals)
 
@@ -181,8 +181,8 @@ def _learn_and_act(
 ) -> tuple[Any, Any, Info, Array]:
     def one_seed(agent: Any, carry: Any, totals: Info, batch: Batch, rng: Array, seen: Any, ended: Array) -> Any:
         if mode.update:
-            agent, info = layout.working(agent, mode.seeds).update(batch)
-            agent, totals = layout.stored(agent, mode.seeds), jax.tree.map(jnp.add, totals, info)
+            agent, info = agent.update(batch)
+            totals = jax.tree.map(jnp.add, totals, info)
         carry = dispatch.clear_carry(carry, agent.initial_carry((1,)), ended)
         action, carry = dispatch.choose(agent, normalizer, seen, carry, rng, mode.random, action_dim)
         return agent, carry, totals, action

@@ -1,32 +1,36 @@
-"""How the same mathematics is laid out on different back ends: what is fast on a GPU need not be on a CPU."""
+"""How the same mathematics is laid out on different back ends: what is fast on a GPU need not be on a CPU.
+
+- A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
+- A weight's gradient is a product of what is there; XLA's own choice copies a transposed operand for some of them.
+- Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
+  several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
+
+What is defined here by its own gradient can be differentiated in reverse mode only.
+"""
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from o2o.networks import CriticEnsemble, Model, split_members, stack_members
 from o2o.types import Array, Params
 
 PIECE_ROWS = 32
 """Rows whose intermediate values, some dozens of each, still fit a CPU core's cache."""
-
-APART_FROM = 64
-"""Width of the critics' layers from which separate products gain more than their compilation costs."""
-APART_MEMBERS = 4
-"""Critics from which they gain at all: ten do, two lose (`benchmarks/PERFORMANCE.md`)."""
-
 RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
 
 
+def on_cpu() -> bool:
+    """Return whether programs are laid out for a CPU."""
+    return jax.default_backend() == "cpu"
+
+
 def piece_rows() -> int | None:
     """Return how many rows a wide evaluation takes at a time on this back end; None: all at once."""
-    return PIECE_ROWS if jax.default_backend() == "cpu" else None
+    return PIECE_ROWS if on_cpu() else None
 
 
 def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:
@@ -76,40 +80,92 @@ def _backward(function: RowSum, size: int, saved: Any, cotangent: Any) -> tuple[
 _in_pieces.defvjp(_forward, _backward)
 
 
-def working(agent: Any, seeds: int) -> Any:
-    """Return an agent as its updates run fastest inside a program of `seeds` seeds: on a CPU, one seed's critics apart.
+def product(x: Array, kernel: Array) -> Array:
+    """Return `x [..., i] @ kernel [i, o]`, or with every member's own `x [E, ..., i] @ kernel [E, i, o]`."""
+    lead = kernel.ndim - 2
+    flat = x.reshape(*x.shape[:lead], -1, x.shape[-1])
+    return _product(flat, kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
-    Several seeds run batched anyway. `stored` undoes it before the program ends, so that no one else sees the form.
+
+def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """Return the product over these axes, counted from the end, of matrices `[..., n, m]` with equal leading axes."""
+    batch = tuple(range(a.ndim - 2))
+    return jax.lax.dot_general(a, b, (((a.ndim + axes[0],), (b.ndim + axes[1],)), (batch, batch)))
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    return _dot(x, kernel, (-1, -2))
+
+
+def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return _dot(g, kernel, (-1, -1)), _dot(x, g, (-2, -2))
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+
+
+def sum_rows(x: Array, lead: int = 0) -> Array:
+    """Return the sum of `x [*lead, ..., F]` over all axes between the `lead` first and the last: `[*lead, F]`."""
+    flat = x.reshape(*x.shape[:lead], -1, x.shape[-1])
+    if not on_cpu():
+        return jnp.sum(flat, axis=-2)
+    ones = jnp.ones((*flat.shape[:-2], 1, flat.shape[-2]), x.dtype)
+    return jnp.squeeze(_dot(ones, flat, (-1, -2)), -2)
+
+
+def mean_features(x: Array) -> Array:
+    """Return the mean of `x [..., F]` over its last axis: `[..., 1]`."""
+    if not on_cpu():
+        return jnp.mean(x, axis=-1, keepdims=True)
+    shares = jnp.full((x.shape[-1], 1), 1.0 / x.shape[-1], x.dtype)
+    return (x.reshape(-1, x.shape[-1]) @ shares).reshape(*x.shape[:-1], 1)
+
+
+def _spread(row: Array, x: Array) -> Array:
+    """Return `row [*lead, F]` with the axes that it lacks of `x [*lead, ..., F]`."""
+    return row.reshape(*row.shape[:-1], *(1,) * (x.ndim - row.ndim), row.shape[-1])
+
+
+@jax.custom_vjp
+def add_row(x: Array, row: Array) -> Array:
+    """Return `x [*lead, ..., F] + row [*lead, F]`."""
+    return x + _spread(row, x)
+
+
+add_row.defvjp(lambda x, row: (add_row(x, row), row), lambda row, g: (g, sum_rows(g, row.ndim - 1)))
+
+
+@jax.custom_vjp
+def centred(x: Array) -> Array:
+    """Return `x [..., F]` less its mean over the last axis."""
+    return x - mean_features(x)
+
+
+centred.defvjp(lambda x: (centred(x), None), lambda _, g: (centred(g),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def unit_rows(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """Return `x / sqrt(mean(x^2) + epsilon) * scale + bias`, the mean over the last axis of `x [*lead, ..., F]`.
+
+    `scale` and `bias` are `[*lead, F]`. Of an `x` whose own mean is 0 this is layer norm.
     """
-    return _convert(agent, split_members) if _apart(seeds) else agent
+    return _unit_forward(x, scale, bias, epsilon)[0]
 
 
-def stored(agent: Any, seeds: int) -> Any:
-    """Return what `working` gave, after its updates, in the form that is kept and saved."""
-    return _convert(agent, stack_members) if _apart(seeds) else agent
+def _unit_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
+    inverse = jax.lax.rsqrt(mean_features(jnp.square(x)) + epsilon)
+    unit = x * inverse
+    return unit * _spread(scale, x) + _spread(bias, x), (unit, inverse, scale)
 
 
-def _apart(seeds: int) -> bool:
-    return seeds == 1 and jax.default_backend() == "cpu"
+def _unit_backward(_: float, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    unit, inverse, scale = saved
+    through, lead = g * _spread(scale, g), scale.ndim - 1
+    grads = inverse * (through - unit * mean_features(through * unit))
+    return grads, sum_rows(g * unit, lead), sum_rows(g, lead)
 
 
-def _convert(agent: Any, convert: Callable[[Params], Params]) -> Any:
-    """Convert the parameters of an agent's critics, of their target and in their optimiser; of agents in it, too."""
-    changes: dict[str, Any] = {}
-    for name in [field.name for field in fields(agent)]:
-        part = getattr(agent, name)
-        if isinstance(part, Model) and isinstance(part.module, CriticEnsemble):
-            if max(part.module.hidden_dims) < APART_FROM or part.module.num < APART_MEMBERS:
-                continue
-            changes[name] = part.replace(params=convert(part.params), opt_state=_in_state(part.opt_state, convert))
-        elif isinstance(part, struct.PyTreeNode) and hasattr(part, "critic"):
-            changes[name] = _convert(part, convert)
-    if "critic" in changes and hasattr(agent, "target_critic"):
-        changes["target_critic"] = convert(agent.target_critic)
-    return agent.replace(**changes)
-
-
-def _in_state(state: Any, convert: Callable[[Params], Params]) -> Any:
-    """Convert what an optimiser keeps in the shape of the parameters."""
-    shaped: Callable[[Any], bool] = lambda leaf: isinstance(leaf, dict) and "params" in leaf  # noqa: E731
-    return jax.tree.map(lambda leaf: convert(leaf) if shaped(leaf) else leaf, state, is_leaf=shaped)
+unit_rows.defvjp(_unit_forward, _unit_backward)

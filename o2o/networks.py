@@ -1,7 +1,6 @@
 """Linen networks for flat observations (MLP, Gaussian actor, critics, value) and `Model`: one with its optimiser.
 
-Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products, or with separate members as single
-ones where that is faster; only `EnsembleDense` knows how.
+Ensembles keep stacked weights `[E, in, out]` and are evaluated as batched products; `o2o.layout` knows how.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import optax
 from flax import struct
 
 from o2o.distributions import Normal, TanhNormal
+from o2o.layout import add_row, centred, product, unit_rows
 from o2o.losses import sample_members
 from o2o.types import Array, Params
 
@@ -143,10 +143,7 @@ class BoundedGaussianActor(nn.Module):
 
 
 class EnsembleDense(nn.Module):
-    """`num` independent Dense layers: `[..., in]` (one input) or `[E, ..., in]` (stacked) to `[E, ..., features]`.
-
-    With separate members (`split_members`) parameters, results and stacked inputs are tuples, an entry a member.
-    """
+    """`num` independent Dense layers: `[..., in]` (one input) or `[E, ..., in]` (stacked) to `[E, ..., features]`."""
 
     num: int
     features: int
@@ -158,7 +155,7 @@ class EnsembleDense(nn.Module):
     at the price of the weights' size instead of the activations'."""
 
     @nn.compact
-    def __call__(self, *parts: Any) -> Any:
+    def __call__(self, *parts: Array) -> Array:
         """Return every member's product plus bias; of several `parts`, of their concatenation over the last axis."""
         base = kernel_init(self.init_scheme, self.gain)
 
@@ -166,29 +163,19 @@ class EnsembleDense(nn.Module):
             # One member after the other: XLA's CPU back end can deadlock in a batched QR (jaxlib 0.10.2, 2 cores).
             return jax.lax.map(lambda key: base(key, shape[1:], jnp.float32), jax.random.split(rng, shape[0]))
 
-        if self.is_initializing():
-            width = sum(part.shape[-1] for part in parts)
-            self.param("kernel", member_init, (self.num, width, self.features))
-            self.param("bias", nn.initializers.zeros, (self.num, self.features))
-        kernel, bias = self.get_variable("params", "kernel"), self.get_variable("params", "bias")
-        if not isinstance(kernel, tuple):
-            return self.products(parts, kernel, bias, "e...i,eio->e...o" if self.stacked else "...i,eio->e...o")
-        inputs = zip(*parts, strict=True) if self.stacked else (parts,) * self.num
-        members = zip(inputs, kernel, bias, strict=True)
-        return tuple(self.products(own, rows, shift, "...i,io->...o") for own, rows, shift in members)
-
-    def products(self, parts: Sequence[Array], kernel: Array, bias: Array, form: str) -> Array:
-        """Return the sum of the parts' products and the bias: of all members, or of a separate one."""
+        width = sum(part.shape[-1] for part in parts)
+        kernel = self.param("kernel", member_init, (self.num, width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.num, self.features))
         if self.centred:
-            kernel, bias = (leaf - jnp.mean(leaf, axis=-1, keepdims=True) for leaf in (kernel, bias))
-        lead = bias.shape[:-1]
-        products = [jnp.einsum(form, part, rows) for part, rows in zip(*join_alike(parts, kernel), strict=True)]
-        ndim = max(product.ndim for product in products)
-        total = bias.reshape(*lead, *(1,) * (ndim - bias.ndim), self.features)
-        for product in products:
-            rest = product.shape[len(lead) :]
-            total = total + product.reshape(*lead, *(1,) * (ndim - product.ndim), *rest)
-        return total
+            kernel, bias = centred(kernel), centred(bias)
+        inputs, kernels = join_alike(parts, kernel)
+        if not self.stacked:
+            inputs = [jnp.broadcast_to(part, (self.num, *part.shape)) for part in inputs]
+        terms = [product(part, rows) for part, rows in zip(inputs, kernels, strict=True)]
+        axes = max(term.ndim for term in terms)
+        terms = [term.reshape(self.num, *(1,) * (axes - term.ndim), *term.shape[1:]) for term in terms]
+        small, *rest = sorted(terms, key=lambda term: term.size)
+        return sum(rest, start=add_row(small, bias))
 
 
 def join_alike(parts: Sequence[Array], kernel: Array) -> tuple[list[Array], list[Array]]:
@@ -203,7 +190,7 @@ def join_alike(parts: Sequence[Array], kernel: Array) -> tuple[list[Array], list
 
 
 class EnsembleLayerNorm(nn.Module):
-    """Layer norm over the last axis of `[E, ..., F]` with each member's own scale and bias; of a tuple, of each."""
+    """Layer norm over the last axis of `[E, ..., F]` with each member's own scale and bias."""
 
     num: int
     epsilon: float = 1e-6
@@ -211,22 +198,11 @@ class EnsembleLayerNorm(nn.Module):
     """`x` has mean 0 over its features already (`EnsembleDense.centred`)."""
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         """Return the normalised activations, same shape."""
-        if self.is_initializing():
-            self.param("scale", nn.initializers.ones, (self.num, x.shape[-1]))
-            self.param("bias", nn.initializers.zeros, (self.num, x.shape[-1]))
-        scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
-        if isinstance(x, tuple):
-            return tuple(self.normalized(*own) for own in zip(x, scale, bias, strict=True))
-        shape = (self.num, *(1,) * (x.ndim - 2), x.shape[-1])
-        return self.normalized(x, scale.reshape(shape), bias.reshape(shape))
-
-    def normalized(self, x: Array, scale: Array, bias: Array) -> Array:
-        """Return (x - mean) / std * scale + bias."""
-        centred = x if self.centred else x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        scale = self.param("scale", nn.initializers.ones, (self.num, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (self.num, x.shape[-1]))
+        return unit_rows(x if self.centred else centred(x), scale, bias, self.epsilon)
 
 
 class CriticEnsemble(nn.Module):
@@ -251,7 +227,7 @@ class CriticEnsemble(nn.Module):
     def __call__(self, observations: Array, actions: Array) -> Array:
         """Return all members' values; leading axes of observations and actions broadcast against each other."""
         centred = self.layer_norm and not self.norm_last
-        act: Any = partial(jax.tree.map, partial(activate, name=self.activation))
+        act = partial(activate, name=self.activation)
         x: Any = None
         for i, width in enumerate(self.hidden_dims):
             last = i == len(self.hidden_dims) - 1
@@ -264,10 +240,10 @@ class CriticEnsemble(nn.Module):
             x = x if self.norm_last else act(x)
         if self.shared_output:
             layer = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")
-            x = tuple(map(layer, x)) if isinstance(x, tuple) else layer(x)
+            x = layer(x)
         else:
             x = EnsembleDense(self.num, 1, self.init_scheme, self.output_gain, name="output")(x)
-        return jnp.squeeze(jnp.stack(x) if isinstance(x, tuple) else x, -1)
+        return jnp.squeeze(x, -1)
 
 
 def where_leading(pick: Any, new: Any, old: Any) -> Any:
@@ -279,34 +255,11 @@ def where_leading(pick: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
-def _each_layer(function: Callable[[Any], Any], params: Params) -> Params:
-    """Apply `function` to the parameters of every layer of a `CriticEnsemble`; a shared layer stays as it is."""
-    layers = {name: sub if name == "shared_output" else function(sub) for name, sub in params["params"].items()}
-    return {"params": layers}
-
-
-def split_members(params: Params) -> Params:
-    """Return a `CriticEnsemble`'s parameters (or what is shaped like them) with a tuple of members for every leaf.
-
-    A CPU multiplies several separate matrices faster than stacked ones; `o2o.layout` says where that pays.
-    """
-    return _each_layer(lambda layer: jax.tree.map(tuple, layer), params)
-
-
-def stack_members(params: Params) -> Params:
-    """Return what `split_members` made as it was."""
-    return _each_layer(lambda layer: {name: jnp.stack(members) for name, members in layer.items()}, params)
-
-
 def take_members(params: Params, members: Array) -> Params:
     """Return the parameters of a `CriticEnsemble`'s members `[k]`, for `critic.clone(num=k)`; a shared layer stays."""
-
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, tuple):
-            return leaf[members]
-        return tuple(jax.lax.switch(member, [lambda own=own: own for own in leaf]) for member in members)
-
-    return _each_layer(lambda layer: {name: take(leaf) for name, leaf in layer.items()}, params)
+    take: Callable[[Any], Any] = lambda layer: jax.tree.map(lambda leaf: leaf[members], layer)  # noqa: E731
+    layers = {name: sub if name == "shared_output" else take(sub) for name, sub in params["params"].items()}
+    return {"params": layers}
 
 
 def draw_members(

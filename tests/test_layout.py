@@ -9,7 +9,7 @@ import pytest
 
 from o2o import dispatch, layout
 from o2o.buffer import OfflineData
-from o2o.networks import CriticEnsemble, EnsembleDense, split_members, stack_members, take_members
+from o2o.networks import CriticEnsemble, EnsembleDense, take_members
 from tests.contract import QUICK, ROWS, Case, make_batch
 from tests.tiny import forget_many_programs
 
@@ -28,46 +28,93 @@ def differing(ours: Any, plain: Any, tolerance: float) -> tuple[int, int]:
     return sum(bad for bad, _ in counts), sum(size for _, size in counts)
 
 
-WITH_CRITICS = (
-    "iql", "calql", "rlpd", "wsrl", "expo", "qc", "residual", "famo2o_cql", "ibrl",
-)  # fmt: skip
+def value_and_grads(function: Any, *args: Any) -> Any:
+    """Return a function's values, and the gradients of a sum of them that no two entries share a weight in."""
+
+    def weighed(*args: Any) -> Any:
+        values = function(*args)
+        return jnp.sum(values * jnp.cos(jnp.arange(values.size)).reshape(values.shape)), values
+
+    grads, values = jax.grad(weighed, argnums=tuple(range(len(args))), has_aux=True)(*args)
+    return values, grads
+
+
+def draws(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def plain_norm(x: Any, scale: Any, bias: Any, lead: int) -> Any:
+    spread = lambda row: row.reshape(*row.shape[:lead], *(1,) * (x.ndim - row.ndim), row.shape[-1])  # noqa: E731
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-3) * spread(scale) + spread(bias)
+
+
+CASES = {
+    "one layer": (layout.product, lambda x, w: x @ w, draws((4, 5, 3), (3, 6))),
+    "a layer each": (layout.product, lambda x, w: jnp.einsum("e...i,eio->e...o", x, w), draws((2, 4, 5, 3), (2, 3, 6))),
+    "one bias": (layout.add_row, lambda x, row: x + row, draws((4, 5, 6), (6,))),
+    "a bias each": (layout.add_row, lambda x, row: x + row[:, None, None], draws((2, 4, 5, 6), (2, 6))),
+    "centring": (layout.centred, lambda x: x - jnp.mean(x, axis=-1, keepdims=True), draws((2, 4, 6))),
+    "one norm": (
+        lambda x, s, b: layout.unit_rows(x, s, b, 1e-3), lambda x, s, b: plain_norm(x, s, b, 0),
+        draws((4, 5, 6), (6,), (6,)),
+    ),
+    "a norm each": (
+        lambda x, s, b: layout.unit_rows(x, s, b, 1e-3), lambda x, s, b: plain_norm(x, s, b, 1),
+        draws((2, 4, 5, 6), (2, 6), (2, 6)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("back_end", ["cpu", "gpu"])
+def test_values_and_gradients_are_the_plain_ones(case: str, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: back_end)
+    ours, plain, args = CASES[case]
+    wanted = value_and_grads(plain, *args)
+    assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(wanted))
+    mapped = jax.vmap(lambda *one: value_and_grads(ours, *one))(*(jnp.stack([arg, 2.0 * arg]) for arg in args))
+    twice = value_and_grads(plain, *(2.0 * arg for arg in args))
+    for found, expected in ((value_and_grads(ours, *args), wanted), (mapped, (wanted, twice))):
+        if found is mapped:
+            expected = jax.tree.map(lambda *both: jnp.stack(both), *expected)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_over_rows_and_means_are_products_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.ones((4, 6))
+    for back_end, products in (("cpu", 2), ("gpu", 0)):
+        monkeypatch.setattr(jax, "default_backend", lambda name=back_end: name)
+        text = str(jax.make_jaxpr(lambda x: (layout.sum_rows(x), layout.mean_features(x)))(x))
+        assert text.count("dot_general") == products
+
+
+WITH_CRITICS = ("iql", "calql", "rlpd", "wsrl", "expo", "qc", "residual", "famo2o_cql", "ibrl")
 """Agents that do different things with their critics; the others are among these in this respect."""
 
 
 @pytest.mark.parametrize("name", WITH_CRITICS)
-def test_an_update_with_separate_members_equals_the_stacked_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_as_a_cpu_runs_it_equals_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam's first steps have the size of the rate whatever the gradient: a gradient of 0 may come out either way."""
     forget_many_programs()
-    monkeypatch.setattr(layout, "APART_FROM", 0)
-    monkeypatch.setattr(layout, "APART_MEMBERS", 0)
     case = Case(name, "online")
-    split = layout._convert(case.agent, split_members)
-    assert jax.tree.structure(split) != jax.tree.structure(case.agent)
-
-    separate = jax.jit(lambda agent, batch: agent.update(batch), compiler_options=QUICK)
-    agent, info = separate(split, case.batch(3))
-    agent = layout._convert(agent, stack_members)
-    plain, plain_info = case.updated
-    bad, size = differing(agent, plain, 1e-5)
+    ours, our_info = case.updated
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    update = jax.jit(lambda agent, batch: agent.update(batch), compiler_options=QUICK)
+    agent, info = update(case.agent, case.batch(3))
+    bad, size = differing(agent, ours, 1e-5)
     assert size > 500 and bad <= 0.01 * size, f"{bad} of {size} numbers differ"
-    for key in plain_info:
-        np.testing.assert_allclose(info[key], plain_info[key], rtol=1e-3, atol=1e-4, err_msg=key)
+    for key in info:
+        np.testing.assert_allclose(our_info[key], info[key], rtol=1e-3, atol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("shared_output", [False, True])
-def test_separate_members_are_the_stacked_ones_and_can_be_drawn(shared_output: bool) -> None:
-    critic = CriticEnsemble((16, 16), num=5, layer_norm=True, shared_output=shared_output)
+def test_members_are_evaluated_alone_and_drawn() -> None:
+    critic = CriticEnsemble((16, 16), num=5, layer_norm=True)
     observations, actions = jax.random.normal(KEY, (7, 3)), jax.random.normal(jax.random.key(6), (4, 7, 2))
     params: Any = critic.init(KEY, observations, actions)
-    split = split_members(params)
-    assert len(split["params"]["dense_0"]["kernel"]) == 5 and jax.tree.structure(split) != jax.tree.structure(params)
     values: Any = critic.apply(params, observations, actions)
     assert values.shape == (5, 4, 7) and np.std(values) > 0.01
-    np.testing.assert_allclose(critic.apply(split, observations, actions), values, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
-    for one, other in zip(jax.tree.leaves(stack_members(split)), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(one, other)
-    drawn = take_members(split, jnp.array([3, 1]))
-    two: Any = critic.clone(num=2).apply(drawn, observations, actions)
+    two: Any = critic.clone(num=2).apply(take_members(params, jnp.array([3, 1])), observations, actions)
     np.testing.assert_allclose(two, values[jnp.array([3, 1])], rtol=1e-5, atol=1e-5)
 
 
@@ -80,22 +127,6 @@ def test_centred_weights_are_a_layer_norms_first_half() -> None:
     wanted = product - product.mean(axis=-1, keepdims=True)
     assert np.abs(product.mean(axis=-1)).max() > 0.1
     np.testing.assert_allclose(centred.apply(params, x), wanted, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
-
-
-def test_one_seed_on_a_cpu_works_with_separate_members_and_stores_stacked_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = Case("rlpd", "offline").agent
-    tree = jax.tree.structure(agent)
-    assert jax.tree.structure(layout.working(agent, 1)) == tree  # too small to be worth it
-    monkeypatch.setattr(layout, "APART_FROM", 0)
-    monkeypatch.setattr(layout, "APART_MEMBERS", 0)
-    assert layout.working(agent, 2) is agent and layout.stored(agent, 2) is agent
-    working = layout.working(agent, 1)
-    if jax.default_backend() != "cpu":
-        assert working is agent
-        return
-    for split in (working.critic.params, working.target_critic, working.critic.opt_state[0].mu):
-        assert isinstance(split["params"]["dense_0"]["kernel"], tuple)
-    assert jax.tree.structure(layout.stored(working, 1)) == tree
 
 
 def test_a_sum_in_pieces_has_the_values_and_gradients_of_the_whole() -> None:

@@ -1,0 +1,286 @@
+"""How long until something happens: importing, the first update, loading a large dataset; and images from disk.
+
+    python benchmarks/startup.py [import] [first-update] [data] [images]
+
+Each part runs in processes of its own and replaces its rows in `benchmarks/results/startup/`. `data` and `images` need
+about 5 GB of disk in the folder for temporary files (`TMPDIR`), for as long as they run.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from o2o.startup import prepare_process
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "startup"
+AGENTS = ("rlpd", "calql", "qc", "residual", "uni_o4", "expo")
+STEPS, EPISODE = 1_000_000, 1_000
+IMAGES, KEPT, ROUNDS = 100_000, 2_000, 5
+
+
+def child(task: str, **about: Any) -> dict[str, Any]:
+    """Run a task in a process of its own and return what it prints."""
+    message = json.dumps({**about, "spawned": time.time()})
+    done = subprocess.run([sys.executable, __file__, "--child", task, message], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+def importing(spawned: float) -> dict[str, Any]:
+    """Import the agents; return the seconds, and whether a JAX back end was started."""
+    started = time.perf_counter()
+    import o2o.agents  # noqa: F401, PLC0415
+
+    elapsed = time.perf_counter() - started
+    from jax._src import xla_bridge  # noqa: PLC0415
+
+    return {"seconds": elapsed, "process": time.time() - spawned, "backends": len(xla_bridge._backends)}
+
+
+def first_updates(spawned: float, agent: str) -> dict[str, Any]:
+    """Make an agent of paper size, update it once offline, then play until it has learnt online."""
+    from throughput_adapter import Adapter  # noqa: PLC0415
+    from throughput_agents import config_of  # noqa: PLC0415
+
+    adapter = Adapter(agent, config_of(agent, "pen", 0, False), "pen", 1, 5_000)
+    ready = time.time() - spawned
+    adapter.prepare(adapter.stages()[0])
+    adapter.updates(1)
+    offline, begun = time.time() - spawned, time.time()
+    trainer = adapter.trainer
+    trainer.begin_online(trainer.loop.replay_capacity)
+    while not trainer.counters.online_updates:
+        adapter.loop(1)
+    return {"ready": ready, "offline": offline, "online": time.time() - begun, "memory": peak()}
+
+
+def peak() -> float:
+    """Return this process's peak memory in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def write_million(spawned: float, root: str) -> dict[str, Any]:
+    """Write a Minari dataset of a million steps."""
+    import numpy as np  # noqa: PLC0415
+    from gymnasium import spaces  # noqa: PLC0415
+
+    from o2o.dataset_files import Episode, write_dataset  # noqa: PLC0415
+
+    rng, last = np.random.default_rng(0), np.arange(EPISODE) == EPISODE - 1
+
+    def episode() -> Episode:
+        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+        return Episode(draw(EPISODE + 1, 17), np.tanh(draw(EPISODE, 6)), draw(EPISODE), last & False, last)
+
+    box = lambda bound, size: spaces.Box(-bound, bound, (size,), np.float32)  # noqa: E731
+    episodes = (episode() for _ in range(STEPS // EPISODE))
+    write_dataset("bench/million-v0", episodes, observation_space=box(np.inf, 17), action_space=box(1.0, 6), spec=None,
+                  root=root)  # fmt: skip
+    return {"seconds": time.time() - spawned}
+
+
+def load_million(spawned: float, root: str) -> dict[str, Any]:
+    """Load it, through the cache in `O2O_CACHE`."""
+    from o2o import datasets  # noqa: PLC0415
+
+    before, started = peak(), time.perf_counter()
+    data = datasets.load("bench/million-v0", root=root)
+    elapsed = time.perf_counter() - started
+    arrays = sum(array.nbytes for array in data.arrays.values()) / 1e6
+    return {
+        "seconds": elapsed,
+        "arrays": arrays,
+        "peak": peak() - before,
+        "steps": data.size,
+        "process": time.time() - spawned,
+    }
+
+
+def images(spawned: float, folder: str) -> dict[str, Any]:
+    """Compare updates on images in files with updates on few images on the device, in turns."""
+    import numpy as np  # noqa: PLC0415
+    import throughput_adapter  # noqa: PLC0415
+    from throughput_agents import config_of  # noqa: PLC0415
+
+    plain = throughput_adapter.noise
+
+    def in_files(space: Any, rows: int, rng: np.random.Generator) -> Any:
+        """Return images in a file that is mapped into memory, all else as before."""
+        if getattr(space, "dtype", None) != np.uint8:
+            return plain(space, rows, rng)
+        path = Path(folder) / f"{len(os.listdir(folder))}.bin"
+        mapped = np.memmap(path, np.uint8, "w+", shape=(rows, *space.shape))
+        for begin in range(0, rows, 1_000):
+            mapped[begin : begin + 1_000] = rng.integers(0, 256, (1_000, *space.shape), np.uint8)
+        mapped.flush()
+        return mapped
+
+    config = config_of("residual", "pixels", 4, False)
+    from o2o.agents import AGENTS as KINDS  # noqa: PLC0415
+
+    kind: Any = KINDS["residual"]
+    small = kind.preset("locomotion", "small").config
+    config = config.__class__(**{**vars(small), "online": config.online})
+    device = throughput_adapter.Adapter("residual", config, "pixels", 1, KEPT)
+    throughput_adapter.noise = lambda space, rows, rng: _nested(in_files, space, rows, rng)
+    host = throughput_adapter.Adapter(
+        "residual", config, "pixels", 1, IMAGES, 10_000, device_bytes=0, checkpoint_every=10_000
+    )
+    device.warm()
+    host.warm()
+    rates: dict[str, list[float]] = {"device": [], "files": [], "cold": []}
+    for _ in range(ROUNDS):
+        for name, adapter in (("device", device), ("files", host), ("cold", host)):
+            if name == "cold":
+                forget(Path(folder))
+            started = time.perf_counter()
+            adapter.steps(25)
+            rates[name].append(100 / (time.perf_counter() - started))
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.bin")) / 1e6
+    return {"rates": rates, "megabytes": size, "rows": IMAGES, "process": time.time() - spawned}
+
+
+def _nested(make: Any, space: Any, rows: int, rng: Any) -> Any:
+    spaces = getattr(space, "spaces", None)
+    return make(space, rows, rng) if spaces is None else {key: make(part, rows, rng) for key, part in spaces.items()}
+
+
+def forget(folder: Path) -> None:
+    """Let the system drop what it keeps in memory of the files."""
+    for path in folder.glob("*.bin"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+TASKS = {"import": importing, "first": first_updates, "write": write_million, "load": load_million, "images": images}
+
+
+def measure_import() -> list[dict[str, Any]]:
+    """Import several times."""
+    return [child("import") for _ in range(ROUNDS)]
+
+
+def measure_first() -> list[dict[str, Any]]:
+    """Start every agent with an empty cache of programs, then again."""
+    found = []
+    for agent in AGENTS:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+            for which in ("nothing kept", "second start"):
+                found.append({"agent": agent, "start": which, **child("first", agent=agent)})
+                print(found[-1], flush=True)
+    return found
+
+
+def measure_data() -> list[dict[str, Any]]:
+    """Write and load a large dataset: twice, the second time through the cache, and once more."""
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["O2O_CACHE"] = f"{root}/cache"
+        child("write", root=root)
+        found = [{"load": name, **child("load", root=root)} for name in ("first", "second", "third")]
+    del os.environ["O2O_CACHE"]
+    return found
+
+
+def measure_images() -> list[dict[str, Any]]:
+    """Train on images in files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [child("images", folder=folder)]
+
+
+PARTS = {"import": measure_import, "first-update": measure_first, "data": measure_data, "images": measure_images}
+
+
+def spread(values: list[float]) -> str:
+    """Return the median, and the least and the most."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} - {max(values):.3g})"
+
+
+def report(rows: dict[str, Any]) -> str:
+    """Return the report in Markdown."""
+    lines = [
+        "# Start-up and data", "",
+        "Made by `python benchmarks/startup.py`; raw: `rows.json`. Medians, least and most in parentheses.",
+        f"Machine: {rows['machine']}.", "",
+    ]  # fmt: skip
+    if "import" in rows:
+        each = rows["import"]
+        started = max(row["backends"] for row in each)
+        lines += [
+            f"`import o2o.agents`: {spread([row['seconds'] for row in each])} s, {started} JAX back ends started by it;"
+            f"  {spread([row['process'] for row in each])} s from the start of the process.", "",
+        ]  # fmt: skip
+    if "first-update" in rows:
+        lines += [
+            "## Seconds to the first update", "",
+            "Agents of paper size, 45 observations and 24 actions, from the start of the process. `online`: from the "
+            "switch to the end of the first online update, environment and compilation included. The command line "
+            "keeps compiled programs, so `second start` is what its user sees from then on.", "",
+            "| agent | | agent and data ready | first offline update | online: first update | peak MB |",
+            "| --- | --- | --: | --: | --: | --: |",
+        ]  # fmt: skip
+        for row in rows["first-update"]:
+            times = " | ".join(f"{row[key]:.1f}" for key in ("ready", "offline", "online"))
+            lines.append(f"| {row['agent']} | {row['start']} | {times} | {row['memory']:.0f} |")
+        lines.append("")
+    if "data" in rows:
+        lines += [
+            "## Loading a dataset of 1,000,000 steps", "",
+            "17 observations, 6 actions, episodes of 1000 steps. `peak`: growth of the process's peak memory.", "",
+            "| load | seconds | arrays, MB | peak, MB |", "| --- | --: | --: | --: |",
+        ]  # fmt: skip
+        for row in rows["data"]:
+            lines.append(f"| {row['load']} | {row['seconds']:.2f} | {row['arrays']:.0f} | {row['peak']:.0f} |")
+        lines.append("")
+    if "images" in rows:
+        row, rates = rows["images"][0], rows["images"][0]["rates"]
+        ratio = lambda name: spread([a / b for a, b in zip(rates[name], rates["device"], strict=True)])  # noqa: E731
+        lines += [
+            "## Images from disk", "",
+            f"`residual` (small networks, UTD 4, one camera of 64 x 64 x 3), the programs of an online step. "
+            f"{row['rows']:,} rows in files of {row['megabytes']:.0f} MB against {KEPT:,} on the device, in "
+            f"turns, {ROUNDS} rounds:", "",
+            "| | updates/s | ratio to the device |", "| --- | --: | --: |",
+            f"| on the device | {spread(rates['device'])} | 1 |",
+            f"| in files | {spread(rates['files'])} | {ratio('files')} |",
+            f"| in files that the system had dropped from memory | {spread(rates['cold'])} | {ratio('cold')} |", "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(args: list[str]) -> int:
+    """Measure the parts that are named, all where none is."""
+    if args and args[0] == "--child":
+        about = json.loads(args[2])
+        print(json.dumps(TASKS[args[1]](**about)))
+        return 0
+    unknown = [arg for arg in args if arg not in PARTS]
+    if unknown:
+        print(f"startup.py does not know {unknown[0]!r}; parts: {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    prepare_process()
+    path = RESULTS / "rows.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    code = "import throughput_machine as m; print(m.machine()['device'])"
+    rows["machine"] = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.strip()
+    for name in args or PARTS:
+        rows[name] = PARTS[name]()
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        (RESULTS / "README.md").write_text(report(rows))
+    print(report(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
