@@ -95,11 +95,11 @@ def peers_python() -> Path:
 class Worker:
     """A contender in a process of its own."""
 
-    def __init__(self, who: str, case: Case, python: Path, quick: bool) -> None:
-        """Start the process; it makes itself ready meanwhile."""
+    def __init__(self, who: str, case: Case, python: Path, quick: bool, script: Sequence[str] = ()) -> None:
+        """Start the process; it makes itself ready meanwhile. Ours is served by `script` where one is given."""
         self.who, env = who, {**os.environ, "JAX_PLATFORMS": "cpu"}
         if who == "ours":
-            command = [sys.executable, str(HERE / "throughput_agents.py"), "serve"]
+            command = [sys.executable, *(script or (str(HERE / "throughput_agents.py"), "serve"))]
         else:
             command = [str(python), str(HERE / "peers.py"), who]
             env = {name: value for name, value in env.items() if name not in HIDDEN}

@@ -23,14 +23,14 @@ RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
 
 
-def on_cpu() -> bool:
-    """Return whether programs are laid out for a CPU."""
-    return jax.default_backend() == "cpu"
-
-
 def piece_rows() -> int | None:
     """Return how many rows a wide evaluation takes at a time on this back end; None: all at once."""
-    return PIECE_ROWS if on_cpu() else None
+    return PIECE_ROWS if jax.default_backend() == "cpu" else None
+
+
+def sums_as_products() -> bool:
+    """Return whether sums over rows and means are products with ones on this back end."""
+    return jax.default_backend() == "cpu"
 
 
 def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:
@@ -109,7 +109,7 @@ _product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_b
 def sum_rows(x: Array, lead: int = 0) -> Array:
     """Return the sum of `x [*lead, ..., F]` over all axes between the `lead` first and the last: `[*lead, F]`."""
     flat = x.reshape(*x.shape[:lead], -1, x.shape[-1])
-    if not on_cpu():
+    if not sums_as_products():
         return jnp.sum(flat, axis=-2)
     ones = jnp.ones((*flat.shape[:-2], 1, flat.shape[-2]), x.dtype)
     return jnp.squeeze(_dot(ones, flat, (-1, -2)), -2)
@@ -117,7 +117,7 @@ def sum_rows(x: Array, lead: int = 0) -> Array:
 
 def mean_features(x: Array) -> Array:
     """Return the mean of `x [..., F]` over its last axis: `[..., 1]`."""
-    if not on_cpu():
+    if not sums_as_products():
         return jnp.mean(x, axis=-1, keepdims=True)
     shares = jnp.full((x.shape[-1], 1), 1.0 / x.shape[-1], x.dtype)
     return (x.reshape(-1, x.shape[-1]) @ shares).reshape(*x.shape[:-1], 1)

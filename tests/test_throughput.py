@@ -12,6 +12,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts import each other by name
 
+import layouts
+import startup
 import throughput
 from peers import Contender, rows_of
 from throughput_machine import Span, matmul_flops, measure, program_flops
@@ -165,3 +167,25 @@ def test_synthetic_rows_are_those_of_the_case() -> None:
     assert rows["observations"].shape == (2_000, 45) and rows["actions"].shape == (2_000, 24)
     assert rows["ends"].sum() == 2 and abs(rows["actions"]).max() <= 1.0
     assert CASES["loop"].settings(quick=False)["capacity"] == 1_000_000
+
+
+def test_a_layouts_ratio_is_the_median_of_the_rounds() -> None:
+    text = layouts.report({"iql": {layouts.SHIPPED: [10.0, 20.0, 40.0], "both": [5.0, 20.0, 36.0]}})
+    assert "| both | 20 | 0.90 [0.50, 1.00] |" in text and "| as shipped | 20 | 1 |" in text
+
+
+def test_the_report_of_start_up_says_what_was_measured_and_nothing_else() -> None:
+    rows = {
+        "machine": "a machine",
+        "import": [{"seconds": s, "process": 2 * s, "backends": 0} for s in (1.0, 3.0, 2.0)],
+    }
+    text = startup.report(rows)
+    assert "2 (1 - 3) s, 0 JAX back ends" in text and "4 (2 - 6) s from the start" in text and "##" not in text
+    rates = {"device": [10.0, 20.0], "files": [9.0, 20.0], "cold": [5.0, 5.0]}
+    text = startup.report({"machine": "a machine", "images": [{"rates": rates, "rows": 7, "megabytes": 3}]})
+    assert "| in files | 14.5 (9 - 20) | 0.95 (0.9 - 1) |" in text and "0.375 (0.25 - 0.5)" in text
+
+
+def test_what_no_script_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert layouts.main(["sac"]) == 2 and "cases: sac-utd1" in capsys.readouterr().err
+    assert startup.main(["imports"]) == 2 and "parts: import" in capsys.readouterr().err
