@@ -1,7 +1,7 @@
 """How the same mathematics is laid out on different back ends: what is fast on a GPU need not be on a CPU.
 
 - A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
-- A weight's gradient is a product of what is there; XLA's own choice copies a transposed operand for some of them.
+- A weight's gradient is a product of what is there, with no transposed copy.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
 
