@@ -101,7 +101,7 @@ def test_target_depends_on_alpha_only_with_entropy_in_the_backup() -> None:
             temperature = agent.temperature.replace(params={"params": {"value": free}})
             return next_values(agent.replace(temperature=temperature), batch, KEY)
 
-        slope = jax.jit(jax.jacfwd(value))(jnp.zeros(()))  # alpha = exp(p), so that d alpha / dp = 1 at p = 0
+        slope = jax.jit(jax.jacrev(value))(jnp.zeros(()))  # alpha = exp(p), so that d alpha / dp = 1 at p = 0
         policy, (_, action_rng) = agent.actor(batch["next_observations"]), jax.random.split(KEY)
         log_prob = policy.sample_and_log_prob(action_rng)[1]
         assert float(jnp.abs(log_prob).min()) > 1e-3
