@@ -11,33 +11,33 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from parts import measure_parts
 from peers import serve
 from throughput_peers import CASES, PAUSE, READY_SECONDS, Worker
 
-from o2o.startup import NO_YNN, prepare_process
+from o2o.startup import NO_YNN
 
-RESULTS = Path(__file__).resolve().parent / "results" / "layouts"
 ROUNDS, SECONDS = 6, 2.0
-SHIPPED = "as shipped"
+SHIPPED, YNN = "as shipped", "XLA's YNN fusion on"
 EVERY: dict[str, dict[str, Any]] = {
     SHIPPED: {},
     "sums over rows and means as XLA makes them": {"sums": True},
     "weights' gradients as XLA derives them": {"products": True},
     "both": {"sums": True, "products": True},
-    "XLA's YNN fusion on": {"ynn": True},
+    YNN: {},
 }
 WIDE: dict[str, dict[str, Any]] = {f"pieces of {size or 'all'} states": {"pieces": size} for size in (64, 128, None)}
 VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY, **WIDE}}
 
 
-def lay_out(sums: bool = False, products: bool = False, pieces: int | None = 32, ynn: bool = False) -> None:
-    """Change `o2o.layout` in this process; `ynn` was set outside."""
+def lay_out(sums: bool = False, products: bool = False, pieces: int | None = 32) -> None:
+    """Change `o2o.layout` in this process."""
     from o2o import layout  # noqa: PLC0415
 
-    del ynn
     layout.PIECE_ROWS = pieces  # type: ignore[assignment]
     if sums:
         layout.sums_as_products = lambda: False
@@ -47,12 +47,13 @@ def lay_out(sums: bool = False, products: bool = False, pieces: int | None = 32,
 
 def measured(name: str) -> dict[str, list[float]]:
     """Return the rates of every variant of a case, of rounds in which all take turns."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     rates: dict[str, list[float]] = {}
     workers: dict[str, Worker] = {}
     flags = os.environ["XLA_FLAGS"]
     try:
         for label, about in VARIANTS[name].items():
-            os.environ["XLA_FLAGS"] = flags.replace(NO_YNN, "") if about.get("ynn") else flags
+            os.environ["XLA_FLAGS"] = flags.replace(NO_YNN, "") if label == YNN else flags
             script = (str(Path(__file__).resolve()), "--serve", json.dumps(about))
             workers[label] = Worker("ours", CASES[name], Path(sys.executable), False, script)
             workers[label].answer(READY_SECONDS)
@@ -68,16 +69,18 @@ def measured(name: str) -> dict[str, list[float]]:
     return rates
 
 
-def report(rows: dict[str, dict[str, list[float]]]) -> str:
+def report(rows: dict[str, Any]) -> str:
     """Return the report in Markdown."""
     lines = [
         "# Layouts", "",
         "Made by `python benchmarks/layouts.py`; raw: `rows.json`. What each choice of `o2o/layout.py` is worth: the "
         f"cases of the comparison with other libraries, {ROUNDS} rounds in turns. Ratio: to the layout that is "
-        "shipped, the median over rounds, least and most in brackets; below 1, the shipped one is faster.", "",
+        f"shipped, the median over rounds, least and most in brackets; below 1, the shipped one is faster. Machine: "
+        f"{rows['machine']}.", "",
         "| case | layout | updates/s | ratio |", "| --- | --- | --: | --: |",
     ]  # fmt: skip
-    for name, rates in rows.items():
+    for name in [name for name in VARIANTS if name in rows]:
+        rates = rows[name]
         for label, each in rates.items():
             ratios = [a / b for a, b in zip(each, rates[SHIPPED], strict=True)]
             spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
@@ -89,28 +92,14 @@ def report(rows: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main(args: list[str]) -> int:
-    """Measure the cases that are named, all where none is."""
+    """Measure the cases that are named, all where none is; or be the process of one layout."""
     if args and args[0] == "--serve":
         lay_out(**json.loads(args[1]))
         from throughput_agents import ours  # noqa: PLC0415
 
         serve(ours, json.loads(args[2]))
         return 0
-    unknown = [arg for arg in args if arg not in VARIANTS]
-    if unknown:
-        print(f"layouts.py does not know {unknown[0]!r}; cases: {', '.join(VARIANTS)}", file=sys.stderr)
-        return 2
-    prepare_process()
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    path = RESULTS / "rows.json"
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    for name in args or VARIANTS:
-        rows[name] = measured(name)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "README.md").write_text(report(rows))
-    print(report(rows))
-    return 0
+    return measure_parts(args, {name: partial(measured, name) for name in VARIANTS}, report, "layouts", "cases")
 
 
 if __name__ == "__main__":

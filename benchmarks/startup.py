@@ -6,6 +6,7 @@ Each part runs in processes of its own and replaces its rows in `benchmarks/resu
 about 5 GB of disk in the folder for temporary files (`TMPDIR`), for as long as they run.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,10 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from o2o.startup import prepare_process
+from parts import measure_parts
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "startup"
 AGENTS = ("rlpd", "calql", "qc", "residual", "uni_o4", "expo")
 STEPS, EPISODE = 1_000_000, 1_000
 IMAGES, KEPT, ROUNDS = 100_000, 2_000, 5
@@ -71,7 +70,7 @@ def write_million(spawned: float, root: str) -> dict[str, Any]:
     import numpy as np  # noqa: PLC0415
     from gymnasium import spaces  # noqa: PLC0415
 
-    from o2o.dataset_files import Episode, write_dataset  # noqa: PLC0415
+    from o2o.datasets import Episode, write  # noqa: PLC0415
 
     rng, last = np.random.default_rng(0), np.arange(EPISODE) == EPISODE - 1
 
@@ -81,7 +80,7 @@ def write_million(spawned: float, root: str) -> dict[str, Any]:
 
     box = lambda bound, size: spaces.Box(-bound, bound, (size,), np.float32)  # noqa: E731
     episodes = (episode() for _ in range(STEPS // EPISODE))
-    write_dataset("bench/million-v0", episodes, observation_space=box(np.inf, 17), action_space=box(1.0, 6), spec=None,
+    write("bench/million-v0", episodes, observation_space=box(np.inf, 17), action_space=box(1.0, 6), spec=None,
                   root=root)  # fmt: skip
     return {"seconds": time.time() - spawned}
 
@@ -109,6 +108,8 @@ def images(spawned: float, folder: str) -> dict[str, Any]:
     import throughput_adapter  # noqa: PLC0415
     from throughput_agents import config_of  # noqa: PLC0415
 
+    from o2o.agents import Residual  # noqa: PLC0415
+
     plain = throughput_adapter.noise
 
     def in_files(space: Any, rows: int, rng: np.random.Generator) -> Any:
@@ -122,14 +123,10 @@ def images(spawned: float, folder: str) -> dict[str, Any]:
         mapped.flush()
         return mapped
 
-    config = config_of("residual", "pixels", 4, False)
-    from o2o.agents import AGENTS as KINDS  # noqa: PLC0415
-
-    kind: Any = KINDS["residual"]
-    small = kind.preset("locomotion", "small").config
-    config = config.__class__(**{**vars(small), "online": config.online})
+    online = config_of("residual", "pixels", 4, False).online
+    config = dataclasses.replace(Residual.preset("locomotion", "small").config, online=online)
     device = throughput_adapter.Adapter("residual", config, "pixels", 1, KEPT)
-    throughput_adapter.noise = lambda space, rows, rng: _nested(in_files, space, rows, rng)
+    throughput_adapter.noise = in_files  # and so for the parts of a Dict
     host = throughput_adapter.Adapter(
         "residual", config, "pixels", 1, IMAGES, 10_000, device_bytes=0, checkpoint_every=10_000
     )
@@ -145,11 +142,6 @@ def images(spawned: float, folder: str) -> dict[str, Any]:
             rates[name].append(100 / (time.perf_counter() - started))
     size = sum(path.stat().st_size for path in Path(folder).glob("*.bin")) / 1e6
     return {"rates": rates, "megabytes": size, "rows": IMAGES, "process": time.time() - spawned}
-
-
-def _nested(make: Any, space: Any, rows: int, rng: Any) -> Any:
-    spaces = getattr(space, "spaces", None)
-    return make(space, rows, rng) if spaces is None else {key: make(part, rows, rng) for key, part in spaces.items()}
 
 
 def forget(folder: Path) -> None:
@@ -216,7 +208,7 @@ def report(rows: dict[str, Any]) -> str:
         started = max(row["backends"] for row in each)
         lines += [
             f"`import o2o.agents`: {spread([row['seconds'] for row in each])} s, {started} JAX back ends started by it;"
-            f"  {spread([row['process'] for row in each])} s from the start of the process.", "",
+            f" {spread([row['process'] for row in each])} s from the start of the process.", "",
         ]  # fmt: skip
     if "first-update" in rows:
         lines += [
@@ -257,29 +249,11 @@ def report(rows: dict[str, Any]) -> str:
 
 
 def main(args: list[str]) -> int:
-    """Measure the parts that are named, all where none is."""
+    """Measure the parts that are named, all where none is; or be the process of one."""
     if args and args[0] == "--child":
-        about = json.loads(args[2])
-        print(json.dumps(TASKS[args[1]](**about)))
+        print(json.dumps(TASKS[args[1]](**json.loads(args[2]))))
         return 0
-    unknown = [arg for arg in args if arg not in PARTS]
-    if unknown:
-        print(f"startup.py does not know {unknown[0]!r}; parts: {', '.join(PARTS)}", file=sys.stderr)
-        return 2
-    prepare_process()
-    path = RESULTS / "rows.json"
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    code = "import throughput_machine as m; print(m.machine()['device'])"
-    rows["machine"] = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, check=True, text=True
-    ).stdout.strip()
-    for name in args or PARTS:
-        rows[name] = PARTS[name]()
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "README.md").write_text(report(rows))
-    print(report(rows))
-    return 0
+    return measure_parts(args, PARTS, report, "startup")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parts import machine_here
 from throughput_peers import CASES, PEERS, PeersError, contest
 from throughput_report import Results, Row, middle, number
 
@@ -182,17 +183,6 @@ def run_case(name: str, libraries: tuple[str, ...], device: str, quick: bool, re
     return True
 
 
-def cpu(results: Results) -> str:
-    """Return the CPU's name and add it to the results' machines; this process itself starts no JAX back end."""
-    code = "import json, throughput_machine; print(json.dumps(throughput_machine.machine()))"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    about = json.loads(
-        subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, check=True, env=env).stdout
-    )
-    results.machines[about["device"]] = about
-    return about["device"]
-
-
 def main(args: Sequence[str]) -> int:
     """Measure what the arguments select; return the exit code."""
     try:
@@ -211,8 +201,9 @@ def main(args: Sequence[str]) -> int:
     results = Results.load(folder)
     fine = [run_cell(cell, quick, results, folder) for cell in cells]
     if cases:
-        device = cpu(results)
-        fine += [run_case(name, libraries, device, quick, results, folder) for name, libraries in cases]
+        about = machine_here()
+        results.machines[about["device"]] = about
+        fine += [run_case(name, libraries, about["device"], quick, results, folder) for name, libraries in cases]
     print(f"written to {folder}")
     return 0 if all(fine) else 1
 

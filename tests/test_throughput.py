@@ -170,7 +170,9 @@ def test_synthetic_rows_are_those_of_the_case() -> None:
 
 
 def test_a_layouts_ratio_is_the_median_of_the_rounds() -> None:
-    text = layouts.report({"iql": {layouts.SHIPPED: [10.0, 20.0, 40.0], "both": [5.0, 20.0, 36.0]}})
+    text = layouts.report(
+        {"machine": "a machine", "iql": {layouts.SHIPPED: [10.0, 20.0, 40.0], "both": [5.0, 20.0, 36.0]}}
+    )
     assert "| both | 20 | 0.90 [0.50, 1.00] |" in text and "| as shipped | 20 | 1 |" in text
 
 
