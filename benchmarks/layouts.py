@@ -26,23 +26,19 @@ SHIPPED, YNN = "as shipped", "XLA's YNN fusion on"
 EVERY: dict[str, dict[str, Any]] = {
     SHIPPED: {},
     "sums over rows and means as XLA makes them": {"sums": True},
-    "weights' gradients as XLA derives them": {"products": True},
-    "both": {"sums": True, "products": True},
     YNN: {},
 }
 WIDE: dict[str, dict[str, Any]] = {f"pieces of {size or 'all'} states": {"pieces": size} for size in (64, 128, None)}
 VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY, **WIDE}}
 
 
-def lay_out(sums: bool = False, products: bool = False, pieces: int | None = 32) -> None:
+def lay_out(sums: bool = False, pieces: int | None = 32) -> None:
     """Change `o2o.layout` in this process."""
     from o2o import layout  # noqa: PLC0415
 
     layout.PIECE_ROWS = pieces  # type: ignore[assignment]
     if sums:
         layout.sums_as_products = lambda: False
-    if products:
-        layout._product = lambda x, kernel: layout._dot(x, kernel, (-1, -2))  # type: ignore[assignment]
 
 
 def measured(name: str) -> dict[str, list[float]]:

@@ -1,7 +1,6 @@
 """How the same mathematics is laid out on different back ends: what is fast on a GPU need not be on a CPU.
 
 - A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
-- A weight's gradient is a product of what is there, with no transposed copy.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
 
@@ -82,28 +81,8 @@ _in_pieces.defvjp(_forward, _backward)
 
 def product(x: Array, kernel: Array) -> Array:
     """Return `x [..., i] @ kernel [i, o]`, or with every member's own `x [E, ..., i] @ kernel [E, i, o]`."""
-    lead = kernel.ndim - 2
-    flat = x.reshape(*x.shape[:lead], -1, x.shape[-1])
-    return _product(flat, kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Return the product over these axes, counted from the end, of matrices `[..., n, m]` with equal leading axes."""
-    batch = tuple(range(a.ndim - 2))
-    return jax.lax.dot_general(a, b, (((a.ndim + axes[0],), (b.ndim + axes[1],)), (batch, batch)))
-
-
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    return _dot(x, kernel, (-1, -2))
-
-
-def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    return _dot(g, kernel, (-1, -1)), _dot(x, g, (-2, -2))
-
-
-_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+    flat = x.reshape(*x.shape[: kernel.ndim - 2], -1, x.shape[-1])
+    return (flat @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def sum_rows(x: Array, lead: int = 0) -> Array:
@@ -112,7 +91,7 @@ def sum_rows(x: Array, lead: int = 0) -> Array:
     if not sums_as_products():
         return jnp.sum(flat, axis=-2)
     ones = jnp.ones((*flat.shape[:-2], 1, flat.shape[-2]), x.dtype)
-    return jnp.squeeze(_dot(ones, flat, (-1, -2)), -2)
+    return jnp.squeeze(ones @ flat, -2)
 
 
 def mean_features(x: Array) -> Array:
