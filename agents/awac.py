@@ -29,7 +29,7 @@ from o2o import losses
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AWACConfig:
 _DEFAULT = AWACConfig()
 
 
-class AWAC(struct.PyTreeNode):
+class AWAC(AgentNode):
     """Advantage-weighted actor-critic."""
 
     actor: Model

@@ -17,7 +17,7 @@ from flax import struct
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import Adam, GaussianActor, Init, Model
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
 """Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
@@ -63,7 +63,7 @@ class BCConfig:
 _DEFAULT = BCConfig()
 
 
-class BC(struct.PyTreeNode):
+class BC(AgentNode):
     """Behaviour cloning."""
 
     actor: Model

@@ -47,13 +47,13 @@ from o2o.distributions import TanhNormal
 from o2o.encoders import augment, create_encoder, encode
 from o2o.generative import Denoiser
 from o2o.networks import Adam, CriticEnsemble, GaussianActor, Model, draw_members
-from o2o.types import Array, Batch, Carry, Info, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = EXPOConfig()
 __all__ = ["EXPO", "EXPOConfig"]
 
 
-class EXPO(struct.PyTreeNode):
+class EXPO(AgentNode):
     """Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns."""
 
     base: Model

@@ -36,7 +36,7 @@ from o2o.chunks import ActionQueue, empty_queue, next_action
 from o2o.errors import ConfigError
 from o2o.generative import Denoiser, Diffusion, Flow
 from o2o.networks import Adam, Model
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class FlowBCConfig(GenerativeBCConfig):
     """Euler steps."""
 
 
-class GenerativeBC(struct.PyTreeNode):
+class GenerativeBC(AgentNode):
     """The part that both share; `config.model` is all that tells them apart."""
 
     actor: Model

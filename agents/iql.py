@@ -26,7 +26,7 @@ from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
 from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
 from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
 """Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
@@ -103,7 +103,7 @@ class IQLConfig:
 _DEFAULT = IQLConfig()
 
 
-class IQL(struct.PyTreeNode):
+class IQL(AgentNode):
     """Implicit Q-learning."""
 
     actor: Model

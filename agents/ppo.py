@@ -26,7 +26,7 @@ from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError, DatasetError
 from o2o.losses import clipped_surrogate, generalised_advantages
 from o2o.networks import Activation, Adam, BoundedGaussianActor, Init, Model, Value
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def fresh(model: Model, optimizer: Adam) -> Model:
     return model.replace(optimizer=optimizer, opt_state=optimizer.build().init(model.params))
 
 
-class PPO(struct.PyTreeNode):
+class PPO(AgentNode):
     """Proximal policy optimisation."""
 
     actor: Model

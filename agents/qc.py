@@ -38,7 +38,7 @@ from o2o.errors import ConfigError
 from o2o.generative import Denoiser, Flow
 from o2o.losses import td_target
 from o2o.networks import MLP, Adam, CriticEnsemble, Model, kernel_init
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def cut(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
     )
 
 
-class QC(struct.PyTreeNode):
+class QC(AgentNode):
     """Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one."""
 
     actor: Model

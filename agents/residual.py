@@ -41,7 +41,7 @@ from o2o.agents.residual_networks import ResidualActor, Seen, Trunk, values
 from o2o.encoders import create_encoder, shift_observations
 from o2o.errors import ConfigError
 from o2o.networks import Adam, CriticEnsemble, Model, draw_members
-from o2o.types import Array, Batch, Carry, Info, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = ResidualConfig()
 ACTION_LIMIT = 1.0 - 1e-6
@@ -100,7 +100,7 @@ def critic_loss(q: Array, targets: Array, kind: str) -> Array:
     return jnp.mean(jnp.square(jnp.mean(jnp.abs(q - targets), axis=0)))
 
 
-class Residual(struct.PyTreeNode):
+class Residual(AgentNode):
     """Residual policy and critics on top of a base policy that acts outside."""
 
     actor: Model

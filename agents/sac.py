@@ -28,7 +28,7 @@ from o2o import losses
 from o2o.agents.minibatches import check_flat
 from o2o.errors import ConfigError
 from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]
 
@@ -164,7 +164,7 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
     )  # fmt: skip
 
 
-class SAC(struct.PyTreeNode):
+class SAC(AgentNode):
     """Soft actor-critic with a critic ensemble."""
 
     actor: Model

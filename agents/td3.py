@@ -21,7 +21,7 @@ from o2o import losses
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.networks import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DeterministicActor(nn.Module):
         return jnp.tanh(nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme))(x))
 
 
-class TD3(struct.PyTreeNode):
+class TD3(AgentNode):
     """Deterministic actor, critic ensemble, slow copies of both."""
 
     actor: Model

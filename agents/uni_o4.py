@@ -45,7 +45,7 @@ from o2o.dynamics import Dynamics, holdout_rows
 from o2o.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
 from o2o.networks import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
 from o2o.normalizer import Normalizer
-from o2o.types import Array, Batch, Carry, Info, Params, Preset, Stage
+from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset, Stage
 
 LOWEST = float(np.finfo(np.float32).min)
 FAR, LOST = 100.0, 0.1
@@ -55,7 +55,7 @@ FAR, LOST = 100.0, 0.1
 _DEFAULT = UniO4Config()
 
 
-class UniO4(struct.PyTreeNode):
+class UniO4(AgentNode):
     """Uni-O4 before the switch; `online()` returns a `PPO`."""
 
     value: Model

@@ -31,7 +31,7 @@ from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import SAC, SACConfig
 from o2o.errors import CheckpointError, ConfigError
 from o2o.networks import Model
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]
 Learner = SAC | CQL | CalQL | IQL | BC
@@ -70,7 +70,7 @@ class _Needs:
         return CalQL.needs if agent is None else agent.learner.needs
 
 
-class WSRL(struct.PyTreeNode):
+class WSRL(AgentNode):
     """An offline agent that becomes SAC at `online()`; `learner` is the one at work."""
 
     learner: Learner

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
+from flax import struct
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -53,7 +54,7 @@ class OnlineConfig:
 
 @runtime_checkable
 class Agent(Protocol):
-    """What the loops need of an agent: a pytree, pure methods, a frozen config.
+    """What the loops need of an agent: a pytree (derive it from `AgentNode`), pure methods, a frozen config.
 
     `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Optional parts:
     `window: int`, the rows in a row that it learns from (`window_of`); `random_actions(observations, rng)`, which
@@ -88,6 +89,20 @@ class Agent(Protocol):
     def online(self) -> Self:
         """Return the agent for the online phase: all that changes at the switch happens here."""
         ...
+
+
+class AgentNode(struct.PyTreeNode):
+    """The base class of agents: a frozen pytree whose structure tells its class.
+
+    JAX's registered dataclasses do not: the structures of two classes compare equal if only their fields agree, and
+    `jax.jit` may then run the program of one on the other (JAX 0.10; seen with a class and a subclass of it).
+    """
+
+    agent_class: Any = struct.field(pytree_node=False, default=None, kw_only=True, repr=False)
+    """Set by the class itself."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "agent_class", type(self))
 
 
 class Stage(NamedTuple):

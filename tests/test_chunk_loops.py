@@ -22,7 +22,7 @@ from o2o.experiment import RunConfig
 from o2o.loop import Trainer
 from o2o.plots import read_rows
 from o2o.schedule import Hooks, LoopConfig
-from o2o.types import OnlineConfig, window_of
+from o2o.types import AgentNode, OnlineConfig, window_of
 
 Maker = Callable[..., RunConfig]
 KEY = jax.random.key(11)
@@ -42,7 +42,7 @@ class ProbeConfig:
     online: OnlineConfig = OnlineConfig(warmup_steps=10_000)
 
 
-class Probe(struct.PyTreeNode):
+class Probe(AgentNode):
     """Plays chunks of 0.0, 0.1, 0.2, 0.3 and counts its updates; its metrics say what the batches were."""
 
     updates: jax.Array

@@ -13,12 +13,12 @@ from o2o import envs
 from o2o.errors import ConfigError
 from o2o.evaluate import EnvFn, Evaluator, clear_carry, evaluate
 from o2o.normalizer import Normalizer
-from o2o.types import Agent, Array, Batch, Carry, Info
+from o2o.types import Agent, AgentNode, Array, Batch, Carry, Info
 
 LIMIT = 12
 
 
-class Pendulum(struct.PyTreeNode):
+class Pendulum(AgentNode):
     """A linear controller of the inverted pendulum, with noise where asked for."""
 
     gains: Array
