@@ -8,16 +8,14 @@ case that is measured anew replaces its rows. Run it alone on the machine.
 
 import json
 import os
-import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts import measure_parts
+from parts import measure_parts, rates_in_turns, ratio_rows
 from peers import serve
-from throughput_peers import CASES, PAUSE, READY_SECONDS, Worker
+from throughput_peers import CASES
 
 from o2o.startup import NO_YNN
 
@@ -26,43 +24,38 @@ SHIPPED, YNN = "as shipped", "XLA's YNN fusion on"
 EVERY: dict[str, dict[str, Any]] = {
     SHIPPED: {},
     "sums over rows and means as XLA makes them": {"sums": True},
+    "products in bfloat16": {"coarse": True},
     YNN: {},
 }
 WIDE: dict[str, dict[str, Any]] = {f"pieces of {size or 'all'} states": {"pieces": size} for size in (64, 128, None)}
 VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY, **WIDE}}
 
 
-def lay_out(sums: bool = False, pieces: int | None = 32) -> None:
+def lay_out(sums: bool = False, coarse: bool = False, pieces: int | None = 32) -> None:
     """Change `o2o.layout` in this process."""
-    from o2o import layout  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    from o2o import layout, networks  # noqa: PLC0415
+
+    def product(x: Any, kernel: Any) -> Any:
+        return layout.product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).astype(x.dtype)
 
     layout.PIECE_ROWS = pieces  # type: ignore[assignment]
     if sums:
         layout.sums_as_products = lambda: False
+    if coarse:
+        networks.product = product
 
 
 def measured(name: str) -> dict[str, list[float]]:
     """Return the rates of every variant of a case, of rounds in which all take turns."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    rates: dict[str, list[float]] = {}
-    workers: dict[str, Worker] = {}
-    flags = os.environ["XLA_FLAGS"]
-    try:
-        for label, about in VARIANTS[name].items():
-            os.environ["XLA_FLAGS"] = flags.replace(NO_YNN, "") if label == YNN else flags
-            script = (str(Path(__file__).resolve()), "--serve", json.dumps(about))
-            workers[label] = Worker("ours", CASES[name], Path(sys.executable), False, script)
-            workers[label].answer(READY_SECONDS)
-            rates[label] = []
-        for i in range(ROUNDS):
-            for label in list(workers) if i % 2 == 0 else reversed(list(workers)):
-                time.sleep(PAUSE)
-                rates[label].append(workers[label].rate("as run", SECONDS))
-    finally:
-        os.environ["XLA_FLAGS"] = flags
-        for worker in workers.values():
-            worker.close()
-    return rates
+    flags, script = os.environ["XLA_FLAGS"], str(Path(__file__).resolve())
+    ways = {
+        label: ((script, "--serve", json.dumps(about)), flags.replace(NO_YNN, "") if label == YNN else flags)
+        for label, about in VARIANTS[name].items()
+    }
+    return rates_in_turns(CASES[name], ways, ROUNDS, SECONDS)
 
 
 def report(rows: dict[str, Any]) -> str:
@@ -76,14 +69,7 @@ def report(rows: dict[str, Any]) -> str:
         "| case | layout | updates/s | ratio |", "| --- | --- | --: | --: |",
     ]  # fmt: skip
     for name in [name for name in VARIANTS if name in rows]:
-        rates = rows[name]
-        for label, each in rates.items():
-            ratios = [a / b for a, b in zip(each, rates[SHIPPED], strict=True)]
-            spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-            lines.append(
-                f"| {CASES[name].title} | {label} | {statistics.median(each):.3g} | "
-                f"{'1' if label == SHIPPED else spread} |"
-            )
+        lines += ratio_rows(CASES[name].title, rows[name])
     return "\n".join([*lines, ""])
 
 

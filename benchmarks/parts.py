@@ -2,11 +2,15 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from throughput_peers import PAUSE, READY_SECONDS, Case, Worker
 
 from o2o.startup import prepare_process
 
@@ -48,3 +52,35 @@ def measure_parts(
         (folder / "README.md").write_text(report(rows))
     print(report(rows))
     return 0
+
+
+def rates_in_turns(
+    case: Case, ways: Mapping[str, tuple[Sequence[str], str]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return the rates of a case in every way, each the script's arguments and the `XLA_FLAGS` of its process."""
+    rates: dict[str, list[float]] = {label: [] for label in ways}
+    workers: dict[str, Worker] = {}
+    flags = os.environ["XLA_FLAGS"]
+    try:
+        for label, (script, os.environ["XLA_FLAGS"]) in ways.items():
+            workers[label] = Worker("ours", case, Path(sys.executable), False, script)
+            workers[label].answer(READY_SECONDS)
+        for i in range(rounds):
+            for label in list(workers) if i % 2 == 0 else reversed(list(workers)):
+                time.sleep(PAUSE)
+                rates[label].append(workers[label].rate("as run", seconds))
+    finally:
+        os.environ["XLA_FLAGS"] = flags
+        for worker in workers.values():
+            worker.close()
+    return rates
+
+
+def ratio_rows(title: str, rates: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return a table's rows: case, way, median rate, and the rates' ratio to those of the first way, round by round."""
+    lines, first = [], next(iter(rates.values()))
+    for label, each in rates.items():
+        ratios = [a / b for a, b in zip(each, first, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        lines.append(f"| {title} | {label} | {statistics.median(each):.3g} | {'1' if each is first else spread} |")
+    return lines

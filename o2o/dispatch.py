@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
+from o2o.layout import seeds_in_turn
 from o2o.networks import where_leading
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Batch, Carry, Info, window_of
@@ -30,8 +31,13 @@ class Placed(Protocol):
         ...
 
 
-def over_seeds(function: Callable[..., Any], seeds: int, in_axes: Any = 0) -> Callable[..., Any]:
-    """Map `function` over the leading seed axis of its arguments (those with in_axes 0)."""
+def over_seeds(function: Callable[..., Any], seeds: int, in_axes: Any = 0, in_turn: bool = False) -> Callable[..., Any]:
+    """Map `function` over the leading seed axis of its arguments (those with in_axes 0).
+
+    `in_turn`: one seed after the other, all arguments per seed and copied; not for a replay buffer.
+    """
+    if seeds > 1 and in_turn:
+        return lambda *args: jax.lax.map(lambda each: function(*each), args)
     if seeds > 1:
         return jax.vmap(function, in_axes=in_axes)
 
@@ -107,7 +113,7 @@ def offline_updates(
         agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, start)
         return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
 
-    return over_seeds(one_seed, seeds)(agent, rng)
+    return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, rng)
 
 
 @partial(jax.jit, static_argnames=("seeds", "stage"), donate_argnames="agent")
@@ -231,9 +237,17 @@ def insert(
 def learned(
     agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, mode: OnlineMode
 ) -> tuple[Any, Info]:
-    """Run one seed's update call on what the key `rng` of its step draws; its metrics join the totals."""
-    agent, info = agent.update(mode.draw(jax.random.split(rng, 3)[1], offline, buffer, mode.utd_ratio))
-    return agent, jax.tree.map(jnp.add, totals, info)
+    """Run every seed's update call on what the key `rng` `[S]` of its step draws; its metrics join the totals."""
+
+    def draw(rng: Array, buffer: ReplayBuffer) -> Batch:
+        return mode.draw(jax.random.split(rng, 3)[1], offline, buffer, mode.utd_ratio)
+
+    def update(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
+        agent, info = agent.update(batch)
+        return agent, jax.tree.map(jnp.add, totals, info)
+
+    batches = over_seeds(draw, mode.seeds)(rng, buffer)
+    return over_seeds(update, mode.seeds, in_turn=seeds_in_turn(agent))(agent, totals, batches)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "totals"))
@@ -241,8 +255,7 @@ def learn(
     agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, *, mode: OnlineMode
 ) -> tuple[Any, Info]:
     """Run the update call of `learn_and_choose` alone, on the same draw."""
-    one_seed = partial(learned, offline=offline, mode=mode)
-    return over_seeds(one_seed, mode.seeds)(agent, totals, rng, buffer)
+    return learned(agent, totals, rng, buffer, offline, mode)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "carry", "totals"))
@@ -264,18 +277,18 @@ def learn_and_choose(
     `ended` `[S]` clears the carry.
     """
 
-    def one_seed(
-        agent: Any, carry: Carry, rng: Array, totals: Info, buffer: ReplayBuffer, observation: Any, ended: Array
-    ) -> tuple[Any, Carry, Array, Info, Array]:
-        if mode.update:
-            agent, totals = learned(agent, totals, rng, buffer, offline, mode)
+    action_dim = buffer.rows["actions"].shape[-1]
+
+    def act(agent: Any, carry: Carry, rng: Array, observation: Any, ended: Array) -> tuple[Carry, Array, Array]:
         rng, _, act_rng = jax.random.split(rng, 3)
         carry = clear_carry(carry, agent.initial_carry((1,)), ended)
-        action_dim = buffer.rows["actions"].shape[-1]
         action, carry = choose(agent, normalizer, observation, carry, act_rng, mode.random, action_dim)
-        return agent, carry, rng, totals, action
+        return carry, rng, action
 
-    return over_seeds(one_seed, mode.seeds)(agent, carry, rng, totals, buffer, observations, ended)
+    if mode.update:
+        agent, totals = learned(agent, totals, rng, buffer, offline, mode)
+    carry, rng, action = over_seeds(act, mode.seeds)(agent, carry, rng, observations, ended)
+    return agent, carry, rng, totals, action
 
 
 def online_step(

@@ -23,6 +23,7 @@ import numpy as np
 from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
+from o2o.layout import seeds_in_turn
 from o2o.normalizer import Normalizer, normalize
 from o2o.row_store import ON_HOST, Handles, RowStore
 from o2o.types import Array, Batch, Info, window_of
@@ -144,7 +145,7 @@ def _update(agent: Any, batch: Batch, totals: Info, *, seeds: int) -> tuple[Any,
         agent, info = agent.update(batch)
         return agent, jax.tree.map(jnp.add, totals, info)
 
-    return over_seeds(one_seed, seeds)(agent, batch, totals)
+    return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, batch, totals)
 
 
 @partial(jax.jit, static_argnames="mode")
@@ -187,7 +188,8 @@ def _learn_and_act(
         action, carry = dispatch.choose(agent, normalizer, seen, carry, rng, mode.random, action_dim)
         return agent, carry, totals, action
 
-    return over_seeds(one_seed, mode.seeds)(agent, carry, totals, batch, rng, observations, ended)
+    every = over_seeds(one_seed, mode.seeds, in_turn=mode.update and seeds_in_turn(agent))
+    return every(agent, carry, totals, batch, rng, observations, ended)
 
 
 _normalized = jax.jit(normalize)

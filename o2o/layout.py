@@ -3,6 +3,7 @@
 - A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
+- Seeds of small networks are batched, those of large ones follow one another within each call.
 
 What is defined here by its own gradient can be differentiated in reverse mode only.
 """
@@ -18,6 +19,8 @@ from o2o.types import Array, Params
 
 PIECE_ROWS = 32
 """Rows whose intermediate values, some dozens of each, still fit a CPU core's cache."""
+BATCHED_NUMBERS = 2_000_000
+"""Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/seeds.py`)."""
 RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
 
@@ -30,6 +33,13 @@ def piece_rows() -> int | None:
 def sums_as_products() -> bool:
     """Return whether sums over rows and means are products with ones on this back end."""
     return jax.default_backend() == "cpu"
+
+
+def seeds_in_turn(agents: Any) -> bool:
+    """Return whether `agents`, leaves `[S, ...]`, are updated one after the other on this back end, not batched."""
+    seeds = jax.tree.leaves(agents)[0].shape[0]
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(agents)) // seeds
+    return jax.default_backend() == "cpu" and numbers >= BATCHED_NUMBERS
 
 
 def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:

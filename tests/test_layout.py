@@ -153,31 +153,68 @@ def test_a_sum_in_pieces_has_the_values_and_gradients_of_the_whole() -> None:
     assert text.count("scan[") == 1  # one pass: the gradient comes with the value
 
 
-def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer() -> None:
-    """Neither storing a row nor learning from a million of them needs room for another one."""
-    agent = jax.tree.map(lambda leaf: leaf[None], Case("iql", "online").agent)
+def stacked(seeds: int) -> tuple[Any, OfflineData]:
+    """Return different agents `[S]` in online form and a dataset of `ROWS` rows."""
+    case = Case("iql", "online")
+    agent = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(case.create(jax.random.key(s)) for s in range(seeds)))
     rows = {key: leaf[0] for key, leaf in make_batch(1).items() if key != "mc_returns"} | {"ends": jnp.zeros(ROWS)}
-    data = OfflineData.create(jax.tree.map(np.asarray, rows), ("ends",))
-    keys = jax.random.split(KEY, 1)
+    return agent, OfflineData.create(jax.tree.map(np.asarray, rows), ("ends",))
+
+
+def test_seeds_that_follow_one_another_learn_what_batched_ones_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, data = stacked(2)
+    keys = jax.random.split(KEY, 2)
+    state = dispatch.fresh_online_state(agent, keys, data, 16, append=True)
+    mode = dispatch.OnlineMode(2, True, False, False, 2, 4, 0.0)
+
+    def offline(agent: Any, rng: Any) -> Any:
+        return dispatch.offline_updates(agent, rng, data, jnp.asarray(3), seeds=2, batch_size=4)
+
+    def online(agent: Any, rng: Any) -> Any:
+        return dispatch.learned(agent, state.totals, rng, state.buffer, None, mode)
+
+    for program in (offline, online):
+        jax.clear_caches()  # what is compiled does not know the threshold
+        batched = jax.jit(lambda *args, p=program: p(*args))(agent, keys)
+        monkeypatch.setattr(layout, "BATCHED_NUMBERS", 1)
+        jax.clear_caches()
+        text = str(jax.make_jaxpr(lambda *args, p=program: p(*args))(agent, keys))
+        in_turn = jax.jit(lambda *args, p=program: p(*args))(agent, keys)
+        monkeypatch.undo()
+        assert "length=2" in text
+        bad, size = differing(in_turn, batched, 1e-5)
+        moved, _ = differing(in_turn[0], agent, 1e-5)
+        assert moved > 0.3 * size and bad <= 0.01 * size, f"{bad} of {size} numbers differ"
+
+
+def test_the_layout_of_seeds_goes_by_their_size_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = ({"w": jax.ShapeDtypeStruct((3, size), jnp.float32)} for size in (10_000, 3_000_000))
+    assert not layout.seeds_in_turn(small) and layout.seeds_in_turn(large)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not layout.seeds_in_turn(large)
+
+
+@pytest.mark.parametrize(("seeds", "batched"), [(1, True), (2, True), (2, False)])
+def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer(
+    seeds: int, batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither storing a row nor learning from a million of them needs room for another one."""
+    if not batched:
+        monkeypatch.setattr(layout, "BATCHED_NUMBERS", 1)
+    jax.clear_caches()
+    agent, data = stacked(seeds)
+    keys = jax.random.split(KEY, seeds)
     state = jax.eval_shape(lambda a: dispatch.fresh_online_state(a, keys, data, 1_000_000, append=False), agent)
-    one = {key: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for key, leaf in data.rows.items()}
-    mode = dispatch.OnlineMode(1, True, False, False, 1, ROWS, 0.0)
+    one = {key: jax.ShapeDtypeStruct((seeds, *leaf.shape[1:]), leaf.dtype) for key, leaf in data.rows.items()}
+    mode = dispatch.OnlineMode(seeds, True, False, False, 1, ROWS, 0.0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.buffer))
-    ended = jax.ShapeDtypeStruct((1,), bool)
-    insert = dispatch.insert.lower(state.buffer, None, one, seeds=1, pending=False)
+    ended = jax.ShapeDtypeStruct((seeds,), bool)
+    insert = dispatch.insert.lower(state.buffer, None, one, seeds=seeds, pending=False)
     learn = dispatch.learn_and_choose.lower(
-        state.agent,
-        state.carry,
-        state.rng,
-        state.totals,
-        state.buffer,
-        None,
-        None,
-        one["observations"],
-        ended,
+        state.agent, state.carry, state.rng, state.totals, state.buffer, None, None, one["observations"], ended,
         mode=mode,
-    )
-    assert size > 40e6
+    )  # fmt: skip
+    assert size > seeds * 40e6
     for lowered in (insert, learn):
         memory: Any = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.02 * size
