@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from throughput_peers import PAUSE, READY_SECONDS, Case, Worker
+from typing import TYPE_CHECKING, Any
 
 from o2o.startup import prepare_process
+
+if TYPE_CHECKING:
+    from throughput_peers import Case
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,9 +56,11 @@ def measure_parts(
 
 
 def rates_in_turns(
-    case: Case, ways: Mapping[str, tuple[Sequence[str], str]], rounds: int, seconds: float
+    case: "Case", ways: Mapping[str, tuple[Sequence[str], str]], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Return the rates of a case in every way, each the script's arguments and the `XLA_FLAGS` of its process."""
+    from throughput_peers import PAUSE, READY_SECONDS, Worker  # noqa: PLC0415  # start-up is measured without it
+
     rates: dict[str, list[float]] = {label: [] for label in ways}
     workers: dict[str, Worker] = {}
     flags = os.environ["XLA_FLAGS"]
