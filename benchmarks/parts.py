@@ -65,7 +65,8 @@ def rates_in_turns(
     workers: dict[str, Worker] = {}
     flags = os.environ["XLA_FLAGS"]
     try:
-        for label, (script, os.environ["XLA_FLAGS"]) in ways.items():
+        for label, (script, own_flags) in ways.items():
+            os.environ["XLA_FLAGS"] = own_flags  # read by the process that starts
             workers[label] = Worker("ours", case, Path(sys.executable), False, script)
             workers[label].answer(READY_SECONDS)
         for i in range(rounds):

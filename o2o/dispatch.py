@@ -234,6 +234,16 @@ def insert(
     return over_seeds(one_seed, seeds)(buffer, rows)
 
 
+def updated(agent: Any, totals: Info, batches: Batch, seeds: int) -> tuple[Any, Info]:
+    """Run every seed's update call on its batch, leaves `[S, ...]`; its metrics join the totals."""
+
+    def one_seed(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
+        agent, info = agent.update(batch)
+        return agent, jax.tree.map(jnp.add, totals, info)
+
+    return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, totals, batches)
+
+
 def learned(
     agent: Any, totals: Info, rng: Array, buffer: ReplayBuffer, offline: OfflineData | None, mode: OnlineMode
 ) -> tuple[Any, Info]:
@@ -242,12 +252,7 @@ def learned(
     def draw(rng: Array, buffer: ReplayBuffer) -> Batch:
         return mode.draw(jax.random.split(rng, 3)[1], offline, buffer, mode.utd_ratio)
 
-    def update(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
-        agent, info = agent.update(batch)
-        return agent, jax.tree.map(jnp.add, totals, info)
-
-    batches = over_seeds(draw, mode.seeds)(rng, buffer)
-    return over_seeds(update, mode.seeds, in_turn=seeds_in_turn(agent))(agent, totals, batches)
+    return updated(agent, totals, over_seeds(draw, mode.seeds)(rng, buffer), mode.seeds)
 
 
 @partial(jax.jit, static_argnames="mode", donate_argnames=("agent", "totals"))

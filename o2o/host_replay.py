@@ -23,7 +23,6 @@ import numpy as np
 from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
-from o2o.layout import seeds_in_turn
 from o2o.normalizer import Normalizer, normalize
 from o2o.row_store import ON_HOST, Handles, RowStore
 from o2o.types import Array, Batch, Info, window_of
@@ -141,11 +140,7 @@ def _draw_online(
 
 @partial(jax.jit, static_argnames="seeds", donate_argnames="agent")
 def _update(agent: Any, batch: Batch, totals: Info, *, seeds: int) -> tuple[Any, Info]:
-    def one_seed(agent: Any, batch: Batch, totals: Info) -> tuple[Any, Info]:
-        agent, info = agent.update(batch)
-        return agent, jax.tree.map(jnp.add, totals, info)
-
-    return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, batch, totals)
+    return dispatch.updated(agent, totals, batch, seeds)
 
 
 @partial(jax.jit, static_argnames="mode")
@@ -180,16 +175,14 @@ def _learn_and_act(
     mode: OnlineMode,
     action_dim: int,
 ) -> tuple[Any, Any, Info, Array]:
-    def one_seed(agent: Any, carry: Any, totals: Info, batch: Batch, rng: Array, seen: Any, ended: Array) -> Any:
-        if mode.update:
-            agent, info = agent.update(batch)
-            totals = jax.tree.map(jnp.add, totals, info)
+    def act(agent: Any, carry: Any, rng: Array, seen: Any, ended: Array) -> tuple[Array, Any]:
         carry = dispatch.clear_carry(carry, agent.initial_carry((1,)), ended)
-        action, carry = dispatch.choose(agent, normalizer, seen, carry, rng, mode.random, action_dim)
-        return agent, carry, totals, action
+        return dispatch.choose(agent, normalizer, seen, carry, rng, mode.random, action_dim)
 
-    every = over_seeds(one_seed, mode.seeds, in_turn=mode.update and seeds_in_turn(agent))
-    return every(agent, carry, totals, batch, rng, observations, ended)
+    if mode.update:
+        agent, totals = dispatch.updated(agent, totals, batch, mode.seeds)
+    action, carry = over_seeds(act, mode.seeds)(agent, carry, rng, observations, ended)
+    return agent, carry, totals, action
 
 
 _normalized = jax.jit(normalize)
