@@ -77,10 +77,18 @@ CASES = {
 
 
 def peers_python() -> Path:
-    """Return the Python of the other libraries' environment, made and filled where it is not; raises `PeersError`."""
+    """Return the Python of the other libraries' environment, made and filled where it is not; raises `PeersError`.
+
+    A folder that holds anything is replaced only where its `installed.json` says that it was made here.
+    """
     python, stamp = FOLDER / "bin" / "python", FOLDER / "installed.json"
     if stamp.exists() and json.loads(stamp.read_text()) == list(PACKAGES) and python.exists():
         return python
+    if FOLDER.exists() and not stamp.exists() and (not FOLDER.is_dir() or any(FOLDER.iterdir())):
+        raise PeersError(
+            f"{FOLDER} holds something else than this script's environment (no installed.json in it), and would be "
+            "emptied; delete it, or name a new folder in O2O_PEERS"
+        )
     print(f"installing {', '.join(PACKAGES)} into {FOLDER} (some minutes, about 2 GB) ...", flush=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for command in ([sys.executable, "-m", "venv", "--clear", str(FOLDER)], [*pip, *PACKAGES]):
@@ -88,6 +96,7 @@ def peers_python() -> Path:
         if done.returncode:
             last = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise PeersError(f"{' '.join(command)} failed: {''.join(last)}; make the environment by hand in {FOLDER}")
+        stamp.write_text("[]")  # made here, not filled yet
     stamp.write_text(json.dumps(list(PACKAGES)))
     return python
 

@@ -15,9 +15,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its 
 import layouts
 import startup
 import throughput
+import throughput_peers
 from peers import Contender, rows_of
 from throughput_machine import Span, matmul_flops, measure, program_flops
-from throughput_peers import CASES
+from throughput_peers import CASES, PeersError, peers_python
 from throughput_report import Contest, Results, Row, contest_lines, markdown, merged, number, ratios
 
 ROW = Row(
@@ -191,3 +192,13 @@ def test_the_report_of_start_up_says_what_was_measured_and_nothing_else() -> Non
 def test_what_no_script_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert layouts.main(["sac"]) == 2 and "cases: sac-utd1" in capsys.readouterr().err
     assert startup.main(["imports"]) == 2 and "parts: import" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_not_made_the_peers_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(throughput_peers, "FOLDER", tmp_path)
+    with pytest.raises(PeersError, match="holds something else.*O2O_PEERS"):
+        peers_python()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
