@@ -26,6 +26,8 @@ from o2o.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
 from o2o.tasks import Task
 
 CACHE_VERSION = 1
+RETURN_ROWS = 2**16
+"""Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
 Rows = dict[str, np.ndarray]
 ActionRange = Literal["space", "data"]
 
@@ -159,12 +161,15 @@ def monte_carlo_returns(
     stop = np.asarray(ends, bool).copy()
     if len(stop):
         stop[-1] = True
-    factors = np.where(stop, 0.0, discount * np.asarray(masks, np.float64)).tolist()
-    steps, returns, value = rewards.astype(np.float64).tolist(), [0.0] * len(rewards), 0.0
-    for i in range(len(steps) - 1, -1, -1):
-        value = steps[i] + factors[i] * value
-        returns[i] = value
-    result = np.asarray(returns, np.float32)
+    factors = np.where(stop, 0.0, discount * np.asarray(masks, np.float64))
+    result, value = np.empty(len(rewards), np.float32), 0.0
+    for end in range(len(rewards), 0, -RETURN_ROWS):
+        part = slice(max(end - RETURN_ROWS, 0), end)
+        values, following = rewards[part].astype(np.float64).tolist(), factors[part].tolist()
+        for i in range(len(values) - 1, -1, -1):
+            value = values[i] + following[i] * value
+            values[i] = value
+        result[part] = values
     if failure_reward is not None and len(rewards):
         starts = np.flatnonzero(np.concatenate([[True], stop[:-1]]))
         failed = np.logical_and.reduceat(rewards == np.float32(failure_reward), starts)

@@ -158,6 +158,16 @@ def test_trajectories_do_not_leak_and_terminals_block():
     np.testing.assert_allclose(G(rewards, np.array([1.0, 0, 1, 1]), np.array([0, 0, 0, 1]), 0.5), [2, 2, 8, 8])
 
 
+def test_returns_are_the_same_however_many_rows_are_computed_together(monkeypatch):
+    draw = np.random.default_rng(0)
+    rewards, masks, ends = draw.normal(size=50), draw.random(50) > 0.1, draw.random(50) > 0.9
+    whole = G(rewards, masks, ends, 0.9)
+    assert len(np.unique(whole)) > 45
+    for count in (1, 7, 49, 50):
+        monkeypatch.setattr(datasets, "RETURN_ROWS", count)
+        np.testing.assert_array_equal(G(rewards, masks, ends, 0.9), whole)
+
+
 def test_failure_rule_is_per_trajectory_and_needs_all_rewards():
     rewards = np.array([-5.0, -5, -5, 5])
     returns = G(rewards, np.array([1.0, 1, 1, 0]), np.array([0, 1, 0, 1]), 0.99, -5.0)
