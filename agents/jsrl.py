@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.wsrl import input_dims
@@ -94,8 +95,8 @@ class JSRL(IQL):
         config = self.jump
         if config.anneal_updates is None:
             return jnp.asarray(config.max_guide_steps, jnp.int32)
-        left = jnp.maximum(1.0 - self.updates / config.anneal_updates, 0.0)
-        return jnp.ceil(config.max_guide_steps * left).astype(jnp.int32)
+        ends = -(np.arange(1, config.max_guide_steps + 1) * -config.anneal_updates // config.max_guide_steps)
+        return config.max_guide_steps - jnp.sum(self.updates >= ends, dtype=jnp.int32)  # exact, as no float32 is
 
     def draw_guided(self, rng: Array, shape: tuple[int, ...]) -> Array:
         """Return the guide's steps in new episodes, int32 of this shape."""

@@ -119,6 +119,9 @@ def test_the_horizon_falls_with_the_updates_never_rises_and_stays_without_anneal
     horizons = [int(annealed.replace(updates=jnp.asarray(n, jnp.int32)).horizon()) for n in range(0, 30)]
     assert horizons[0] == 10 and horizons[10] == 5 and horizons[19] == 1 and set(horizons[20:]) == {0}
     assert np.all(np.diff(horizons) <= 0)
+    wide = agent.replace(config=replace(agent.config, max_guide_steps=300, anneal_updates=1000))
+    for n in (0, 160, 280, 410, 411, 999, 1000):  # after 280 of 1000 updates 216 of 300 steps; float32 makes it 217
+        assert int(wide.replace(updates=jnp.asarray(n, jnp.int32)).horizon()) == -(-300 * (1000 - n) // 1000), n
     assert int(agent.replace(updates=jnp.asarray(10**6, jnp.int32)).horizon()) == 4
 
 
