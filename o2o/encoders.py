@@ -11,7 +11,7 @@ Where we differ
 - `latent_dim` squashes with tanh (RLPD's pixels); ResFiT's heads project for themselves, which is `latent_dim=0`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.errors import ConfigError
+from o2o.layout import add_row, convolution
 from o2o.networks import Adam, Model
 from o2o.spaces import STATE
 from o2o.types import Array, Batch, Params
@@ -116,6 +117,22 @@ SMALL = nn.initializers.truncated_normal(0.02)
 CONV = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class Conv(nn.Module):
+    """Convolution without padding plus bias: `[..., H, W, C]` to `[..., H', W', features]`."""
+
+    features: int
+    side: int
+    stride: int = 1
+    kernel_init: Callable[..., Array] = CONV
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Return the feature map."""
+        kernel = self.param("kernel", self.kernel_init, (self.side, self.side, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return add_row(convolution(x, kernel, self.stride), bias)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and a GELU MLP four times as wide: `[..., P, C]` to the same."""
 
@@ -144,8 +161,8 @@ class PatchEncoder(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Return the patches of uint8 images."""
-        x = nn.Conv(self.width, (8, 8), 4, "VALID", kernel_init=CONV, name="conv_0")(_scaled(images))
-        x = nn.Conv(self.width, (3, 3), 2, "VALID", kernel_init=CONV, name="conv_1")(nn.relu(x))
+        x = Conv(self.width, 8, 4, name="conv_0")(_scaled(images))
+        x = Conv(self.width, 3, 2, name="conv_1")(nn.relu(x))
         x = x.reshape(*x.shape[:-3], -1, self.width)
         x = x + self.param("positions", SMALL, x.shape[-2:])
         for i in range(self.blocks):
@@ -165,7 +182,7 @@ class ConvEncoder(nn.Module):
         x = _scaled(images)
         for i, (features, stride) in enumerate(zip(self.features, self.strides, strict=True)):
             init = nn.initializers.xavier_uniform()
-            x = nn.relu(nn.Conv(features, (3, 3), stride, "VALID", kernel_init=init, name=f"conv_{i}")(x))
+            x = nn.relu(Conv(features, 3, stride, init, name=f"conv_{i}")(x))
         return x.reshape(*x.shape[:-3], -1, self.features[-1])
 
 

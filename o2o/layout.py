@@ -3,6 +3,9 @@
 - A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
+- Convolutions have gradients of their own: XLA's CPU back end brings convolutions into the form of its fast kernels
+  outside of loops only (its pass ConvCanonicalization), and an update is always inside one. Seeds go through them one
+  after the other.
 - Seeds of small networks are batched, those of large ones follow one another within each call.
 
 What is defined here by its own gradient can be differentiated in reverse mode only.
@@ -14,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from o2o.types import Array, Params
 
@@ -93,6 +97,46 @@ def product(x: Array, kernel: Array) -> Array:
     """Return `x [..., i] @ kernel [i, o]`, or with every member's own `x [E, ..., i] @ kernel [E, i, o]`."""
     flat = x.reshape(*x.shape[: kernel.ndim - 2], -1, x.shape[-1])
     return (flat @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _conv(images: Array, kernel: Array, steps: int = 1, pads: Any = "VALID", **spread: Any) -> Array:
+    axes = ("NHWC", "HWIO", "NHWC")  # the only form that is fast inside of loops
+    return jax.lax.conv_general_dilated(images, kernel, (steps, steps), pads, dimension_numbers=axes, **spread)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_on_cpu(images: Array, kernel: Array, stride: int) -> Array:
+    return sequential_vmap(partial(_conv, steps=stride))(images, kernel)
+
+
+def _conv_backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    images, kernel = saved
+    sizes = zip(images.shape[1:3], kernel.shape[:2], g.shape[1:3], strict=True)
+    unread = [(width, side - (stride * (out - 1) + width)) for side, width, out in sizes]
+    around, within = [(width - 1, width - 1 + rest) for width, rest in unread], [(0, -rest) for _, rest in unread]
+
+    @sequential_vmap
+    def by_images(kernel: Array, g: Array) -> Array:
+        return _conv(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), pads=around, lhs_dilation=(stride, stride))
+
+    @sequential_vmap
+    def by_kernel(images: Array, g: Array) -> Array:
+        turned = _conv(images.swapaxes(0, 3), g.transpose(1, 2, 0, 3), pads=within, rhs_dilation=(stride, stride))
+        return turned.transpose(1, 2, 0, 3)
+
+    return by_images(kernel, g), by_kernel(images, g)
+
+
+_conv_on_cpu.defvjp(lambda images, kernel, stride: (_conv_on_cpu(images, kernel, stride), (images, kernel)),
+                    _conv_backward)  # fmt: skip
+
+
+def convolution(images: Array, kernel: Array, stride: int = 1) -> Array:
+    """Return `images [..., H, W, C]` convolved with `kernel [h, w, C, F]`, no padding: `[..., H', W', F]`."""
+    flat = images.reshape(-1, *images.shape[-3:])
+    convolve: Any = _conv_on_cpu if jax.default_backend() == "cpu" else _conv
+    out = convolve(flat, kernel, stride)
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
 
 
 def sum_rows(x: Array, lead: int = 0) -> Array:

@@ -1,7 +1,10 @@
 """Image encoders: shapes, the random shift, gradients, leading axes, and clear errors."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +183,47 @@ def test_images_too_small_are_refused_by_name(config, least):
 def test_settings_that_cannot_be_used(changes):
     with pytest.raises(ConfigError, match="EncoderConfig"):
         EncoderConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("lead", "height", "width", "side", "stride"),
+    [((5,), 13, 11, 3, 2), ((2, 3), 9, 12, 3, 1), ((4,), 21, 20, 8, 4), ((), 10, 9, 3, 2)],
+)
+def test_a_convolution_is_that_of_flax_with_its_first_parameters_and_gradients(lead, height, width, side, stride):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*lead, height, width, 3)), jnp.float32)
+    kinds = encoders.Conv(4, side, stride), nn.Conv(4, (side, side), stride, "VALID", kernel_init=encoders.CONV)
+
+    def results(kind, params, x):
+        loss = lambda params, x: jnp.sum(jnp.sin(kind.apply(params, x)))  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    params = [kind.init(jax.random.key(3), x) for kind in kinds]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    alike = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    ours, flax = (results(kind, params[0], x) for kind in kinds)
+    jax.tree.map(alike, ours, flax)
+    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), (params[0], x))
+    batched = jax.jit(jax.vmap(partial(results, kinds[0])))(*seeds)
+    jax.tree.map(alike, batched, jax.vmap(partial(results, kinds[1]))(*seeds))
+
+
+@pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="not a CPU")
+def test_on_a_cpu_convolutions_in_loops_have_the_form_of_its_fast_kernels():
+    def forms(kind):
+        x = jnp.ones((2, 3, 9, 9, 3))
+        params = kind.init(jax.random.key(0), x[0])
+        step = lambda p, x: jax.tree.map(jnp.add, p, jax.grad(lambda p: jnp.sum(kind.apply(p, x) ** 2))(p))  # noqa: E731
+        loop = jax.jit(lambda p, x: jax.lax.scan(lambda p, x: (step(p, x), None), p, x)[0])
+        return set(re.findall(r"dim_labels=(\S+?),", loop.lower(params, x).compile().as_text()))
+
+    class Two(nn.Module):
+        ours: bool
+
+        @nn.compact
+        def __call__(self, x):
+            for i in range(2):
+                x = encoders.Conv(4, 3, name=f"c{i}")(x) if self.ours else nn.Conv(4, (3, 3), padding="VALID")(x)
+            return x
+
+    assert forms(Two(True)) == {"b01f_01io->b01f"}
+    assert len(forms(Two(False))) > 1  # the slow forms, as XLA derives them
