@@ -2,10 +2,11 @@
 
     python benchmarks/layouts.py [CASE ...]
 
-CASE: `sac-utd1`, `sac-utd20`, `iql`, `cql` (`throughput_peers.CASES`). Results go to `benchmarks/results/layouts/`; a
-case that is measured anew replaces its rows. Run it alone on the machine.
+CASE: `sac-utd1`, `sac-utd20`, `iql`, `cql` (`throughput_peers.CASES`), `pixels`. Results go to
+`benchmarks/results/layouts/`; a case that is measured anew replaces its rows. Run it alone on the machine.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from parts import measure_parts, rates_in_turns, ratio_rows
-from peers import serve
-from throughput_peers import CASES
+from peers import CASE, Contender, serve
+from throughput_peers import CASES, Case
 
 from o2o.startup import NO_YNN
 
@@ -28,10 +29,12 @@ EVERY: dict[str, dict[str, Any]] = {
     YNN: {},
 }
 WIDE: dict[str, dict[str, Any]] = {f"pieces of {size or 'all'} states": {"pieces": size} for size in (64, 128, None)}
-VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY, **WIDE}}
+PIXELS: dict[str, dict[str, Any]] = {SHIPPED: {}, "convolutions with XLA's own gradients": {"convolutions": True}}
+EACH = {**CASES, "pixels": Case("EXPO, pre-training, one camera of 64 x 64 x 3, minibatches of 64", "expo")}
+VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY, **WIDE}, "pixels": PIXELS}
 
 
-def lay_out(sums: bool = False, coarse: bool = False, pieces: int | None = 32) -> None:
+def lay_out(sums: bool = False, coarse: bool = False, pieces: int | None = 32, convolutions: bool = False) -> None:
     """Change `o2o.layout` in this process."""
     import jax.numpy as jnp  # noqa: PLC0415
 
@@ -43,6 +46,8 @@ def lay_out(sums: bool = False, coarse: bool = False, pieces: int | None = 32) -
     layout.PIECE_ROWS = pieces  # type: ignore[assignment]
     if sums:
         layout.sums_as_products = lambda: False
+    if convolutions:
+        setattr(layout, "_conv_on_cpu", layout._conv)  # noqa: B010
     if coarse:
         networks.product = product
 
@@ -55,7 +60,25 @@ def measured(name: str) -> dict[str, list[float]]:
         label: ((script, "--serve", json.dumps(about)), flags.replace(NO_YNN, "") if label == YNN else flags)
         for label, about in VARIANTS[name].items()
     }
-    return rates_in_turns(CASES[name], ways, ROUNDS, SECONDS)
+    return rates_in_turns(EACH[name], ways, ROUNDS, SECONDS)
+
+
+def from_pixels() -> Contender:
+    """Return what updates on images."""
+    from throughput_adapter import Adapter  # noqa: PLC0415
+    from throughput_agents import config_of  # noqa: PLC0415
+
+    config = dataclasses.replace(config_of("expo", "pixels", 1, False), batch_size=64)
+    adapter = Adapter("expo", config, "pixels", 1, 500)
+    adapter.prepare(adapter.stages()[0])
+    return Contender("o2o", {"as run": (adapter.in_dispatches, "")})
+
+
+def contender(case: CASE) -> Contender:
+    """Return our contender for a case, laid out as this process is."""
+    from throughput_agents import ours  # noqa: PLC0415
+
+    return from_pixels() if case["algorithm"] == "expo" else ours(case)
 
 
 def report(rows: dict[str, Any]) -> str:
@@ -63,13 +86,13 @@ def report(rows: dict[str, Any]) -> str:
     lines = [
         "# Layouts", "",
         "Made by `python benchmarks/layouts.py`; raw: `rows.json`. What each choice of `o2o/layout.py` is worth: the "
-        f"cases of the comparison with other libraries, {ROUNDS} rounds in turns. Ratio: to the layout that is "
-        f"shipped, the median over rounds, least and most in brackets; below 1, the shipped one is faster. Machine: "
-        f"{rows['machine']}.", "",
+        f"cases of the comparison with other libraries, and one from pixels, {ROUNDS} rounds in turns. Ratio: to the "
+        "layout that is shipped, the median over rounds, least and most in brackets; below 1, the shipped one is "
+        f"faster. Machine: {rows['machine']}.", "",
         "| case | layout | updates/s | ratio |", "| --- | --- | --: | --: |",
     ]  # fmt: skip
     for name in [name for name in VARIANTS if name in rows]:
-        lines += ratio_rows(CASES[name].title, rows[name])
+        lines += ratio_rows(EACH[name].title, rows[name])
     return "\n".join([*lines, ""])
 
 
@@ -77,9 +100,7 @@ def main(args: list[str]) -> int:
     """Measure the cases that are named, all where none is; or be the process of one layout."""
     if args and args[0] == "--serve":
         lay_out(**json.loads(args[1]))
-        from throughput_agents import ours  # noqa: PLC0415
-
-        serve(ours, json.loads(args[2]))
+        serve(contender, json.loads(args[2]))
         return 0
     return measure_parts(args, {name: partial(measured, name) for name in VARIANTS}, report, "layouts", "cases")
 
