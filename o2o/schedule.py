@@ -31,8 +31,8 @@ class LoopConfig:
     deterministic_eval: bool = True
     """Evaluate the mode of the policy; False samples."""
     eval_process: bool = False
-    """Evaluate in a process of its own, on the CPU and one core, while training goes on; only a checkpoint, a stop and
-    the end of a phase wait for it. On a CPU the same numbers."""
+    """Evaluate in a process of its own, on the CPU and one core, while training goes on; only a checkpoint (its score
+    decides which is the best), a stop and the end of a phase wait for it. On a CPU the same numbers."""
     env_processes: int = 0
     """Processes that step the training environments, each its share of them; 0 steps them in this one. Worth it where
     there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers."""
