@@ -88,6 +88,11 @@ def repeat(step: Callable[[], object]) -> Run:
     return run
 
 
+def releases(*packages: str) -> str:
+    """Return packages with their versions."""
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
 def one_thread(run: Run) -> Run:
     """Return the same in one thread of PyTorch, which takes a thread per core by itself."""
     torch = importlib.import_module("torch")
@@ -161,7 +166,8 @@ def baselines_sac(library: str, case: CASE) -> Contender:
         "MlpPolicy", make_env(case), batch_size=case["batch"], buffer_size=case["capacity"], seed=0,
         gradient_steps=case["utd"], policy_kwargs={**settings, "net_arch": list(case["hidden"])}, **arguments,
     )  # fmt: skip
-    version = f"{library} {importlib.metadata.version({'sbx': 'sbx-rl'}.get(library, 'stable-baselines3'))}"
+    packages = ("sbx-rl", "jax") if library == "sbx" else ("stable-baselines3", "torch")
+    version = releases(*packages)
     if case["env"]:
         model.learn(200)  # past its 100 random steps
         learn = lambda count: model.learn(max(count, 1), reset_num_timesteps=False)  # noqa: E731
@@ -229,7 +235,7 @@ def d3rlpy(case: CASE) -> Contender:
         "update alone": (repeat(lambda: algorithm.update(drawn)), ALONE),
     }
     forms["one thread"] = (one_thread(forms["as run"][0]), ONE_THREAD)
-    return Contender(f"d3rlpy {importlib.metadata.version('d3rlpy')}", forms, 1, about)
+    return Contender(releases("d3rlpy", "torch"), forms, 1, about)
 
 
 PEERS: dict[str, Callable[[CASE], Contender]] = {
