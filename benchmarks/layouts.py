@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts import measure_parts, rates_in_turns, ratio_rows
+from parts import measure_parts, rates_in_turns, ratio_table
 from peers import CASE, Contender, serve
 from throughput_peers import CASES, Case
 
@@ -89,11 +89,9 @@ def report(rows: dict[str, Any]) -> str:
         f"cases of the comparison with other libraries, and one from pixels, {ROUNDS} rounds in turns. Ratio: to the "
         "layout that is shipped, the median over rounds, least and most in brackets; below 1, the shipped one is "
         f"faster. Machine: {rows['machine']}.", "",
-        "| case | layout | updates/s | ratio |", "| --- | --- | --: | --: |",
+        *ratio_table("layout", {name: EACH[name].title for name in VARIANTS}, rows), "",
     ]  # fmt: skip
-    for name in [name for name in VARIANTS if name in rows]:
-        lines += ratio_rows(EACH[name].title, rows[name])
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def main(args: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,20 @@ def machine_here() -> dict[str, Any]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, check=True, env=env)
     return json.loads(done.stdout)
+
+
+def process_megabytes(field: str) -> float | None:
+    """Return a size that Linux states of this process, such as "VmHWM", its peak; None where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def process_peak() -> float:
+    """Return the peak memory of this process in MB."""
+    found = process_megabytes("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6 if found is None else found
 
 
 def measure_parts(
@@ -80,11 +95,16 @@ def rates_in_turns(
     return rates
 
 
-def ratio_rows(title: str, rates: Mapping[str, Sequence[float]]) -> list[str]:
-    """Return a table's rows: case, way, median rate, and the rates' ratio to those of the first way, round by round."""
-    lines, first = [], next(iter(rates.values()))
-    for label, each in rates.items():
-        ratios = [a / b for a, b in zip(each, first, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        lines.append(f"| {title} | {label} | {statistics.median(each):.3g} | {'1' if each is first else spread} |")
+def ratio_table(ways: str, titles: Mapping[str, str], rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """Return a table of the cases with these `titles` that `rows` has, the `ways` in which each ran in one column.
+
+    A line per way: median rate, and the rates' ratio to those of the case's first way, round by round.
+    """
+    lines = [f"| case | {ways} | updates/s | ratio |", "| --- | --- | --: | --: |"]
+    for name, title in titles.items():
+        rates = rows.get(name, {})
+        for i, (label, each) in enumerate(rates.items()):
+            ratios = [a / b for a, b in zip(each, next(iter(rates.values())), strict=True)]
+            spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if i else "1"
+            lines.append(f"| {title} | {label} | {statistics.median(each):.3g} | {spread} |")
     return lines

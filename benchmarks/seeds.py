@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts import measure_parts, rates_in_turns, ratio_rows
+from parts import measure_parts, rates_in_turns, ratio_table
 from peers import serve
 from throughput_peers import CASES
 
@@ -96,11 +96,9 @@ def report(rows: dict[str, Any]) -> str:
         "each\" is what one seed alone makes. With several updates per step: online steps, else pre-training. "
         "Ratio: to what is shipped, the median over rounds, least and most in brackets. "
         f"Machine: {rows['machine']}.", "",
-        "| case | seeds | updates/s | ratio |", "| --- | --- | --: | --: |",
+        *ratio_table("seeds", {name: CASES[name].title for name in VARIANTS}, rows), "",
     ]  # fmt: skip
-    for name in [name for name in VARIANTS if name in rows]:
-        lines += ratio_rows(CASES[name].title, rows[name])
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def main(args: list[str]) -> int:

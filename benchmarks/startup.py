@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parts import measure_parts
+from parts import measure_parts, process_megabytes, process_peak
 
 AGENTS = ("rlpd", "calql", "qc", "residual", "uni_o4", "expo")
 STEPS, EPISODE = 1_000_000, 1_000
@@ -58,19 +57,7 @@ def first_updates(spawned: float, agent: str) -> dict[str, Any]:
     trainer.begin_online(trainer.loop.replay_capacity)
     while not trainer.counters.online_updates:
         adapter.loop(1)
-    return {"ready": ready, "offline": offline, "online": time.time() - begun, "memory": peak()}
-
-
-def peak() -> float:
-    """Return this process's peak memory in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def anonymous() -> float:
-    """Return the MB that this process has of its own, files in memory not counted; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0) / 1e3
+    return {"ready": ready, "offline": offline, "online": time.time() - begun, "memory": process_peak()}
 
 
 def write_million(spawned: float, root: str) -> dict[str, Any]:
@@ -97,7 +84,8 @@ def load_million(spawned: float, root: str) -> dict[str, Any]:
     """Load it, through the cache in `O2O_CACHE`."""
     from o2o import datasets  # noqa: PLC0415
 
-    before, own, started = peak(), anonymous(), time.perf_counter()
+    before, own = process_peak(), process_megabytes("RssAnon") or 0.0
+    started = time.perf_counter()
     data = datasets.load("bench/million-v0", root=root)
     elapsed = time.perf_counter() - started
     gc.collect()
@@ -105,8 +93,8 @@ def load_million(spawned: float, root: str) -> dict[str, Any]:
     return {
         "seconds": elapsed,
         "arrays": arrays,
-        "peak": peak() - before,
-        "kept": anonymous() - own,
+        "peak": process_peak() - before,
+        "kept": (process_megabytes("RssAnon") or 0.0) - own,
         "steps": data.size,
         "process": time.time() - spawned,
     }
