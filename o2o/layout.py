@@ -3,9 +3,9 @@
 - A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
-- Convolutions have gradients of their own: XLA's CPU back end brings convolutions into the form of its fast kernels
+- Convolutions have gradients of their own on a CPU: XLA brings convolutions into the form of its fast kernels there
   outside of loops only (its pass ConvCanonicalization), and an update is always inside one. Seeds go through them one
-  after the other.
+  after the other. On a GPU they are JAX's.
 - Seeds of small networks are batched, those of large ones follow one another within each call.
 
 What is defined here by its own gradient can be differentiated in reverse mode only.
