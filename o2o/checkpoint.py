@@ -5,7 +5,7 @@ A step is written beside the others and renamed when whole: a kill or a full dis
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,36 @@ from o2o.errors import CheckpointError
 _policies = ocp.training.preservation_policies
 
 
+LATE_SCORE = "score.json"
+"""In a checkpoint's folder: its score, where that was not known when it was saved."""
+
+
+class _Best:
+    """Preserves the checkpoint of the highest score, no matter when that became known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Say of every checkpoint whether it stays."""
+        best = _best(self.folder, checkpoints)
+        return [entry.step == best for entry in checkpoints]
+
+
+def _best(folder: Path, checkpoints: Sequence[Any]) -> int | None:
+    scores = [(_score(folder, entry), entry.step) for entry in checkpoints]
+    return max(((score, step) for score, step in scores if score is not None), default=(0.0, None))[1]
+
+
+def _score(folder: Path, entry: Any) -> float | None:
+    late = folder / str(entry.step) / LATE_SCORE
+    if late.exists():
+        return json.loads(late.read_text())["score"]
+    return entry.metrics["score"] if entry.metrics else None
+
+
 def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> ocp.training.Checkpointer:
-    best = _policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
-    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), best])
+    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), _Best(folder)])
     return ocp.training.Checkpointer(
         str(folder.absolute()), preservation_policy=policy, cleanup_tmp_directories=cleanup
     )
@@ -63,6 +90,24 @@ def save(
         ) from error
 
 
+def add_score(folder: Path, step: int, score: float) -> None:
+    """Give checkpoint `step` its score, later than it was saved; does nothing if there is no such checkpoint.
+
+    Raises `CheckpointError` if it cannot be written.
+    """
+    late = folder / str(step) / LATE_SCORE
+    if not late.parent.is_dir():
+        return
+    try:
+        temporary = late.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"score": score}) + "\n")
+        temporary.replace(late)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact"
+        ) from error
+
+
 def _ensure_space(folder: Path, items: Mapping[str, Any]) -> None:
     """Refuse to begin a write that cannot fit."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items) if hasattr(leaf, "itemsize"))
@@ -84,12 +129,11 @@ def steps(folder: Path) -> list[int]:
 
 
 def best_step(folder: Path) -> int | None:
-    """Return the step with the highest score, or `None` if no checkpoint has one."""
+    """Return the step with the highest score, the latest of equals, or `None` if no checkpoint has one."""
     if not folder.is_dir():
         return None
     with _checkpointer(folder) as checkpointer:
-        scored = [(entry.metrics["score"], entry.step) for entry in checkpointer.checkpoints if entry.metrics]
-    return max(scored)[1] if scored else None
+        return _best(folder, checkpointer.checkpoints)
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:

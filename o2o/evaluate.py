@@ -82,8 +82,12 @@ class Evaluator:
         """Have the episodes of a call played; `take` hands their rows out, named by `about`."""
         self._finished.append((about, self(agent, normalizer, point, deterministic)))
 
-    def take(self, wait: bool = False) -> list[tuple[Any, list[dict[str, Any]]]]:
-        """Return (about, rows) of what was asked for and has been played, in that order; `wait` for all of it."""
+    def under_way(self) -> list[Any]:
+        """Return the `about` of what was asked for and is not known to have been played, in that order."""
+        return []
+
+    def take(self, wait: bool = False, leave: int = 0) -> list[tuple[Any, list[dict[str, Any]]]]:
+        """Return (about, rows) of what has been played, in the order asked; `wait` for all but the last `leave`."""
         taken, self._finished = self._finished, []
         return taken
 

@@ -208,7 +208,8 @@ class Session:
         self.config, self.run, self.screen = config, run, screen
         self.loggers: list[Logger] = make_loggers(config.loggers, run.path, to_dict(config))
         self.stop = StopFlag()
-        hooks = Hooks(metrics=self._metrics, episodes=self._episodes, checkpoint=run.save, should_stop=self.stop)
+        saving = {"checkpoint": run.save, "scored": run.scored}
+        hooks = Hooks(metrics=self._metrics, episodes=self._episodes, should_stop=self.stop, **saving)
         if screen is not None:
             hooks.progress = screen.progress
         self.trainer = build(config, data, hooks, run.path, base)

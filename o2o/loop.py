@@ -89,6 +89,7 @@ class Trainer:
         self.exact_resume = True
         self.offline_totals: dict[str, Any] = {}
         self.updates_since_log = 0
+        self.unscored = False
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
 
     def _normalized(self, raw_return: float) -> float | None:
@@ -107,6 +108,7 @@ class Trainer:
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
+        self._evaluate_again()
         return pretraining.pretrain(self, steps)
 
     def _place(self, data: OfflineData | HostData) -> None:
@@ -157,6 +159,7 @@ class Trainer:
         """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before."""
         if not 0.0 <= self.online_config.offline_ratio <= 1.0:
             raise ConfigError(f"offline_ratio is {self.online_config.offline_ratio}; expected 0 to 1")
+        self._evaluate_again()
         if self.online_state is None and self.counters.offline_steps == 0:
             self.evaluate(wait=False)
         self.begin_online(steps)
@@ -307,24 +310,38 @@ class Trainer:
         """
         counters = self.counters
         agent = self.agent if self.online_state is None else self.online_state.agent
-        point = counters.offline_steps + counters.env_steps
-        position = {
+        about = {
+            "point": counters.point,
             "phase": self.phase_name,
             "env_steps": counters.env_steps,
             "gradient_steps": counters.gradient_steps,
         }
-        self.evaluator.ask(agent, self.normalizer, point, self.loop.deterministic_eval, position)
+        self.evaluator.ask(agent, self.normalizer, counters.point, self.loop.deterministic_eval, about)
         return self.take_evaluations(wait)
 
-    def take_evaluations(self, wait: bool = False) -> list[dict[str, Any]]:
-        """Report the evaluations that are finished, `wait` for all that were asked for; return the last one's rows."""
+    def take_evaluations(self, wait: bool = False, leave: int = 0) -> list[dict[str, Any]]:
+        """Report the evaluations that are finished, `wait` for all but the last `leave`; return the last one's rows."""
         last: list[dict[str, Any]] = []
-        for position, rows in self.evaluator.take(wait):
+        for about, rows in self.evaluator.take(wait, leave):
+            position = {key: about[key] for key in ("phase", "env_steps", "gradient_steps")}
             last = [{**position, **row} for row in rows]
             known = [row["success"] for row in last if row["success"] is not None]
             self.counters.score = float(np.mean(known or [row["return"] for row in last]))
             self.hooks.episodes(last)
+            self.hooks.scored(about["point"], self.counters.score)
         return last
+
+    def take_earlier_evaluations(self) -> bool:
+        """Wait for the evaluations of where the run stood before; return whether one of where it is, is under way."""
+        here = [about for about in self.evaluator.under_way() if about["point"] == self.counters.point]
+        self.take_evaluations(wait=True, leave=len(here))
+        return bool(self.evaluator.under_way())
+
+    def _evaluate_again(self) -> None:
+        """Play the evaluation that was under way when the state was taken from which the run goes on."""
+        if self.unscored:
+            self.unscored = False
+            self.evaluate(wait=False)
 
     def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
         """Report one row per seed: metrics `[S]` each, and what all seeds share."""

@@ -85,13 +85,19 @@ class RemoteEvaluator(Evaluator):
         self._structure = kind
         self._asked.append(about)
 
-    def take(self, wait: bool = False) -> list[tuple[Any, list[dict[str, Any]]]]:
-        """Return (about, rows) of what has been played, in the order asked; `wait` for all that was asked for.
+    def under_way(self) -> list[Any]:
+        """Return the `about` of what was asked for and is not known to have been played, in that order."""
+        return list(self._asked)
+
+    def take(self, wait: bool = False, leave: int = 0) -> list[tuple[Any, list[dict[str, Any]]]]:
+        """Return (about, rows) of what has been played, in the order asked; `wait` for all but the last `leave`.
 
         Raises what the environment or the agent raised there, and `EnvironmentFaultError` if the process died.
         """
-        while self._asked and (wait or (self._child is not None and self._child.ready())):
-            self._collect(0 if wait else len(self._asked) - 1)
+        if wait:
+            self._collect(leave)
+        while self._asked and self._child is not None and self._child.ready():
+            self._collect(len(self._asked) - 1)
         return [(about, rows) for about, rows in super().take() if about is not None]
 
     def _start(self) -> None:

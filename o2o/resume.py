@@ -33,9 +33,14 @@ def arrays(trainer: "Trainer") -> dict[str, Any]:
 
 
 def state(trainer: "Trainer") -> dict[str, Any]:
-    """Return every host value of the run, JSON-able; evaluations under way are waited for, they are part of it."""
-    trainer.take_evaluations(wait=True)
+    """Return every host value of the run, JSON-able.
+
+    Evaluations of earlier instants are waited for, they are part of it; one of this instant may be under way: who goes
+    on from here plays it again.
+    """
+    unscored = trainer.take_earlier_evaluations()
     return {
+        "unscored": unscored,
         "counters": dict(vars(trainer.counters)),
         "fleet": None if trainer.fleet is None else trainer.fleet.snapshot(),
         "visible": trainer.visible,
@@ -62,6 +67,7 @@ def restore(
     loaded = load(targets)
     trainer.counters = Counters(**state["counters"])
     trainer.visible, trainer.updates_since_log = list(state["visible"]), state["updates_since_log"]
+    trainer.unscored = state.get("unscored", False)
     trainer.normalizer = loaded.get("normalizer", trainer.normalizer)
     part = loaded["loop"]
     if trainer.online_state is None:

@@ -138,8 +138,12 @@ class RunFolder:
         """Checkpoint everything, with the lengths of the row files at this point."""
         state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
-        step = counters.offline_steps + counters.env_steps
-        checkpoint.save(self.checkpoints, step, trainer.arrays(), state, counters.score, self.keep_last)
+        score = None if state["unscored"] else counters.score
+        checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
+
+    def scored(self, step: int, score: float) -> None:
+        """Note the score of an evaluation; checkpoint `step`, if it was taken without waiting for it, has it now."""
+        checkpoint.add_score(self.checkpoints, step, score)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, cut_rows: bool = True) -> int:
         """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it."""

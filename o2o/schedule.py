@@ -31,8 +31,8 @@ class LoopConfig:
     deterministic_eval: bool = True
     """Evaluate the mode of the policy; False samples."""
     eval_process: bool = False
-    """Evaluate in a process of its own, on the CPU and one core, while training goes on; only a checkpoint (its score
-    decides which is the best), a stop and the end of a phase wait for it. On a CPU the same numbers."""
+    """Evaluate in a process of its own, on the CPU and one core, while training goes on. A stop, the end of a phase and
+    a checkpoint of a later step wait for it; one of the same step has its score later. On a CPU the same numbers."""
     env_processes: int = 0
     """Processes that step the training environments, each its share of them; 0 steps them in this one. Worth it where
     there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers."""
@@ -53,6 +53,8 @@ class Hooks:
     metrics: Callable[[dict[str, Any]], None] = _ignore
     episodes: Callable[[list[dict[str, Any]]], None] = _ignore
     checkpoint: Callable[[Any], None] = _ignore
+    scored: Callable[[int, float], None] = _ignore
+    """(where the run stood in steps of both phases, the score of an evaluation there)."""
     progress: Callable[[str, int, int, dict[str, float]], None] = _ignore
     """(phase, done, total, newest metrics)."""
     should_stop: Callable[[], bool] = lambda: False
@@ -81,6 +83,11 @@ class Counters:
     """Step of the last metrics row in this phase."""
     score: float | None = None
     """Mean over seeds of the last evaluation's success rate; of its return where the task knows no success."""
+
+    @property
+    def point(self) -> int:
+        """Steps of both phases: the number of a checkpoint taken here."""
+        return self.offline_steps + self.env_steps
 
 
 def evaluation_steps(loop: LoopConfig, online: OnlineConfig, steps: int) -> set[int]:

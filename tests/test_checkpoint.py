@@ -68,6 +68,23 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert_bitwise(checkpoint.load_arrays(tmp_path, best, arrays()), arrays(best))
 
 
+def test_a_score_that_comes_later_decides_as_well(tmp_path: Path) -> None:
+    save(tmp_path, 1, score=0.2)
+    save(tmp_path, 2, value=2.0)
+    assert checkpoint.best_step(tmp_path) == 1
+    checkpoint.add_score(tmp_path, 2, 0.9)
+    checkpoint.add_score(tmp_path, 7, 1.0)  # there is none
+    assert checkpoint.best_step(tmp_path) == 2 and not (tmp_path / "7").exists()
+    save(tmp_path, 3, score=0.4)
+    save(tmp_path, 4)
+    assert checkpoint.steps(tmp_path) == [2, 4] and checkpoint.best_step(tmp_path) == 2
+    assert_bitwise(checkpoint.load_arrays(tmp_path, 2, arrays()), arrays(2.0))
+    (tmp_path / "4" / "score.tmp").mkdir()
+    with pytest.raises(CheckpointError, match="cannot write the score of checkpoint 4 in .*; the checkpoint is intact"):
+        checkpoint.add_score(tmp_path, 4, 0.5)
+    assert checkpoint.load_state(tmp_path)[0] == 4
+
+
 def test_without_scores_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)

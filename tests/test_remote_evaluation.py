@@ -1,7 +1,9 @@
 """Evaluation in another process: the same rows to the last bit, nothing stalled, nothing lost; real MuJoCo."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o2o import envs, experiment
+from o2o import checkpoint, envs, experiment
 from o2o.errors import ConfigError, EnvironmentFaultError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.experiment import RunConfig
@@ -174,6 +176,45 @@ def test_training_goes_on_meanwhile_and_a_failure_leaves_the_run_saved(
     assert read_status(tmp_path / "run") == "failed" and (tmp_path / "run/checkpoints/110").is_dir()
     trainer.close()
     folder.close()
+
+
+def test_a_checkpoint_waits_for_earlier_evaluations_only_and_has_its_score_later(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run("wsrl", offline_steps=20, online_steps=120, keep_checkpoints=9)
+    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_every=40, checkpoint_every=40))
+    assert experiment.train(run, tmp_path / "whole")
+    ask, save = RemoteEvaluator.ask, RunFolder.save
+    seen: list[tuple[list[int], int | None]] = []
+
+    def asking(evaluator: RemoteEvaluator, *about: Any) -> None:
+        if about[2] == 60 and not seen:
+            evaluator._collect(0)
+            os.kill(pid_of(evaluator), signal.SIGSTOP)
+        ask(evaluator, *about)
+
+    def saving(folder: RunFolder, trainer: Any) -> None:
+        save(folder, trainer)
+        if trainer.counters.point == 60 and not seen:
+            points = [about["point"] for about in trainer.evaluator.under_way()]
+            seen.append((points, checkpoint.best_step(folder.checkpoints)))
+            shutil.copytree(folder.path, tmp_path / "killed")
+            os.kill(pid_of(trainer.evaluator), signal.SIGCONT)
+
+    monkeypatch.setattr(RemoteEvaluator, "ask", asking)
+    monkeypatch.setattr(RunFolder, "save", saving)
+    beside = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=True))
+    assert experiment.train(beside, tmp_path / "beside")
+    assert seen == [([60], 20)], "saved while step 60 is still evaluated"
+    assert experiment.resume(tmp_path / "killed"), "the evaluation under way is played again"
+    best = checkpoint.best_step(tmp_path / "whole/checkpoints")
+    for name in ("beside", "killed"):
+        assert_same_runs(tmp_path / "whole", tmp_path / name, more_than=4)
+        assert checkpoint.best_step(tmp_path / name / "checkpoints") == best
+        rows = read_rows(tmp_path / name / "episodes.jsonl")
+        known = [row["success"] for row in rows if row["env_steps"] == 40]
+        late = json.loads((tmp_path / name / "checkpoints/60/score.json").read_text())
+        assert late == {"score": np.mean(known)} and len(known) == run.loop.eval_episodes
 
 
 def broken(evaluation: bool) -> gymnasium.Env:
