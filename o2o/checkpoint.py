@@ -1,6 +1,7 @@
 """Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step; orbax is known only here.
 
 A step is written beside the others and renamed when whole: a kill or a full disk leaves the earlier ones as they were.
+Only its score may come later, in a file of its own.
 """
 
 import json
@@ -40,14 +41,16 @@ def _best(folder: Path, checkpoints: Sequence[Any]) -> int | None:
 
 
 def _score(folder: Path, entry: Any) -> float | None:
-    late = folder / str(entry.step) / LATE_SCORE
-    if late.exists():
-        return json.loads(late.read_text())["score"]
-    return entry.metrics["score"] if entry.metrics else None
+    if entry.metrics:
+        return entry.metrics["score"]
+    try:
+        return float(json.loads((folder / str(entry.step) / LATE_SCORE).read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):  # not known yet, or a power cut left it by half
+        return None
 
 
 def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> ocp.training.Checkpointer:
-    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(keep_last), _Best(folder)])
+    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(max(keep_last, 1)), _Best(folder)])
     return ocp.training.Checkpointer(
         str(folder.absolute()), preservation_policy=policy, cleanup_tmp_directories=cleanup
     )
@@ -67,7 +70,7 @@ def save(
 ) -> None:
     """Write checkpoint `step`: `arrays` name -> pytree, `state` JSON-able.
 
-    Keeps the last `keep_last` and the best by `score`; a step not beyond the latest one is not written again.
+    Keeps the last `keep_last`, at least one, and the best by `score`; a step not beyond the latest is not written.
     Raises `CheckpointError` if it cannot be written (no space left, say); what was there stays.
     """
     items = dict(arrays)
@@ -104,7 +107,8 @@ def add_score(folder: Path, step: int, score: float) -> None:
         temporary.replace(late)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact"
+            f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact, but "
+            "cannot be the best; free space on the disk, or let this user write there"
         ) from error
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.exact_resume = True
         self.offline_totals: dict[str, Any] = {}
         self.updates_since_log = 0
-        self.unscored = False
+        self.unscored: int | None = None  # where the last evaluation was asked for, until its rows are there
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
 
     def _normalized(self, raw_return: float) -> float | None:
@@ -188,6 +188,7 @@ class Trainer:
                 self.hooks.checkpoint(self)
             if stop and at < steps:
                 return False
+        self.take_evaluations(wait=True)
         return True
 
     def first_actions(self) -> None:
@@ -316,6 +317,7 @@ class Trainer:
             "env_steps": counters.env_steps,
             "gradient_steps": counters.gradient_steps,
         }
+        self.unscored = counters.point
         self.evaluator.ask(agent, self.normalizer, counters.point, self.loop.deterministic_eval, about)
         return self.take_evaluations(wait)
 
@@ -327,20 +329,21 @@ class Trainer:
             last = [{**position, **row} for row in rows]
             known = [row["success"] for row in last if row["success"] is not None]
             self.counters.score = float(np.mean(known or [row["return"] for row in last]))
+            self.unscored = None if about["point"] == self.unscored else self.unscored
             self.hooks.episodes(last)
             self.hooks.scored(about["point"], self.counters.score)
         return last
 
     def take_earlier_evaluations(self) -> bool:
-        """Wait for the evaluations of where the run stood before; return whether one of where it is, is under way."""
-        here = [about for about in self.evaluator.under_way() if about["point"] == self.counters.point]
+        """Report the evaluations of earlier steps; return whether this step's is under way, or has failed."""
+        point = self.counters.point
+        here = [about for about in self.evaluator.under_way() if about and about["point"] == point]
         self.take_evaluations(wait=True, leave=len(here))
-        return bool(self.evaluator.under_way())
+        return self.unscored == point
 
     def _evaluate_again(self) -> None:
-        """Play the evaluation that was under way when the state was taken from which the run goes on."""
-        if self.unscored:
-            self.unscored = False
+        """Play the evaluation that was under way, or failed, when the state was taken from which the run goes on."""
+        if self.unscored == self.counters.point and not self.evaluator.under_way():
             self.evaluate(wait=False)
 
     def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
@@ -383,7 +386,7 @@ class Trainer:
         return resume.arrays(self)
 
     def state(self) -> dict[str, Any]:
-        """Return every host value of the run, JSON-able."""
+        """Return every host value of the run, JSON-able; reports the evaluations of earlier steps, waiting for them."""
         return resume.state(self)
 
     def restore(

@@ -67,6 +67,7 @@ def pretrain(trainer: "Trainer", steps: int) -> bool:
                 trainer.hooks.checkpoint(trainer)
             if stop and at < steps:
                 return False
+    trainer.take_evaluations(wait=True)
     return True
 
 

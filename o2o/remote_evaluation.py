@@ -139,7 +139,7 @@ class RemoteEvaluator(Evaluator):
                 self.close()
             if isinstance(error, O2OError) and isinstance(about, dict):
                 where = f"{about['env_steps']} environment steps and {about['gradient_steps']} updates"
-                error.args = (f"{error} (in the evaluation after {where}, whose rows are lost)",)
+                error.args = (f"{error} (in the evaluation after {where}, whose rows are missing)",)
             raise
         except BaseException:  # an answer read by half
             self.close()

@@ -35,8 +35,8 @@ def arrays(trainer: "Trainer") -> dict[str, Any]:
 def state(trainer: "Trainer") -> dict[str, Any]:
     """Return every host value of the run, JSON-able.
 
-    Evaluations of earlier instants are waited for, they are part of it; one of this instant may be under way: who goes
-    on from here plays it again.
+    Evaluations of earlier steps are waited for, they are part of it. One of this step may be under way or have failed
+    (`unscored`): who goes on from here plays it again.
     """
     unscored = trainer.take_earlier_evaluations()
     return {
@@ -67,7 +67,7 @@ def restore(
     loaded = load(targets)
     trainer.counters = Counters(**state["counters"])
     trainer.visible, trainer.updates_since_log = list(state["visible"]), state["updates_since_log"]
-    trainer.unscored = state.get("unscored", False)
+    trainer.unscored = trainer.counters.point if state.get("unscored") else None
     trainer.normalizer = loaded.get("normalizer", trainer.normalizer)
     part = loaded["loop"]
     if trainer.online_state is None:

@@ -142,8 +142,11 @@ class RunFolder:
         checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
 
     def scored(self, step: int, score: float) -> None:
-        """Note the score of an evaluation; checkpoint `step`, if it was taken without waiting for it, has it now."""
-        checkpoint.add_score(self.checkpoints, step, score)
+        """Add the score of an evaluation to checkpoint `step`, if that was taken without waiting for it."""
+        try:
+            checkpoint.add_score(self.checkpoints, step, score)
+        except CheckpointError as error:  # no reason to end a run
+            print(f"o2o: {error}", file=sys.stderr)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, cut_rows: bool = True) -> int:
         """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it."""

@@ -82,7 +82,7 @@ class Counters:
     logged_at: int = 0
     """Step of the last metrics row in this phase."""
     score: float | None = None
-    """Mean over seeds of the last evaluation's success rate; of its return where the task knows no success."""
+    """Mean over seeds of the last reported evaluation's success rate; of its return where the task knows no success."""
 
     @property
     def point(self) -> int:

@@ -83,6 +83,10 @@ def test_a_score_that_comes_later_decides_as_well(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write the score of checkpoint 4 in .*; the checkpoint is intact"):
         checkpoint.add_score(tmp_path, 4, 0.5)
     assert checkpoint.load_state(tmp_path)[0] == 4
+    (tmp_path / "2" / "score.json").write_text("")  # by half, after a power cut
+    assert checkpoint.best_step(tmp_path) is None
+    save(tmp_path, 5, keep_last=0)
+    assert checkpoint.steps(tmp_path) == [5]
 
 
 def test_without_scores_only_the_last_ones_are_kept(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_failing_environment_is_named_and_the_others_rows_are_not_lost(
         while there._asked:
             there.take()
             time.sleep(0.01)
-    where = " (in the evaluation after 5 environment steps and 8 updates, whose rows are lost)"
+    where = " (in the evaluation after 5 environment steps and 8 updates, whose rows are missing)"
     assert str(caught.value) == str(expected.value) + where and "gripper lost contact" in where + str(expected.value)
     assert there.take(wait=True) == [("kept", here(agents, None, 1))]
 
@@ -173,7 +173,7 @@ def test_training_goes_on_meanwhile_and_a_failure_leaves_the_run_saved(
     assert (tmp_path / "run/checkpoints/100").is_dir(), "saved though an evaluation under way failed as well"
     with pytest.raises(EnvironmentFaultError, match=r"no such robot.*; the run is saved, go on with `o2o resume"):
         guarded(folder, trainer, lambda: trainer.online(90))
-    assert read_status(tmp_path / "run") == "failed" and (tmp_path / "run/checkpoints/110").is_dir()
+    assert read_status(tmp_path / "run") == "failed" and 100 < checkpoint.steps(tmp_path / "run/checkpoints")[-1] <= 110
     trainer.close()
     folder.close()
 

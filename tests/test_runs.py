@@ -19,8 +19,10 @@ import pytest
 
 from o2o import checkpoint, experiment
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
+from o2o.evaluate import Evaluator
 from o2o.experiment import RunConfig
 from o2o.plots import read_rows
+from o2o.remote_evaluation import RemoteEvaluator
 from o2o.runs import RunFolder, from_dict, read_config, read_status, to_dict
 from o2o.schedule import LoopConfig
 from o2o.types import OnlineConfig
@@ -118,6 +120,33 @@ def test_killed_at_any_instant_goes_on_from_the_last_checkpoint(tiny_run: Maker,
     assert experiment.resume(killed)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert untimed(read_rows(killed / name)) == untimed(read_rows(tmp_path / "whole" / name))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_evaluation_that_fails_at_a_phases_end_is_played_when_resumed(
+    beside: bool, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run("bc", offline_steps=20, online_steps=30)
+    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=beside))
+    assert experiment.train(run, tmp_path / "whole")
+    kind = RemoteEvaluator if beside else Evaluator
+    take = kind.take
+
+    def failing(evaluator: Evaluator, wait: bool = False, leave: int = 0) -> list[tuple[Any, list[dict[str, Any]]]]:
+        taken = take(evaluator, wait, leave)
+        if any(about["env_steps"] == 30 for about, _ in taken):
+            raise EnvironmentFaultError("gripper lost contact")
+        return taken
+
+    monkeypatch.setattr(kind, "take", failing)
+    with pytest.raises(EnvironmentFaultError, match=r"gripper lost contact; the run is saved, go on with `o2o resume"):
+        experiment.train(run, tmp_path / "parts")
+    assert checkpoint.steps(tmp_path / "parts/checkpoints")[-1] == 50 and read_status(tmp_path / "parts") == "failed"
+    monkeypatch.setattr(kind, "take", take)
+    assert experiment.resume(tmp_path / "parts")
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=1)
+    best = checkpoint.best_step(tmp_path / "whole/checkpoints")
+    assert checkpoint.best_step(tmp_path / "parts/checkpoints") == best is not None
 
 
 def test_run_folder_holds_what_it_should(tiny_run: Maker, tmp_path: Path) -> None:
