@@ -232,17 +232,21 @@ class Adapter:
 
         return run
 
+    def traced(self, utd: int) -> tuple[Any, int]:
+        """Return the traced update of one seed, and how many updates that is."""
+        agent, data, state = self.trainer.agent_of(0), self.trainer.offline_data, self.trainer.online_state
+        if self.stage:
+            return jax.jit(lambda a: a.pretrain(data, self.stage, jnp.zeros(()))).trace(agent), max(utd, 1)
+        if state is not None and self.online.replay == "rollout":
+            rounds = agent.rollout_updates
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.buffer)
+        else:
+            rounds = max(utd, 1)
+            batch = data.batch_shapes((rounds, self.config.batch_size), window_of(agent))
+        return jax.jit(lambda a, b: a.update(b)).trace(agent, batch), rounds
+
     def flops(self, utd: int) -> tuple[float, float | None]:
         """Return the matmul FLOPs of one update of one seed, and XLA's count of the program divided alike."""
-        agent, data, state = self.trainer.agent_of(0), self.trainer.offline_data, self.trainer.online_state
-        rounds = max(utd, 1)
-        if self.stage:
-            ours, theirs = program_flops(lambda a: a.pretrain(data, self.stage, jnp.zeros(())), agent)
-        elif state is not None and self.online.replay == "rollout":
-            rounds = agent.rollout_updates
-            rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.buffer)
-            ours, theirs = program_flops(lambda a, b: a.update(b), agent, rows)
-        else:
-            batch = data.batch_shapes((rounds, self.config.batch_size), window_of(agent))
-            ours, theirs = program_flops(lambda a, b: a.update(b), agent, batch)
+        traced, rounds = self.traced(utd)
+        ours, theirs = program_flops(traced)
         return ours / rounds, theirs

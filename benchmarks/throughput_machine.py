@@ -63,24 +63,32 @@ def matmul_rate(size: int, span: Span) -> float:
     return statistics.median(measure(run, span)) * 2.0 * size**3
 
 
-def matmul_flops(jaxpr: Any) -> float:
-    """Return the FLOPs of a jaxpr's products and convolutions, all rounds of its scans counted, one of its whiles.
+def products(jaxpr: Any, rounds: int = 1) -> list[tuple[Any, int]]:
+    """Return a jaxpr's products and convolutions, its equations, each with how often it runs.
 
-    XLA's own analysis counts one round of a scan and every elementwise operation.
+    All rounds of scans are counted, one of whiles; of branches the one with the most FLOPs.
     """
-    total = 0.0
+    found: list[tuple[Any, int]] = []
     for equation in jaxpr.eqns:
-        name, shape = equation.primitive.name, lambda i, e=equation: e.invars[i].aval.shape
+        name = equation.primitive.name
         if name in ("dot_general", "conv_general_dilated"):
-            numbers, out = equation.params["dimension_numbers"], math.prod(equation.outvars[0].aval.shape)
-            if name == "dot_general":
-                total += 2.0 * out * math.prod(shape(0)[axis] for axis in numbers[0][0])
-            else:
-                total += 2.0 * out * math.prod(shape(1)) / shape(1)[numbers.rhs_spec[0]]
-        inner = [matmul_flops(sub) for sub in _jaxprs(equation.params)]
-        if inner:
-            rounds = equation.params["length"] if name == "scan" else 1
-            total += max(inner) if name == "cond" else rounds * sum(inner)
+            found.append((equation, rounds))
+        times = rounds * equation.params["length"] if name == "scan" else rounds
+        inner = [products(sub, times) for sub in _jaxprs(equation.params)]
+        found += max(inner, key=flops_of) if inner and name == "cond" else sum(inner, [])
+    return found
+
+
+def flops_of(found: Sequence[tuple[Any, int]]) -> float:
+    """Return the FLOPs of `products`."""
+    total = 0.0
+    for equation, rounds in found:
+        first, second = (entry.aval.shape for entry in equation.invars[:2])
+        numbers, out = equation.params["dimension_numbers"], math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            total += 2.0 * rounds * out * math.prod(first[axis] for axis in numbers[0][0])
+        else:
+            total += 2.0 * rounds * out * math.prod(second) / second[numbers.rhs_spec[0]]
     return total
 
 
@@ -91,14 +99,17 @@ def _jaxprs(params: dict[str, Any]) -> list[Any]:
     return [value for value in opened if hasattr(value, "eqns")]
 
 
-def program_flops(function: Callable[..., Any], *args: Any) -> tuple[float, float | None]:
-    """Return `matmul_flops` of a function of arrays or their shapes, and XLA's own count where it has one."""
-    traced = jax.jit(function).trace(*args)
+def program_flops(traced: Any) -> tuple[float, float | None]:
+    """Return the FLOPs of the `products` of a traced function, and XLA's own count where it has one.
+
+    XLA's analysis counts one round of a scan and every elementwise operation.
+    """
     try:
         analysis: Any = traced.lower().cost_analysis()
     except (NotImplementedError, RuntimeError):  # a back end without an analysis
         analysis = None
-    return matmul_flops(traced.jaxpr.jaxpr), analysis.get("flops") if isinstance(analysis, dict) else None
+    ours = flops_of(products(traced.jaxpr.jaxpr))
+    return ours, analysis.get("flops") if isinstance(analysis, dict) else None
 
 
 def forget_peak() -> None:

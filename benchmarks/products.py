@@ -1,0 +1,166 @@
+"""How fast an update could be if its products were all it did: every product timed alone, in its very shape, added up.
+
+    python benchmarks/products.py [CASE ...]
+
+CASE: `sac-utd1`, `sac-utd20`, `iql`, `cql` (`throughput_peers.CASES`). Results go to `benchmarks/results/products/`; a
+case that is measured anew replaces its rows. Run it alone on the machine.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from parts import measure_parts
+from throughput_peers import CASES
+
+ROUNDS, SECONDS, PRODUCT_SECONDS = 5, 2.0, 0.1
+NAMES = ("sac-utd1", "sac-utd20", "iql", "cql")
+SHOWN = 6
+"""Kinds of products that the report shows of each case, those that take longest."""
+
+
+def alone(shapes: Any, numbers: Any) -> Callable[[int], object]:
+    """Return what makes a product of two arrays of these shapes so often, in one program, and waits."""
+    import jax  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    first, second = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    @jax.jit
+    def run(first: Any, second: Any, count: Any) -> Any:
+        def again(_: Any, carry: Any) -> Any:
+            changed, total = carry
+            out = jax.lax.dot_general(changed, second, numbers)
+            corner = (0,) * changed.ndim  # changed a little: else the product could be made once for all rounds
+            return changed.at[corner].add(1e-6 * out[(0,) * out.ndim]), total + out[(-1,) * out.ndim]
+
+        return jax.lax.fori_loop(0, count, again, (first, jnp.zeros(())))[1]
+
+    return lambda count: run(first, second, jnp.asarray(count, jnp.int32)).block_until_ready()
+
+
+def case_alone(name: str) -> dict[str, Any]:
+    """Return the times of a case's update and of its products, in this process, in turns."""
+    from peers import timed  # noqa: PLC0415
+    from throughput_adapter import Adapter  # noqa: PLC0415
+    from throughput_agents import comparable  # noqa: PLC0415
+    from throughput_machine import flops_of, products  # noqa: PLC0415
+
+    case = CASES[name].settings(quick=False)
+    agent, config = comparable(case)
+    adapter, utd = Adapter(agent, config, "pen", 1, case["rows"], case["capacity"]), case["utd"]
+    if utd > 1:
+        adapter.warm()
+    else:
+        adapter.prepare(adapter.stages()[0])
+    update, per_run = (adapter.steps, utd) if utd > 1 else (adapter.in_dispatches, 1)
+    traced, _ = adapter.traced(utd)
+    kinds, flops = Counter(), {}
+    for equation, rounds in products(traced.jaxpr.jaxpr):
+        kind = (tuple(v.aval.shape for v in equation.invars), equation.params["dimension_numbers"])
+        kinds[kind] += rounds
+        flops[kind] = flops_of([(equation, 1)])
+    runs = {kind: alone(*kind) for kind in kinds}
+    counts = {kind: max(1, round(PRODUCT_SECONDS / (timed(run, 20) / 20))) for kind, run in warmed(runs)}
+    count = max(1, round(SECONDS / warm_time(update)))
+    found: dict[str, Any] = {"update": [], "products": [], "gflop": sum(kinds[k] * flops[k] for k in kinds) / utd / 1e9}
+    each: dict[Any, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(ROUNDS):
+        found["update"].append(1e3 * timed(update, count) / count / per_run)
+        for kind, run in runs.items():
+            each[kind].append(1e3 * timed(run, counts[kind]) / counts[kind] * kinds[kind] / utd)
+        found["products"].append(sum(times[-1] for times in each.values()))
+    found["kinds"] = [
+        {"product": label(kind), "count": kinds[kind] / utd, "ms": statistics.median(times),
+         "gflops": kinds[kind] / utd * flops[kind] / statistics.median(times) / 1e6}
+        for kind, times in each.items()
+    ]  # fmt: skip
+    return found
+
+
+def warmed(runs: dict[Any, Any]) -> Any:
+    """Yield the items of `runs`, each compiled."""
+    for kind, run in runs.items():
+        run(2)
+        yield kind, run
+
+
+def warm_time(run: Callable[[int], object]) -> float:
+    """Return the seconds of one of several runs, once compiled."""
+    from peers import timed  # noqa: PLC0415
+
+    run(2)
+    return timed(run, 2) / 2
+
+
+def label(kind: Any) -> str:
+    """Name a product by its operands' shapes, a mark behind the one that comes transposed."""
+    (first, second), ((left, right), (batch, _)) = kind
+    marks = (
+        "'" if left[0] == len(batch) and len(first) > len(batch) + 1 else "",
+        "" if right[0] == len(batch) else "'",
+    )
+    return " . ".join("x".join(map(str, shape)) + mark for shape, mark in zip((first, second), marks, strict=True))
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Return what a process of its own measures of a case."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+    command = [sys.executable, str(Path(__file__).resolve()), "--case", name]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def spread(values: list[float]) -> str:
+    """Return the median, least and most in brackets."""
+    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+def report(rows: dict[str, Any]) -> str:
+    """Return the report in Markdown."""
+    lines = [
+        "# Products", "",
+        "Made by `python benchmarks/products.py`; raw: `rows.json`. One critic update of the comparison's cases, and "
+        "its matrix products (sums and means that are laid out as products included), each timed alone in its very "
+        f"shape in a loop of its own, added up; {ROUNDS} rounds in turns, median, least and most in brackets. Alone, "
+        "operands stay in the cache: the sum is about the least that these products take one after the other. A prime "
+        f"marks an operand that comes transposed. Machine: {rows['machine']}.", "",
+        "| case | GFLOP | update, ms | its products alone, ms | share |", "| --- | --: | --: | --: | --: |",
+    ]  # fmt: skip
+    for name in NAMES:
+        if name in rows:
+            row = rows[name]
+            shares = [100 * a / b for a, b in zip(row["products"], row["update"], strict=True)]
+            lines.append(
+                f"| {CASES[name].title} | {row['gflop']:.2f} | {spread(row['update'])} | {spread(row['products'])} | "
+                f"{spread(shares)} % |"
+            )
+    for name in NAMES:
+        if name in rows:
+            largest = sorted(rows[name]["kinds"], key=lambda kind: -kind["ms"])
+            lines += ["", f"## {CASES[name].title}", "", "| product | times an update | ms | GFLOP/s |"]
+            lines += ["| --- | --: | --: | --: |"]
+            for kind in largest[:SHOWN]:
+                lines.append(f"| {kind['product']} | {kind['count']:g} | {kind['ms']:.3f} | {kind['gflops']:.0f} |")
+            rest = largest[SHOWN:]
+            count, took = (sum(kind[key] for kind in rest) for key in ("count", "ms"))
+            lines.append(f"| {len(rest)} other kinds | {count:g} | {took:.3f} |  |")
+    return "\n".join([*lines, ""])
+
+
+def main(args: list[str]) -> int:
+    """Measure the cases that are named, all where none is; or be the process of one."""
+    if args and args[0] == "--case":
+        print(json.dumps(case_alone(args[1])))
+        return 0
+    return measure_parts(args, {name: partial(measured, name) for name in NAMES}, report, "products", "cases")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
