@@ -2,8 +2,8 @@
 
     python benchmarks/products.py [CASE ...]
 
-CASE: `sac-utd1`, `sac-utd20`, `iql`, `cql` (`throughput_peers.CASES`). Results go to `benchmarks/results/products/`; a
-case that is measured anew replaces its rows. Run it alone on the machine.
+CASE: `sac-utd1`, `sac-utd20`, `iql`, `cql`, `loop` (`throughput_peers.CASES`). Results go to
+`benchmarks/results/products/`; a case that is measured anew replaces its rows. Run it alone on the machine.
 """
 
 import json
@@ -21,7 +21,6 @@ from parts import measure_parts
 from throughput_peers import CASES
 
 ROUNDS, SECONDS, PRODUCT_SECONDS = 5, 2.0, 0.1
-NAMES = ("sac-utd1", "sac-utd20", "iql", "cql")
 SHOWN = 6
 """Kinds of products that the report shows of each case, those that take longest."""
 
@@ -55,12 +54,14 @@ def case_alone(name: str) -> dict[str, Any]:
 
     case = CASES[name].settings(quick=False)
     agent, config = comparable(case)
-    adapter, utd = Adapter(agent, config, "pen", 1, case["rows"], case["capacity"]), case["utd"]
-    if utd > 1:
+    shape, utd = "cheetah" if case["env"] else "pen", case["utd"]
+    adapter = Adapter(agent, config, shape, 1, case["rows"], case["capacity"])
+    if case["env"] or utd > 1:
         adapter.warm()
+        update, per_run = adapter.loop if case["env"] else adapter.steps, utd
     else:
         adapter.prepare(adapter.stages()[0])
-    update, per_run = (adapter.steps, utd) if utd > 1 else (adapter.in_dispatches, 1)
+        update, per_run = adapter.in_dispatches, 1
     traced, _ = adapter.traced(utd)
     kinds, flops = Counter(), {}
     for equation, rounds in products(traced.jaxpr.jaxpr):
@@ -126,14 +127,15 @@ def report(rows: dict[str, Any]) -> str:
     """Return the report in Markdown."""
     lines = [
         "# Products", "",
-        "Made by `python benchmarks/products.py`; raw: `rows.json`. One critic update of the comparison's cases, and "
-        "its matrix products (sums and means that are laid out as products included), each timed alone in its very "
-        f"shape in a loop of its own, added up; {ROUNDS} rounds in turns, median, least and most in brackets. Alone, "
-        "operands stay in the cache: the sum is about the least that these products take one after the other. A prime "
-        f"marks an operand that comes transposed. Machine: {rows['machine']}.", "",
+        "Made by `python benchmarks/products.py`; raw: `rows.json`. One critic update of the comparison's cases, of "
+        "the last one a whole step with its update, and its matrix products (sums and means that are laid out as "
+        "products included), each timed alone in its very shape in a loop of its own, added up; "
+        f"{ROUNDS} rounds in turns, median, least and most in brackets. Alone, operands stay in the cache: the sum is "
+        "about the least that these products take one after the other. A prime marks an operand that comes transposed. "
+        f"Machine: {rows['machine']}.", "",
         "| case | GFLOP | update, ms | its products alone, ms | share |", "| --- | --: | --: | --: | --: |",
     ]  # fmt: skip
-    for name in NAMES:
+    for name in CASES:
         if name in rows:
             row = rows[name]
             shares = [100 * a / b for a, b in zip(row["products"], row["update"], strict=True)]
@@ -141,7 +143,7 @@ def report(rows: dict[str, Any]) -> str:
                 f"| {CASES[name].title} | {row['gflop']:.2f} | {spread(row['update'])} | {spread(row['products'])} | "
                 f"{spread(shares)} % |"
             )
-    for name in NAMES:
+    for name in CASES:
         if name in rows:
             largest = sorted(rows[name]["kinds"], key=lambda kind: -kind["ms"])
             lines += ["", f"## {CASES[name].title}", "", "| product | times an update | ms | GFLOP/s |"]
@@ -159,7 +161,7 @@ def main(args: list[str]) -> int:
     if args and args[0] == "--case":
         print(json.dumps(case_alone(args[1])))
         return 0
-    return measure_parts(args, {name: partial(measured, name) for name in NAMES}, report, "products", "cases")
+    return measure_parts(args, {name: partial(measured, name) for name in CASES}, report, "products", "cases")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import startup
 import throughput
 import throughput_peers
 from peers import Contender, rows_of
+from products import alone, label
 from throughput_machine import Span, flops_of, measure, products, program_flops
 from throughput_peers import CASES, PeersError, peers_python
 from throughput_report import Contest, Results, Row, contest_lines, markdown, merged, number, ratios
@@ -203,3 +204,15 @@ def test_a_folder_with_other_things_is_not_made_the_peers_environment(
     with pytest.raises(PeersError, match="holds something else.*O2O_PEERS"):
         peers_python()
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_product_alone_is_made_as_often_as_asked_and_named_by_its_operands() -> None:
+    plain, turned = (((2,), (1,)), ((0,), (0,))), (((1,), (2,)), ((0,), (0,)))
+    assert label((((2, 3, 4), (2, 4, 5)), plain)) == "2x3x4 . 2x4x5"
+    assert label((((2, 4, 3), (2, 5, 4)), turned)) == "2x4x3' . 2x5x4'"
+    assert label((((3, 4), (5, 4)), (((1,), (1,)), ((), ())))) == "3x4 . 5x4'"
+    run: Any = alone(((2, 3, 4), (2, 4, 5)), plain)
+    first, second = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 4), (2, 4, 5)]))
+    once = float((first @ second)[-1, -1, -1])
+    for count in (1, 4):
+        assert float(run(count)) == pytest.approx(count * once, rel=1e-4)
