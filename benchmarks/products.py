@@ -130,8 +130,9 @@ def report(rows: dict[str, Any]) -> str:
         "Made by `python benchmarks/products.py`; raw: `rows.json`. One critic update of the comparison's cases, of "
         "the last one a whole step with its update, and its matrix products (sums and means that are laid out as "
         "products included), each timed alone in its very shape in a loop of its own, added up; "
-        f"{ROUNDS} rounds in turns, median, least and most in brackets. Alone, operands stay in the cache: the sum is "
-        "about the least that these products take one after the other. A prime marks an operand that comes transposed. "
+        f"{ROUNDS} rounds in turns, median, least and most in brackets. Alone, operands stay in the cache, but "
+        "each product waits for the one before; an update may run several side by side. A prime marks an operand that "
+        "comes transposed. "
         f"Machine: {rows['machine']}.", "",
         "| case | GFLOP | update, ms | its products alone, ms | share |", "| --- | --: | --: | --: | --: |",
     ]  # fmt: skip
