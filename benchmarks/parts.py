@@ -95,6 +95,11 @@ def rates_in_turns(
     return rates
 
 
+def spread(values: Sequence[float], form: str = ".3g") -> str:
+    """Return the median, with least and most in brackets."""
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
 def ratio_table(ways: str, titles: Mapping[str, str], rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """Return a table of the cases with these `titles` that `rows` has, the `ways` in which each ran in one column.
 
@@ -105,6 +110,6 @@ def ratio_table(ways: str, titles: Mapping[str, str], rows: Mapping[str, Mapping
         rates = rows.get(name, {})
         for i, (label, each) in enumerate(rates.items()):
             ratios = [a / b for a, b in zip(each, next(iter(rates.values())), strict=True)]
-            spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if i else "1"
-            lines.append(f"| {title} | {label} | {statistics.median(each):.3g} | {spread} |")
+            ratio = spread(ratios, ".2f") if i else "1"
+            lines.append(f"| {title} | {label} | {statistics.median(each):.3g} | {ratio} |")
     return lines

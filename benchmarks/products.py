@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts import measure_parts
+from parts import measure_parts, spread
 from throughput_peers import CASES
 
 ROUNDS, SECONDS, PRODUCT_SECONDS = 5, 2.0, 0.1
@@ -47,7 +47,7 @@ def alone(shapes: Any, numbers: Any) -> Callable[[int], object]:
 
 def case_alone(name: str) -> dict[str, Any]:
     """Return the times of a case's update and of its products, in this process, in turns."""
-    from peers import timed  # noqa: PLC0415
+    from peers import Contender  # noqa: PLC0415
     from throughput_adapter import Adapter  # noqa: PLC0415
     from throughput_agents import comparable  # noqa: PLC0415
     from throughput_machine import flops_of, products  # noqa: PLC0415
@@ -68,15 +68,17 @@ def case_alone(name: str) -> dict[str, Any]:
         kind = (tuple(v.aval.shape for v in equation.invars), equation.params["dimension_numbers"])
         kinds[kind] += rounds
         flops[kind] = flops_of([(equation, 1)])
-    runs = {kind: alone(*kind) for kind in kinds}
-    counts = {kind: max(1, round(PRODUCT_SECONDS / (timed(run, 20) / 20))) for kind, run in warmed(runs)}
-    count = max(1, round(SECONDS / warm_time(update)))
+    whole = Contender("", {"update": (update, "")}, per_run)
+    parts = Contender("", {str(kind): (alone(*kind), "") for kind in kinds})
+    for contender in (whole, parts):
+        for form in contender.forms:
+            contender.measure(form, 0.0)  # compiles
     found: dict[str, Any] = {"update": [], "products": [], "gflop": sum(kinds[k] * flops[k] for k in kinds) / utd / 1e9}
     each: dict[Any, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
-        found["update"].append(1e3 * timed(update, count) / count / per_run)
-        for kind, run in runs.items():
-            each[kind].append(1e3 * timed(run, counts[kind]) / counts[kind] * kinds[kind] / utd)
+        found["update"].append(1e3 / whole.measure("update", SECONDS))
+        for kind, times in each.items():
+            times.append(1e3 / parts.measure(str(kind), PRODUCT_SECONDS) * kinds[kind] / utd)
         found["products"].append(sum(times[-1] for times in each.values()))
     found["kinds"] = [
         {"product": label(kind), "count": kinds[kind] / utd, "ms": statistics.median(times),
@@ -84,21 +86,6 @@ def case_alone(name: str) -> dict[str, Any]:
         for kind, times in each.items()
     ]  # fmt: skip
     return found
-
-
-def warmed(runs: dict[Any, Any]) -> Any:
-    """Yield the items of `runs`, each compiled."""
-    for kind, run in runs.items():
-        run(2)
-        yield kind, run
-
-
-def warm_time(run: Callable[[int], object]) -> float:
-    """Return the seconds of one of several runs, once compiled."""
-    from peers import timed  # noqa: PLC0415
-
-    run(2)
-    return timed(run, 2) / 2
 
 
 def label(kind: Any) -> str:
@@ -116,11 +103,6 @@ def measured(name: str) -> dict[str, Any]:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     command = [sys.executable, str(Path(__file__).resolve()), "--case", name]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-
-
-def spread(values: list[float]) -> str:
-    """Return the median, least and most in brackets."""
-    return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
 def report(rows: dict[str, Any]) -> str:
