@@ -3,13 +3,14 @@
 `Adapter` is the one place of the benchmark that knows the loop and its programs.
 """
 
+import ctypes.util
 import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.find_library("OSMesa"):
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
 import gymnasium

@@ -1,11 +1,11 @@
 """Camera images in the observation of a MuJoCo environment, rendered without a display (MUJOCO_GL=osmesa or egl)."""
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
-import mujoco as _mujoco
 import numpy as np
 from gymnasium import spaces
 
@@ -13,6 +13,17 @@ from o2o.datasets import DatasetInfo
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.spaces import STATE, ObservationSpec
 
+HINT = (
+    "without a display install OSMesa (apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or use EGL with a GPU: "
+    "MUJOCO_GL=egl"
+)
+try:
+    import mujoco as _mujoco
+except Exception as error:  # it loads the OpenGL that MUJOCO_GL names; each back end has errors of its own
+    raise ConfigError(
+        f"MuJoCo cannot be loaded with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())[:160]}); unset it where nothing is rendered; {HINT}"
+    ) from error
 mujoco: Any = _mujoco  # its names come from a compiled module that type checkers cannot see
 FREE = "free"
 """MuJoCo's free camera, with the view that the environment itself gives it for `render`."""
@@ -115,10 +126,7 @@ def _renderer(model: Any, size: tuple[int, int]) -> Any:
             renderer = mujoco.Renderer(model, *size)
     except Exception as error:  # each back end has errors of its own
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"cameras cannot be rendered here ({type(error).__name__}: {reason}); without a display install OSMesa "
-            "(apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or use EGL with a GPU: MUJOCO_GL=egl"
-        ) from error
+        raise ConfigError(f"cameras cannot be rendered here ({type(error).__name__}: {reason}); {HINT}") from error
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = 0
     return renderer

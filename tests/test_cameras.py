@@ -88,6 +88,14 @@ def test_no_back_end_is_said_with_what_to_install():
     assert result.stdout.count("\n") == 1
 
 
+def test_an_unknown_back_end_of_mujoco_is_one_line():
+    environment = {**os.environ, "MUJOCO_GL": "none-such"}
+    command = [sys.executable, "-m", "o2o.cli", "demo"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "MUJOCO_GL='none-such'" in result.stderr and "unset it" in result.stderr
+
+
 def test_the_pixel_dataset_is_made_loaded_and_played(pixels):
     data = datasets.load(pixels)
     observations = data.arrays["observations"]
