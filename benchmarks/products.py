@@ -11,8 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,32 +23,12 @@ SHOWN = 6
 """Kinds of products that the report shows of each case, those that take longest."""
 
 
-def alone(shapes: Any, numbers: Any) -> Callable[[int], object]:
-    """Return what makes a product of two arrays of these shapes so often, in one program, and waits."""
-    import jax  # noqa: PLC0415
-    import jax.numpy as jnp  # noqa: PLC0415
-
-    first, second = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-
-    @jax.jit
-    def run(first: Any, second: Any, count: Any) -> Any:
-        def again(_: Any, carry: Any) -> Any:
-            changed, total = carry
-            out = jax.lax.dot_general(changed, second, numbers)
-            corner = (0,) * changed.ndim  # changed a little: else the product could be made once for all rounds
-            return changed.at[corner].add(1e-6 * out[(0,) * out.ndim]), total + out[(-1,) * out.ndim]
-
-        return jax.lax.fori_loop(0, count, again, (first, jnp.zeros(())))[1]
-
-    return lambda count: run(first, second, jnp.asarray(count, jnp.int32)).block_until_ready()
-
-
 def case_alone(name: str) -> dict[str, Any]:
     """Return the times of a case's update and of its products, in this process, in turns."""
     from peers import Contender  # noqa: PLC0415
     from throughput_adapter import Adapter  # noqa: PLC0415
     from throughput_agents import comparable  # noqa: PLC0415
-    from throughput_machine import flops_of, products  # noqa: PLC0415
+    from throughput_machine import alone, kinds_of  # noqa: PLC0415
 
     case = CASES[name].settings(quick=False)
     agent, config = comparable(case)
@@ -62,28 +40,23 @@ def case_alone(name: str) -> dict[str, Any]:
     else:
         adapter.prepare(adapter.stages()[0])
         update, per_run = adapter.in_dispatches, 1
-    traced, _ = adapter.traced(utd)
-    kinds, flops = Counter(), {}
-    for equation, rounds in products(traced.jaxpr.jaxpr):
-        kind = (tuple(v.aval.shape for v in equation.invars), equation.params["dimension_numbers"])
-        kinds[kind] += rounds
-        flops[kind] = flops_of([(equation, 1)])
+    kinds = kinds_of(adapter.traced(utd)[0])
     whole = Contender("", {"update": (update, "")}, per_run)
     parts = Contender("", {str(kind): (alone(*kind), "") for kind in kinds})
     for contender in (whole, parts):
         for form in contender.forms:
             contender.measure(form, 0.0)  # compiles
-    found: dict[str, Any] = {"update": [], "products": [], "gflop": sum(kinds[k] * flops[k] for k in kinds) / utd / 1e9}
+    found: dict[str, Any] = {"update": [], "products": [], "gflop": sum(a * b for a, b in kinds.values()) / utd / 1e9}
     each: dict[Any, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         found["update"].append(1e3 / whole.measure("update", SECONDS))
         for kind, times in each.items():
-            times.append(1e3 / parts.measure(str(kind), PRODUCT_SECONDS) * kinds[kind] / utd)
+            times.append(1e3 / parts.measure(str(kind), PRODUCT_SECONDS) * kinds[kind][0] / utd)
         found["products"].append(sum(times[-1] for times in each.values()))
     found["kinds"] = [
-        {"product": label(kind), "count": kinds[kind] / utd, "ms": statistics.median(times),
-         "gflops": kinds[kind] / utd * flops[kind] / statistics.median(times) / 1e6}
-        for kind, times in each.items()
+        {"product": label(kind), "count": count / utd, "ms": statistics.median(each[kind]),
+         "gflops": count / utd * flops / statistics.median(each[kind]) / 1e6}
+        for kind, (count, flops) in kinds.items()
     ]  # fmt: skip
     return found
 

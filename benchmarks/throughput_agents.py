@@ -11,12 +11,25 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from peers import CASE, Contender, repeat, serve
 from throughput_adapter import PER_DISPATCH, SHAPES, Adapter
-from throughput_machine import Span, forget_peak, machine, matmul_rate, measure, peak_megabytes, seconds
-from throughput_report import Row, today
+from throughput_machine import (
+    Run,
+    Span,
+    alone,
+    forget_peak,
+    kinds_of,
+    machine,
+    matmul_rate,
+    measure,
+    peak_megabytes,
+    seconds,
+    squares,
+)
+from throughput_report import AS_RUN, PRODUCTS, SQUARES, Row, today
 
 from o2o import __version__
 from o2o.agents import AGENTS, CQLConfig, IQLConfig, RLPDConfig, SACConfig
@@ -149,31 +162,53 @@ def comparable(case: CASE) -> tuple[str, Any]:
     return "rlpd", RLPDConfig(**shared, **normed, online=plain(RLPDConfig().online, utd_ratio=case["utd"]))
 
 
-def ours(case: CASE) -> Contender:
-    """Return our contender for a case of the comparison."""
+def bounds(adapter: Adapter, utd: int, large: int) -> dict[str, tuple[Run, str]]:
+    """Return forms that make an update's products and nothing else, and as many FLOPs in products of `large` squared.
+
+    They count for as many updates as the program of the case's form does.
+    """
+    kinds = kinds_of(adapter.traced(utd)[0])
+    each, square = [(alone(*kind), times) for kind, (times, _) in kinds.items()], squares(large)
+    share = sum(times * flops for times, flops in kinds.values()) / (2.0 * large**3)
+
+    def run(count: int) -> None:
+        for product, times in each:
+            product(count * times)
+
+    return {
+        PRODUCTS: (run, "every matrix product of the update in its very shape, one after the other, and nothing else"),
+        SQUARES: (
+            lambda count: square(max(1, round(count * share))),
+            f"as many FLOPs in products of {large} x {large}, and nothing else",
+        ),
+    }
+
+
+def ours(case: CASE, bounded: bool = False) -> Contender:
+    """Return our contender for a case of the comparison, with what bounds it if asked."""
     agent, config = comparable(case)
     adapter = Adapter(agent, config, "cheetah" if case["env"] else "pen", 1, case["rows"], case["capacity"])
-    version = f"o2o {__version__}"
+    version, utd = f"o2o {__version__}", case["utd"]
     if case["env"]:
         adapter.warm()
-        return Contender(version, {"as run": (adapter.loop, "the online loop: environment, replay, update, metrics")})
-    if case["utd"] > 1:
+        forms = {AS_RUN: (adapter.loop, "the online loop: environment, replay, update, metrics")}
+    elif utd > 1:
         adapter.warm()
-        note = "one online step: store a row, draw, update, choose the next action"
-        return Contender(version, {"as run": (adapter.steps, note)}, case["utd"])
-    adapter.prepare(adapter.stages()[0])
-    forms = {
-        "as run": (adapter.in_dispatches, f"the offline loop's call: {PER_DISPATCH} times drawing and updating"),
-        "one per call": (repeat(lambda: adapter.updates(1)), "drawing and updating, waited for each time"),
-    }
-    return Contender(version, forms)
+        forms = {AS_RUN: (adapter.steps, "one online step: store a row, draw, update, choose the next action")}
+    else:
+        adapter.prepare(adapter.stages()[0])
+        forms = {
+            AS_RUN: (adapter.in_dispatches, f"the offline loop's call: {PER_DISPATCH} times drawing and updating"),
+            "one per call": (repeat(lambda: adapter.updates(1)), "drawing and updating, waited for each time"),
+        }
+    return Contender(version, forms | (bounds(adapter, utd, case["square"]) if bounded else {}), utd)
 
 
 def main() -> None:
     """Do what the first argument says with the second."""
     task, about = sys.argv[1], json.loads(sys.argv[2])
     if task == "serve":
-        serve(ours, about)
+        serve(partial(ours, bounded=True), about)
         return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

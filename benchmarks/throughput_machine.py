@@ -50,17 +50,39 @@ def measure(run: Run, span: Span) -> list[float]:
     return rates
 
 
-def matmul_rate(size: int, span: Span) -> float:
-    """Return the FLOP/s of float32 products of `size` squared matrices, each of the one before, in one program."""
+def squares(size: int) -> Run:
+    """Return what makes float32 products of `size` squared matrices, each of the one before, in one program."""
     matrix = jnp.asarray(np.roll(np.eye(size, dtype=np.float32), 1, axis=0))  # any number of them stays in range
 
     @jax.jit
     def products(x: jax.Array, y: jax.Array, count: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, count, lambda _, x: x @ y, x)
 
-    run = lambda count: products(matrix, matrix, jnp.asarray(count, jnp.int32)).block_until_ready()  # noqa: E731
+    return lambda count: products(matrix, matrix, jnp.asarray(count, jnp.int32)).block_until_ready()
+
+
+def matmul_rate(size: int, span: Span) -> float:
+    """Return the FLOP/s of the products of `squares`."""
+    run = squares(size)
     run(1)
     return statistics.median(measure(run, span)) * 2.0 * size**3
+
+
+def alone(shapes: Any, numbers: Any) -> Run:
+    """Return what makes a product of two arrays of these shapes, each about like the one before, in one program."""
+    first, second = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    @jax.jit
+    def run(first: jax.Array, second: jax.Array, count: jax.Array) -> jax.Array:
+        def again(_: Any, carry: Any) -> Any:
+            changed, total = carry
+            out = jax.lax.dot_general(changed, second, numbers)
+            corner = (0,) * changed.ndim  # changed a little: else the product could be made once for all rounds
+            return changed.at[corner].add(1e-6 * out[(0,) * out.ndim]), total + out[(-1,) * out.ndim]
+
+        return jax.lax.fori_loop(0, count, again, (first, jnp.zeros(())))[1]
+
+    return lambda count: run(first, second, jnp.asarray(count, jnp.int32)).block_until_ready()
 
 
 def products(jaxpr: Any, rounds: int = 1) -> list[tuple[Any, int]]:
@@ -90,6 +112,15 @@ def flops_of(found: Sequence[tuple[Any, int]]) -> float:
         else:
             total += 2.0 * rounds * out * math.prod(second) / second[numbers.rhs_spec[0]]
     return total
+
+
+def kinds_of(traced: Any) -> dict[Any, tuple[int, float]]:
+    """Return every kind of product in a traced function, what `alone` takes: how often it is made, and its FLOPs."""
+    kinds: dict[Any, tuple[int, float]] = {}
+    for equation, rounds in products(traced.jaxpr.jaxpr):
+        kind = (tuple(v.aval.shape for v in equation.invars), equation.params["dimension_numbers"])
+        kinds[kind] = (kinds.get(kind, (0, 0.0))[0] + rounds, flops_of([(equation, 1)]))
+    return kinds
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:

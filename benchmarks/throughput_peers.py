@@ -48,11 +48,11 @@ class Case:
 
     def settings(self, quick: bool) -> dict[str, Any]:
         """Return what a contender is told."""
-        sizes = {"observation": 45, "action": 24, "batch": 256, "hidden": [256, 256], "rows": 20_000}
+        sizes = {"observation": 45, "action": 24, "batch": 256, "hidden": [256, 256], "rows": 20_000, "square": 2048}
         if self.env:
             sizes |= {"observation": 17, "action": 6}
         if quick:
-            sizes |= {"batch": 16, "hidden": [32, 32], "rows": 2_000}
+            sizes |= {"batch": 16, "hidden": [32, 32], "rows": 2_000, "square": 128}
         sizes["capacity"] = 1_000_000 if self.env and not quick else sizes["rows"]
         own = {name: getattr(self, name) for name in ("algorithm", "critics", "layer_norm", "utd", "env")}
         return {**sizes, **own}

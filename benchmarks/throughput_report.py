@@ -21,7 +21,8 @@ SHAPE_NAMES = {
     "pixels": "one camera of 64 x 64 x 3 beside 17 observations, 6 actions (HalfCheetah-v5, rendered)",
 }
 LIBRARIES = {"ours": "o2o", "sbx": "SBX", "sb3": "Stable-Baselines3", "d3rlpy": "d3rlpy"}
-AS_RUN = "as run"
+AS_RUN, PRODUCTS, SQUARES = "as run", "products alone", "large products"
+"""Forms of the comparison: a library's own, and what bounds ours."""
 PARTS = ("environment", "transfer", "update")
 
 
@@ -198,8 +199,8 @@ def contest_lines(contests: Sequence[Contest], cases: Mapping[str, Any]) -> list
     lines = []
     for name in [name for name in cases if any(contest.case == name for contest in contests)]:
         case, own = cases[name], [contest for contest in contests if contest.case == name]
-        ours = next((c.rates for c in own if (c.who, c.form) == ("ours", AS_RUN)), [])
-        cells, notes = [], []
+        forms = {c.form: c.rates for c in own if c.who == "ours"}
+        ours, cells, notes = forms.get(AS_RUN, []), [], []
         for contest in own:
             label = contest.version or LIBRARIES[contest.who]
             if not contest.rates:
@@ -207,6 +208,12 @@ def contest_lines(contests: Sequence[Contest], cases: Mapping[str, Any]) -> list
                 continue
             ratio, low, high = ratios(ours, contest.rates)
             wanted = case.wanted.get(contest.who) if contest.form == AS_RUN else None
+            for form in (PRODUCTS, SQUARES) if wanted and PRODUCTS in forms else ():
+                ratio, low, high = ratios(forms[form], contest.rates)
+                notes.append(
+                    f"- {form[0].upper()}{form[1:]} / {LIBRARIES[contest.who]}: {number(ratio)} ({number(low)} - "
+                    f"{number(high)}), {number(wanted)} wanted of the whole."
+                )
             cells.append(
                 (label, contest.form, number(middle(contest.rates)), spread(contest.rates), number(ratio),
                  f"{number(low)} - {number(high)}", number(wanted), contest.note)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import startup
 import throughput
 import throughput_peers
 from peers import Contender, rows_of
-from products import alone, label
-from throughput_machine import Span, flops_of, measure, products, program_flops
+from products import label
+from throughput_machine import Span, alone, flops_of, kinds_of, measure, products, program_flops
 from throughput_peers import CASES, PeersError, peers_python
 from throughput_report import Contest, Results, Row, contest_lines, markdown, merged, number, ratios
 
@@ -70,6 +72,10 @@ def test_tables_say_ratio_wanted_and_missing() -> None:
     other = next(line for line in lines if line.startswith("| d3rlpy 1"))
     assert [cell.strip() for cell in other.split("|")][3:8] == ["100", "100 - 250", "3.00", "2.00 - 4.00", "3.18"]
     assert "- SBX: has no IQL." in lines
+    bounds = (("ours", "products alone", [450.0, 440.0, 500.0]), ("ours", "large products", [600.0, 400.0, 500.0]))
+    bounded = contest_lines([*found, *contests("iql", *bounds)], CASES)
+    assert "- Products alone / d3rlpy: 4.40 (2.00 - 4.50), 3.18 wanted of the whole." in bounded
+    assert "- Large products / d3rlpy: 4.00 (2.00 - 6.00), 3.18 wanted of the whole." in bounded
 
 
 def test_results_are_written_read_and_drawn(tmp_path: Path) -> None:
@@ -172,6 +178,17 @@ def test_synthetic_rows_are_those_of_the_case() -> None:
     assert CASES["loop"].settings(quick=False)["capacity"] == 1_000_000
 
 
+def test_a_machine_without_osmesa_is_measured_without_it() -> None:
+    code = (
+        "import ctypes.util, os, sys\nctypes.util.find_library = lambda name: None\nsys.path.insert(0, sys.argv[1])\n"
+        "import throughput_adapter\nprint(os.environ.get('MUJOCO_GL'), throughput_adapter.SHAPES['pen'][1])\n"
+    )
+    unset = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    command = [sys.executable, "-c", code, str(throughput_peers.HERE)]
+    result = subprocess.run(command, env=unset, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "None AdroitHandPen-v1\n", result.stderr
+
+
 def test_a_layouts_ratio_is_the_median_of_the_rounds() -> None:
     text = layouts.report(
         {"machine": "a machine", "iql": {layouts.SHIPPED: [10.0, 20.0, 40.0], "both": [5.0, 20.0, 36.0]}}
@@ -204,6 +221,16 @@ def test_a_folder_with_other_things_is_not_made_the_peers_environment(
     with pytest.raises(PeersError, match="holds something else.*O2O_PEERS"):
         peers_python()
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_kinds_of_products_are_counted_with_the_flops_of_one() -> None:
+    def twice(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda z, _: (z @ y, None), x @ y, None, length=3)[0].sum() + (x.T @ x).sum()
+
+    traced = jax.jit(twice).trace(jnp.ones((2, 5)), jnp.ones((5, 5)))
+    kinds = kinds_of(traced)
+    assert sorted(kinds.values()) == [(1, 100.0), (4, 100.0)]
+    assert program_flops(traced)[0] == sum(count * flops for count, flops in kinds.values())
 
 
 def test_a_product_alone_is_made_as_often_as_asked_and_named_by_its_operands() -> None:
