@@ -79,6 +79,11 @@ class Row:
         """Matmul FLOP/s that the updates reach."""
         return self.flops * statistics.median(self.updates) if self.flops and self.updates else None
 
+    @property
+    def machine(self) -> str:
+        """The machine's own rate of large products beside this row, in GFLOP/s."""
+        return number(self.matmul["large"] / 1e9) if "large" in self.matmul else ""
+
     def share(self, which: str) -> float | None:
         """Return the part of the machine's own matmul rate, `small` or `large`, that the updates reach."""
         reached = self.flops_per_second
@@ -224,8 +229,9 @@ def contest_lines(contests: Sequence[Contest], cases: Mapping[str, Any]) -> list
 
 
 UPDATES = ("agent", "form", "seeds", "updates/s", "min - max", "one per call", "compile s", "peak MB")
-UPDATES = (*UPDATES, "MFLOP/update", "GFLOP/s", "of 256", "of 2048")
+UPDATES = (*UPDATES, "MFLOP/update", "GFLOP/s", "of 256", "of 2048", "machine")
 STEPS = ("agent", "form", "seeds", "steps/s", "min - max", "step ms", "environment", "transfer", "update", "rest")
+STEPS = (*STEPS, "machine")
 
 
 def update_cells(row: Row) -> tuple[str, ...]:
@@ -235,7 +241,7 @@ def update_cells(row: Row) -> tuple[str, ...]:
     return (
         row.agent, row.form, str(row.seeds), number(middle(row.updates)), spread(row.updates),
         number(middle(row.single)), f"{row.compile_seconds:.1f}", f"{row.peak_megabytes:.0f}", number(mega),
-        number(giga), percent(row.share("small")), percent(row.share("large")),
+        number(giga), percent(row.share("small")), percent(row.share("large")), row.machine,
     )  # fmt: skip
 
 
@@ -243,7 +249,7 @@ def step_cells(row: Row) -> tuple[str, ...]:
     """Return a row's cells under `STEPS`."""
     parts = [number(row.parts.get(part)) for part in PARTS]
     start = (row.agent, row.form, str(row.seeds), number(middle(row.steps)), spread(row.steps))
-    return (*start, number(row.step_milliseconds), *parts, number(row.rest))
+    return (*start, number(row.step_milliseconds), *parts, number(row.rest), row.machine)
 
 
 def order(row: Row) -> tuple[Any, ...]:
@@ -303,6 +309,8 @@ compilation is not in the rates. With several seeds in one program, rates are of
 - compile s: what the first call took longer than the second. peak MB: of the process (GPU: of the device).
 - MFLOP/update: matmuls and convolutions, counted in the traced program with all rounds of its scans. of 256, of 2048:
   GFLOP/s as a share of float32 products of 256 x 256 x 256 and of 2048 x 2048 x 2048 in the same process.
+- machine: GFLOP/s of those of 2048 x 2048 x 2048. Rows of different days are rates of a machine that is at times twice
+  as fast as at others: compare rates only where this column is alike, else shares.
 - The whole online loop: environment steps/s with the real environment, logging on, evaluation off. One step in ms, its
   parts each measured alone: stepping the environments (one after the other), moving what a step takes, the program.
   rest: what is left, Python; negative where parts overlap.

@@ -62,6 +62,7 @@ def test_share_of_the_matmul_rate_and_what_no_part_of_a_step_explains() -> None:
     assert ROW.share("small") == pytest.approx(0.2) and ROW.share("large") == pytest.approx(0.5)
     assert LOOP.step_milliseconds == pytest.approx(10.0) and LOOP.rest == pytest.approx(3.5)
     assert ROW.rest is None and LOOP.share("small") is None
+    assert ROW.machine == "0.400" and LOOP.machine == ""
     assert dataclasses.replace(LOOP, parts={"environment": 2.0}).rest is None
 
 
