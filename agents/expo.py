@@ -41,7 +41,7 @@ from flax import struct
 from o2o import losses
 from o2o.agents.expo_config import EXPOConfig, expo_preset
 from o2o.agents.expo_policy import Choice, on_the_fly
-from o2o.agents.minibatches import check_flat
+from o2o.agents.minibatches import check_flat, minibatches_in
 from o2o.agents.sac import positive, positive_model
 from o2o.distributions import TanhNormal
 from o2o.encoders import augment, create_encoder, encode
@@ -225,7 +225,7 @@ class EXPO(AgentNode):
         Before `online()` one base step on the last minibatch.
         """
         rng, critic_rng, base_rng, edit_rng, share_rng, shift_rng = jax.random.split(self.rng, 6)
-        utd, pad = batch["rewards"].shape[0], self.config.encoder.shift_pad
+        utd, pad = minibatches_in(batch), self.config.encoder.shift_pad
         rows = augment(shift_rng, jax.tree.map(lambda leaf: leaf[-1], batch), pad)
         agent = self.replace(rng=rng)
         if self.phase == "offline":

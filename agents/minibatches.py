@@ -1,4 +1,4 @@
-"""What agents of flat observations share: refusing others, and one step per minibatch of a call."""
+"""What agents share: the shapes that they refuse, and one step per minibatch of a call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, DatasetError
 from o2o.types import Batch, Info
 
 
@@ -16,10 +16,21 @@ def check_flat(observations: Any, agent: str) -> None:
         raise ConfigError(f"{agent} needs flat float32 observations [batch, dim]; choose the dataset's state entries")
 
 
+def minibatches_in(batch: Batch) -> int:
+    """Return `utd`, how many minibatches a call's leaves `[utd, B, ...]` hold; DatasetError for leaves `[B, ...]`."""
+    if jnp.ndim(batch["actions"]) < 3:
+        raise DatasetError(
+            f"update takes leaves [utd, B, ...], a minibatch per critic step; actions have shape "
+            f"{jnp.shape(batch['actions'])}, expected [utd, B, A]: give one minibatch as leaf[None]"
+        )
+    return batch["actions"].shape[0]
+
+
 A = TypeVar("A")
 
 
 def each_minibatch(step: Callable[[A, Batch], tuple[A, Info]], agent: A, batch: Batch) -> tuple[A, Info]:
     """Run `step` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+    minibatches_in(batch)
     agent, infos = jax.lax.scan(step, agent, batch)
     return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents.minibatches import minibatches_in
 from o2o.agents.residual_config import ResidualConfig, residual_preset
 from o2o.agents.residual_networks import ResidualActor, Seen, Trunk, values
 from o2o.encoders import create_encoder, shift_observations
@@ -233,7 +234,7 @@ class Residual(AgentNode):
         """Run critic steps on leaves `[utd, B, W, ...]` and, after the critic warm-up, one actor step on the last."""
         rng, critic_rng, actor_rng = jax.random.split(self.rng, 3)
         warm = self.updates < self.config.online.initial_updates
-        keys = jax.random.split(critic_rng, batch["rewards"].shape[0])
+        keys = jax.random.split(critic_rng, minibatches_in(batch))
         agent, infos = jax.lax.scan(lambda a, rows: a.critic_step(*rows), self.replace(rng=rng), (batch, keys))
         last = jax.tree.map(lambda leaf: leaf[-1], batch)
 

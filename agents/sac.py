@@ -25,7 +25,7 @@ import optax
 from flax import struct
 
 from o2o import losses
-from o2o.agents.minibatches import check_flat
+from o2o.agents.minibatches import check_flat, minibatches_in
 from o2o.errors import ConfigError
 from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -260,7 +260,7 @@ class SAC(AgentNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
-        config, utd = self.config, batch["rewards"].shape[0]
+        config, utd = self.config, minibatches_in(batch)
         rng, critic_rng, policy_rng = jax.random.split(self.rng, 3)
         replica = config.zero_grad_steps and not (utd == 1 and config.joint_single)
 

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from o2o.agents import AGENTS
-from o2o.errors import ConfigError, O2OError
-from o2o.types import OnlineConfig, Preset
+from o2o.errors import ConfigError, DatasetError, O2OError
+from o2o.types import OnlineConfig, Preset, window_of
 from tests.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
 from tests.tiny import forget_many_programs
 
 CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
 CASES += [("pex", "online"), ("ibrl", "online"), ("jsrl", "online")]
 CASES += [("ppo", "online"), ("uni_o4", "online")]
+WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl")
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 
 
@@ -59,6 +60,15 @@ def test_a_missing_needed_key_is_named(name: str) -> None:
             agent.update(batch)
     extra = set(case.batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
     assert set(agent.needs) <= extra
+
+
+@pytest.mark.parametrize("name", [name for name in AGENTS if name not in WINDOWED])
+def test_a_minibatch_without_its_leading_axis_is_refused(name: str) -> None:
+    case = make_case(name, "offline")
+    assert window_of(case.agent) == 1  # in windows, their axis would stand where the rows' does
+    rows = jax.tree.map(lambda leaf: leaf[0], case.batch(1))
+    with pytest.raises(DatasetError, match=r"\[utd, B, A\]: give one minibatch as leaf\[None\]"):
+        case.agent.update(rows)
 
 
 @pytest.mark.parametrize("size", ["paper", "small"])
