@@ -2,10 +2,12 @@
 
 Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and
 the actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no
-knowledge of its internals needed. An environment that cannot be replayed (a robot: `metadata["replayable"] = False`)
-begins a new episode.
+knowledge of its internals needed. Where the reset does not give the very observation that the episode began with (a
+robot), no action is played and a new episode begins; nor with `metadata["replayable"] = False`, which also says that
+what was recorded cannot be played again.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +53,8 @@ class EnvSlot:
     """Prefix of the reset seed: run seed, stream, member."""
     episode: int = -1
     observation: Any = None
+    first: Any = None
+    """What the episode began with."""
     actions: list[np.ndarray] = field(default_factory=list)
     raw_return: float = 0.0
     success: bool | None = None
@@ -63,15 +67,16 @@ class EnvSlot:
     def begin(self, episode: int | None = None) -> int:
         """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
         self.episode = self.episode + 1 if episode is None else episode
+        self.first, self.actions = None, []
+        self.raw_return, self.success, self.success_last = 0.0, None, None
         if self.env.has_wrapper_attr("name_episode"):
             self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
         return reset_seed(*self.seeds, self.episode)
 
     def began(self, observation: Any) -> Any:
         """Note the first observation of the episode, and return it."""
-        self.observation = observation
-        self.actions, self.raw_return, self.success, self.success_last = [], 0.0, None, None
-        return self.observation
+        self.observation = self.first = observation
+        return observation
 
     def step(self, action: np.ndarray) -> Step:
         """Play `action` `[A]`; the slot does not reset by itself."""
@@ -101,17 +106,26 @@ class EnvSlot:
             "terminated": terminated,
         }
 
+    @property
+    def replayable(self) -> bool:
+        """Whether the environment says, or does not deny, that an episode can be played again."""
+        return bool(self.env.metadata.get("replayable", True))
+
     def snapshot(self) -> dict[str, Any]:
         """Return what `restore` needs, JSON-able."""
-        return {"episode": self.episode, "actions": [action.tolist() for action in self.actions]}
+        actions = [action.tolist() for action in self.actions]
+        return {"episode": self.episode, "first": fingerprint(self.first), "actions": actions}
 
     def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
         """Play the snapshot's episode up to the same point; True if the observation there equals `observation` bitwise.
 
-        Otherwise (a robot, another simulator version) a new episode is begun and False returned.
+        Otherwise (a robot, another simulator version) a new episode is begun and False returned; where it begins
+        otherwise already, without an action having been played.
         """
-        if self.env.metadata.get("replayable", True):
-            self.reset(snapshot["episode"])
+        if self.replayable:
+            first = fingerprint(self.reset(snapshot["episode"]))
+            if first != snapshot.get("first", first):
+                return False
             for action in snapshot["actions"]:
                 self.step(np.asarray(action, np.float32))
             same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), self.observation, observation)
@@ -119,3 +133,12 @@ class EnvSlot:
                 return True
         self.reset(snapshot["episode"] + 1)
         return False
+
+
+def fingerprint(observation: Any) -> str:
+    """Return a digest of an observation's bytes, shapes and types."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(observation):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

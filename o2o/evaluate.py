@@ -56,7 +56,10 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """Play all episodes with the stacked `agent`; return their rows. Resets depend on (seed, member, `point`)."""
         if not self.envs:
-            self.envs = [[EnvSlot(self.env_fn(True), ()) for _ in range(self.slots)] for _ in range(self.seeds)]
+            first = EnvSlot(self.env_fn(True), ())
+            self.slots = self.slots if first.replayable else 1  # of a robot there is one
+            slots = [EnvSlot(self.env_fn(True), ()) for _ in range(self.seeds * self.slots - 1)]
+            self.envs = np.reshape(np.asarray([first, *slots], object), (self.seeds, self.slots)).tolist()
         rng = jax.random.key(point)
         fresh = jax.vmap(lambda a: a.initial_carry((self.slots,)))(agent)
         carry = fresh

@@ -159,7 +159,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
             raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
     source = build(_to_look_at(source_config), folder=Path(str(config.init_from)))
     folder = RunFolder(Path(str(config.init_from)))
-    folder.load(source, source_config.online_steps, cut_rows=False)
+    folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
     agent = source.agent if source.online_state is None else source.online_state.agent
     have, want = ((t.reward_scale, t.reward_bias) for t in (source.data.task, trainer.data.task))
@@ -257,7 +257,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
-    run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
+    run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints).lock()
     try:
         session = Session(config, run, data, screen, base)
     except BaseException:
@@ -282,11 +282,16 @@ def resume(path: Path, screen: Screen | None = None) -> bool:
             f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
             "restore the dataset or start a new run"
         )
-    run = RunFolder.open(path, config.keep_checkpoints)
-    session = Session(config, run, data, screen, base)
-    run.load(session.trainer, config.online_steps)
-    fleet = session.trainer.fleet
-    forget(path, {} if fleet is None else {slot.seeds: slot.episode for slot in fleet.slots})
+    run = RunFolder.open(path, config.keep_checkpoints).lock()
+    try:
+        session = Session(config, run, data, screen, base)
+        run.load(session.trainer, config.online_steps)
+        fleet = session.trainer.fleet
+        if session.trainer.exact_resume:  # else what comes is not what was there
+            forget(path, {} if fleet is None else {slot.seeds: slot.episode for slot in fleet.slots})
+    except BaseException:
+        run.close()
+        raise
     return session.work()
 
 
@@ -300,7 +305,7 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     trainer = build(dataclasses.replace(_to_look_at(config), init_from=None), folder=path)
     run = RunFolder.open(path)
     step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
-    run.load(trainer, config.online_steps, step, cut_rows=False)
+    run.load(trainer, config.online_steps, step, go_on=False)
     run.close()
     return config, trainer
 

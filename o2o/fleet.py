@@ -1,14 +1,15 @@
 """The training environments of a run, stepped side by side, and the episodes under way in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from o2o.datasets import monte_carlo_returns
 from o2o.episode import TRAIN_STREAM, EnvSlot, Step
+from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn
 from o2o.workers import Crew
 
@@ -37,6 +38,8 @@ class Fleet:
         self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
         """(reward, mask) of the episode under way, per member."""
         self._actions: np.ndarray | None = None
+        self.fault: Exception | None = None
+        """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
         try:
             self._reset(range(len(names)))
         except BaseException:
@@ -45,14 +48,46 @@ class Fleet:
         self.observations = stack([slot.observation for slot in self.slots])
         """What the policy sees next, leaves `[S, ...]`."""
 
+    def must_fit(self, rows: Mapping[str, Any], shared: bool) -> Self:
+        """Return itself; raises `EnvironmentMismatchError`, and is closed, if its spaces are not those of `rows`.
+
+        `shared`: others of the same kind are played at the same time; ConfigError if they cannot be.
+        """
+        if shared and not self.replayable:
+            self.close()
+            raise ConfigError(
+                "loop.eval_process plays beside training, but the environment says that it is hardware (metadata "
+                "'replayable' False); leave it out"
+            )
+        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
+        found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
+        actions = rows["actions"].shape[1:]
+        if shapes != found or space.shape != actions:
+            self.close()
+            raise EnvironmentMismatchError(
+                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
+                f"{shapes} and {actions}; use the environment that the dataset was recorded in"
+            )
+        return self
+
+    @property
+    def replayable(self) -> bool:
+        """Whether every environment can play an episode again; else it is hardware, which evaluation moves as well."""
+        return all(slot.replayable for slot in self.slots)
+
+    def begin_anew(self) -> None:
+        """Break off all episodes and begin the next ones; what waits for an episode's end goes on waiting."""
+        self._reset(range(len(self.slots)))
+        self.observations = stack([slot.observation for slot in self.slots])
+
     def _reset(self, members: Sequence[int]) -> None:
         """Begin the next episode of these members."""
+        seeds = {member: self.slots[member].begin() for member in members}
         if self.crew is None:
-            for member in members:
-                self.slots[member].reset()
+            for member, seed in seeds.items():
+                self.slots[member].began(self.slots[member].env.reset(seed=seed)[0])
             return
-        seen = self.crew.reset({member: self.slots[member].begin() for member in members})
-        for member, observation in seen.items():
+        for member, observation in self.crew.reset(seeds).items():
             self.slots[member].began(observation)
 
     def step(
@@ -61,13 +96,16 @@ class Fleet:
         """Play `actions` `[S, A]`; return the transitions, leaves `[S, ...]`, and which episodes ended `[S]`.
 
         Ended episodes are reported to `finished(member, row)` and reset; transitions keep the true last observation.
-        If an environment fails, the others' steps are taken back, so that the run can be saved as it stood.
+        If an environment fails, the others' steps are taken back, so that the run can be saved as it stood. If one
+        fails to begin its next episode, this step is whole, and the next one raises what happened.
         """
         self.send(actions)
         return self.receive(finished)
 
     def send(self, actions: np.ndarray) -> None:
         """Hand out `actions` `[S, A]`: environments in processes begin their step, those here have it in `receive`."""
+        if self.fault is not None:
+            raise self.fault
         self._actions = actions
         if self.crew is not None:
             self.crew.send(actions)
@@ -90,7 +128,10 @@ class Fleet:
             self.waiting[member].append((result.reward, 1.0 - result.terminated))
             if result.ended:
                 finished(member, self.slots[member].row(result.terminated))
-        self._reset(np.flatnonzero(ended).tolist())
+        try:
+            self._reset(np.flatnonzero(ended).tolist())
+        except Exception as error:  # the transitions that were played are not lost by it
+            self.fault = error
         self.observations = stack([slot.observation for slot in self.slots])
         return rows, ended
 

@@ -19,7 +19,7 @@ from o2o import dispatch, host_replay, pretraining, resume
 from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
-from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
+from o2o.errors import ConfigError, DivergenceError
 from o2o.evaluate import EnvFn
 from o2o.fleet import Fleet
 from o2o.host_replay import HostData, HostReplay
@@ -87,6 +87,7 @@ class Trainer:
         self.action: jax.Array | None = None
         self.visible = [0] * seeds
         self.exact_resume = True
+        self.stood: tuple[dict[str, Any], Any] | None = None  # where the environments are to be put back
         self.offline_totals: dict[str, Any] = {}
         self.updates_since_log = 0
         self.unscored: int | None = None  # where the last evaluation was asked for, until its rows are there
@@ -117,10 +118,10 @@ class Trainer:
         if isinstance(data, HostData) and not isinstance(self.programs, HostReplay):
             self.programs = HostReplay(self.storage, self.loop.checkpoint_every)
 
-    def begin_online(self, steps: int, host: bool | None = None) -> None:
+    def begin_online(self, steps: int, host: bool | None = None, play: bool = True) -> None:
         """Switch the agents to their online form, allocate the replay buffer, reset the environments.
 
-        `host` says whether observations stay in host memory; None: if the device is too small for them.
+        `host`: whether observations stay in host memory; None: if the device is too small. Not to `play`: none is made.
         """
         if self.online_state is not None:
             return
@@ -135,25 +136,17 @@ class Trainer:
         check_window(agent, capacity, "the replay buffer")
         if wanted.replay == "mixed":
             check_window(agent, self.offline_data.size, "the dataset")
+        if play:
+            self.make_fleet("mc_returns" in agent.needs)
         self._place(host_replay.make_room(self.offline_data, capacity * self.seeds, self.loop.device_bytes, host))
         self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible = [rows] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
-        waits, processes = "mc_returns" in agent.needs, self.loop.env_processes
-        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, waits, processes=processes)
-        self._check_spaces()
 
-    def _check_spaces(self) -> None:
-        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], self.offline_data.rows["observations"])
-        assert self.fleet is not None
-        found = jax.tree.map(np.shape, self.fleet.slots[0].observation)
-        actions = self.offline_data.rows["actions"].shape[1:]
-        space = self.fleet.slots[0].env.action_space
-        if shapes != found or space.shape != actions:
-            raise EnvironmentMismatchError(
-                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
-                f"{shapes} and {actions}; use the environment that the dataset was recorded in"
-            )
+    def make_fleet(self, waits: bool = False, per_seed: int = 1) -> None:
+        """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
+        fleet = Fleet(self.env_fn, self.seed, self.seeds, waits, per_seed, self.loop.env_processes)
+        self.fleet = fleet.must_fit(self.offline_data.rows, self.loop.eval_process)
 
     def online(self, steps: int) -> bool:
         """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before."""
@@ -163,6 +156,7 @@ class Trainer:
         if self.online_state is None and self.counters.offline_steps == 0:
             self.evaluate(wait=False)
         self.begin_online(steps)
+        resume.put_back(self)
         counters, loop = self.counters, self.loop
         started = time.perf_counter() - counters.elapsed
         eval_steps = evaluation_steps(loop, self.online_config, steps)
@@ -178,6 +172,7 @@ class Trainer:
                 self._log_online()
             if any(before < point <= at for point in eval_steps):
                 self.evaluate(wait=False)
+                resume.after_evaluation(self, at >= steps)
             if due(20):
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.progress(self.phase_name, at, steps, {})
@@ -329,6 +324,7 @@ class Trainer:
             last = [{**position, **row} for row in rows]
             known = [row["success"] for row in last if row["success"] is not None]
             self.counters.score = float(np.mean(known or [row["return"] for row in last]))
+            self.counters.scored_at = about["point"]
             self.unscored = None if about["point"] == self.unscored else self.unscored
             self.hooks.episodes(last)
             self.hooks.scored(about["point"], self.counters.score)
@@ -390,8 +386,14 @@ class Trainer:
         return resume.state(self)
 
     def restore(
-        self, state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int
+        self,
+        state: dict[str, Any],
+        load: Callable[[dict[str, Any]], dict[str, Any]],
+        online_steps: int,
+        play: bool = True,
     ) -> Self:
-        """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
+        """Put the run where `state` says (`resume.restore`); not to `play`: environments only when `online` goes on."""
         resume.restore(self, state, load, online_steps)
+        if play:
+            resume.put_back(self)
         return self

@@ -2,7 +2,8 @@
 
 Every finished episode is one file under `RUN/episodes`, in the environment's own units: observations (Dict too), the
 actions that were executed, raw rewards. A file appears whole or not at all and is named by run seed, stream, member and
-episode, so that a resumed run replaces what it plays again. `export` makes a Minari dataset of them at any time.
+episode; none is written over. What a resumed run will play again is deleted first (`forget`), what a robot did stays.
+`export` makes a Minari dataset of them at any time.
 """
 
 import json
@@ -30,8 +31,9 @@ Name = tuple[int, ...]
 
 
 class Recorder(gym.Wrapper):
-    """Writes each finished episode to `folder` at the moment it ends; one broken off by a reset is dropped.
+    """Writes each finished episode to `folder` at the moment it ends.
 
+    One that is broken off is dropped, as it will be played again; where it cannot be, it is written, truncated.
     It belongs inside the wrappers that change observations, actions or rewards. The `task` says whether success ends
     an episode; such an end, which the environment itself knows nothing of, is recorded as a truncation.
     """
@@ -41,20 +43,24 @@ class Recorder(gym.Wrapper):
         super().__init__(env)
         self.folder, self.task = folder, task
         self._name: Name | None = None
+        self._next: Name | None = None
         self._observations: list[dict[str, np.ndarray]] = []
         self._rows: list[tuple[np.ndarray, float, bool, bool, bool | None]] = []
         self._seed: int | None = None
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
-        text = json.dumps({**header, "metadata": dict(metadata or {})}, indent=2)
+        self._replayable = bool(env.metadata.get("replayable", True))
+        text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
         _write_whole(folder / HEADER, lambda path: path.write_text(text + "\n"))
 
     def name_episode(self, name: Name) -> None:
         """Say what the episode of the next reset is called; without a name it is counted behind those there."""
-        self._name = name
+        self._next = name
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, and forget what was not finished."""
+        """Reset; what was not finished is forgotten, or written if it cannot be played again."""
+        self._break_off()
         observation, info = self.env.reset(seed=seed, options=options)
+        self._name, self._next = self._next, None
         self._observations, self._rows, self._seed = [self._copy(observation)], [], seed
         return observation, info
 
@@ -72,6 +78,16 @@ class Recorder(gym.Wrapper):
             self._finish()
         return observation, reward, bool(terminated), bool(truncated), info
 
+    def close(self) -> None:
+        """Close the environment; the episode under way is broken off."""
+        self._break_off()
+        super().close()
+
+    def _break_off(self) -> None:
+        if self._rows and not self._replayable:
+            self._finish()
+        self._rows = []
+
     def _copy(self, observation: Any) -> dict[str, np.ndarray]:
         return {key: np.array(value) for key, value in _entries(self.env.observation_space, observation)}
 
@@ -88,9 +104,15 @@ class Recorder(gym.Wrapper):
             arrays["success"] = np.asarray(success, bool)
         if self._seed is not None:
             arrays["seed"] = np.asarray(self._seed)
-        name = self._name or (max((name[-1] for name in _files(self.folder)), default=-1) + 1,)
-        _write_whole(self.folder / f"{'-'.join(map(str, name))}.npz", lambda path: _save(path, arrays))
+        name = self._name or (0,)
+        if self._path(name).exists() or not self._name:
+            taken = (other[-1] for other in _files(self.folder) if other[:-1] == name[:-1])
+            name = (*name[:-1], max(taken, default=-1) + 1)
+        _write_whole(self._path(name), lambda path: _save(path, arrays))
         self._name, self._rows = None, []
+
+    def _path(self, name: Name) -> Path:
+        return self.folder / f"{'-'.join(map(str, name))}.npz"
 
 
 def _entries(space: gym.Space, observation: Any, prefix: str = "observations") -> Iterator[tuple[str, Any]]:
@@ -138,10 +160,13 @@ def _files(folder: Path) -> dict[Name, Path]:
 
 
 def forget(run: Path, going_on: Mapping[Name, int]) -> None:
-    """Delete the episodes that a resumed run will play again.
+    """Delete the episodes that a resumed run will play again; none where the environment cannot be replayed.
 
     `going_on`: (run seed, stream, member) to the number of the episode under way; of members not named, all go.
     """
+    header = run / EPISODES / HEADER
+    if header.exists() and not json.loads(header.read_text()).get("replayable", True):
+        return
     for name, path in _files(run / EPISODES).items():
         if name[-1] >= going_on.get(name[:-1], 0):
             path.unlink()

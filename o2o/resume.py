@@ -22,14 +22,24 @@ def arrays(trainer: "Trainer") -> dict[str, Any]:
     stats = {} if trainer.normalizer is None else {"normalizer": trainer.normalizer}
     if trainer.online_state is None:
         return {"agent": trainer.agent, "loop": {"rng": trainer.rng, "totals": trainer.offline_totals}, **stats}
-    assert trainer.fleet is not None
     agent, buffer, carry, rng, totals = trainer.online_state
-    loop = {"rng": rng, "totals": totals, "observations": trainer.fleet.observations}
+    loop = {"rng": rng, "totals": totals, "observations": _observations(trainer)}
     if trainer.action is not None:
         loop["action"] = trainer.action
     if carry is not None:
         loop["carry"] = carry
     return {"agent": agent, "buffer": buffer, "loop": loop, **stats}
+
+
+def _observations(trainer: "Trainer") -> Any:
+    """Return what the policy sees next, or zeros of that shape, where the environments are still to be made."""
+    if trainer.fleet is not None:
+        return trainer.fleet.observations
+    if trainer.stood is not None:
+        return trainer.stood[1]
+    members = int(np.prod(trainer.slots_shape))
+    rows = trainer.offline_data.rows["observations"]
+    return jax.tree.map(lambda leaf: np.zeros((members, *leaf.shape[1:]), leaf.dtype), rows)
 
 
 def state(trainer: "Trainer") -> dict[str, Any]:
@@ -42,7 +52,7 @@ def state(trainer: "Trainer") -> dict[str, Any]:
     return {
         "unscored": unscored,
         "counters": dict(vars(trainer.counters)),
-        "fleet": None if trainer.fleet is None else trainer.fleet.snapshot(),
+        "fleet": trainer.fleet.snapshot() if trainer.fleet is not None else trainer.stood and trainer.stood[0],
         "visible": trainer.visible,
         "updates_since_log": trainer.updates_since_log,
         "host": isinstance(trainer.programs, HostReplay),
@@ -52,9 +62,9 @@ def state(trainer: "Trainer") -> dict[str, Any]:
 def restore(
     trainer: "Trainer", state: dict[str, Any], load: Callable[[dict[str, Any]], dict[str, Any]], online_steps: int
 ) -> None:
-    """Put the run where `state` says; `load(targets)` reads the arrays in the given structure."""
+    """Put the run where `state` says, all but the environments; `load(targets)` reads arrays of a given structure."""
     if state["counters"]["phase"] == "online":
-        trainer.begin_online(online_steps, state.get("host"))
+        trainer.begin_online(online_steps, state.get("host"), play=False)
     targets = arrays(trainer)
     data = trainer.offline_data
     if trainer.online_state is not None:
@@ -76,25 +86,53 @@ def restore(
     trainer.online_state = OnlineState(
         loaded["agent"], trainer.placed(loaded["buffer"]), part.get("carry"), part["rng"], part["totals"]
     )
-    trainer.action = part["action"]
-    _restore_fleet(trainer, state["fleet"], part["observations"])
+    trainer.action, trainer.stood = part["action"], (state["fleet"], part["observations"])
 
 
-def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: Any) -> None:
-    """Put the environments back; where one stands elsewhere, its half episode ends and its policy begins afresh."""
-    assert trainer.online_state is not None and trainer.fleet is not None
+def put_back(trainer: "Trainer") -> None:
+    """Put the environments where they are to stand, if they do not yet.
+
+    Where one stands elsewhere, its half episode ends and its policy begins afresh.
+    """
+    if trainer.stood is None:
+        return
+    assert trainer.online_state is not None
+    if trainer.fleet is None:
+        online = trainer.online_config
+        waits = online.replay != "rollout" and "mc_returns" in trainer.online_state.agent.needs
+        trainer.make_fleet(waits, online.num_envs if online.replay == "rollout" else 1)
+    assert trainer.fleet is not None
+    (snapshot, observations), trainer.stood = trainer.stood, None
     same = np.asarray(trainer.fleet.restore(snapshot, observations))
     trainer.exact_resume = bool(same.all())
-    if trainer.exact_resume:
+    _begin_anew(trainer, same)
+
+
+def after_evaluation(trainer: "Trainer", last: bool) -> None:
+    """Begin new episodes where training and evaluation move the same robot: it stands where evaluation has left it."""
+    fleet = trainer.fleet
+    if fleet is not None and not (last or fleet.replayable or fleet.fault):
+        fleet.begin_anew()
+        _begin_anew(trainer, np.zeros(len(fleet.slots), bool))
+
+
+def _begin_anew(trainer: "Trainer", same: np.ndarray) -> None:
+    """Where environments, fresh from a reset, are not the `same` as before: end their half episodes.
+
+    As if cut by a time limit: the newest row ends its episode, and nothing is remembered of it.
+    """
+    if same.all():
         return
-    # As if cut by a time limit: the newest row ends its episode, and nothing is remembered of it.
+    assert trainer.online_state is not None and trainer.fleet is not None
     trainer.mark_ends(~same)
     same = same.reshape(trainer.slots_shape)
     stood, action = trainer.online_state, trainer.action
     fresh = jax.vmap(lambda a: a.initial_carry(trainer.slots_shape[1:] or (1,)))(stood.agent)
     trainer.online_state = stood._replace(carry=dispatch.clear_carry(stood.carry, fresh, ~same))
     if trainer.fleet.waits:
-        trainer.commit(np.flatnonzero(~same))
+        trainer.commit(np.flatnonzero(~same.reshape(-1)))
+    else:
+        trainer.fleet.forget(np.flatnonzero(~same.reshape(-1)))
     trainer.first_actions()
     assert trainer.online_state is not None and trainer.action is not None and action is not None
     carry = dispatch.clear_carry(trainer.online_state.carry, stood.carry, same)

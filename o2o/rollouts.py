@@ -15,7 +15,6 @@ from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS
 from o2o.dispatch import OnlineState, clear_carry, over_seeds
 from o2o.errors import ConfigError
-from o2o.fleet import Fleet
 from o2o.loop import Trainer
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Batch, Carry, Info
@@ -62,7 +61,7 @@ class RolloutTrainer(Trainer):
         """Environments per seed, behind the seed axis: `[S, N]`."""
         return (self.seeds, self.online_config.num_envs)
 
-    def begin_online(self, steps: int, host: bool | None = None) -> None:
+    def begin_online(self, steps: int, host: bool | None = None, play: bool = True) -> None:
         """Switch the agents to their online form, allocate one rollout, reset the environments."""
         if self.online_state is not None:
             return
@@ -76,7 +75,7 @@ class RolloutTrainer(Trainer):
             self.choose_candidates()
         agent = dispatch.each_seed(dispatch.to_online, self.agent)
         length, keys = online.rollout_steps // online.num_envs, (*TRANSITION_KEYS, "ends")
-        rows = {key: self.offline_data.light.rows[key] for key in keys}
+        rows = {key: self.offline_data.rows[key] for key in keys}
         place = (self.seeds, length, online.num_envs)
         storage = jax.tree.map(lambda leaf: np.zeros((*place, *leaf.shape[1:]), leaf.dtype), rows)
         storage["ends"] = storage["ends"].astype(np.float32)
@@ -88,11 +87,11 @@ class RolloutTrainer(Trainer):
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), infos)
 
         totals = over_seeds(zeros, self.seeds)(agent)
+        if play:
+            self.make_fleet(per_seed=online.num_envs)
         self.online_state = OnlineState(agent, storage, carry, self.rng, totals)  # type: ignore[arg-type]
         self.visible = [0] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
-        self.fleet = Fleet(self.env_fn, self.seed, self.seeds, False, online.num_envs, self.loop.env_processes)
-        self._check_spaces()
 
     def choose_candidates(self) -> None:
         """Evaluate the policies that the agent offers for the online phase; each seed's agent takes its best one."""

@@ -23,13 +23,14 @@ class RowStore:
     """The observations of a run's own transitions, all seeds, in files that are mapped into memory.
 
     A ring of `capacity` + `slack` rows: a checkpoint is whole while not more than `slack` rows were written behind it.
-    Files of a killed run are used again; a row that is not there any more is refused, never replaced by another.
+    Files of a killed run are used again, those of another size refused; a row that is not there any more is refused,
+    never replaced by another.
     """
 
     def __init__(self, folder: Path | None, example: Mapping[str, Any], capacity: int, slack: int) -> None:
         """Open or make the files in `folder` (None: a temporary one) for rows like `example`, leaves `[S, ...]`.
 
-        Raises `ConfigError` if the disk cannot hold them.
+        Raises `ConfigError` if the disk cannot hold them, `RunError` if those there are of another size.
         """
         self.places, self.total = capacity + slack, 0
         if folder is None:
@@ -56,13 +57,18 @@ class RowStore:
             )
 
     def _map(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
-        """Return the mapped array `[places, *shape]` of a file and its descriptor; of another size, it is emptied."""
-        size = self.places * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        """Return the mapped array `[places, *shape]` of a file and its descriptor."""
+        row = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if os.fstat(descriptor).st_size != size:
-            os.ftruncate(descriptor, 0)
-            os.ftruncate(descriptor, size)
         weakref.finalize(self, os.close, descriptor)
+        found = os.fstat(descriptor).st_size
+        if found not in (0, self.places * row):
+            raise RunError(
+                f"{path} has room for {found / row:g} transitions, expected {self.places}: online_steps, "
+                "loop.replay_capacity, loop.checkpoint_every or a camera changed since; put it back, or delete "
+                f"{path.parent} if the online phase may begin anew"
+            )
+        os.ftruncate(descriptor, self.places * row)
         return np.memmap(path, dtype, "r", shape=(self.places, *shape)), descriptor
 
     def _write(self, mapped: tuple[np.ndarray, int], place: int, value: np.ndarray) -> None:

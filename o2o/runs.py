@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib
 import importlib.metadata
 import json
 import os
@@ -18,12 +19,14 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from o2o import checkpoint
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
 from o2o.log import JsonLines
 from o2o.loop import Trainer
+
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 class StopFlag:
@@ -108,6 +111,23 @@ class RunFolder:
         self.path, self.keep_last = path, keep_last
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.episodes = JsonLines(path / "episodes.jsonl")
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> Self:
+        """Keep every other process from training this run, until `close`; raises `RunError` if one does."""
+        if fcntl is None:
+            return self
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise RunError(
+                f"run {self.path} is being trained by another process; wait for its end, or stop it with Ctrl-C there"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return self
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
@@ -138,7 +158,7 @@ class RunFolder:
         """Checkpoint everything, with the lengths of the row files at this point."""
         state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
-        score = None if state["unscored"] else counters.score
+        score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
         checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
 
     def scored(self, step: int, score: float) -> None:
@@ -148,11 +168,15 @@ class RunFolder:
         except CheckpointError as error:  # no reason to end a run
             print(f"o2o: {error}", file=sys.stderr)
 
-    def load(self, trainer: Trainer, online_steps: int, step: int | None = None, cut_rows: bool = True) -> int:
-        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it."""
+    def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
+        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
+
+        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved.
+        """
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
-        trainer.restore(state, lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets), online_steps)
-        if cut_rows:
+        load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
+        trainer.restore(state, load, online_steps, play=go_on)
+        if go_on:
             self.metrics.truncate(state["files"]["metrics"])
             self.episodes.truncate(state["files"]["episodes"])
         return step
@@ -164,9 +188,11 @@ class RunFolder:
         temporary.replace(self.path / "status.json")
 
     def close(self) -> None:
-        """Close the row files."""
+        """Close the row files, and let others train the run."""
         self.metrics.close()
         self.episodes.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from o2o.errors import ConfigError
 from o2o.types import OnlineConfig
 
 
@@ -12,7 +13,7 @@ class LoopConfig:
     """How often the loops log, evaluate and checkpoint; only `overlap` changes what is learnt."""
 
     eval_every: int = 5_000
-    """Environment steps between two evaluations; others: the warm-up's end, after the first 1000 updates, the end."""
+    """Environment steps between two evaluations, 0 for none; others: the warm-up's end, 1000 updates later, the end."""
     offline_eval_every: int = 0
     """Gradient steps between two evaluations offline; 0 for one at the end only."""
     eval_episodes: int = 20
@@ -40,6 +41,16 @@ class LoopConfig:
     """Learn while the environments step: each action is chosen just before the update of its step, not just after.
     For environments that take long, robots above all; reproducible, but other numbers. On-policy agents, which learn
     between roll-outs, are not concerned."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a number that is too small, before anything is made or played."""
+        least = dict.fromkeys(
+            ("eval_episodes", "log_every", "checkpoint_every", "updates_per_dispatch", "replay_capacity"), 1
+        ) | dict.fromkeys(("eval_every", "offline_eval_every", "env_processes", "device_bytes"), 0)
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ConfigError(f"loop.{name} is {value}; expected at least {smallest}")
 
 
 def _ignore(*_: Any) -> None:
@@ -83,6 +94,8 @@ class Counters:
     """Step of the last metrics row in this phase."""
     score: float | None = None
     """Mean over seeds of the last reported evaluation's success rate; of its return where the task knows no success."""
+    scored_at: int | None = None
+    """The `point` of that evaluation."""
 
     @property
     def point(self) -> int:
@@ -95,7 +108,7 @@ def evaluation_steps(loop: LoopConfig, online: OnlineConfig, steps: int) -> set[
 
     On-policy agents have no warm-up, and their updates are not counted so.
     """
-    points = {*range(loop.eval_every, steps, loop.eval_every), steps}
+    points = {*(range(loop.eval_every, steps, loop.eval_every) if loop.eval_every else ()), steps}
     if online.replay != "rollout":
         points |= {max(online.warmup_steps, online.random_steps), online.first_update() + -(-1000 // online.utd_ratio)}
     return {point for point in points if 0 < point <= steps}

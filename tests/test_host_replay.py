@@ -12,7 +12,7 @@ from flax import struct
 from o2o import dispatch, host_replay
 from o2o.buffer import OfflineData
 from o2o.dispatch import OnlineMode
-from o2o.errors import CheckpointError, ConfigError
+from o2o.errors import CheckpointError, ConfigError, RunError
 from o2o.host_replay import HostData, HostReplay
 from o2o.normalizer import Normalizer
 from o2o.row_store import ON_HOST, RowStore
@@ -239,9 +239,10 @@ def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path
         np.testing.assert_array_equal(got["observations"]["camera"][1, i], world[row]["observations"]["camera"][1])
     with pytest.raises(CheckpointError, match="resume from the latest"):
         again.read(np.asarray([[1, 3]] * 2), rows_of(1), again.total)
-    bigger = RowStore(tmp_path, example(), 8, 2)  # another size begins empty
-    with pytest.raises(CheckpointError):
-        bigger.read(np.asarray([[3]] * 2), rows_of(1), 5)
+    with pytest.raises(RunError, match=r"room for 5 transitions, expected 10: .*checkpoint_every"):
+        RowStore(tmp_path, example(), 8, 2)
+    kept = RowStore(tmp_path, example(), 3, 2).read(np.asarray([[4]] * 2), rows_of(1), 5)
+    np.testing.assert_array_equal(kept["observations"]["camera"][0, 0], world[4]["observations"]["camera"][0])
 
 
 def test_too_small_a_disk_is_refused_before_any_step(tmp_path):

@@ -124,13 +124,13 @@ def test_without_names_episodes_are_counted_behind_those_there(tmp_path: Path) -
     assert datasets.info(export(tmp_path)).episodes == 3
 
 
-def test_an_episode_played_again_replaces_the_first(tmp_path: Path) -> None:
+def test_an_episode_of_a_name_that_is_taken_is_kept_beside_the_first(tmp_path: Path) -> None:
     task = Task("bench", has_success=True)
     played(tmp_path / EPISODES, task, 2)
     first = datasets.load(export(tmp_path), cache=False)
     played(tmp_path / EPISODES, task, 2, limit=5)
     second = datasets.load(export(tmp_path), cache=False)
-    assert (first.info.episodes, second.info.episodes) == (2, 2) and (first.size, second.size) == (12, 10)
+    assert (first.info.episodes, second.info.episodes) == (2, 4) and (first.size, second.size) == (12, 12 + 10)
 
 
 def test_forget_cuts_behind_the_episode_under_way(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_kill_while_writing_leaves_no_half_episode(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(recorder, "_save", full)
-    with pytest.raises(RunError, match="cannot record to .*3-0-1-0.npz: No space left"):
+    with pytest.raises(RunError, match="cannot record to .*3-0-1-1.npz: No space left"):
         played(tmp_path / EPISODES, task, 1)
     assert (tmp_path / EPISODES / "3-0-1-0.npz").read_bytes() == whole
     assert datasets.info(export(tmp_path)).episodes == 1

@@ -171,3 +171,17 @@ def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Pa
 
 def test_the_trainer_follows_from_the_agents_schedule(tiny_run: Maker) -> None:
     assert type(experiment.build(tiny_run("bc"))) is Trainer
+
+
+def test_ppo_learns_the_same_from_a_dataset_in_host_memory(tiny_run: Maker) -> None:
+    agents = []
+    for device_bytes in (None, 0):
+        loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=device_bytes)
+        trainer = experiment.build(tiny_run("ppo", SMALL, loop=loop))
+        trainer.offline(20)
+        trainer.online(48)
+        assert (type(trainer.offline_data).__name__ == "HostData") == (device_bytes == 0)
+        agents.append(jax.tree.leaves(trainer.agent_of(0).actor.params))
+        trainer.close()
+    for device, host in zip(*agents, strict=True):
+        np.testing.assert_allclose(host, device, atol=1e-6)
