@@ -6,7 +6,8 @@ SUITE = Suite(
     name="famo2o",
     description=(
         "Does a coefficient per state beat one for all? `famo2o` is `iql` with a family of policies and a balance "
-        "model, `famo2o_cql` is `cql` with them; each pair shares everything else in its preset but the coefficient. "
+        "model and shares all else with it; `famo2o_cql` has the networks, temperature and replay of its own published "
+        "code besides, so that its difference from `cql` is not the coefficient's alone. "
         "Targets are the mean returns of the expert sets recorded beside these data (3680, 4614, 11506). The datasets "
         "are stand-ins, not the official ones of similar names."
     ),

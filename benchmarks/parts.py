@@ -60,7 +60,8 @@ def measure_parts(
     folder = HERE / "results" / name
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    rows["machine"] = machine_here()["device"]
+    machine = machine_here()["device"]
+    rows = {"machine": machine, **(rows if rows.get("machine") == machine else {})}  # a table is of one machine
     for part in args or parts:
         rows[part] = parts[part]()
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ environment of their own. Words select: an agent (`iql`), a shape (`pen` 45/24, 
 all of either. Words of one kind are alternatives; words of several kinds must all fit, and what does not know a word is
 left out. `--quick` runs a few tiny ones to show that every path works, and writes to `runs/throughput-quick`.
 
-Results go to `benchmarks/results/throughput/`, row by row: what is measured anew replaces what was there. Run it alone
-on the machine.
+Results go to `benchmarks/results/throughput/`, row by row: what is measured anew replaces what was there. A case of the
+comparison is replaced as a whole: with `--peers comparison sbx` the other libraries' rows are gone. Run it alone on the
+machine.
 """
 
 import difflib

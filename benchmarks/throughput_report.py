@@ -297,7 +297,8 @@ def markdown(results: Results, cases: Mapping[str, Any]) -> str:
 
 EXPLAINED = """\
 Made by `python benchmarks/throughput.py` (our agents) and `... --peers` (also other libraries); words select a part,
-such as `iql cheetah 1seed` or `comparison sbx`, and what is measured anew replaces its rows. Raw repeats: `rows.json`.
+such as `iql cheetah 1seed` or `--peers comparison`, and what is measured anew replaces its rows. Raw repeats:
+`rows.json`.
 
 Networks of each agent's `paper` preset, minibatches of 256 (staged agents: their own), synthetic transitions. Medians;
 compilation is not in the rates. With several seeds in one program, rates are of all of them together.

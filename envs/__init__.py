@@ -1,7 +1,6 @@
 """Environments: `make` builds one from a dataset or a Gymnasium id, with its task's conventions (the table `TASKS`)."""
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -29,6 +28,7 @@ from o2o.envs.wrappers import (
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.spaces import ActionMap, ObservationSpec
 from o2o.tasks import Task
+from o2o.user_code import import_module
 
 __all__ = [
     "DEMO_DATASET",
@@ -176,9 +176,9 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
     module, _, name = source.rpartition(":")
     try:
         if module:
-            importlib.import_module(module)  # where the environment is registered
+            import_module(module)  # where the environment is registered
         return gym.spec(name)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ConfigError) as error:
         near = difflib.get_close_matches(source, list(gym.registry), n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "register it with gymnasium first, or give module:id"
         reason = " ".join(str(error).split()).rstrip(".")

@@ -7,6 +7,7 @@ from typing import Any
 from o2o.datasets import DatasetInfo
 from o2o.errors import ConfigError
 from o2o.tasks import Task
+from o2o.user_code import import_module
 
 MAZE: dict[str, Any] = {
     "reward_scale": 10.0,
@@ -68,6 +69,8 @@ def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     """
     about = None if isinstance(source, str) else source
     env_id = source if isinstance(source, str) else source.env_id
+    if isinstance(source, str) and ":" in source:  # a module that registers environments may register tasks too
+        import_module(source.rpartition(":")[0])
     bare = (env_id or "").split(":")[-1]
     task = next((t for pattern, t in TASKS if re.fullmatch(pattern, bare)), Task("other", has_success=True))
     if about is not None and task.sparse and _kwargs(about).get("reward_type") == "dense":

@@ -5,15 +5,11 @@ They act on the host, in the environment's own units, and are never trained here
 
 import copy
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -28,6 +24,7 @@ from o2o.history import History, join, past
 from o2o.normalizer import Normalizer, normalize
 from o2o.spaces import ActionMap, ObservationSpec, with_base_action
 from o2o.types import Array, Carry
+from o2o.user_code import import_module, run_file
 
 __all__ = ["Base", "BaseFaultError", "Policy", "Source", "base_labels", "load_base", "with_base_labels"]
 
@@ -62,19 +59,9 @@ def _named(text: str) -> Any:
     """Return the object of `module:name` or `path/file.py:name`; modules of the working folder are found too."""
     where, _, name = text.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None and spec.loader is not None
-            module: ModuleType = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(where)
-    except Exception as error:
-        raise ConfigError(
-            f"base {text!r}: {where!r} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
+        module = run_file(Path(where)) if where.endswith(".py") else import_module(where)
+    except ConfigError as error:
+        raise ConfigError(f"base {text!r}: {error}") from error
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)

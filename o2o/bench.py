@@ -4,7 +4,6 @@ A cell is one run of one method on one dataset with some seeds. Its raw rows end
 run folder, with the checkpoints, stays under `runs/`. Reports are in `o2o.report`.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from o2o.errors import ConfigError, O2OError, RunError
+from o2o.user_code import run_file
 
 State = Literal["missing", "interrupted", "active", "finished"]
 KEPT = ("config.json", "episodes.jsonl", "metrics.jsonl", "status.json")
@@ -224,11 +224,7 @@ def load_suite(name: str, folder: Path = Path("benchmarks")) -> Suite:
         hint = f"did you mean {near[0]!r}? " if near else ""
         found = f"suites there: {', '.join(known)}" if known else "no suite there; run from a checkout or name a file"
         raise ConfigError(f"no benchmark suite {name!r} in {folder}; {hint}{found}")
-    spec = importlib.util.spec_from_file_location(f"o2o_benchmark_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    suite = getattr(module, "SUITE", None)
+    suite = getattr(run_file(path), "SUITE", None)
     if not isinstance(suite, Suite):
         raise ConfigError(f"{path} defines no `SUITE` of type o2o.bench.Suite")
     return suite

@@ -262,6 +262,9 @@ def test_unknown_names_are_suggested(suite, tmp_path):
     with pytest.raises(ConfigError, match="run from a checkout"):
         load_suite("wsrl", tmp_path)
     (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "script.py").write_text("import no_such_thing  # SUITE\n")
+    with pytest.raises(ConfigError, match=r"script.py' cannot be imported \(ModuleNotFoundError: No module named"):
+        load_suite("script", tmp_path)
     with pytest.raises(ConfigError, match="defines no `SUITE`"):
         load_suite("empty", tmp_path)
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "agents": {"o2o.networks", "o2o.losses", "o2o.distributions", "o2o.types", "o2o.errors", "o2o.agents"}
     | {"o2o.generative", "o2o.chunks", "o2o.encoders", "o2o.normalizer", "o2o.dynamics", "o2o.terminations"}
     | {"o2o.layout"},
-    "envs": {"o2o.datasets", "o2o.errors", "o2o.tasks", "o2o.spaces", "o2o.history", "o2o.envs"},
+    "envs": {"o2o.datasets", "o2o.errors", "o2o.tasks", "o2o.spaces", "o2o.history", "o2o.envs"} | {"o2o.user_code"},
 }
 """What of o2o the two folders may import."""
 

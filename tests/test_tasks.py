@@ -1,5 +1,8 @@
 """Tasks: reward transforms with their float32 values, success rules, and the table."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -75,3 +78,25 @@ def test_register_wins_over_the_table(monkeypatch):
     assert envs.task_for("Walker2d-v5").reward_scale == 1.0
     with pytest.raises(ConfigError, match="not a regular expression"):
         envs.register("(", Task("mine"))
+
+
+def test_a_module_of_the_working_folder_brings_its_environment_and_its_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_arm.py").write_text(
+        "import gymnasium\nfrom o2o import envs\nfrom o2o.tasks import Task\n"
+        "gymnasium.register('MyArm-v0', 'gymnasium.envs.mujoco.reacher_v5:ReacherEnv', max_episode_steps=7)\n"
+        "envs.register('MyArm-v0', Task('arm', reward_scale=2.0))\n"
+    )
+    (tmp_path / "my_broken_arm.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setattr("o2o.envs.tasks.TASKS", list(envs.TASKS))
+    assert envs.task_for("my_arm:MyArm-v0").reward_scale == 2.0
+    env = envs.make("my_arm:MyArm-v0")
+    assert env.spec is not None and env.spec.max_episode_steps == 7
+    env.close()
+    with pytest.raises(
+        ConfigError, match=r"'my_broken_arm' cannot be imported \(ZeroDivisionError: division by zero\)"
+    ):
+        envs.make("my_broken_arm:MyArm-v0")

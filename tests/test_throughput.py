@@ -15,6 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts import each other by name
 
 import layouts
+import parts
 import startup
 import throughput
 import throughput_peers
@@ -212,6 +213,18 @@ def test_the_report_of_start_up_says_what_was_measured_and_nothing_else() -> Non
 def test_what_no_script_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert layouts.main(["sac"]) == 2 and "cases: sac-utd1" in capsys.readouterr().err
     assert startup.main(["imports"]) == 2 and "parts: import" in capsys.readouterr().err
+
+
+def test_a_table_of_parts_is_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "HERE", tmp_path)
+    monkeypatch.setattr(parts, "prepare_process", lambda: None)
+    monkeypatch.setattr(parts, "machine_here", lambda: {"device": "this one"})
+    folder, two = tmp_path / "results/things", {"a": lambda: 1, "b": lambda: 2}
+    for device, kept in (("another", {}), ("this one", {"a": 0})):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.json").write_text(json.dumps({"machine": device, "a": 0}))
+        assert parts.measure_parts(["b"], two, str, "things") == 0
+        assert json.loads((folder / "rows.json").read_text()) == {"machine": "this one", **kept, "b": 2}
 
 
 def test_a_folder_with_other_things_is_not_made_the_peers_environment(
