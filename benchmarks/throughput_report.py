@@ -214,11 +214,9 @@ def contest_lines(contests: Sequence[Contest], cases: Mapping[str, Any]) -> list
             ratio, low, high = ratios(ours, contest.rates)
             wanted = case.wanted.get(contest.who) if contest.form == AS_RUN else None
             for form in (PRODUCTS, SQUARES) if wanted and PRODUCTS in forms else ():
-                ratio, low, high = ratios(forms[form], contest.rates)
-                notes.append(
-                    f"- {form[0].upper()}{form[1:]} / {LIBRARIES[contest.who]}: {number(ratio)} ({number(low)} - "
-                    f"{number(high)}), {number(wanted)} wanted of the whole."
-                )
+                bound = "{} ({} - {})".format(*map(number, ratios(forms[form], contest.rates)))
+                name = f"{form[0].upper()}{form[1:]} / {LIBRARIES[contest.who]}"
+                notes.append(f"- {name}: {bound}, {number(wanted)} wanted of the whole.")
             cells.append(
                 (label, contest.form, number(middle(contest.rates)), spread(contest.rates), number(ratio),
                  f"{number(low)} - {number(high)}", number(wanted), contest.note)

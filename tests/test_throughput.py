@@ -76,6 +76,7 @@ def test_tables_say_ratio_wanted_and_missing() -> None:
     assert "- SBX: has no IQL." in lines
     bounds = (("ours", "products alone", [450.0, 440.0, 500.0]), ("ours", "large products", [600.0, 400.0, 500.0]))
     bounded = contest_lines([*found, *contests("iql", *bounds)], CASES)
+    assert other in bounded
     assert "- Products alone / d3rlpy: 4.40 (2.00 - 4.50), 3.18 wanted of the whole." in bounded
     assert "- Large products / d3rlpy: 4.00 (2.00 - 6.00), 3.18 wanted of the whole." in bounded
 
