@@ -177,13 +177,11 @@ class ReplayBuffer(struct.PyTreeNode):
         stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
         return self.replace(rows={**self.rows, "mc_returns": stored}, pending=jnp.maximum(self.pending - count, 0))
 
-    def mark_end(self, where: Array) -> Self:
-        """Make the newest row the last of its episode (`ends` = 1) where the scalar `where` is true."""
-        newest = (self.cursor - 1) % self.capacity
+    def mark_ends(self, where: Any) -> Self:
+        """Of buffers stacked `[S]`: make the newest row the last of its episode (`ends` = 1) where `where` `[S]` is."""
         ends = self.rows["ends"]
-        return self.replace(
-            rows={**self.rows, "ends": ends.at[newest].set(jnp.where(where, 1, ends[newest]).astype(ends.dtype))}
-        )
+        newest = (jnp.arange(len(ends)), (self.cursor - 1) % ends.shape[1])
+        return self.replace(rows={**self.rows, "ends": ends.at[newest].max(jnp.asarray(where, ends.dtype))})
 
     @property
     def visible(self) -> Array:

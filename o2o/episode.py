@@ -53,8 +53,10 @@ class EnvSlot:
     """Prefix of the reset seed: run seed, stream, member."""
     episode: int = -1
     observation: Any = None
-    first: Any = None
-    """What the episode began with."""
+    first: str | None = None
+    """The fingerprint of what the episode began with."""
+    exact: bool = True
+    """Whether `restore` stands where the snapshot stood."""
     actions: list[np.ndarray] = field(default_factory=list)
     raw_return: float = 0.0
     success: bool | None = None
@@ -75,7 +77,7 @@ class EnvSlot:
 
     def began(self, observation: Any) -> Any:
         """Note the first observation of the episode, and return it."""
-        self.observation = self.first = observation
+        self.observation, self.first = observation, fingerprint(observation)
         return observation
 
     def step(self, action: np.ndarray) -> Step:
@@ -114,7 +116,7 @@ class EnvSlot:
     def snapshot(self) -> dict[str, Any]:
         """Return what `restore` needs, JSON-able."""
         actions = [action.tolist() for action in self.actions]
-        return {"episode": self.episode, "first": fingerprint(self.first), "actions": actions}
+        return {"episode": self.episode, "first": self.first, "actions": actions}
 
     def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
         """Play the snapshot's episode up to the same point; True if the observation there equals `observation` bitwise.
@@ -123,16 +125,23 @@ class EnvSlot:
         otherwise already, without an action having been played.
         """
         if self.replayable:
-            first = fingerprint(self.reset(snapshot["episode"]))
-            if first != snapshot.get("first", first):
-                return False
-            for action in snapshot["actions"]:
-                self.step(np.asarray(action, np.float32))
-            same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), self.observation, observation)
-            if all(jax.tree.leaves(same)):
-                return True
-        self.reset(snapshot["episode"] + 1)
-        return False
+            self.exact = self._replay(snapshot, observation)
+        else:
+            self.exact = False
+            self.reset(snapshot["episode"] + 1)
+        return self.exact
+
+    def _replay(self, snapshot: dict[str, Any], observation: Any) -> bool:
+        self.reset(snapshot["episode"])
+        if self.first != snapshot.get("first", self.first):
+            return False
+        for action in snapshot["actions"]:
+            self.step(np.asarray(action, np.float32))
+        same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), self.observation, observation)
+        if not all(jax.tree.leaves(same)):
+            self.reset(snapshot["episode"] + 1)
+            return False
+        return True
 
 
 def fingerprint(observation: Any) -> str:

@@ -5,6 +5,7 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from o2o.base import Base, Source, base_labels, load_base, with_base_labels
 from o2o.episode import EnvSlot
 from o2o.errors import CheckpointError, ConfigError
 from o2o.evaluate import Evaluator
+from o2o.fleet import BESIDE
 from o2o.history import check_length, with_history
 from o2o.log import Logger, Screen, make_loggers
 from o2o.loop import Trainer
 from o2o.normalizer import Normalizer
 from o2o.presets import agent_class, cell_run, config_class, preset_run
-from o2o.recorder import EPISODES, Recorder, export, forget
+from o2o.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.rollouts import trainer_class
 from o2o.runs import RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
 from o2o.schedule import Hooks
@@ -233,17 +235,16 @@ class Session:
                 return False
             return self.config.online_steps == 0 or self.trainer.online(self.config.online_steps)
 
-        try:
+        with ExitStack() as closing:
+            closing.callback(self.run.close)
+            for logger in self.loggers:
+                closing.callback(logger.close)
+            closing.callback(self.trainer.close)
             with self.stop:
                 finished = guarded(self.run, self.trainer, phases)
-            if finished and any(self.trainer.counters.episodes) and self.config.record:
-                export(self.run.path)
-            return finished
-        finally:
-            self.trainer.close()
-            for logger in self.loggers:
-                logger.close()
-            self.run.close()
+        if finished and self.config.record and any((self.run.path / EPISODES).glob("*.npz")):
+            export(self.run.path)
+        return finished
 
 
 def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
@@ -252,7 +253,10 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     data = load_data(config, base)
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
-    make_env(config, data, base).close()
+    env = make_env(config, data, base)
+    env.close()
+    if config.loop.eval_process and not env.metadata.get("replayable", True):
+        raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
@@ -283,15 +287,17 @@ def resume(path: Path, screen: Screen | None = None) -> bool:
             "restore the dataset or start a new run"
         )
     run = RunFolder.open(path, config.keep_checkpoints).lock()
-    try:
+    with ExitStack() as closing:
+        closing.callback(run.close)
         session = Session(config, run, data, screen, base)
+        closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)
-        fleet = session.trainer.fleet
-        if session.trainer.exact_resume:  # else what comes is not what was there
-            forget(path, {} if fleet is None else {slot.seeds: slot.episode for slot in fleet.slots})
-    except BaseException:
-        run.close()
-        raise
+        slots = [] if session.trainer.fleet is None else session.trainer.fleet.slots
+        for slot in slots:
+            if not slot.exact:  # what comes is not what was there: it is counted behind that
+                slot.episode = max(slot.episode, next_number(path / EPISODES, slot.seeds))
+        forget(path, {slot.seeds: slot.episode for slot in slots})
+        closing.pop_all()
     return session.work()
 
 

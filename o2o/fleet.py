@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Self
 
 import jax
@@ -12,6 +13,11 @@ from o2o.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn
 from o2o.workers import Crew
+
+BESIDE = (
+    "loop.eval_process plays beside training, but the environment says that it is hardware (metadata 'replayable' "
+    "False); leave it out"
+)
 
 
 def stack(observations: Sequence[Any]) -> Any:
@@ -55,10 +61,7 @@ class Fleet:
         """
         if shared and not self.replayable:
             self.close()
-            raise ConfigError(
-                "loop.eval_process plays beside training, but the environment says that it is hardware (metadata "
-                "'replayable' False); leave it out"
-            )
+            raise ConfigError(BESIDE)
         shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
         found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
         actions = rows["actions"].shape[1:]
@@ -77,7 +80,11 @@ class Fleet:
 
     def begin_anew(self) -> None:
         """Break off all episodes and begin the next ones; what waits for an episode's end goes on waiting."""
-        self._reset(range(len(self.slots)))
+        try:
+            self._reset(range(len(self.slots)))
+        except Exception as error:
+            self.fault = error
+            raise
         self.observations = stack([slot.observation for slot in self.slots])
 
     def _reset(self, members: Sequence[int]) -> None:
@@ -201,8 +208,9 @@ class Fleet:
         return same
 
     def close(self) -> None:
-        """Close the environments."""
-        if self.crew is not None:
-            self.crew.close()
-        for slot in self.slots:
-            slot.env.close()
+        """Close the environments, every one."""
+        with ExitStack() as closing:
+            for slot in self.slots:
+                closing.callback(slot.env.close)
+            if self.crew is not None:
+                closing.callback(self.crew.close)

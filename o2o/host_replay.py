@@ -23,6 +23,7 @@ import numpy as np
 from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
+from o2o.errors import RunError
 from o2o.normalizer import Normalizer, normalize
 from o2o.row_store import ON_HOST, Handles, RowStore
 from o2o.types import Array, Batch, Info, window_of
@@ -197,6 +198,7 @@ class HostReplay:
     def __init__(self, folder: Path | None = None, slack: int = 1) -> None:
         """Keep the run's own rows in `folder` (None: a temporary one), `slack` more than the buffer is large."""
         self.folder, self.slack = folder, max(slack, 1)
+        self.read_only = False  # the files are those of a run that somebody else may be training
         self.store: RowStore | None = None
         self._pool = ThreadPoolExecutor(1, "o2o-prefetch")
         self._ahead: Future[tuple[Handles, dict[str, Any], bool]] | None = None
@@ -278,6 +280,11 @@ class HostReplay:
     ) -> tuple[OnlineState, Array]:
         """Like `dispatch.online_step`: store, draw, fetch; then learn and act while the next rows are fetched."""
         assert self.store is not None
+        if self.read_only:
+            raise RunError(
+                f"this run was opened to be looked at, and {self.folder} is part of its checkpoints: go on by "
+                "`o2o resume`, or with a copy of the run folder"
+            )
         kept = {key: jax.tree.map(np.asarray, _normalized(normalizer, rows[key])) for key in ON_HOST}
         handles = self.store.add(kept)
         light = {**rows, **dict.fromkeys(ON_HOST, handles)}

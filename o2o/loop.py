@@ -18,7 +18,7 @@ import numpy as np
 from o2o import dispatch, host_replay, pretraining, resume
 from o2o.buffer import OfflineData
 from o2o.datasets import Dataset
-from o2o.dispatch import OnlineMode, OnlineState, over_seeds
+from o2o.dispatch import OnlineMode, OnlineState
 from o2o.errors import ConfigError, DivergenceError
 from o2o.evaluate import EnvFn
 from o2o.fleet import Fleet
@@ -88,6 +88,7 @@ class Trainer:
         self.visible = [0] * seeds
         self.exact_resume = True
         self.stood: tuple[dict[str, Any], Any] | None = None  # where the environments are to be put back
+        self.moved = False  # by an evaluation that had the robot
         self.offline_totals: dict[str, Any] = {}
         self.updates_since_log = 0
         self.unscored: int | None = None  # where the last evaluation was asked for, until its rows are there
@@ -164,6 +165,7 @@ class Trainer:
             self.first_actions()
         at = counters.env_steps
         while at < steps:
+            resume.put_back(self)
             self._online_step()
             before, at = at, counters.env_steps
             due = lambda every, since=before, now=at: now // every > since // every or now >= steps  # noqa: E731
@@ -172,7 +174,6 @@ class Trainer:
                 self._log_online()
             if any(before < point <= at for point in eval_steps):
                 self.evaluate(wait=False)
-                resume.after_evaluation(self, at >= steps)
             if due(20):
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.progress(self.phase_name, at, steps, {})
@@ -313,6 +314,7 @@ class Trainer:
             "gradient_steps": counters.gradient_steps,
         }
         self.unscored = counters.point
+        self.moved = resume.may_move(self)
         self.evaluator.ask(agent, self.normalizer, counters.point, self.loop.deterministic_eval, about)
         return self.take_evaluations(wait)
 
@@ -360,8 +362,7 @@ class Trainer:
     def mark_ends(self, where: np.ndarray) -> None:
         """Make the newest row the last of its episode where `where` `[S]` is true."""
         assert self.online_state is not None
-        buffer = over_seeds(lambda b, cut: b.mark_end(cut), self.seeds)(self.online_state.buffer, where)
-        self.online_state = self.online_state._replace(buffer=buffer)
+        self.online_state = self.online_state._replace(buffer=self.online_state.buffer.mark_ends(where))
 
     def placed(self, buffer: Any) -> Any:
         """Return a loaded replay buffer as the programs want it."""

@@ -80,13 +80,17 @@ class Recorder(gym.Wrapper):
 
     def close(self) -> None:
         """Close the environment; the episode under way is broken off."""
-        self._break_off()
-        super().close()
+        try:
+            self._break_off()
+        finally:
+            super().close()
 
     def _break_off(self) -> None:
-        if self._rows and not self._replayable:
-            self._finish()
-        self._rows = []
+        try:
+            if self._rows and not self._replayable:
+                self._finish()
+        finally:
+            self._rows = []
 
     def _copy(self, observation: Any) -> dict[str, np.ndarray]:
         return {key: np.array(value) for key, value in _entries(self.env.observation_space, observation)}
@@ -106,8 +110,7 @@ class Recorder(gym.Wrapper):
             arrays["seed"] = np.asarray(self._seed)
         name = self._name or (0,)
         if self._path(name).exists() or not self._name:
-            taken = (other[-1] for other in _files(self.folder) if other[:-1] == name[:-1])
-            name = (*name[:-1], max(taken, default=-1) + 1)
+            name = (*name[:-1], next_number(self.folder, name[:-1]))
         _write_whole(self._path(name), lambda path: _save(path, arrays))
         self._name, self._rows = None, []
 
@@ -157,6 +160,11 @@ def _files(folder: Path) -> dict[Name, Path]:
     """Return the episodes of a folder in order of their names: members one after the other, each in order of time."""
     named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
     return dict(sorted(named.items()))
+
+
+def next_number(folder: Path, prefix: Name) -> int:
+    """Return the number behind those of all recorded episodes of `prefix` (run seed, stream, member)."""
+    return 1 + max((name[-1] for name in _files(folder) if name[:-1] == prefix), default=-1)
 
 
 def forget(run: Path, going_on: Mapping[Name, int]) -> None:

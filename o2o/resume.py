@@ -90,30 +90,45 @@ def restore(
 
 
 def put_back(trainer: "Trainer") -> None:
-    """Put the environments where they are to stand, if they do not yet.
+    """Put the environments where they are to stand, if they do not: those of a restored run, a robot after evaluation.
 
     Where one stands elsewhere, its half episode ends and its policy begins afresh.
     """
-    if trainer.stood is None:
-        return
+    if trainer.stood is not None:
+        trainer.exact_resume = _restore_fleet(trainer, *trainer.stood)
+    elif trainer.moved and trainer.fleet is not None:
+        trainer.fleet.begin_anew()
+        _begin_anew(trainer, np.zeros(len(trainer.fleet.slots), bool))
+    trainer.moved = False
+
+
+def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: Any) -> bool:
+    """Put the environments back, all or none; whether all of them stand where they stood."""
     assert trainer.online_state is not None
     if trainer.fleet is None:
         online = trainer.online_config
         waits = online.replay != "rollout" and "mc_returns" in trainer.online_state.agent.needs
         trainer.make_fleet(waits, online.num_envs if online.replay == "rollout" else 1)
     assert trainer.fleet is not None
-    (snapshot, observations), trainer.stood = trainer.stood, None
-    same = np.asarray(trainer.fleet.restore(snapshot, observations))
-    trainer.exact_resume = bool(same.all())
+    try:
+        same = np.asarray(trainer.fleet.restore(snapshot, observations))
+    except BaseException:
+        trainer.fleet.close()
+        trainer.fleet = None
+        raise
+    trainer.stood = None
     _begin_anew(trainer, same)
+    return bool(same.all())
 
 
-def after_evaluation(trainer: "Trainer", last: bool) -> None:
-    """Begin new episodes where training and evaluation move the same robot: it stands where evaluation has left it."""
+def may_move(trainer: "Trainer") -> bool:
+    """Whether evaluation moves what training stands on; raises what keeps that from being moved at all."""
     fleet = trainer.fleet
-    if fleet is not None and not (last or fleet.replayable or fleet.fault):
-        fleet.begin_anew()
-        _begin_anew(trainer, np.zeros(len(fleet.slots), bool))
+    if fleet is None or fleet.replayable:
+        return False
+    if fleet.fault is not None:
+        raise fleet.fault
+    return True
 
 
 def _begin_anew(trainer: "Trainer", same: np.ndarray) -> None:

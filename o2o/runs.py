@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 
 from o2o import checkpoint
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
+from o2o.host_replay import HostReplay
 from o2o.log import JsonLines
 from o2o.loop import Trainer
 
@@ -176,6 +177,8 @@ class RunFolder:
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.restore(state, load, online_steps, play=go_on)
+        if not go_on and isinstance(trainer.programs, HostReplay):
+            trainer.programs.read_only = True
         if go_on:
             self.metrics.truncate(state["files"]["metrics"])
             self.episodes.truncate(state["files"]["episodes"])

@@ -139,3 +139,26 @@ def test_an_environment_that_cannot_be_replayed_begins_a_new_episode() -> None:
     assert len(snapshot["actions"]) == 3
     assert not slot.restore(snapshot, observation)
     assert slot.episode == 1 and slot.actions == [] and slot.raw_return == 0.0
+
+
+def test_an_image_that_is_written_in_place_does_not_spoil_what_the_episode_began_with() -> None:
+    class Camera(gymnasium.Wrapper):
+        """Its frame is one array, as cameras have it."""
+
+        frame = np.zeros((2, 2), np.uint8)
+
+        def reset(self, **kwargs: Any) -> Any:
+            _, info = self.env.reset(**kwargs)
+            self.frame[:] = 1
+            return {"image": self.frame}, info
+
+        def step(self, action: Any) -> Any:
+            self.frame[:] += 1
+            return {"image": self.frame}, *self.env.step(action)[1:]
+
+    slot = EnvSlot(Camera(gymnasium.make("InvertedPendulum-v5")), (0, TRAIN_STREAM, 0))
+    slot.reset()
+    for _ in range(3):
+        slot.step(np.zeros(1, np.float32))
+    snapshot, seen = slot.snapshot(), {"image": np.full((2, 2), 4, np.uint8)}
+    assert slot.restore(snapshot, seen) and slot.exact and len(slot.actions) == 3

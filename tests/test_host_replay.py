@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import struct
 
-from o2o import dispatch, host_replay
+from o2o import dispatch, experiment, host_replay
 from o2o.buffer import OfflineData
 from o2o.dispatch import OnlineMode
 from o2o.errors import CheckpointError, ConfigError, RunError
 from o2o.host_replay import HostData, HostReplay
 from o2o.normalizer import Normalizer
 from o2o.row_store import ON_HOST, RowStore
+from o2o.schedule import LoopConfig
 
 ROWS, BATCH, CAPACITY = 30, 4, 12
 
@@ -261,3 +262,14 @@ def test_a_temporary_store_removes_its_files():
 def test_the_limit_is_the_given_one_or_what_the_back_end_suggests():
     assert host_replay.device_limit(0) == 0 and host_replay.device_limit(5) == 5
     assert host_replay.device_limit(None) >= 2**30
+
+
+def test_a_run_that_is_only_looked_at_keeps_its_rows(tiny_run, tmp_path):
+    loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=0)
+    assert experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()}
+    _, trainer = experiment.open_run(tmp_path / "run")
+    with pytest.raises(RunError, match="opened to be looked at.*o2o resume"):
+        trainer.online(60)
+    trainer.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()} == before

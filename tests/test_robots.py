@@ -226,14 +226,102 @@ def test_evaluation_ends_the_episode_that_it_would_spoil(
     assert not buffer["masks"].min() == 0 and len(trainer.fleet.slots[0].actions) == 60 - max(
         p for p in points if p < 60
     )
+    trainer.evaluate()  # by hand, and at the end of `online` before: the next step begins an episode
+    trainer.online(70)
+    after = jax.tree.map(lambda leaf: np.asarray(leaf)[0, 59:70], trainer.online_state.buffer.rows)
+    assert after["ends"].tolist() == [1.0] + [0.0] * 10
+    joined = np.all(after["next_observations"][:-1] == after["observations"][1:], axis=-1)
+    assert joined.tolist() == [False] + [True] * 9 and len(trainer.fleet.slots[0].actions) == 10
     trainer.close()
     recorded = [np.load(path)["rewards"].size for path in (tmp_path / EPISODES).glob("*.npz")]
-    assert sum(recorded) == 60 and len(recorded) == len(points)
+    assert sum(recorded) == 70 and len(recorded) == len(points) + 1
     beside = dataclasses.replace(run, loop=dataclasses.replace(loop, eval_process=True))
     refused = experiment.build(beside, data)
     with pytest.raises(ConfigError, match="hardware"):
         refused.begin_online(10)
     refused.close()
+
+
+def test_a_robot_that_cannot_be_put_back_is_not_moved_on(
+    body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reset works, the second fails; mended, it begins an episode and ends the half one."""
+    kind, done = body
+    monkeypatch.setitem(kind.metadata, "replayable", False)  # type: ignore[attr-defined]
+    run = tiny_run("wsrl", offline_steps=10, online_steps=60)
+    first = experiment.build(run)
+    first.offline(10)
+    first.online(15)
+    second = experiment.build(run)
+    second.restore(json.loads(json.dumps(first.state())), lambda _: first.arrays(), 60, play=False)
+    done.clear()
+    reset = kind.reset  # type: ignore[attr-defined]
+
+    def homing(self: Any, **kwargs: Any) -> Any:
+        if done.count("reset") == 1:
+            raise OSError("homing failed")
+        return reset(self, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "reset", homing)
+        with pytest.raises(EnvironmentFaultError, match="homing failed"):
+            second.online(18)
+    assert second.fleet is None and "step" not in done
+    second.online(18)
+    assert second.online_state is not None and np.flatnonzero(second.online_state.buffer.rows["ends"][0]).tolist() == [
+        14
+    ]
+    first.close()
+    second.close()
+
+
+def test_a_robots_last_half_episode_is_in_the_exported_dataset(
+    body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(body[0].metadata, "replayable", False)  # type: ignore[attr-defined]
+    run = tiny_run("bc", offline_steps=10, online_steps=30, record=True)
+    assert experiment.train(run, tmp_path / "run")
+    assert datasets.load(tmp_path / "run/recorded/run-v0", cache=False).size == 30
+    beside = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=True))
+    with pytest.raises(ConfigError, match="hardware"):
+        experiment.train(beside, tmp_path / "beside")
+    assert not (tmp_path / "beside").exists()
+
+
+def test_episodes_behind_an_inexact_resume_are_counted_on(
+    body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three lives of a simulator, the second of another version: nothing that is in the replay is deleted."""
+    kind, _ = body
+    loop = LoopConfig(eval_every=0, eval_episodes=1, log_every=25, checkpoint_every=200, updates_per_dispatch=10)
+    run, path = tiny_run("bc", offline_steps=10, online_steps=1200, loop=loop, record=True), tmp_path / "run"
+    save, reset = RunFolder.save, kind.reset  # type: ignore[attr-defined]
+
+    def life(until: int, shift: float, start: Callable[[], bool]) -> set[str]:
+        def dying(self: RunFolder, trainer: Any) -> None:
+            if trainer.counters.env_steps >= until:
+                raise KeyboardInterrupt  # a kill saves nothing
+            save(self, trainer)
+
+        def other(self: Any, **kwargs: Any) -> Any:
+            observation, info = reset(self, **kwargs)
+            return {**observation, "observation": observation["observation"] + shift}, info
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save", dying)
+            patch.setattr(kind, "reset", other)
+            with pytest.raises(KeyboardInterrupt):
+                start()
+        return {file.name for file in (path / EPISODES).glob("*.npz")}
+
+    one = life(600, 0.0, lambda: experiment.train(run, path))  # its last checkpoint: 400
+    two = life(1000, 1e-4, lambda: experiment.resume(path))  # from 400 on, otherwise; its last checkpoint: 800
+    assert one < two
+    assert experiment.resume(path)  # from 800 on, and again otherwise
+    three = {file.name for file in (path / EPISODES).glob("*.npz")}
+    assert two < three
+    numbers = sorted(int(name.split("-")[-1].removesuffix(".npz")) for name in three)
+    assert numbers == list(range(len(numbers)))
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tiny_run: Maker, tmp_path: Path) -> None:
