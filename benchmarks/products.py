@@ -26,22 +26,13 @@ SHOWN = 6
 def case_alone(name: str) -> dict[str, Any]:
     """Return the times of a case's update and of its products, in this process, in turns."""
     from peers import Contender  # noqa: PLC0415
-    from throughput_adapter import Adapter  # noqa: PLC0415
-    from throughput_agents import comparable  # noqa: PLC0415
+    from throughput_agents import AS_RUN, prepared  # noqa: PLC0415
     from throughput_machine import alone, kinds_of  # noqa: PLC0415
 
     case = CASES[name].settings(quick=False)
-    agent, config = comparable(case)
-    shape, utd = "cheetah" if case["env"] else "pen", case["utd"]
-    adapter = Adapter(agent, config, shape, 1, case["rows"], case["capacity"])
-    if case["env"] or utd > 1:
-        adapter.warm()
-        update, per_run = adapter.loop if case["env"] else adapter.steps, utd
-    else:
-        adapter.prepare(adapter.stages()[0])
-        update, per_run = adapter.in_dispatches, 1
+    (adapter, forms), utd = prepared(case), case["utd"]
     kinds = kinds_of(adapter.traced(utd)[0])
-    whole = Contender("", {"update": (update, "")}, per_run)
+    whole = Contender("", {"update": forms[AS_RUN]}, utd)
     parts = Contender("", {str(kind): (alone(*kind), "") for kind in kinds})
     for contender in (whole, parts):
         for form in contender.forms:

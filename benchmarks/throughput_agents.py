@@ -184,24 +184,28 @@ def bounds(adapter: Adapter, utd: int, large: int) -> dict[str, tuple[Run, str]]
     }
 
 
-def ours(case: CASE, bounded: bool = False) -> Contender:
-    """Return our contender for a case of the comparison, with what bounds it if asked."""
+def prepared(case: CASE) -> tuple[Adapter, dict[str, tuple[Run, str]]]:
+    """Return our agent of a case of the comparison, ready to go, and its forms."""
     agent, config = comparable(case)
     adapter = Adapter(agent, config, "cheetah" if case["env"] else "pen", 1, case["rows"], case["capacity"])
-    version, utd = f"o2o {__version__}", case["utd"]
     if case["env"]:
         adapter.warm()
-        forms = {AS_RUN: (adapter.loop, "the online loop: environment, replay, update, metrics")}
-    elif utd > 1:
+        return adapter, {AS_RUN: (adapter.loop, "the online loop: environment, replay, update, metrics")}
+    if case["utd"] > 1:
         adapter.warm()
-        forms = {AS_RUN: (adapter.steps, "one online step: store a row, draw, update, choose the next action")}
-    else:
-        adapter.prepare(adapter.stages()[0])
-        forms = {
-            AS_RUN: (adapter.in_dispatches, f"the offline loop's call: {PER_DISPATCH} times drawing and updating"),
-            "one per call": (repeat(lambda: adapter.updates(1)), "drawing and updating, waited for each time"),
-        }
-    return Contender(version, forms | (bounds(adapter, utd, case["square"]) if bounded else {}), utd)
+        return adapter, {AS_RUN: (adapter.steps, "one online step: store a row, draw, update, choose the next action")}
+    adapter.prepare(adapter.stages()[0])
+    return adapter, {
+        AS_RUN: (adapter.in_dispatches, f"the offline loop's call: {PER_DISPATCH} times drawing and updating"),
+        "one per call": (repeat(lambda: adapter.updates(1)), "drawing and updating, waited for each time"),
+    }
+
+
+def ours(case: CASE, bounded: bool = False) -> Contender:
+    """Return our contender for a case of the comparison, with what bounds it if asked."""
+    adapter, forms = prepared(case)
+    extra = bounds(adapter, case["utd"], case["square"]) if bounded else {}
+    return Contender(f"o2o {__version__}", forms | extra, case["utd"])
 
 
 def main() -> None:

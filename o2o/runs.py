@@ -177,11 +177,11 @@ class RunFolder:
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.restore(state, load, online_steps, play=go_on)
-        if not go_on and isinstance(trainer.programs, HostReplay):
-            trainer.programs.read_only = True
         if go_on:
             self.metrics.truncate(state["files"]["metrics"])
             self.episodes.truncate(state["files"]["episodes"])
+        elif isinstance(trainer.programs, HostReplay):
+            trainer.programs.read_only = True
         return step
 
     def status(self, value: str, **extra: Any) -> None:
