@@ -184,14 +184,14 @@ class Adapter:
         """Whether the online phase has updates at all."""
         return self.online.replay != "none"
 
-    def warm(self) -> float:
-        """Play until the first online update is done; return the seconds that it took longer than the next step."""
+    def warm(self) -> tuple[float, float]:
+        """Play until the first online update is done, and one step more; return the seconds of these two steps."""
         t = self.trainer
         t.begin_online(t.loop.replay_capacity)
         elapsed = seconds(self.loop, 1)
         while self.learning() and not t.counters.online_updates:  # some agents wait for the end of an episode
             elapsed = seconds(self.loop, 1)
-        return elapsed - seconds(self.loop, 1)
+        return elapsed, seconds(self.loop, 1)
 
     def loop(self, count: int) -> None:
         """Play so many more steps of the whole online loop, of every environment of a seed together."""

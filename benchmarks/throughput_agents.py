@@ -40,8 +40,10 @@ from o2o.types import OnlineConfig
 BATCH_SIZE = 256
 ROWS = {"pen": 20_000, "cheetah": 20_000, "pixels": 2_000}
 """Rows of the dataset, and of the replay buffer."""
-FULL, SHORT = Span(repeats=5, seconds=1.0, limit=40.0), Span(repeats=5, seconds=0.4, limit=10.0)
+FULL, SHORT = Span(repeats=5, seconds=1.0, limit=15.0), Span(repeats=5, seconds=0.4, limit=10.0)
 """For rates, and for what they are held against."""
+LONG = 2.0
+"""Seconds of an online step whose program is not measured a second time without its environment."""
 TINY = EncoderConfig(kind="conv", conv_features=(4, 4), conv_strides=(4, 2), latent_dim=4)
 QUICK = Span(repeats=2, seconds=0.05, limit=1.0)
 
@@ -90,7 +92,7 @@ class Cell:
             forget_peak()
             adapter.prepare(stage)
             first, second = seconds(adapter.updates, 1), seconds(adapter.updates, 1)
-            updates = measure(adapter.in_dispatches, self.span)
+            updates = measure(adapter.in_dispatches, self.span, second)
             single = measure(repeat(lambda: adapter.updates(1)), self.span)
             yield self.row(
                 adapter, f"offline:{stage}" if stage else "offline", 0, updates=self.of_all(updates),
@@ -101,11 +103,11 @@ class Cell:
     def online(self, form: str, utd: int) -> Row:
         """Measure the whole online loop, and the parts of its step one by one."""
         adapter = self.adapter(utd)
-        compiled = adapter.warm()
-        found: dict[str, Any] = {"compile_seconds": compiled}
+        first, second = adapter.warm()
+        found: dict[str, Any] = {"compile_seconds": first - second}
         rollout = adapter.online.replay == "rollout"
         together = adapter.online.rollout_steps // adapter.online.num_envs if rollout else 1
-        steps = measure(lambda count: adapter.loop(count * together), self.span)
+        steps = measure(lambda count: adapter.loop(count * together), self.span, None if rollout else second)
         per_step = adapter.online.num_envs * together if rollout else 1
         found["steps"] = self.of_all([rate * per_step for rate in steps])
         if rollout:
@@ -114,9 +116,10 @@ class Cell:
         parts = {"environment": measure(adapter.environments(), self.short)}
         if adapter.recorder.last is not None:
             parts["transfer"] = measure(adapter.transfers, self.short)
-            parts["update"] = measure(adapter.steps, self.span)
+            if second < LONG:
+                parts["update"] = measure(adapter.steps, self.span)
             if adapter.learning():
-                found["updates"] = self.of_all([rate * utd for rate in parts["update"]])
+                found["updates"] = self.of_all([rate * utd for rate in parts.get("update", steps)])
         found["parts"] = {name: 1000.0 / statistics.median(rates) for name, rates in parts.items()}
         row = self.row(adapter, form, utd, **found)
         adapter.trainer.close()

@@ -35,10 +35,13 @@ def seconds(run: Run, count: int) -> float:
     return time.perf_counter() - started
 
 
-def measure(run: Run, span: Span) -> list[float]:
-    """Return how often per second the thing was done, for each repeat; call it once before, so that it is compiled."""
+def measure(run: Run, span: Span, known: float | None = None) -> list[float]:
+    """Return how often per second the thing was done, for each repeat; call it once before, so that it is compiled.
+
+    `known` are the seconds that it took once, where that was measured already.
+    """
     started = time.perf_counter()
-    count, elapsed = 1, seconds(run, 1)
+    count, elapsed = 1, seconds(run, 1) if known is None else known
     if elapsed < span.seconds / 4:  # one alone says little where it is short
         count = max(1, round(span.seconds / 8 / elapsed))
         elapsed = seconds(run, count)

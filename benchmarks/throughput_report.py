@@ -312,7 +312,8 @@ compilation is not in the rates. With several seeds in one program, rates are of
   as fast as at others: compare rates only where this column is alike, else shares.
 - The whole online loop: environment steps/s with the real environment, logging on, evaluation off. One step in ms, its
   parts each measured alone: stepping the environments (one after the other), moving what a step takes, the program.
-  rest: what is left, Python; negative where parts overlap.
+  rest: what is left, Python; negative where parts overlap. Where a step takes over two seconds its program is not
+  measured alone: the columns are empty, and updates/s are those of the loop.
 
 Comparison: observation 45, action 24, minibatches of 256, networks 256 x 256, full update of all networks; other
 libraries in an environment of their own, default settings of their threads. All of a case take turns, round by round;

@@ -170,6 +170,8 @@ def test_measuring_counts_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None
     assert measure(run, Span(repeats=3, seconds=1.0, limit=100.0)) == [4.0, 4.0, 4.0] and done[-3:] == [4, 4, 4]
     assert measure(run, Span(repeats=3, seconds=1.0, limit=0.1)) == [4.0]
     assert len(measure(run, Span(repeats=9, seconds=1.0, limit=3.0))) == 3
+    done.clear()
+    assert measure(run, Span(repeats=3, seconds=1.0, limit=4.0), known=5.0) == [0.2] and not done
     contender = Contender("x", {"as run": (run, "")}, units=20)
     assert contender.measure("as run", 2.0) == pytest.approx(80.0) and done[-1] == 8
 
