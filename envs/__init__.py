@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from o2o.datasets import DatasetInfo
 from o2o.envs import kitchen
 from o2o.envs.cameras import add_cameras
-from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded
+from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
 from o2o.envs.tasks import TASKS, register, task_for
 from o2o.envs.wrappers import (
     BaseAction,
@@ -93,6 +93,7 @@ def make(
         env = gym.make(spec, disable_env_checker=True, **kwargs)
     except Exception as error:
         raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
+    remove_model_file(env)
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about

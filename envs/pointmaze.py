@@ -86,6 +86,13 @@ class WaypointController:
         return min(((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)), key=lambda near: distances.get(near, 10_000))
 
 
+def remove_model_file(env: gym.Env) -> None:
+    """Remove the model that a maze, once it is loaded, leaves in the temporary folder, one for each environment."""
+    written = getattr(env.unwrapped, "tmp_xml_file_path", None)
+    if written:
+        Path(written).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How an embedded dataset is made."""
@@ -102,13 +109,15 @@ class Recipe:
 
     def make_env(self) -> gym.Env:
         """Make the environment: the episode ends at the goal, or at the time limit."""
-        return gym.make(
+        env = gym.make(
             self.env_id,
             max_episode_steps=self.time_limit,
             continuing_task=False,
             reset_target=False,
             disable_env_checker=True,
         )
+        remove_model_file(env)
+        return env
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Environments: conventions, faults, takeovers, vectors, exact replay, and the embedded dataset."""
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -216,6 +218,19 @@ def test_kitchen_reward_counts_subtasks_and_infos_do_not_change_later():
     assert first["episode_task_completions"] == [] and second["episode_task_completions"] == ["microwave"]
     _, reward, *_ = env.step(np.zeros(9))
     assert reward == -3.0
+
+
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "AntMaze_UMaze-v5"])
+def test_mazes_leave_nothing_in_the_temporary_folder(env_id, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = gym.make(env_id)
+    assert len(list(tmp_path.iterdir())) == 1
+    made.close()
+    with contextlib.closing(envs.make(env_id)) as env:
+        env.reset(seed=0)
+        assert len(list(tmp_path.iterdir())) == 1
+        copies = [env.step(np.zeros(env.action_space.shape))[1] for _ in range(3)]
+    assert copies == [-5.0, -5.0, -5.0]
 
 
 SMALL = Recipe("PointMaze_UMaze-v3", 60, 1_500, 0.5, EMBEDDED["pointmaze-umaze"].moods)
