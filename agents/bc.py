@@ -133,8 +133,8 @@ class BC(AgentNode):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: 2x256, batch 256 (CORL), as many updates as IQL's preset for the family, so that the two compare; no
-        online steps. `small`: 2x128 (Adroit 2x256), 10k updates.
+        `paper`: 2x256, batch 256 (CORL), as many updates as IQL's preset for the family, on the same rows, so that the
+        two compare; no online steps. `small`: 2x128 (Adroit 2x256), 10k updates.
         """
         offline = {"adroit": 20_000, "kitchen": 250_000, "locomotion": 250_000}.get(family, 1_000_000)
         width, batch_size = 256, 256
@@ -142,4 +142,4 @@ class BC(AgentNode):
             offline = 10_000
             width, batch_size = (256, 256) if family == "adroit" else (128, 128)
         config = BCConfig(actor_hidden_dims=(width, width), batch_size=batch_size)
-        return Preset(config, offline_steps=offline, online_steps=0)
+        return Preset(config, offline, online_steps=0, only_successes=size == "paper" and family == "adroit")

@@ -273,4 +273,5 @@ class IQL(AgentNode):
             batch_size=batch_size,
         )
         normalize = 1000.0 if family == "locomotion" else None
-        return Preset(config, offline_steps=offline, online_steps=online, reward=reward, normalize_returns=normalize)
+        good = size == "paper" and family == "adroit"  # demonstrations that failed are left out, as in WSRL's runs
+        return Preset(config, offline, online, reward, only_successes=good, normalize_returns=normalize)

@@ -10,7 +10,8 @@ Where we differ
 - The log-probabilities of the collecting policy are computed at the update, from the parameters that collected.
 - "number" reward scaling is `reward_scale`, applied offline and online alike, so that V need not be fitted again at the
   switch; "dynamic" scaling (by the running std of the discounted return) is left out.
-- V's output is linear in every case. Time limits bootstrap online; the Monte-Carlo returns of pre-training end there.
+- V's output is linear in every case. Time limits bootstrap online; the Monte-Carlo returns of pre-training end there,
+  but in the failed trajectories of sparse tasks, whose every row has the failure's reward for ever (Cal-QL's rule).
 - The last minibatch of an epoch is padded with rows of weight 0 instead of being shorter.
 - Biases begin at zero; `linear` kernels are PyTorch's.
 """

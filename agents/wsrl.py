@@ -14,6 +14,8 @@ Where we differ
 - With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other.
 - Adroit's failed demonstrations are left out as in the paper; the small preset keeps them (`task.only_successes`).
 - `max_target_actions` acts online (mazes only, as in the paper), `pretrain_target_actions` offline.
+- `pretrain="iql"`, an ablation of the paper, takes this config's rates, critic widths and steps in sequence; there it
+  has 3e-4 throughout, V of 2x256, dropout 0.1 on Adroit and Kitchen, and steps from the same parameters.
 - The small presets, mazes apart, pre-train at a rate of their own, `pretrain_lr`; the paper has one rate throughout.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """

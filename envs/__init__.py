@@ -101,14 +101,9 @@ def make(
     if reference is not None:
         check_spaces(env, reference)
     env = wrap(
-        env,
-        task,
-        evaluation=evaluation,
-        achieved_goal=achieved_goal,
-        inner=inner,
-        history=history,
+        env, task, evaluation=evaluation, achieved_goal=achieved_goal, inner=inner, history=history,
         action_map=action_map,
-    )
+    )  # fmt: skip
     if seed is not None:
         env.reset(seed=seed)
         env.action_space.seed(seed)

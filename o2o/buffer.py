@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from o2o.errors import ConfigError, DatasetError
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, window_of
 
 TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
 
@@ -113,6 +113,24 @@ class OfflineData(struct.PyTreeNode):
         return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
 
 
+SMALLEST_BUFFER = 10_000
+"""Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
+
+
+def capacity_for(steps: int, most: int) -> int:
+    """Return the rows to allocate for a run of so many steps that keeps `most` of its own."""
+    return min(most, max(steps, SMALLEST_BUFFER))
+
+
+def check_window(agent: Any, rows: int, place: str) -> None:
+    """Raise `ConfigError` if `place` can hold fewer `rows` than the agent wants in a row."""
+    if window_of(agent) > rows:
+        raise ConfigError(
+            f"the agent learns from {window_of(agent)} steps in a row, {place} holds {rows}; shorten its chunk or "
+            "horizon, or give it more data"
+        )
+
+
 class ReplayBuffer(struct.PyTreeNode):
     """A ring of transitions, leaves `[capacity, ...]`; all methods are pure and jit-able."""
 
@@ -176,6 +194,16 @@ class ReplayBuffer(struct.PyTreeNode):
         slots = jnp.where(stored_still, (self.cursor - count + offsets) % self.capacity, self.capacity)
         stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
         return self.replace(rows={**self.rows, "mc_returns": stored}, pending=jnp.maximum(self.pending - count, 0))
+
+    def grown(self, capacity: int) -> Self:
+        """Return buffers stacked `[S]`, equally full, with room for `capacity` rows instead of fewer."""
+        more, full = capacity - self.capacity, int(self.size[0]) == self.capacity
+        shift = -int(self.cursor[0]) if full else 0  # the oldest row comes first
+
+        def wider(leaf: Array) -> Array:
+            return jnp.pad(jnp.roll(leaf, shift, axis=1), [(0, 0), (0, more), *((0, 0) for _ in leaf.shape[2:])])
+
+        return self.replace(rows=jax.tree.map(wider, self.rows), cursor=jnp.copy(self.size) if full else self.cursor)
 
     def mark_ends(self, where: Any) -> Self:
         """Of buffers stacked `[S]`: make the newest row the last of its episode (`ends` = 1) where `where` `[S]` is."""

@@ -145,7 +145,7 @@ def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, An
     known = steps(folder)
     if not known:
         raise CheckpointError(
-            f"no checkpoint in {folder}: the run was stopped before its first save; delete its folder, start it again"
+            f"no checkpoint in {folder}: the run was stopped before its first save; `o2o resume` begins it again"
         )
     if step is not None and step not in known:
         raise CheckpointError(f"no checkpoint {step} in {folder}; there are {', '.join(map(str, known))}")

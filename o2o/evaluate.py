@@ -49,12 +49,21 @@ class Evaluator:
             raise ConfigError(f"eval_episodes is {episodes}; expected at least 1")
         self.slots = min(slots, episodes)
         self.envs: list[list[EnvSlot]] = []
+        self.should_stop: Callable[[], bool] = lambda: False
         self._finished: list[tuple[Any, list[dict[str, Any]]]] = []
 
     def __call__(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
     ) -> list[dict[str, Any]]:
         """Play all episodes with the stacked `agent`; return their rows. Resets depend on (seed, member, `point`)."""
+        rows = self._play(agent, normalizer, point, deterministic, lambda: False)
+        assert rows is not None
+        return rows
+
+    def _play(
+        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool, stop: Callable[[], bool]
+    ) -> list[dict[str, Any]] | None:
+        """Play all episodes; None if `stop` broke them off."""
         if not self.envs:
             first = EnvSlot(self.env_fn(True), ())
             self.slots = self.slots if first.replayable else 1  # of a robot there is one
@@ -71,6 +80,8 @@ class Evaluator:
                 slot.reset(queue[member].pop(0))
         rows: list[dict[str, Any]] = []
         while live.any():
+            if stop():
+                return None
             observations = self._stack()
             rng, key = jax.random.split(rng)
             actions, carry = _act(agent, normalizer, observations, carry, key, deterministic)
@@ -82,8 +93,13 @@ class Evaluator:
     def ask(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True, about: Any = None
     ) -> None:
-        """Have the episodes of a call played; `take` hands their rows out, named by `about`."""
-        self._finished.append((about, self(agent, normalizer, point, deterministic)))
+        """Have the episodes of a call played; `take` hands their rows out, named by `about`.
+
+        Once `should_stop` says so no further step is played, and there will be no rows.
+        """
+        rows = self._play(agent, normalizer, point, deterministic, self.should_stop)
+        if rows is not None:
+            self._finished.append((about, rows))
 
     def under_way(self) -> list[Any]:
         """Return the `about` of what was asked for and is not known to have been played, in that order."""

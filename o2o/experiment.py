@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from o2o import datasets, envs
 from o2o.about import check_data, returns_scale, summary
@@ -155,7 +156,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
         raise CheckpointError(
             f"{config.init_from} trained {source_config.seeds} seeds, this run has {config.seeds}: make them equal"
         )
-    for name in ("history", "normalize"):
+    for name in ("history", "normalize", "action_range"):
         have, want = getattr(source_config, name), getattr(config, name)
         if have != want:
             raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
@@ -163,6 +164,11 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
+    if config.config.online.replay in ("mixed", "append") and not _alike(source.normalizer, trainer.normalizer):
+        raise CheckpointError(
+            f"{config.init_from} normalises observations as its own dataset is spread, and this run's dataset, which "
+            "online batches come from, is spread otherwise: use that dataset, or config.online.replay online"
+        )
     agent = source.agent if source.online_state is None else source.online_state.agent
     have, want = ((t.reward_scale, t.reward_bias) for t in (source.data.task, trainer.data.task))
     if hasattr(getattr(agent, "learner", agent), "critic") and have != want:
@@ -175,6 +181,11 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
         source.normalizer,
     )
     source.close()
+
+
+def _alike(one: Any, other: Any) -> bool:
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), one, other)
+    return jax.tree.all(same)
 
 
 def _to_look_at(config: RunConfig) -> RunConfig:
@@ -271,8 +282,12 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     return session.work()
 
 
-def resume(path: Path, screen: Screen | None = None) -> bool:
-    """Continue a run from its last checkpoint, as if it had never stopped; True at once if it had finished."""
+def resume(path: Path, screen: Screen | None = None, online_steps: int | None = None) -> bool:
+    """Continue a run from its last checkpoint, as if it had never stopped; True at once if it had finished.
+
+    Without any checkpoint it begins again. `online_steps`: until so many environment steps instead of those in its
+    config.json, which is changed. Raises `ConfigError` if the run has made more of them.
+    """
     config = load_config(path)
     base, begun = base_of(config), read_config(path)
     if base is not None and base.fingerprint != begun.get("base_fingerprint"):
@@ -292,6 +307,11 @@ def resume(path: Path, screen: Screen | None = None) -> bool:
         session = Session(config, run, data, screen, base)
         closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)
+        if online_steps is not None:
+            if online_steps < (made := session.trainer.counters.env_steps):
+                raise ConfigError(f"run {path} has made {made} environment steps; expected online_steps from there on")
+            session.config = dataclasses.replace(config, online_steps=online_steps)
+            run.change(online_steps=online_steps)
         slots = [] if session.trainer.fleet is None else session.trainer.fleet.slots
         for slot in slots:
             if not slot.exact:  # what comes is not what was there: it is counted behind that

@@ -14,19 +14,22 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from o2o import dispatch
-from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer
+from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
-from o2o.errors import RunError
+from o2o.errors import ConfigError, RunError
 from o2o.normalizer import Normalizer, normalize
 from o2o.row_store import ON_HOST, Handles, RowStore
 from o2o.types import Array, Batch, Info, window_of
+
+if TYPE_CHECKING:
+    from o2o.loop import Trainer
 
 CPU_BYTES = 8 * 2**30
 
@@ -61,6 +64,22 @@ def make_room(
         return data
     large = row_bytes(data.rows) * (data.size + replay_rows) > device_limit(device_bytes)
     return HostData.take(data) if (large if host is None else host) else data
+
+
+def extend_room(trainer: "Trainer", steps: int) -> None:
+    """Make room in a trainer's replay buffer for so many environment steps, if it was allocated for fewer."""
+    state, planned, most = trainer.online_state, trainer.planned, trainer.loop.replay_capacity
+    if steps <= planned or state is None or not isinstance(state.buffer, ReplayBuffer):
+        return
+    more = capacity_for(steps, most) - capacity_for(planned, most)
+    if more and isinstance(trainer.programs, HostReplay):
+        raise ConfigError(
+            f"the online phase was begun for {planned} steps, and a replay in host memory cannot grow to {steps}: call "
+            f"begin_online({steps}) before the first step"
+        )
+    trainer.planned = steps
+    if more:
+        trainer.online_state = state._replace(buffer=state.buffer.grown(state.buffer.capacity + more))
 
 
 def row_bytes(rows: Mapping[str, Any]) -> int:

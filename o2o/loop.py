@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o2o import dispatch, host_replay, pretraining, resume
-from o2o.buffer import OfflineData
+from o2o.buffer import OfflineData, capacity_for, check_window
 from o2o.datasets import Dataset
 from o2o.dispatch import OnlineMode, OnlineState
 from o2o.errors import ConfigError, DivergenceError
@@ -27,18 +27,6 @@ from o2o.normalizer import Normalizer, normalized_rows
 from o2o.remote_evaluation import evaluator_of
 from o2o.schedule import Counters, Hooks, LoopConfig, evaluation_steps
 from o2o.types import OnlineConfig, window_of
-
-SMALLEST_BUFFER = 10_000
-"""Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
-
-
-def check_window(agent: Any, rows: int, place: str) -> None:
-    """Raise `ConfigError` if `place` can hold fewer `rows` than the agent wants in a row."""
-    if window_of(agent) > rows:
-        raise ConfigError(
-            f"the agent learns from {window_of(agent)} steps in a row, {place} holds {rows}; shorten its chunk or "
-            "horizon, or give it more data"
-        )
 
 
 class Trainer:
@@ -86,6 +74,7 @@ class Trainer:
         self.fleet: Fleet | None = None
         self.action: jax.Array | None = None
         self.visible = [0] * seeds
+        self.planned = 0  # environment steps that the replay buffer was allocated for
         self.exact_resume = True
         self.stood: tuple[dict[str, Any], Any] | None = None  # where the environments are to be put back
         self.moved = False  # by an evaluation that had the robot
@@ -93,6 +82,7 @@ class Trainer:
         self.updates_since_log = 0
         self.unscored: int | None = None  # where the last evaluation was asked for, until its rows are there
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
+        self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
@@ -110,8 +100,7 @@ class Trainer:
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
-        self._evaluate_again()
-        return pretraining.pretrain(self, steps)
+        return self._evaluate_again() and pretraining.pretrain(self, steps)
 
     def _place(self, data: OfflineData | HostData) -> None:
         """Take the dataset as it is placed, and the programs that go with it."""
@@ -133,7 +122,7 @@ class Trainer:
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
             )
         rows = self.offline_data.size if wanted.replay == "append" else 0
-        capacity = min(self.loop.replay_capacity, max(steps, SMALLEST_BUFFER)) + rows
+        capacity = capacity_for(steps, self.loop.replay_capacity) + rows
         check_window(agent, capacity, "the replay buffer")
         if wanted.replay == "mixed":
             check_window(agent, self.offline_data.size, "the dataset")
@@ -141,7 +130,7 @@ class Trainer:
             self.make_fleet("mc_returns" in agent.needs)
         self._place(host_replay.make_room(self.offline_data, capacity * self.seeds, self.loop.device_bytes, host))
         self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
-        self.visible = [rows] * self.seeds
+        self.visible, self.planned = [rows] * self.seeds, steps
         self.counters.phase, self.counters.logged_at = "online", 0
 
     def make_fleet(self, waits: bool = False, per_seed: int = 1) -> None:
@@ -150,13 +139,20 @@ class Trainer:
         self.fleet = fleet.must_fit(self.offline_data.rows, self.loop.eval_process)
 
     def online(self, steps: int) -> bool:
-        """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before."""
-        if not 0.0 <= self.online_config.offline_ratio <= 1.0:
-            raise ConfigError(f"offline_ratio is {self.online_config.offline_ratio}; expected 0 to 1")
-        self._evaluate_again()
-        if self.online_state is None and self.counters.offline_steps == 0:
+        """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before.
+
+        Called again for more steps than before, the replay buffer grows.
+        """
+        if not self._evaluate_again():
+            return False
+        unknown = self.unscored is None and self.counters.scored_at is None
+        if self.online_state is None and self.counters.offline_steps == 0 and unknown:
             self.evaluate(wait=False)
+            if self.broken_off():
+                self.hooks.checkpoint(self)
+                return False
         self.begin_online(steps)
+        host_replay.extend_room(self, steps)
         resume.put_back(self)
         counters, loop = self.counters, self.loop
         started = time.perf_counter() - counters.elapsed
@@ -167,25 +163,27 @@ class Trainer:
         while at < steps:
             resume.put_back(self)
             self._online_step()
-            before, at = at, counters.env_steps
+            before, at, counters.elapsed = at, counters.env_steps, time.perf_counter() - started
             due = lambda every, since=before, now=at: now // every > since // every or now >= steps  # noqa: E731
             if due(loop.log_every):
-                counters.elapsed = time.perf_counter() - started
                 self._log_online()
             if any(before < point <= at for point in eval_steps):
                 self.evaluate(wait=False)
             if due(20):
-                counters.elapsed = time.perf_counter() - started
                 self.hooks.progress(self.phase_name, at, steps, {})
             stop = self.hooks.should_stop()
             self.take_evaluations(wait=stop or at >= steps)
             if due(loop.checkpoint_every) or stop:
                 counters.elapsed = time.perf_counter() - started
                 self.hooks.checkpoint(self)
-            if stop and at < steps:
+            if stop and (at < steps or self.broken_off()):
                 return False
         self.take_evaluations(wait=True)
         return True
+
+    def broken_off(self) -> bool:
+        """Whether a stop was asked for before an evaluation was played to its end."""
+        return self.unscored is not None and self.hooks.should_stop()
 
     def first_actions(self) -> None:
         """Choose the actions for the observations at which the environments stand."""
@@ -339,10 +337,11 @@ class Trainer:
         self.take_evaluations(wait=True, leave=len(here))
         return self.unscored == point
 
-    def _evaluate_again(self) -> None:
-        """Play the evaluation that was under way, or failed, when the state was taken from which the run goes on."""
+    def _evaluate_again(self) -> bool:
+        """Play the evaluation that was under way, or failed, when the state was taken; False if stopped again."""
         if self.unscored == self.counters.point and not self.evaluator.under_way():
             self.evaluate(wait=False)
+        return not self.broken_off()
 
     def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
         """Report one row per seed: metrics `[S]` each, and what all seeds share."""

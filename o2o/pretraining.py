@@ -65,7 +65,7 @@ def pretrain(trainer: "Trainer", steps: int) -> bool:
             trainer.take_evaluations(wait=stop or at == steps)
             if at % loop.checkpoint_every == 0 or at == steps or stop:
                 trainer.hooks.checkpoint(trainer)
-            if stop and at < steps:
+            if stop and (at < steps or trainer.broken_off()):
                 return False
     trainer.take_evaluations(wait=True)
     return True

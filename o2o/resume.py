@@ -56,6 +56,7 @@ def state(trainer: "Trainer") -> dict[str, Any]:
         "visible": trainer.visible,
         "updates_since_log": trainer.updates_since_log,
         "host": isinstance(trainer.programs, HostReplay),
+        "planned": trainer.planned,
     }
 
 
@@ -64,7 +65,7 @@ def restore(
 ) -> None:
     """Put the run where `state` says, all but the environments; `load(targets)` reads arrays of a given structure."""
     if state["counters"]["phase"] == "online":
-        trainer.begin_online(online_steps, state.get("host"), play=False)
+        trainer.begin_online(state.get("planned") or online_steps, state.get("host"), play=False)
     targets = arrays(trainer)
     data = trainer.offline_data
     if trainer.online_state is not None:

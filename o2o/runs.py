@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from o2o import checkpoint
-from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
+from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.host_replay import HostReplay
 from o2o.log import JsonLines
 from o2o.loop import Trainer
@@ -172,8 +172,13 @@ class RunFolder:
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
         """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
 
-        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved.
+        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved. To go on without any
+        checkpoint, unless the run had finished, is to begin again: every row is cut, `trainer` left as it is.
         """
+        if go_on and not checkpoint.steps(self.checkpoints) and read_status(self.path) != "finished":
+            self.metrics.truncate(0)
+            self.episodes.truncate(0)
+            return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.restore(state, load, online_steps, play=go_on)
@@ -184,11 +189,13 @@ class RunFolder:
             trainer.programs.read_only = True
         return step
 
+    def change(self, **settings: Any) -> None:
+        """Change settings in `config.json`, atomically."""
+        _write(self.path / "config.json", json.dumps({**read_config(self.path), **settings}, indent=2) + "\n")
+
     def status(self, value: str, **extra: Any) -> None:
         """Write `status.json` atomically: running, finished, stopped or failed."""
-        temporary = self.path / "status.json.tmp"
-        temporary.write_text(json.dumps({"status": value, **extra}) + "\n")
-        temporary.replace(self.path / "status.json")
+        _write(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
 
     def close(self) -> None:
         """Close the row files, and let others train the run."""
@@ -196,6 +203,12 @@ class RunFolder:
         self.episodes.close()
         if self._lock is not None:
             self._lock.close()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -225,11 +238,14 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
     run.status("running", pid=os.getpid())
     try:
         finished = work()
+    except KeyboardInterrupt:
+        run.status("stopped")
+        raise
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk may have no room for it
             run.status("failed", error=f"{type(error).__name__}: {error}")
-        if isinstance(error, CheckpointError):
-            raise  # saving is what failed
+        if isinstance(error, CheckpointError | DivergenceError):
+            raise  # saving is what failed, or nothing that anybody would go on from
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
                 f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"

@@ -1,7 +1,8 @@
 """When an episode ends, as functions of the raw next observation, for roll-outs in a learned model.
 
-The rules are those of the Uni-O4 release (which go beyond the simulators where a state is out of range); its `pen`
-rule can be asked for by name, since gymnasium-robotics' pen does not end when it is dropped. `learned` stands for a
+The rules are those of the Uni-O4 release (which go beyond the simulators where a state is out of range), but for the
+range of hopper's, which has both bounds here: there a misplaced parenthesis leaves the upper one only. Its `pen` rule
+can be asked for by name, since gymnasium-robotics' pen does not end when it is dropped. `learned` stands for a
 classifier that a dynamics model fits to the dataset's own ends; it serves every other task, where the release has a
 goal distance (AntMaze) or no end at all.
 """

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_c
 import jax
 from flax import struct
 
+from o2o.errors import ConfigError
+
 Array = jax.Array
 Batch = dict[str, Any]
 """`observations [..., D]`, `actions [..., A]`, `rewards [...]`, `masks [...]` (1 - terminated),
@@ -46,6 +48,11 @@ class OnlineConfig:
     """Environments per seed that are stepped together (`rollout` only)."""
     rollout_steps: int = 2048
     """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a share that is none."""
+        if not 0.0 <= self.offline_ratio <= 1.0:
+            raise ConfigError(f"offline_ratio is {self.offline_ratio}; expected 0 to 1")
 
     def first_update(self) -> int:
         """Return the zero-based online step after whose insertion the first update runs."""

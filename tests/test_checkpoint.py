@@ -122,7 +122,7 @@ def test_another_shape_is_refused_by_the_leafs_name(tmp_path: Path) -> None:
 def test_missing_checkpoints(tmp_path: Path) -> None:
     nowhere = tmp_path / "none"
     assert checkpoint.steps(nowhere) == [] and checkpoint.best_step(nowhere) is None
-    with pytest.raises(CheckpointError, match="no checkpoint in .*none.*start it again"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .*none.*begins it again"):
         checkpoint.load_state(nowhere)
     assert not nowhere.exists()
     save(tmp_path / "c", 1, keep_last=2)

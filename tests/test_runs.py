@@ -206,6 +206,20 @@ def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
         experiment.train(shifted, tmp_path / "shifted")
     with pytest.raises(CheckpointError, match="has normalize False, this run True"):
         experiment.train(dataclasses.replace(run, normalize=True), tmp_path / "normalised")
+    with pytest.raises(CheckpointError, match="has action_range space, this run data"):
+        experiment.train(dataclasses.replace(run, action_range="data"), tmp_path / "actions")
+    assert not any((tmp_path / name).exists() for name in ("other", "shifted", "normalised", "actions"))
+
+
+def test_rows_of_two_normalisers_are_not_mixed(tiny_run: Maker, tmp_path: Path) -> None:
+    """The policy goes on under its own run's statistics: a dataset of other statistics may not join its batches."""
+    experiment.train(tiny_run("calql", offline_steps=10, online_steps=0, normalize=True), tmp_path / "calql")
+    about = {"online_steps": 30, "normalize": True, "init_from": str(tmp_path / "calql"), "std_floor": 1.0}
+    mixed = tiny_run("wsrl", [("online.replay", "mixed")], **about)
+    with pytest.raises(CheckpointError, match="spread otherwise: use that dataset, or config.online.replay online"):
+        experiment.train(mixed, tmp_path / "mixed")
+    assert experiment.train(dataclasses.replace(mixed, std_floor=None), tmp_path / "alike")
+    assert experiment.train(tiny_run("wsrl", **about), tmp_path / "own")
 
 
 class Breaking(gymnasium.Wrapper):
