@@ -5,7 +5,7 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 
-from o2o.errors import EnvironmentFaultError, O2OError
+from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
 from o2o.history import History, joined_space
 from o2o.spaces import ActionMap, ObservationSpec, with_base_action
 from o2o.tasks import Task
@@ -15,7 +15,10 @@ Reset = tuple[Any, dict[str, Any]]
 
 
 class FaultGuard(gym.Wrapper):
-    """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step."""
+    """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step.
+
+    So also an `intervene_action` that is not of the action space's shape.
+    """
 
     def __init__(self, env: gym.Env) -> None:
         """Wrap the bare environment."""
@@ -36,7 +39,7 @@ class FaultGuard(gym.Wrapper):
         return observation, info
 
     def step(self, action: Any) -> Step:
-        """Step; observation and reward must be finite."""
+        """Step; observation, reward and a human's `intervene_action` must be finite."""
         self._step += 1
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -47,7 +50,19 @@ class FaultGuard(gym.Wrapper):
         self._check(observation, "observation")
         if not np.isfinite(float(reward)):
             raise self._fault(f"returned the reward {float(reward)}")
+        if "intervene_action" in info:
+            self._check_takeover(info["intervene_action"])
         return observation, reward, bool(terminated), bool(truncated), info
+
+    def _check_takeover(self, action: Any) -> None:
+        try:
+            found = np.asarray(action, np.float64)
+        except (TypeError, ValueError):
+            raise self._fault(f"returned {action!r} as its intervene_action, expected an array of numbers") from None
+        if found.shape != self.action_space.shape:
+            expected = f"expected {self.action_space.shape}; leave it out where nobody takes over"
+            raise self._fault(f"returned an intervene_action of shape {found.shape}, {expected},")
+        self._check(found, "intervene_action")
 
     def _check(self, value: Any, where: str) -> None:
         if isinstance(value, dict):
@@ -88,7 +103,13 @@ class MapAction(gym.Wrapper):
         self.action_space = action_map.space
 
     def step(self, action: Any) -> Step:
-        """Step with an action `[A]` in [-1, 1]."""
+        """Step with an action `[A]` in [-1, 1]; raises `DivergenceError`, nothing moved, if it is not finite."""
+        flat = np.asarray(action, np.float32).reshape(-1)
+        if len(bad := np.flatnonzero(~np.isfinite(flat))):
+            raise DivergenceError(
+                f"the policy's action has {flat[bad[0]]} in entry {bad[0]} and was not played: the learner diverged; "
+                "take an earlier checkpoint, or train again with a lower learning rate"
+            )
         env_action = self.action_map.to_env(action)
         observation, reward, terminated, truncated, info = self.env.step(env_action)
         info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))

@@ -21,7 +21,7 @@ class EnvironmentMismatchError(O2OError, ValueError):
 
 
 class EnvironmentFaultError(O2OError, RuntimeError):
-    """The environment raised or returned a value that is not finite."""
+    """The environment raised, or returned a value that is not finite or a takeover of another shape."""
 
 
 class BaseFaultError(EnvironmentFaultError):

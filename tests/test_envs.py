@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from o2o import datasets, envs
 from o2o.envs.pointmaze import EMBEDDED, Recipe, WaypointController
-from o2o.errors import ConfigError, DatasetError, EnvironmentFaultError
+from o2o.errors import ConfigError, DatasetError, DivergenceError, EnvironmentFaultError
 from o2o.tasks import Task
 
 
@@ -23,8 +23,8 @@ class Line(gym.Env):
     observation_space = spaces.Dict({"x": spaces.Box(-np.inf, np.inf, (1,)), "flag": spaces.MultiBinary(1)})
     action_space = spaces.Box(-0.5, 0.5, (1,), np.float32)
 
-    def __init__(self, fault: str | None = None, takeover: bool = False) -> None:
-        self.fault, self.takeover, self.x, self.t = fault, takeover, 0.0, 0
+    def __init__(self, fault: str | None = None, takeover: bool = False, human: object = np.float32([0.25])) -> None:
+        self.fault, self.takeover, self.human, self.x, self.t = fault, takeover, human, 0.0, 0
 
     def _observation(self):
         return {"x": np.array([self.x], np.float32), "flag": np.array([1], np.int8)}
@@ -38,9 +38,8 @@ class Line(gym.Env):
         self.t += 1
         info = {"success": False}
         if self.takeover:
-            action = np.array([0.25], np.float32)
-            info["intervene_action"] = action
-        self.x += float(action[0])
+            info["intervene_action"] = self.human
+        self.x += 0.25 if self.takeover else float(action[0])
         info["success"] = self.x >= 1
         reward = float(self.x)
         if self.t == 3 and self.fault == "raise":
@@ -115,6 +114,33 @@ def test_faults_name_the_step(fault, text):
         play(env, [[0.1]] * 6)
     assert text in str(caught.value) and "\n" not in str(caught.value)
     assert play(env, [[0.1]] * 2)[-1][4]["raw_reward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("human", "text"),
+    [
+        (np.float32([np.nan]), "returned nan in its intervene_action at step 1 of the episode"),
+        (
+            np.zeros(2),
+            r"an intervene_action of shape (2,), expected (1,); leave it out where nobody takes over, at step 1",
+        ),
+        (None, "an intervene_action of shape (), expected (1,)"),
+        ("left", "returned 'left' as its intervene_action, expected an array of numbers"),
+    ],
+)
+def test_a_takeover_that_cannot_have_been_executed_is_a_fault(human, text):
+    with pytest.raises(EnvironmentFaultError) as caught:
+        play(envs.wrap(Line(takeover=True, human=human), Task("raw")), [[0.1]])
+    assert text in str(caught.value)
+
+
+def test_an_action_that_is_not_finite_moves_nothing():
+    env = envs.wrap(Line(), Task("raw"))
+    env.reset(seed=0)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(DivergenceError, match=f"action has {bad} in entry 0 and was not played"):
+            env.step(np.float32([bad]))
+    assert env.unwrapped.t == 0 and env.step([0.5])[0].tolist() == [1, 0.25]
 
 
 def test_unknown_environment_suggests():
