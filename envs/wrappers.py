@@ -94,7 +94,10 @@ class FlattenObservation(gym.ObservationWrapper):
 
 
 class MapAction(gym.Wrapper):
-    """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins."""
+    """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins.
+
+    `info["intervened"]` says whether there was one.
+    """
 
     def __init__(self, env: gym.Env, action_map: ActionMap) -> None:
         """Map with the given action map."""
@@ -112,6 +115,7 @@ class MapAction(gym.Wrapper):
             )
         env_action = self.action_map.to_env(action)
         observation, reward, terminated, truncated, info = self.env.step(env_action)
+        info["intervened"] = "intervene_action" in info
         info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))
         return observation, reward, terminated, truncated, info
 
@@ -204,11 +208,15 @@ class BaseAction(gym.Wrapper):
     """Observations gain `base_action` `[A]`: what a frozen base policy would do next, in [-1, 1].
 
     The base begins anew in every episode, before it is asked for anything, whatever ended the one before; the last
-    observation of an episode has what it would have done there. Its seed comes from the reset's.
+    observation of an episode has what it would have done there. Its seed comes from the reset's. A human's takeover
+    interrupts it.
     """
 
     def __init__(self, env: gym.Env, base: Any) -> None:
-        """Ask `base`: `reset(seed)`, `act(observation)` of the observation without history -> action `[A]`."""
+        """Ask `base`: `reset(seed)`, `act(observation)` of the observation without history -> action `[A]`.
+
+        Its `interrupt()` is called after every step that a human took over.
+        """
         super().__init__(env)
         self.base = base
         self._spec: ObservationSpec = env.get_wrapper_attr("observation_spec")
@@ -228,6 +236,8 @@ class BaseAction(gym.Wrapper):
     def step(self, action: Any) -> Step:
         """Step with an action `[A]`, the base's or any other."""
         observation, reward, terminated, truncated, info = self.env.step(action)
+        if info.get("intervened"):
+            self.base.interrupt()
         return self._asked(observation), reward, terminated, truncated, info
 
     def _asked(self, observation: Any) -> dict[str, Any]:

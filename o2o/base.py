@@ -37,7 +37,8 @@ def load_base(spec: Any, member: int = 0, sample: bool = False) -> Source:
 
     A callable maps the environment's own observation (float32; entries that o2o leaves out are not there) to its own
     action `[*shape]`, or to a chunk `[H, *shape]`. A class, or a function that needs no argument, makes such a
-    controller, or an object with `act`; its `reset(seed)` or `reset()`, if any, is called in every episode. `member`
+    controller, or an object with `act`; its `reset(seed)` or `reset()`, if any, is called in every episode, and its
+    `interrupt()`, if any, after a step that a human took over. `member`
     is the seed of a run to take; `sample` draws from its policy instead of taking the mode. Raises `ConfigError`,
     `RunError` or `CheckpointError`.
     """
@@ -92,7 +93,8 @@ class FunctionSource(Source):
         act = getattr(controller, "act", controller)
         if not callable(act):
             raise ConfigError(f"base {self.name} made {controller!r}, which can neither be called nor has `act`")
-        return FunctionPolicy(act, getattr(controller, "reset", None), data.observation_spec)
+        begin, interrupt = (getattr(controller, name, None) for name in ("reset", "interrupt"))
+        return FunctionPolicy(act, begin, interrupt, data.observation_spec)
 
 
 def _needs_nothing(function: Any) -> bool:
@@ -111,12 +113,18 @@ class FunctionPolicy:
 
     function: Callable[[Any], Any]
     on_reset: Callable[..., Any] | None
+    on_interrupt: Callable[[], Any] | None
     spec: ObservationSpec
 
     def reset(self, seed: int) -> None:
         """Call the controller's `reset(seed)`, or its `reset()` if it takes no argument."""
         if self.on_reset is not None:
             self.on_reset(*(() if _needs_nothing(self.on_reset) else (seed,)))
+
+    def interrupt(self) -> None:
+        """Call the controller's `interrupt()`."""
+        if self.on_interrupt is not None:
+            self.on_interrupt()
 
     def act(self, observation: Any) -> Any:
         """Ask the controller."""
@@ -214,6 +222,12 @@ class RunPolicy:
         self._carry, self._history = self._agent.initial_carry((1,)), None
         if self._inner is not None:
             self._inner.reset(seed)
+
+    def interrupt(self) -> None:
+        """Empty the queues, its base's too."""
+        self._rest = []
+        if self._inner is not None:
+            self._inner.interrupt()
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[*shape]` for an observation `[D]`."""

@@ -82,6 +82,9 @@ class OnnxPolicy:
     def reset(self, seed: int) -> None:
         """Do nothing."""
 
+    def interrupt(self) -> None:
+        """Do nothing."""
+
     def act(self, observation: Any) -> Any:
         """Run the graph."""
         entries = observation if isinstance(observation, dict) else {STATE: observation}
@@ -98,7 +101,7 @@ class OnnxPolicy:
 class TorchSource(Source):
     """A TorchScript module, or a `torch.export` program (.pt2): `[1, D]`, or a dict of such tensors, to the action.
 
-    `reset()`, if a module exports it, begins an episode.
+    `reset()`, if a module exports it, begins an episode, `interrupt()` follows a step that a human took over.
     """
 
     path: Path
@@ -130,6 +133,12 @@ class TorchPolicy:
         reset = getattr(self.module, "reset", None)
         if reset is not None:
             reset()
+
+    def interrupt(self) -> None:
+        """Call the module's `interrupt()`, if it exports one."""
+        interrupt = getattr(self.module, "interrupt", None)
+        if interrupt is not None:
+            interrupt()
 
     def act(self, observation: Any) -> Any:
         """Run the module."""

@@ -32,6 +32,10 @@ class Policy(Protocol):
         """Begin an episode: forget the last one, draw everything from `seed`."""
         ...
 
+    def interrupt(self) -> None:
+        """Forget what was planned for the steps to come: a human has taken over."""
+        ...
+
     def act(self, observation: Any) -> Any:
         """Return the action `[*shape]`, or a chunk `[H, *shape]` to be played open loop, for a flat observation."""
         ...
@@ -90,6 +94,11 @@ class Base:
             raise
         except Exception as error:
             raise self._fault(f"raised {type(error).__name__}: {error}") from error
+
+    def interrupt(self) -> None:
+        """Drop what is left of a chunk: a human has taken over since it was planned."""
+        self._chunk = []
+        self._policy.interrupt()
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[A]` in [-1, 1] for a flat observation without history.

@@ -2,17 +2,17 @@
 
 A chunk `[..., H, A]` is proposed when a queue runs dry and its actions are handed out one per step. The loops give
 every new episode a fresh carry, so a queue never outlives its episode. All shapes are static: which chunk position
-comes next is data, so a batch of policies may stand at different positions.
+comes next is data, so a batch of policies may stand at different positions. Nor does it outlive a human's takeover.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from o2o.errors import ConfigError
-from o2o.types import Array
+from o2o.types import Array, Carry
 
 
 class ActionQueue(NamedTuple):
@@ -32,6 +32,14 @@ def empty_queue(batch_shape: tuple[int, ...], horizon: int, action_dim: int) -> 
     return ActionQueue(
         actions=jnp.zeros((*batch_shape, horizon, action_dim), jnp.float32), left=jnp.zeros(batch_shape, jnp.int32)
     )
+
+
+def outdated(carry: Carry, ended: Any, intervened: Any) -> Any:
+    """Return where a policy's carry is to be cleared, booleans `[...]`: where its episode `ended`.
+
+    A queue also where a human `intervened` in the step: the rest of it was planned for where the robot is no more.
+    """
+    return ended | intervened if isinstance(carry, ActionQueue) else ended
 
 
 def next_action(queue: ActionQueue, propose: Callable[[], Array], execute: int) -> tuple[Array, ActionQueue]:

@@ -43,6 +43,11 @@ class Step:
         """Whether the episode is over, by either cause."""
         return self.terminated or self.truncated
 
+    @property
+    def intervened(self) -> bool:
+        """Whether a human took over."""
+        return bool(self.info.get("intervened", False))
+
 
 @dataclass
 class EnvSlot:

@@ -8,6 +8,7 @@ import gymnasium
 import jax
 import numpy as np
 
+from o2o.chunks import outdated
 from o2o.dispatch import clear_carry, over_seeds
 from o2o.episode import EVAL_STREAM, EnvSlot
 from o2o.errors import ConfigError
@@ -85,9 +86,9 @@ class Evaluator:
             observations = self._stack()
             rng, key = jax.random.split(rng)
             actions, carry = _act(agent, normalizer, observations, carry, key, deterministic)
-            ended = self._step_all(np.asarray(actions), live, queue, rows)
-            if carry is not None and ended.any():
-                carry = clear_carry(carry, fresh, ended)
+            over = outdated(carry, *self._step_all(np.asarray(actions), live, queue, rows))
+            if carry is not None and over.any():
+                carry = clear_carry(carry, fresh, over)
         return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
 
     def ask(
@@ -116,13 +117,15 @@ class Evaluator:
 
     def _step_all(
         self, actions: np.ndarray, live: np.ndarray, queue: list[list[int]], rows: list[dict[str, Any]]
-    ) -> np.ndarray:
-        ended = np.zeros_like(live)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Step what is `live` and begin what is left in `queue`; where episodes ended, and where a human took over."""
+        ended, intervened = np.zeros_like(live), np.zeros_like(live)
         for member, slot_row in enumerate(self.envs):
             for index, slot in enumerate(slot_row):
                 if not live[member, index]:
                     continue
                 step = slot.step(actions[member, index])
+                intervened[member, index] = step.intervened
                 if not step.ended:
                     continue
                 ended[member, index] = True
@@ -131,7 +134,7 @@ class Evaluator:
                     slot.reset(queue[member].pop(0))
                 else:
                     live[member, index] = False
-        return ended
+        return ended, intervened
 
     def close(self) -> None:
         """Close the environments."""

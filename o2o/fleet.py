@@ -8,10 +8,12 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from o2o.chunks import outdated
 from o2o.datasets import monte_carlo_returns
 from o2o.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.evaluate import EnvFn
+from o2o.types import Carry
 from o2o.workers import Crew
 
 BESIDE = (
@@ -43,6 +45,8 @@ class Fleet:
         self.waits = waits
         self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
         """(reward, mask) of the episode under way, per member."""
+        self.intervened = np.zeros(len(names), bool)
+        """Where a human took over in the newest step, `[S]`."""
         self._actions: np.ndarray | None = None
         self.fault: Exception | None = None
         """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
@@ -131,6 +135,7 @@ class Fleet:
         if self.waits:
             rows["mc_returns"] = np.zeros(len(results), np.float32)
         ended = np.asarray([result.ended for result in results])
+        self.intervened = np.asarray([result.intervened for result in results])
         for member, result in enumerate(results):
             self.waiting[member].append((result.reward, 1.0 - result.terminated))
             if result.ended:
@@ -141,6 +146,10 @@ class Fleet:
             self.fault = error
         self.observations = stack([slot.observation for slot in self.slots])
         return rows, ended
+
+    def outdated(self, carry: Carry, ended: np.ndarray) -> np.ndarray:
+        """Return where the `carry` is to be cleared, `[S]`, after the step in which these episodes `ended`."""
+        return outdated(carry, ended, self.intervened)
 
     def _results(self) -> list[Step]:
         """Return every member's step; if one fails, all are as they were before."""

@@ -241,10 +241,11 @@ class Trainer:
             overlap=self.loop.overlap,
         )
         offline = self.offline_data if online.replay == "mixed" else None
+        over = self.fleet.outdated(self.online_state.carry, ended)
         if update and online.initial_updates and not counters.online_updates:
             self._initial_updates(offline, mode)
         self.online_state, self.action = self.programs.online_step(
-            self.online_state, offline, self.normalizer, rows, self.fleet.observations, ended, mode=mode
+            self.online_state, offline, self.normalizer, rows, self.fleet.observations, over, mode=mode
         )
         if waits:
             self.commit(np.flatnonzero(ended))
@@ -291,11 +292,10 @@ class Trainer:
     def _log_online(self) -> None:
         assert self.online_state is not None
         updates, counters = self.updates_since_log, self.counters
-        steps = counters.env_steps - counters.logged_at
         metrics = {key: value / updates for key, value in self.online_state.totals.items()} if updates else {}
         zeros = jax.tree.map(jnp.zeros_like, self.online_state.totals)
         self.online_state = self.online_state._replace(totals=zeros)
-        self.write_metrics(metrics, {"time/log_steps": float(steps)})
+        self.write_metrics(metrics, {"time/log_steps": float(counters.env_steps - counters.logged_at)})
         self.updates_since_log, counters.logged_at = 0, counters.env_steps
 
     def evaluate(self, wait: bool = True) -> list[dict[str, Any]]:

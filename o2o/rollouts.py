@@ -135,7 +135,8 @@ class RolloutTrainer(Trainer):
         jax.tree.map(store, storage, rows)
         self.fleet.forget(np.flatnonzero(ended))
         full = at + 1 == online.rollout_steps // online.num_envs
-        self._act(storage if full else None, ended)  # type: ignore[arg-type]
+        over = self.fleet.outdated(self.online_state.carry, ended)
+        self._act(storage if full else None, over)  # type: ignore[arg-type]
         self.visible = [0 if full else at + 1] * self.seeds
         counters.env_steps += online.num_envs
         if full:

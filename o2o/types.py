@@ -18,7 +18,8 @@ Info = dict[str, Array]
 """Scalar metrics, keys such as `critic/loss`; they stay on the device until a logger reads them."""
 Params = Any
 Carry = Any
-"""What a policy remembers between two steps of one episode; `None` for a memoryless one."""
+"""What a policy remembers between two steps of one episode; `None` for a memoryless one. What it still has to play of a
+chunk is an `o2o.chunks.ActionQueue`, which a human's takeover ends too."""
 
 Replay = Literal["online", "mixed", "append", "rollout", "none"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from o2o.chunks import outdated
 from o2o.episode import EnvSlot
 from o2o.errors import ConfigError, EnvironmentFaultError
 from o2o.normalizer import Normalizer, normalize
@@ -54,6 +55,8 @@ def record(
                 frames.append(_frame(slot))
             step = slot.step(np.asarray(actions[0]))
             observation, ended, terminated = step.next_observation, step.ended, step.terminated
+            if outdated(carry, ended, step.intervened):
+                carry = agent.initial_carry((1,))
         rows.append(slot.row(terminated))
     if out is not None:
         _write(out, frames, int(slot.env.metadata.get("render_fps", 30)))

@@ -2,8 +2,8 @@
 
 The processes hold environments only; the episodes under way in them are kept by the fleet (`o2o.fleet`), to which an
 environment is the same wherever it is. Resets and single steps (a resume plays episodes again) go as messages; a step
-of all environments goes through the memory. Of a step's `info` only `executed_action`, `raw_reward` and `success` come
-back. The processes import no JAX, unless what makes their environments does.
+of all environments goes through the memory. Of a step's `info` only `executed_action`, `intervened`, `raw_reward` and
+`success` come back. The processes import no JAX, unless what makes their environments does.
 """
 
 import math
@@ -71,6 +71,7 @@ def _told(observation: Any, reward: Any, terminated: Any, truncated: Any, info: 
     success = info.get("success")
     told = {
         "executed_action": np.asarray(info.get("executed_action", action), np.float32),
+        "intervened": bool(info.get("intervened", False)),
         "raw_reward": float(info.get("raw_reward", reward)),
         "success": None if success is None else bool(success),
     }
@@ -90,7 +91,7 @@ class Layout(NamedTuple):
     def size(self) -> int:
         """Return the bytes that a board of it needs."""
         entries = sum(np.dtype(kind).itemsize * math.prod(shape) for shape, kind in self.leaves)
-        return self.envs * (8 * 5 + 2 * 4 * math.prod(self.action) + entries) + LINE * (4 + len(self.leaves))
+        return self.envs * (8 * 6 + 2 * 4 * math.prod(self.action) + entries) + LINE * (4 + len(self.leaves))
 
 
 class Board:
@@ -101,8 +102,8 @@ class Board:
         self._memory, self._at, self._count = memory, 0, layout.envs
         self.numbers = self._take((2,), "f8")
         """Reward and raw reward."""
-        self.flags = self._take((3,), "i8")
-        """Terminated, truncated, success (-1 if unknown)."""
+        self.flags = self._take((4,), "i8")
+        """Terminated, truncated, success (-1 if unknown), intervened."""
         self.actions, self.executed = self._take(layout.action, "f4"), self._take(layout.action, "f4")
         self.observations = [self._take(shape, kind) for shape, kind in layout.leaves]
 
@@ -116,7 +117,7 @@ class Board:
         observation, reward, terminated, truncated, info = outcome
         self.numbers[index] = reward, info["raw_reward"]
         success = info["success"]
-        self.flags[index] = terminated, truncated, -1 if success is None else success
+        self.flags[index] = terminated, truncated, -1 if success is None else success, info["intervened"]
         self.executed[index] = info["executed_action"]
         found = _leaves(observation)
         for place, leaf in zip(self.observations, found, strict=True):
@@ -130,9 +131,10 @@ class Board:
     def read(self, index: int, example: Any) -> Outcome:
         """Return the outcome of one environment's step; the observation, built like `example`, is a copy."""
         reward, raw = self.numbers[index].tolist()
-        terminated, truncated, success = self.flags[index].tolist()
+        terminated, truncated, success, intervened = self.flags[index].tolist()
         info = {
             "executed_action": self.executed[index].copy(),
+            "intervened": bool(intervened),
             "raw_reward": raw,
             "success": None if success < 0 else bool(success),
         }

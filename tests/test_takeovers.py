@@ -3,18 +3,26 @@
 from typing import Any
 
 import gymnasium as gym
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces
 
-from o2o import envs, video
+from o2o import datasets, envs, video
+from o2o.agents.jsrl import Episode
+from o2o.base import Base, RunSource, load_base
+from o2o.chunks import empty_queue, outdated
+from o2o.datasets import Dataset
 from o2o.episode import EnvSlot
 from o2o.errors import DivergenceError
 from o2o.evaluate import EnvFn, evaluate
 from o2o.fleet import Fleet
+from o2o.loop import Trainer
+from o2o.schedule import LoopConfig
 from o2o.tasks import Task
-from tests.test_evaluate import Pendulum
+from tests.test_chunk_loops import Probe, ProbeConfig
+from tests.test_evaluate import Counting, Pendulum
 
 HUMAN = (1, 2)
 """Steps of every episode, counted from 0, in which a human has the arm."""
@@ -78,3 +86,107 @@ def test_an_action_that_is_not_finite_has_its_error_in_processes_too() -> None:
         fleet.step(np.float32([[0.1], [np.inf]]), lambda *_: None)
     assert fleet.snapshot() == before
     fleet.close()
+
+
+# ---------------------------------------------------------------- chunks that were planned before the takeover
+
+COMMANDED = [0.0, 0.2, 0.0, 0.0, 0.2, 0.4]
+"""What an episode's arm is told by a policy of chunks 0.0, 0.2, 0.4, 0.6: a new one in every step after the human's."""
+EXECUTED = [0.0, -1.0, -1.0, 0.0, 0.2, 0.4]
+
+
+@pytest.fixture(scope="module")
+def arm_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Return a dataset of random actions and takeovers."""
+    arm, root = Arm(), tmp_path_factory.mktemp("arm")
+    episodes = datasets.record(arm, lambda _, rng: rng.uniform(-2, 2, 1).astype(np.float32), 4 * LIMIT)
+    spaces_ = {"observation_space": arm.observation_space, "action_space": arm.action_space}
+    datasets.write("arm-v0", episodes, **spaces_, spec=None, root=root)
+    return datasets.load("arm-v0", root=root, task=TASK)
+
+
+def probe(data: Dataset) -> Probe:
+    return Probe.create(jax.random.key(0), None, data.arrays["actions"])
+
+
+@pytest.mark.parametrize("where", ["here", "host", "processes"])
+def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) -> None:
+    loop = LoopConfig(eval_every=1000, checkpoint_every=1000, env_processes=2 * (where == "processes"))
+    trainer = Trainer(Probe, ProbeConfig(), arm_data, arms(), seeds=2, loop=loop)
+    trainer.evaluate = lambda wait=True: []  # type: ignore[method-assign]
+    trainer.begin_online(2 * LIMIT, host=where == "host")
+    trainer.online(2 * LIMIT)
+    assert trainer.online_state is not None
+    executed = 2.0 * np.asarray(trainer.online_state.buffer.rows["actions"])[:, : 2 * LIMIT, 0]
+    np.testing.assert_allclose(executed, [EXECUTED * 2] * 2, atol=1e-6)
+    trainer.close()
+
+
+def test_a_takeover_ends_the_chunk_in_evaluation_and_play(arm_data: Dataset) -> None:
+    made = list[Arm]()
+    evaluate(probe(arm_data), arms(made), episodes=3)
+    video.record(EnvSlot(arms(made)(True), (0,)), probe(arm_data), None, 2, None)
+    played = [episode for arm in made for episode in arm.played if episode]
+    np.testing.assert_allclose(played, [COMMANDED] * 5, atol=1e-6)
+
+
+def test_other_memories_outlive_a_takeover() -> None:
+    ended, human = np.asarray([True, False, False]), np.asarray([False, True, False])
+    assert outdated(empty_queue((3,), 2, 1), ended, human).tolist() == [True, True, False]
+    guide = Episode(jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32))
+    assert outdated(guide, ended, human) is ended and outdated(None, ended, human) is ended
+    made = list[Arm]()
+    evaluate(Counting(gains=jnp.zeros(2)), arms(made), episodes=1)
+    np.testing.assert_allclose(made[0].played, [2 * np.arange(LIMIT) / 1000], atol=1e-6)
+
+
+class Planner:
+    """Plans four actions from what it sees, plays them open loop, and is told when a human takes over."""
+
+    def __init__(self) -> None:
+        self.plan: list[np.ndarray] = []
+
+    def reset(self) -> None:
+        self.plan = []
+
+    interrupt = reset
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        self.plan = self.plan or list(planned(observation))
+        return self.plan.pop(0)
+
+
+def planned(observation: np.ndarray) -> np.ndarray:
+    """Return a chunk `[4, 1]`; the observation's second number is the step."""
+    return 0.1 * observation[1:] + 0.01 * np.arange(4, dtype=np.float32)[:, None]
+
+
+def source_of(kind: str, data: Dataset) -> Any:
+    if kind != "run":
+        return load_base(Planner if kind == "controller" else planned)
+    inner = load_base(planned)
+    return RunSource("run", None, Follower(0.0, jnp.zeros(()), None, 1), None, data, 1, True, inner)  # pyright: ignore
+
+
+class Follower(Probe):
+    """Plays as its base does."""
+
+    def sample_actions(self, observations: Any, carry: Any, rng: Any, deterministic: bool = False) -> Any:
+        return observations["base_action"], carry
+
+
+@pytest.mark.parametrize("kind", ["chunks", "controller", "run"])
+def test_a_takeover_interrupts_a_base_policy(kind: str, arm_data: Dataset) -> None:
+    env = envs.BaseAction(arms()(False), Base(source_of(kind, arm_data), arm_data))
+    seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
+    found = [2.0 * float(observation["base_action"][0]) for observation in seen]
+    # Planned at steps 0 and, as the human had steps 1 and 2, at 2 and at 3.
+    np.testing.assert_allclose(found, [0.0, 0.01, 0.2, 0.3, 0.31, 0.32, 0.33], atol=1e-6)
+
+
+def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(arm_data: Dataset) -> None:
+    source = RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)
+    env = envs.BaseAction(arms()(False), Base(source, arm_data))
+    seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
+    found = [2.0 * float(observation["base_action"][0]) for observation in seen]
+    np.testing.assert_allclose(found, [*COMMANDED, 0.6], atol=1e-6)

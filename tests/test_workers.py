@@ -143,7 +143,7 @@ def test_a_board_gives_back_what_was_put_down() -> None:
     layout = Layout(2, (3,), (((2,), "<f4"), ((2, 2, 1), "|u1")))
     board = Board(mmap(-1, layout.size), layout)
     observation = {"b": np.arange(4, dtype=np.uint8).reshape(2, 2, 1), "a": np.float32([0.1, 2.0])}
-    info = {"executed_action": np.float32([0.1, 0.2, 0.3]), "raw_reward": 1 / 3, "success": None}
+    info = {"executed_action": np.float32([0.1, 0.2, 0.3]), "intervened": True, "raw_reward": 1 / 3, "success": None}
     outcome = (observation, 0.1, True, False, info)
     board.write(1, outcome)
     assert_same(board.read(1, observation), outcome)
