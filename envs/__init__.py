@@ -72,13 +72,12 @@ def make(
 
     From the inside: the environment with its time limit, FaultGuard, FlattenObservation, MapAction, TaskReward,
     EpisodeStatistics. `info` has `raw_reward`, `success` (None if unknown), `executed_action` and `intervened` in every
-    step, `episode` in the last. With `evaluation`, success does not end the episode unless the environment itself does
-    so. `env_kwargs` win over the task's. `seed` seeds it now, as a reset would. Its spaces must be those of `dataset`
-    (or of `source`). `action_map` is the dataset's, where [-1, 1] is not its action space. `inner` wraps it before
-    o2o's conventions do (see `wrap`). With `history` above 1, observations are joined to those before them
-    (`o2o.history`), outside all else. `cameras` are rendered into the observation, images of `image_size` squared
-    (`o2o.envs.cameras`); without any, those that the dataset has. Raises `ConfigError` for an unknown id or camera,
-    `EnvironmentMismatchError` for spaces that do not fit.
+    step, `episode` in the last. With `evaluation`, success alone does not end the episode. `env_kwargs` win over the
+    task's. `seed` seeds it now, as a reset would. Its spaces must be those of `dataset` (or of `source`). `action_map`
+    is the dataset's, where [-1, 1] is not its action space. `inner` wraps it before o2o's conventions do (see `wrap`).
+    With `history` above 1, observations are joined to those before them (`o2o.history`), outside all else. `cameras`
+    are rendered into the observation, images of `image_size` squared (`o2o.envs.cameras`); without any, the dataset's
+    own. Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit.
     """
     about = source if isinstance(source, DatasetInfo) else None
     task = task if task is not None else task_for(source)

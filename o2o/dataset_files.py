@@ -1,4 +1,4 @@
-"""Minari's files: find, read, validate and write them. `o2o.datasets` is the only other module that uses this one."""
+"""Minari's files: find, read, validate and write them, for `o2o.datasets`."""
 
 import difflib
 import hashlib
@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Episode:
     success: np.ndarray | None = None
     """Success after each step, `[T]`; None if the environment does not say."""
     seed: int | None = None
+    intervened: np.ndarray | None = None
+    """Which steps a human took over, `[T]`, written as `infos/intervened`; None if it is not known that one did."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,52 +342,11 @@ def write_dataset(
     return target
 
 
-def record(
-    env: gym.Env, policy: Callable[[Any, np.random.Generator], np.ndarray], steps: int, seed: int = 0
-) -> Iterator[Episode]:
-    """Yield whole episodes of `policy(observation, rng) -> action` in a bare environment until they hold `steps` steps.
-
-    Each is reset with its own seed, so that its actions replay it. A policy's `reset(rng)`, if any, is called first.
-    """
-    rng, done = np.random.default_rng(seed), 0
-    while done < steps:
-        start = int(rng.integers(2**31))
-        observation, _ = env.reset(seed=start)
-        if callable(begin := getattr(policy, "reset", None)):
-            begin(rng)
-        observations, rows, over = [observation], [], False
-        while not over:
-            action = policy(observation, rng)
-            observation, reward, terminated, truncated, step_info = env.step(action)
-            observations.append(observation)
-            rows.append((action, float(reward), bool(terminated), bool(truncated), step_info.get("success")))
-            over = terminated or truncated
-        done += len(rows)
-        actions, rewards, terminations, truncations, success = zip(*rows, strict=True)
-        yield Episode(
-            observations=_stack(observations),
-            actions=np.stack(actions),
-            rewards=np.asarray(rewards),
-            terminations=np.asarray(terminations),
-            truncations=np.asarray(truncations),
-            success=None if None in success else np.asarray(success, bool),
-            seed=start,
-        )
-
-
-def _stack(observations: list[Any]) -> Any:
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: _stack([observation[key] for observation in observations]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_stack([observation[i] for observation in observations]) for i in range(len(first)))
-    return np.stack(observations)
-
-
 def _buffer(episode: Episode) -> EpisodeBuffer:
     if len(episode.rewards) == 0:
         raise DatasetError("an episode to be written has no steps; leave it out")
-    infos = None if episode.success is None else {"success": np.concatenate([[False], episode.success])}
+    flags = {"success": episode.success, "intervened": episode.intervened}
+    infos = {key: np.concatenate([[False], steps]) for key, steps in flags.items() if steps is not None} or None
     return EpisodeBuffer(
         seed=episode.seed,
         observations=episode.observations,

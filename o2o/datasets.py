@@ -19,8 +19,9 @@ from minari.serialization import deserialize_space, serialize_space
 
 from o2o import dataset_files as files
 from o2o.cache import cached
-from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, default_root, info, record
+from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, default_root, info
 from o2o.dataset_files import write_dataset as write
+from o2o.demonstrations import record
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 from o2o.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
 from o2o.tasks import Task

@@ -66,6 +66,8 @@ class EnvSlot:
     raw_return: float = 0.0
     success: bool | None = None
     success_last: bool | None = None
+    interventions: int = 0
+    """Steps of the episode that a human took over."""
 
     def reset(self, episode: int | None = None) -> Any:
         """Begin the next episode, or `episode`, and return its first observation."""
@@ -75,7 +77,7 @@ class EnvSlot:
         """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
         self.episode = self.episode + 1 if episode is None else episode
         self.first, self.actions = None, []
-        self.raw_return, self.success, self.success_last = 0.0, None, None
+        self.raw_return, self.success, self.success_last, self.interventions = 0.0, None, None, 0
         if self.env.has_wrapper_attr("name_episode"):
             self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
         return reset_seed(*self.seeds, self.episode)
@@ -99,10 +101,15 @@ class EnvSlot:
         if info.get("success") is not None:
             self.success_last = bool(info["success"])
             self.success = bool(self.success) or self.success_last
-        return Step(executed, float(reward), bool(terminated), bool(truncated), observation, info)
+        step = Step(executed, float(reward), bool(terminated), bool(truncated), observation, info)
+        self.interventions += step.intervened
+        return step
 
     def row(self, terminated: bool, normalized: Callable[[float], float | None] | None = None) -> dict[str, Any]:
-        """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return."""
+        """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return.
+
+        `intervention` is the share of its steps that a human took over: its success is not the policy's alone.
+        """
         return {
             "episode": self.episode,
             "return": self.raw_return,
@@ -111,6 +118,7 @@ class EnvSlot:
             "success_last": self.success_last,
             "normalized": normalized(self.raw_return) if normalized else None,
             "terminated": terminated,
+            "intervention": self.interventions / max(len(self.actions), 1),
         }
 
     @property

@@ -156,7 +156,7 @@ class Fleet:
         actions, self._actions = self._actions, None
         assert actions is not None
         results: list[Step] = []
-        before = [(slot.observation, slot.raw_return, slot.success, slot.success_last) for slot in self.slots]
+        before = [dict(vars(slot)) for slot in self.slots]
         try:
             here = (slot.env.step(action) for slot, action in zip(self.slots, actions, strict=True))
             outcomes = here if self.crew is None else self.crew.receive()
@@ -164,7 +164,7 @@ class Fleet:
                 results.append(slot.played(action, outcome))
         except Exception:
             for slot, old in zip(self.slots, before, strict=True):
-                slot.observation, slot.raw_return, slot.success, slot.success_last = old
+                vars(slot).update(old)
             for slot in self.slots[: len(results)]:
                 slot.actions.pop()
             raise

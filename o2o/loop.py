@@ -282,9 +282,9 @@ class Trainer:
         self.online_state = self.online_state._replace(buffer=buffer)
 
     def _episode_finished(self, member: int, row: dict[str, Any]) -> None:
-        counters = self.counters
+        counters, keys = self.counters, ("return", "length", "success", "intervention")
         counters.episodes[member] += 1
-        metrics = {f"train/{key}": float(row[key]) for key in ("return", "length", "success") if row[key] is not None}
+        metrics = {f"train/{key}": float(row[key]) for key in keys if row[key] is not None}
         position = {"env_steps": counters.env_steps + 1, "gradient_steps": counters.gradient_steps}
         numbers = {"seed": member, "episodes": counters.episodes[member], **metrics}
         self.hooks.metrics({"phase": self.phase_name, **position, **numbers})

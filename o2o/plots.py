@@ -23,6 +23,7 @@ LABELS = {
     "success_last": "success rate (last step)",
     "normalized": "normalised score",
     "length": "episode length (steps)",
+    "intervention": "share of steps by a human",
 }
 INK, GRID, SHADE = "#333333", "#dddddd", "#f3f3f0"
 

@@ -1,9 +1,9 @@
 """Record what a run does in its training environments, so that today's run is tomorrow's offline data.
 
 Every finished episode is one file under `RUN/episodes`, in the environment's own units: observations (Dict too), the
-actions that were executed, raw rewards. A file appears whole or not at all and is named by run seed, stream, member and
-episode; none is written over. What a resumed run will play again is deleted first (`forget`), what a robot did stays.
-`export` makes a Minari dataset of them at any time.
+actions that were executed, which of them a human's, raw rewards. A file appears whole or not at all and is named by run
+seed, stream, member and episode; none is written over. What a resumed run will play again is deleted first (`forget`),
+what a robot did stays. `export` makes a Minari dataset of them at any time.
 """
 
 import json
@@ -45,7 +45,7 @@ class Recorder(gym.Wrapper):
         self._name: Name | None = None
         self._next: Name | None = None
         self._observations: list[dict[str, np.ndarray]] = []
-        self._rows: list[tuple[np.ndarray, float, bool, bool, bool | None]] = []
+        self._rows: list[tuple[np.ndarray, float, bool, bool, bool | None, bool]] = []
         self._seed: int | None = None
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
         self._replayable = bool(env.metadata.get("replayable", True))
@@ -71,7 +71,8 @@ class Recorder(gym.Wrapper):
         flag = info.get("success")
         self._observations.append(self._copy(observation))
         reached = None if flag is None else bool(np.any(flag))
-        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), reached))
+        human = "intervene_action" in info
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), reached, human))
         success = self.task.success(float(reward), flag)
         cut = self.task.terminate_on_success and success is not None and bool(np.any(success))
         if terminated or truncated or cut:
@@ -96,13 +97,14 @@ class Recorder(gym.Wrapper):
         return {key: np.array(value) for key, value in _entries(self.env.observation_space, observation)}
 
     def _finish(self) -> None:
-        actions, rewards, terminations, truncations, success = zip(*self._rows, strict=True)
+        actions, rewards, terminations, truncations, success, human = zip(*self._rows, strict=True)
         arrays = {key: np.stack([row[key] for row in self._observations]) for key in self._observations[0]}
         arrays |= {
             "actions": np.stack(actions),
             "rewards": np.asarray(rewards, np.float64),
             "terminations": np.asarray(terminations),
             "truncations": np.asarray((*truncations[:-1], not terminations[-1] or truncations[-1])),
+            "intervened": np.asarray(human),
         }
         if None not in success:
             arrays["success"] = np.asarray(success, bool)
@@ -188,7 +190,8 @@ def _read(path: Path, space: gym.Space) -> Episode:
         raise RunError(f"recorded episode {path} cannot be read ({error}); delete it") from error
     rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
     seed = int(arrays["seed"]) if "seed" in arrays else None
-    return Episode(observations=_nested(space, arrays), success=arrays.get("success"), seed=seed, **rest)
+    rest |= {key: arrays.get(key) for key in ("success", "intervened")}
+    return Episode(observations=_nested(space, arrays), seed=seed, **rest)
 
 
 def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -> Path:

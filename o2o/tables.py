@@ -13,11 +13,12 @@ from o2o.plots import read_rows
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print mean and spread over seeds of the per-seed means."""
+    """Print mean and spread over seeds of the per-seed means; the share of a human's steps where there are any."""
     table = Table(title=title)
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
-    for key in ("success", "success_last", "return", "normalized", "length"):
+    human = ("intervention",) if any(row["intervention"] for row in rows) else ()
+    for key in ("success", "success_last", "return", "normalized", "length", *human):
         known = [row for row in rows if row[key] is not None]
         if known:
             means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]

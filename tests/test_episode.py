@@ -64,6 +64,7 @@ def test_counters_belong_to_the_episode() -> None:
         "success_last": None,
         "normalized": expected / 10,
         "terminated": False,
+        "intervention": 0.0,
     }
     slot.reset()
     assert slot.row(False) == {**row, "episode": 1, "return": 0.0, "length": 0, "normalized": None}

@@ -13,6 +13,7 @@ import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
+from minari.dataset.minari_storage import MinariStorage
 
 from o2o import datasets, envs, experiment, recorder
 from o2o.episode import EnvSlot
@@ -102,6 +103,9 @@ def test_dict_images_takeovers_and_ends_come_back_as_the_buffer_had_them(ends_on
     for key in ("rewards", "masks", "ends"):
         np.testing.assert_array_equal(data.arrays[key], rows[key])
     assert data.info.episodes == 3 and data.info.episode_success is not None and data.info.episode_success.all()
+    for episode in MinariStorage.read(folder / "data").get_episodes(range(3)):
+        human = [False, False, True, False, False, False, False][: len(episode["rewards"]) + 1]  # one per observation
+        assert episode["infos"]["intervened"].tolist() == human
     raw = datasets.load(folder, cache=False)
     assert raw.arrays["rewards"][:4].tolist() == [0.5, 1.0, 1.5, 2.0] and raw.arrays["masks"].all()
     assert datasets.check(folder) == ["no env_spec: the environment cannot be recovered, give one with --env ID"]

@@ -1,5 +1,6 @@
 """What reaches a robot, and what a human's takeover leaves behind: in training, in evaluation, in play, in files."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces
+from minari.dataset.minari_storage import MinariStorage
 
 from o2o import datasets, envs, video
 from o2o.agents.jsrl import Episode
@@ -15,11 +17,11 @@ from o2o.base import Base, RunSource, load_base
 from o2o.chunks import empty_queue, outdated
 from o2o.datasets import Dataset
 from o2o.episode import EnvSlot
-from o2o.errors import DivergenceError
+from o2o.errors import DatasetError, DivergenceError
 from o2o.evaluate import EnvFn, evaluate
 from o2o.fleet import Fleet
 from o2o.loop import Trainer
-from o2o.schedule import LoopConfig
+from o2o.schedule import Hooks, LoopConfig
 from o2o.tasks import Task
 from tests.test_chunk_loops import Probe, ProbeConfig
 from tests.test_evaluate import Counting, Pendulum
@@ -79,12 +81,13 @@ def test_an_action_that_is_not_finite_reaches_no_robot_in_evaluation_and_play() 
     assert [arm.played for arm in made] == [[[]], [[]]]
 
 
-def test_an_action_that_is_not_finite_has_its_error_in_processes_too() -> None:
-    fleet = Fleet(arms(), 0, 2, False, processes=2)
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: int) -> None:
+    fleet = Fleet(arms(human=(0,)), 0, 2, False, processes=processes)
     before = fleet.snapshot()
     with pytest.raises(DivergenceError, match="action has inf in entry 0"):
         fleet.step(np.float32([[0.1], [np.inf]]), lambda *_: None)
-    assert fleet.snapshot() == before
+    assert fleet.snapshot() == before and [slot.interventions for slot in fleet.slots] == [0, 0]
     fleet.close()
 
 
@@ -96,13 +99,20 @@ EXECUTED = [0.0, -1.0, -1.0, 0.0, 0.2, 0.4]
 
 
 @pytest.fixture(scope="module")
-def arm_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Return a dataset of random actions and takeovers."""
-    arm, root = Arm(), tmp_path_factory.mktemp("arm")
-    episodes = datasets.record(arm, lambda _, rng: rng.uniform(-2, 2, 1).astype(np.float32), 4 * LIMIT)
-    spaces_ = {"observation_space": arm.observation_space, "action_space": arm.action_space}
-    datasets.write("arm-v0", episodes, **spaces_, spec=None, root=root)
-    return datasets.load("arm-v0", root=root, task=TASK)
+def arm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a dataset of random actions and takeovers, and one episode without."""
+    episodes = [*datasets.record(Arm(), wave, 3 * LIMIT), *datasets.record(Arm(human=()), wave, LIMIT, seed=1)]
+    space = {"observation_space": Arm.observation_space, "action_space": Arm.action_space}
+    return datasets.write("arm-v0", episodes, **space, spec=None, root=tmp_path_factory.mktemp("arm"))
+
+
+@pytest.fixture(scope="module")
+def arm_data(arm_folder: Path) -> Dataset:
+    return datasets.load(arm_folder, task=TASK, cache=False)
+
+
+def wave(_: Any, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(0.0, 2.0, 1).astype(np.float32)
 
 
 def probe(data: Dataset) -> Probe:
@@ -111,8 +121,12 @@ def probe(data: Dataset) -> Probe:
 
 @pytest.mark.parametrize("where", ["here", "host", "processes"])
 def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) -> None:
-    loop = LoopConfig(eval_every=1000, checkpoint_every=1000, env_processes=2 * (where == "processes"))
-    trainer = Trainer(Probe, ProbeConfig(), arm_data, arms(), seeds=2, loop=loop)
+    loop, told = (
+        LoopConfig(eval_every=1000, checkpoint_every=1000, env_processes=2 * (where == "processes")),
+        list[Any](),
+    )
+    hooks = Hooks(metrics=told.append)
+    trainer = Trainer(Probe, ProbeConfig(), arm_data, arms(), seeds=2, loop=loop, hooks=hooks)
     trainer.evaluate = lambda wait=True: []  # type: ignore[method-assign]
     trainer.begin_online(2 * LIMIT, host=where == "host")
     trainer.online(2 * LIMIT)
@@ -120,11 +134,13 @@ def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) ->
     executed = 2.0 * np.asarray(trainer.online_state.buffer.rows["actions"])[:, : 2 * LIMIT, 0]
     np.testing.assert_allclose(executed, [EXECUTED * 2] * 2, atol=1e-6)
     trainer.close()
+    assert [row["train/intervention"] for row in told if "train/return" in row] == [len(HUMAN) / LIMIT] * 4
 
 
 def test_a_takeover_ends_the_chunk_in_evaluation_and_play(arm_data: Dataset) -> None:
     made = list[Arm]()
-    evaluate(probe(arm_data), arms(made), episodes=3)
+    rows = evaluate(probe(arm_data), arms(made), episodes=3)
+    assert [row["intervention"] for row in rows] == [len(HUMAN) / LIMIT] * 3
     video.record(EnvSlot(arms(made)(True), (0,)), probe(arm_data), None, 2, None)
     played = [episode for arm in made for episode in arm.played if episode]
     np.testing.assert_allclose(played, [COMMANDED] * 5, atol=1e-6)
@@ -190,3 +206,32 @@ def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(arm_data: Dataset) 
     seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
     found = [2.0 * float(observation["base_action"][0]) for observation in seen]
     np.testing.assert_allclose(found, [*COMMANDED, 0.6], atol=1e-6)
+
+
+# ---------------------------------------------------------------- what files say of it
+
+
+def test_demonstrations_have_what_the_human_did_and_when(arm_folder: Path) -> None:
+    *taught, alone = MinariStorage.read(arm_folder / "data").get_episodes(range(4))
+    for episode in taught:
+        assert episode["infos"]["intervened"].tolist() == [False, False, True, True, False, False, False]
+        assert (episode["actions"][:, 0] == -1.0).tolist() == [False, True, True, False, False, False]
+    assert "intervened" not in (alone.get("infos") or {}) and (alone["actions"] >= 0).all()
+
+
+def test_demonstrations_are_copies_and_hold_no_action_that_cannot_be() -> None:
+    class Camera(gym.ObservationWrapper):
+        """Gives the same array every time."""
+
+        frame = np.zeros(2, np.float32)
+
+        def observation(self, observation: np.ndarray) -> np.ndarray:
+            self.frame[:] = observation
+            return self.frame
+
+    (episode,) = datasets.record(Camera(Arm()), wave, LIMIT)
+    assert episode.observations[:, 1].tolist() == list(range(LIMIT + 1))
+    arm, bad = Arm(human=()), iter([np.float32([0.5]), np.float32([np.nan])])
+    with pytest.raises(DatasetError, match=r"policy's action at step 1 of episode 0 is \[nan\]; expected finite"):
+        list(datasets.record(arm, lambda *_: next(bad), LIMIT))
+    assert arm.played == [[0.5]]
