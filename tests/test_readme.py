@@ -1,11 +1,15 @@
-"""README's Python example runs as printed (with fewer steps) and is at most eight lines."""
+"""README's Python examples run as printed (with fewer steps); the first is at most eight lines."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
+
+from o2o import datasets, envs
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -30,3 +34,39 @@ def test_the_parts_below_work_on_their_own(embedded: str) -> None:
     assert scope["actions"].shape == (1, 2) and np.all(np.abs(scope["actions"]) <= 1)
     assert set(np.unique(scope["data"].arrays["rewards"])) == {-5.0, 5.0}, "the task's, not the file's 0 and 1"
     assert scope["batch"]["observations"].shape == (1, 256, 6) and np.isfinite(scope["info"]["critic/loss"])
+
+
+ROBOT = """
+import gymnasium
+import numpy as np
+
+gymnasium.register("MyArm-v0", "gymnasium.envs.mujoco.reacher_v5:ReacherEnv", max_episode_steps=7)
+asked = 0
+
+def teleoperate(observation, rng):
+    global asked
+    asked += 1
+    if asked > {patience}:
+        raise KeyboardInterrupt
+    return 0.1 * np.ones(2, np.float32)
+"""
+
+
+@pytest.mark.parametrize(("patience", "kept"), [(1000, 28), (18, 14)], ids=["all", "Ctrl-C"])
+def test_demonstrations_become_a_dataset_of_the_robot(
+    patience: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_robot.py").write_text(ROBOT.format(patience=patience))
+    monkeypatch.syspath_prepend(tmp_path)
+    for known, name in ((sys.modules, "my_robot"), (gymnasium.registry, "MyArm-v0")):
+        monkeypatch.setitem(known, name, None)  # so that it is forgotten afterwards
+        del known[name]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    shorter = BLOCKS[2].replace("2_000", "25")
+    assert "25" in shorter
+    exec(compile(shorter, "README.md", "exec"), {})
+    data, task = datasets.load("lab/my-arm-v0", cache=False), envs.task_for("my_robot:MyArm-v0")
+    assert data.size == kept and data.arrays["ends"].sum() == kept / 7
+    env = envs.make("my_robot:MyArm-v0", task, dataset=data.info)
+    assert env.reset(seed=0)[0].shape == data.arrays["observations"][0].shape
+    env.close()
