@@ -48,7 +48,7 @@ TASKS: list[tuple[str, Task]] = [
             success_reward=4.0,
         ),
     ),
-    (LOCOMOTION, Task("locomotion", "locomotion")),
+    (LOCOMOTION, Task("locomotion", "locomotion", metric="return")),
 ]
 """Pattern of the whole environment id, task; the first match wins. `register` adds to the front."""
 

@@ -163,7 +163,7 @@ def play(
 def plot(
     runs: Name[tuple[Path, ...]],
     out: Path = Path("curves.png"),
-    metric: Literal["auto", "success", "return", "normalized"] = "auto",
+    metric: Literal["auto", "score", "success", "return", "normalized"] = "auto",
     statistic: Literal["mean", "iqm"] = "mean",
 ) -> int:
     """Draw the learning curves of runs, with bootstrap bands over seeds.
@@ -171,7 +171,7 @@ def plot(
     Args:
         runs: Run folders; those of one agent and dataset are pooled.
         out: The picture.
-        metric: What is drawn; `auto` is success where it is known, else the return.
+        metric: What is drawn; `auto` is what the tasks are judged by: success, return or a score of their own.
         statistic: Mean or interquartile mean over seeds.
     """
     from o2o.plots import plot_runs

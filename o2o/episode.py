@@ -16,6 +16,8 @@ import gymnasium
 import jax
 import numpy as np
 
+from o2o.tasks import Task
+
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
@@ -64,6 +66,8 @@ class EnvSlot:
     """Whether `restore` stands where the snapshot stood."""
     actions: list[np.ndarray] = field(default_factory=list)
     raw_return: float = 0.0
+    raw_last: float = 0.0
+    """The last step's raw reward."""
     success: bool | None = None
     success_last: bool | None = None
     interventions: int = 0
@@ -77,7 +81,8 @@ class EnvSlot:
         """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
         self.episode = self.episode + 1 if episode is None else episode
         self.first, self.actions = None, []
-        self.raw_return, self.success, self.success_last, self.interventions = 0.0, None, None, 0
+        self.raw_return, self.raw_last, self.interventions = 0.0, 0.0, 0
+        self.success, self.success_last = None, None
         if self.env.has_wrapper_attr("name_episode"):
             self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
         return reset_seed(*self.seeds, self.episode)
@@ -97,7 +102,8 @@ class EnvSlot:
         executed = np.asarray(info.get("executed_action", action), np.float32)
         self.observation = observation
         self.actions.append(np.asarray(action, np.float32).copy())
-        self.raw_return += float(info.get("raw_reward", reward))
+        self.raw_last = float(info.get("raw_reward", reward))
+        self.raw_return += self.raw_last
         if info.get("success") is not None:
             self.success_last = bool(info["success"])
             self.success = bool(self.success) or self.success_last
@@ -108,8 +114,10 @@ class EnvSlot:
     def row(self, terminated: bool, normalized: Callable[[float], float | None] | None = None) -> dict[str, Any]:
         """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return.
 
-        `intervention` is the share of its steps that a human took over: its success is not the policy's alone.
+        `score` is what its task judges it by (`Task.score`); `intervention` the share of its steps that a human took.
         """
+        task = self.env.get_wrapper_attr("task") if self.env.has_wrapper_attr("task") else None
+        judge = task if isinstance(task, Task) else Task("unknown")
         return {
             "episode": self.episode,
             "return": self.raw_return,
@@ -117,6 +125,7 @@ class EnvSlot:
             "success": self.success,
             "success_last": self.success_last,
             "normalized": normalized(self.raw_return) if normalized else None,
+            "score": judge.score(self.raw_return, self.raw_last, self.success),
             "terminated": terminated,
             "intervention": self.interventions / max(len(self.actions), 1),
         }

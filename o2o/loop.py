@@ -322,8 +322,7 @@ class Trainer:
         for about, rows in self.evaluator.take(wait, leave):
             position = {key: about[key] for key in ("phase", "env_steps", "gradient_steps")}
             last = [{**position, **row} for row in rows]
-            known = [row["success"] for row in last if row["success"] is not None]
-            self.counters.score = float(np.mean(known or [row["return"] for row in last]))
+            self.counters.score = float(np.mean([row["score"] for row in last]))
             self.counters.scored_at = about["point"]
             self.unscored = None if about["point"] == self.unscored else self.unscored
             self.hooks.episodes(last)

@@ -22,6 +22,7 @@ LABELS = {
     "success": "success rate",
     "success_last": "success rate (last step)",
     "normalized": "normalised score",
+    "score": "task's own score",
     "length": "episode length (steps)",
     "intervention": "share of steps by a human",
 }
@@ -199,16 +200,26 @@ def _name(config: Mapping[str, Any], run: Path) -> str:
     return str(config.get("agent") if isinstance(config.get("agent"), str) else run.name)
 
 
+def judged_by(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric that evaluation rows are judged by: `success` or `return`, or the `score` if that is neither.
+
+    Rows without a score are judged by success where any knows it, else by the return.
+    """
+    if not rows or any(row.get("score") is None for row in rows):
+        return "success" if any(row.get("success") is not None for row in rows) else "return"
+    same = (metric for metric in ("success", "return") if all(row["score"] == row[metric] for row in rows))
+    return next(same, "score")
+
+
 def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statistic: str = "iqm") -> dict[str, Curve]:
     """Compare run folders in one picture, read from `episodes.jsonl` and `config.json`; return the curves drawn.
 
-    Without `metric`, success is drawn where any run knows it, else the return.
+    Without `metric`, what the runs are judged by is drawn (`judged_by`).
     Raises `RunError` for a folder without rows, or when none has the metric.
     """
     curves: dict[str, Curve] = {}
     if metric is None:
-        known = any(row.get("success") is not None for run in runs for row in read_rows(run / "episodes.jsonl"))
-        metric = "success" if known else "return"
+        metric = judged_by([row for run in runs for row in read_rows(run / "episodes.jsonl")])
     names = [_name(read_json(run / "config.json"), run) for run in runs]
     for name, run in zip(names, runs, strict=True):
         result = curve(read_rows(run / "episodes.jsonl"), metric, STATISTICS[statistic])

@@ -11,7 +11,7 @@ from typing import Any
 
 from o2o.bench import RESULTS, RUNS, Job, Suite, jobs, load_suite
 from o2o.errors import RunError
-from o2o.plots import LABELS, plot_curves, read_json, read_rows
+from o2o.plots import LABELS, judged_by, plot_curves, read_json, read_rows
 from o2o.stats import STATISTICS, Point, aggregate, curve, interval
 
 FIRST_UPDATES = 1000
@@ -186,12 +186,18 @@ def _unrun(planned: Sequence[Job]) -> list[str]:
     return ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
 
 
+def _metrics(suite: Suite, methods: Sequence[Method]) -> tuple[str, ...]:
+    """Return the suite's metrics, behind the score where some task is judged by one of its own."""
+    own = any(judged_by(method.rows) == "score" for method in methods)
+    return tuple(dict.fromkeys((*(("score",) if own else ()), *suite.metrics)))
+
+
 def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str]:
     """Draw one picture per dataset with the first metric that it has; return the Markdown links."""
     links = []
     for task in suite.tasks:
         here = [m for m in methods if m.dataset == task.dataset]
-        for metric in suite.metrics:
+        for metric in _metrics(suite, here):
             found = {m.label: curve(m.rows, metric, STATISTICS[suite.statistic]) for m in here}
             curves = {label: item for label, item in found.items() if item is not None}
             if not curves:
@@ -217,7 +223,7 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path = RUNS)
     lines = [f"# {suite.name}", "", suite.description, ""]
     if methods:
         lines += _protocol(suite, _machines(methods))
-    for metric in suite.metrics:
+    for metric in _metrics(suite, methods):
         table = _table(suite, methods, planned, metric)
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]

@@ -103,9 +103,7 @@ class RolloutTrainer(Trainer):
             agent = jax.jit(jax.vmap(lambda a, i=index: a.choose(jnp.asarray(i))))(self.agent)
             rows = self.evaluator(agent, self.normalizer, self.counters.offline_steps, True)
             for member in range(self.seeds):
-                own = [row for row in rows if row["seed"] == member]
-                values = [row["return"] if row["success"] is None else float(row["success"]) for row in own]
-                scores[index, member] = np.mean(values)
+                scores[index, member] = np.mean([row["score"] for row in rows if row["seed"] == member])
         self.agent = jax.jit(jax.vmap(lambda a, i: a.choose(i)))(self.agent, jnp.asarray(scores.argmax(axis=0)))
 
     def _act(self, rows: Batch | None, ended: np.ndarray) -> None:

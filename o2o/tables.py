@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from o2o.dataset_files import DatasetInfo
-from o2o.plots import read_rows
+from o2o.plots import judged_by, read_rows
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print mean and spread over seeds of the per-seed means; the share of a human's steps where there are any."""
+    """Print mean and spread over seeds of the per-seed means; the score and the human's share where they say more."""
     table = Table(title=title)
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
+    own = ("score",) if judged_by(rows) == "score" else ()
     human = ("intervention",) if any(row["intervention"] for row in rows) else ()
-    for key in ("success", "success_last", "return", "normalized", "length", *human):
+    for key in (*own, "success", "success_last", "return", "normalized", "length", *human):
         known = [row for row in rows if row[key] is not None]
         if known:
             means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]

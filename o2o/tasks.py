@@ -26,8 +26,9 @@ class Task:
     """A successful step is terminal (mask 0) and ends the episode."""
     sparse: bool = False
     """The reward takes one value on failure and one on success (see `failure_reward`)."""
-    metric: Metric = "return"
-    """The figure that evaluation is judged by; `kitchen` is the final step's raw reward divided by 4."""
+    metric: Metric = "success"
+    """What evaluation is judged by (`score`): `success` is the return where success is not known; `normalized`
+    the return, which ranks alike; `kitchen` is the final step's raw reward divided by 4: the share of subtasks done."""
     has_success: bool = False
     """Whether success means anything here, provided that the environment reports it."""
     success_reward: float | None = None
@@ -54,6 +55,12 @@ class Task:
     def failure_reward(self) -> float | None:
         """Return the transformed reward of a failing step of a sparse task, rounded as by `rewards`; else None."""
         return float(self.rewards(0.0, False)) if self.sparse else None
+
+    def score(self, raw_return: float, last_reward: float, success: bool | None) -> float:
+        """Return what an episode is judged by: its raw return, last raw reward or success in any step, by `metric`."""
+        if self.metric == "kitchen":
+            return last_reward / 4.0
+        return float(success) if self.metric == "success" and success is not None else raw_return
 
     def success(self, raw: Any, flags: Any = None) -> np.ndarray | None:
         """Return boolean success per step from the environment's flags, else from raw rewards, else None."""

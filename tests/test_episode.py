@@ -63,11 +63,12 @@ def test_counters_belong_to_the_episode() -> None:
         "success": None,
         "success_last": None,
         "normalized": expected / 10,
+        "score": expected,
         "terminated": False,
         "intervention": 0.0,
     }
     slot.reset()
-    assert slot.row(False) == {**row, "episode": 1, "return": 0.0, "length": 0, "normalized": None}
+    assert slot.row(False) == {**row, "episode": 1, "return": 0.0, "length": 0, "normalized": None, "score": 0.0}
 
 
 def test_success_in_any_step_counts_and_so_does_the_last() -> None:

@@ -141,7 +141,7 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
         played.append(np.asarray(agent.chosen))
         good = {0: 1, 1: 0}
         number = len(played) - 1
-        return [{"seed": s, "return": 0.0, "success": number == good[s]} for s in (0, 1)]
+        return [{"seed": s, "score": float(number == good[s])} for s in (0, 1)]
 
     monkeypatch.setattr(trainer, "evaluator", play)
     ranks = np.asarray([[0.0, 1.0], [0.0, 1.0]], np.float32)

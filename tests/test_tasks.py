@@ -53,7 +53,7 @@ def test_success_from_flags_then_reward_then_unknown():
         ("AdroitHandDoor-v1", "adroit", "success", False),
         ("FrankaKitchen-v1", "kitchen", "kitchen", False),
         ("Walker2d-v5", "locomotion", "return", False),
-        ("CartPole-v1", "other", "return", False),
+        ("CartPole-v1", "other", "success", False),
     ],
 )
 def test_table(env_id, family, metric, sparse):
@@ -64,6 +64,13 @@ def test_table(env_id, family, metric, sparse):
 
 def test_kitchen_is_shifted_by_four():
     assert envs.task_for("FrankaKitchen-v1").rewards([0.0, 4.0]).tolist() == [-4.0, 0.0]
+
+
+def test_an_episode_is_judged_by_its_tasks_metric():
+    kitchen, maze, hopper = (envs.task_for(name) for name in ("FrankaKitchen-v1", "PointMaze_UMaze-v3", "Hopper-v5"))
+    assert kitchen.score(71.0, 3.0, False) == 0.75 and maze.score(71.0, 3.0, False) == 0.0
+    assert maze.score(71.0, 3.0, True) == 1.0 and hopper.score(71.0, 3.0, True) == 71.0
+    assert Task("mine").score(71.0, 3.0, None) == 71.0, "where success is not known"
 
 
 def test_binary_is_refused_where_it_makes_no_sense():
