@@ -281,14 +281,14 @@ def bench_run(
         agents: Only these rows of the suite.
         tasks: Only these datasets.
         seeds: Number of seeds; none means the suite's own.
-        out: Folder of results; none means benchmarks/results.
+        out: Folder of results, its runs in `runs` there; none means benchmarks/results, with runs/bench.
     """
-    from o2o import bench, experiment
+    from o2o import bench_jobs, experiment
     from o2o.log import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
-        return bench.run_suite(
+        return bench_jobs.run_suite(
             suite,
             lambda cell, path: experiment.train(experiment.cell_run(cell, path), path, screen),
             lambda path: experiment.resume(path, screen),

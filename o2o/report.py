@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from o2o.bench import RESULTS, RUNS, Job, Suite, jobs, load_suite
+from o2o.bench import Suite, load_suite
+from o2o.bench_jobs import Job, folders, jobs
 from o2o.errors import RunError
 from o2o.plots import LABELS, judged_by, plot_curves, read_json, read_rows
 from o2o.stats import STATISTICS, Point, aggregate, curve, interval
@@ -211,14 +212,15 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
     return links
 
 
-def write_report(suite: Suite | str, out: Path | None = None, runs: Path = RUNS) -> Path:
+def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None = None) -> Path:
     """Write the suite's Markdown and pictures into its folder of results `out/<suite>/`; return the Markdown's path.
 
     Cells that were not run are listed. Raises `RunError` for results of other settings than the suite's.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
-    folder = (out or RESULTS) / suite.name
-    planned = jobs(suite, suite.cells(), out or RESULTS, runs)
+    results_dir, runs_dir = folders(out, runs)
+    folder = results_dir / suite.name
+    planned = jobs(suite, suite.cells(), results_dir, runs_dir)
     methods = _join(planned)
     lines = [f"# {suite.name}", "", suite.description, ""]
     if methods:

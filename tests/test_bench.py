@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from o2o.bench import BenchTask, Published, Suite, Variant, jobs, load_suite, pending, run_suite
+from o2o.bench import BenchTask, Published, Suite, Variant, load_suite
+from o2o.bench_jobs import jobs, pending, run_suite
 from o2o.errors import CheckpointError, ConfigError, RunError
 from o2o.report import write_report
 
@@ -62,6 +64,12 @@ def write_run(cell, run, status="finished"):
     )
     (run / "metrics.jsonl").write_text("")
     set_status(run, status)
+
+
+def begin(cell, run, status, **more):
+    """Leave a run folder with its status and, beside it, the cell that it began as."""
+    set_status(run, status, **more)
+    run.with_name(f"{run.name}.json").write_text(json.dumps(asdict(cell)))
 
 
 def set_status(run, status, **more):
@@ -130,25 +138,29 @@ def test_results_alone_are_enough_to_be_finished(suite, tmp_path):
 
 def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_path):
     runner = Runner(tmp_path)
-    runs = tmp_path / "runs/tiny"
-    set_status(runs / ALL[0], "running")
-    (runs / ALL[1]).mkdir(parents=True)
-    (runs / ALL[1] / "config.json").write_text("{}")  # killed before its first status
-    set_status(runs / ALL[2], "failed")
-    write_run(suite.cells()[3], runs / ALL[3])  # finished, but killed before its rows were copied
+    runs, cells = tmp_path / "runs/tiny", suite.cells()
+    for cell, status in zip(cells, ("running", "", "failed", "finished"), strict=True):
+        begin(cell, runs / cell.name, status)
+    (runs / ALL[1] / "status.json").rename(runs / ALL[1] / "config.json")  # killed before its first status
+    write_run(cells[3], runs / ALL[3])  # killed before its rows were copied
     done = runner(suite)
     assert runner.calls == [("resume", name) for name in ALL[:3]]
     assert done == ["finished"] * 4
+    copied = runs / ALL[3]
+    assert runner.said[-1] == f"[4/4] {ALL[3]}: copied from {copied}, which has the same settings"
+    kept = json.loads((tmp_path / "results/tiny" / ALL[3] / "cell.json").read_text())
+    assert kept == json.loads(json.dumps(asdict(cells[3])))
 
 
 def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
     runner = Runner(tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        set_status(tmp_path / "runs/tiny" / ALL[0], "running", pid=other.pid, host=socket.gethostname())
+        run = tmp_path / "runs/tiny" / ALL[0]
+        begin(suite.cells()[0], run, "running", pid=other.pid, host=socket.gethostname())
         states = runner(suite, agents=["wsrl"], tasks=[PEN])[:1]
         other.communicate(b"\n")
     assert states == ["active"] and runner.calls == []
-    set_status(tmp_path / "runs/tiny" / ALL[0], "running", pid=other.pid, host=socket.gethostname())
+    set_status(run, "running", pid=other.pid, host=socket.gethostname())
     runner(suite, agents=["wsrl"], tasks=[PEN])
     assert runner.calls == [("resume", ALL[0])], "its process is gone"
     assert os.getpid() != other.pid
@@ -201,6 +213,38 @@ def test_results_of_other_settings_are_never_mixed(suite, tmp_path):
         runner(changed)
     with pytest.raises(RunError, match="other settings"):
         runner.report(changed)
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+def test_a_run_of_other_settings_is_neither_collected_nor_resumed(status, suite, tmp_path):
+    runner = Runner(tmp_path, **{ALL[0]: status})
+    one = {"agents": ["wsrl"], "tasks": [PEN]}
+    runner(suite, **one)
+    shutil.rmtree(tmp_path / "results", ignore_errors=True)
+    with pytest.raises(RunError, match=r"begun with other settings \(online_steps: 500 then, 900 now\); .* remove it"):
+        runner(replace(suite, online_steps=900), **one)
+    assert runner.calls == [] and not (tmp_path / "results").exists()
+    record = (tmp_path / "runs/tiny" / ALL[0]).with_name(f"{ALL[0]}.json")
+    kept = record.rename(tmp_path / "kept.json")
+    with pytest.raises(RunError, match="settings that are not on record"):
+        runner(suite, **one)
+    shutil.rmtree(tmp_path / "runs/tiny" / ALL[0])
+    kept.rename(record)
+    runner.status.clear()
+    assert runner(replace(suite, online_steps=900), **one)[0] == "finished", "the record of a run that is gone is void"
+    assert json.loads(record.read_text())["online_steps"] == 900
+
+
+def test_measuring_again_into_another_folder_trains_again(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = Runner(tmp_path)
+    for out, root in ((None, "runs/bench"), (Path("benchmarks/results/"), None), (Path("again"), "again/runs")):
+        runner.calls.clear()
+        assert run_suite(suite, runner.train, runner.resume, out=out, say=runner.said.append) == 0
+        assert runner.calls == ([("train", name) for name in ALL] if root else [])
+        assert root is None or Path(root, "tiny", ALL[0], "status.json").exists()
+    assert Path("benchmarks/results/tiny", ALL[0], "status.json").exists()
+    assert "Not run" not in write_report(suite, Path("again")).read_text()
 
 
 def test_a_report_says_what_the_rows_say(suite, tmp_path):
