@@ -13,7 +13,7 @@ from o2o.plots import judged_by, read_rows
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print mean and spread over seeds of the per-seed means; the score and the human's share where they say more."""
+    """Print mean and sample deviation over seeds of the per-seed means; score and human share where they say more."""
     table = Table(title=title)
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
@@ -23,7 +23,8 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
         known = [row for row in rows if row[key] is not None]
         if known:
             means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]
-            table.add_row(key, f"{np.mean(means):.3f}", f"{np.std(means):.3f} (n={len(means)})", str(len(known)))
+            spread = f"{np.std(means, ddof=1):.3f}" if len(means) > 1 else "-"
+            table.add_row(key, f"{np.mean(means):.3f}", f"{spread} (n={len(means)})", str(len(known)))
     console.print(table)
 
 
