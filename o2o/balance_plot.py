@@ -18,7 +18,7 @@ from o2o.datasets import Dataset
 from o2o.errors import ConfigError
 from o2o.experiment import agent_class, load_config, open_run
 from o2o.normalizer import normalize
-from o2o.plots import COLORS, GRID, INK
+from o2o.plots import COLORS, GRID, INK, check_picture, save_picture
 
 STATES = 5_000
 """Dataset states drawn at most: spread evenly over its rows."""
@@ -37,7 +37,7 @@ def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") 
         )
     if not 0 <= member < config.seeds:
         raise ConfigError(f"no member {member}: {path} trained {config.seeds} seed(s), counted from 0")
-    _check_out(out)
+    check_picture(out)
     _, trainer = open_run(path, which)
     try:
         rows = np.unique(np.linspace(0, trainer.data.size - 1, STATES).astype(int))
@@ -93,7 +93,7 @@ def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float]
     points = axes.scatter(positions[:, 0], positions[:, 1], c=betas, s=7, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="balance coefficient (larger: more improvement)")
     axes.set(xlabel="x", ylabel="y", aspect="equal")
-    _save(figure, out)
+    save_picture(figure, out)
 
 
 def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
@@ -105,7 +105,7 @@ def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float]
     left.set(xlabel="balance coefficient (larger: more improvement)", ylabel="states", xlim=(low, high))
     right.scatter(values, betas, s=7, color=COLORS[0], alpha=0.4, linewidths=0)
     right.set(xlabel="value of the policy's action, least critic", ylabel="balance coefficient", ylim=(low, high))
-    _save(figure, out)
+    save_picture(figure, out)
 
 
 def _figure(title: str, ends: tuple[float, float], panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -120,17 +120,3 @@ def _figure(title: str, ends: tuple[float, float], panels: int, size: tuple[floa
         axes.tick_params(colors=INK, length=3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panes
-
-
-def _check_out(out: Path) -> None:
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if out.suffix.lstrip(".").lower() not in known:
-        raise ConfigError(f"picture {out} has no known suffix; use one of .png, .pdf, .svg, .jpg")
-
-
-def _save(figure: Figure, out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except OSError as error:
-        raise ConfigError(f"picture {out} cannot be written: {error.strerror}") from error

@@ -169,7 +169,7 @@ def plot(
     """Draw the learning curves of runs, with bootstrap bands over seeds.
 
     Args:
-        runs: Run folders; those of one agent and dataset are pooled.
+        runs: Run folders; those whose settings differ in their seeds only are pooled.
         out: The picture.
         metric: What is drawn; `auto` is what the tasks are judged by: success, return or a score of their own.
         statistic: Mean or interquartile mean over seeds.

@@ -1,4 +1,7 @@
-"""Pictures of runs: one line with its interval per method, pre-training and fine-tuning side by side on one scale."""
+"""Pictures of runs: one line with its interval per method, pre-training and fine-tuning side by side on one scale.
+
+Also how the rows behind them are read, of one run or of several.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from o2o.errors import RunError
+from o2o.errors import ConfigError, RunError
 from o2o.stats import STATISTICS, Band, Curve, curve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -44,6 +47,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 break
             raise RunError(f"{path}, line {number}: not JSON ({error.msg}); delete that line or the run") from error
     return rows
+
+
+def pool(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the episode rows of several run folders, `seed` counted on from run to run: one number per (run, member).
+
+    The rows themselves count the members of their run, from 0. Raises `RunError`.
+    """
+    numbers: dict[tuple[int, int], int] = {}
+    rows = [(run, row) for run, path in enumerate(runs) for row in read_rows(path / "episodes.jsonl")]
+    for place in sorted({(run, row["seed"]) for run, row in rows}):
+        numbers[place] = len(numbers)
+    return [{**row, "seed": numbers[run, row["seed"]]} for run, row in rows]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -173,8 +188,22 @@ def plot_curves(
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
     note = f"{spread} over n seeds, 95 % bootstrap interval"
     figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=7.5, color="#777777")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_picture(figure, path)
+
+
+def check_picture(out: Path) -> None:
+    """Raise `ConfigError` unless the suffix of `out` is that of a picture."""
+    if out.suffix.lstrip(".").lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise ConfigError(f"picture {out} has no known suffix; use one of .png, .pdf, .svg, .jpg")
+
+
+def save_picture(figure: Figure, out: Path) -> None:
+    """Write a figure into the file `out`, making its folder. Raises `ConfigError` if it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise ConfigError(f"picture {out} cannot be written: {error.strerror}") from error
 
 
 def _legend(figure: Figure, panels: Sequence[Axes], last: str | None) -> None:
@@ -211,20 +240,42 @@ def judged_by(rows: Sequence[Mapping[str, Any]]) -> str:
     return next(same, "score")
 
 
+def _replicates(runs: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[list[Path]]:
+    """Group runs of equal settings and data but for their seeds; a second run of a seed starts a group of its own."""
+    groups: list[tuple[dict[str, Any], set[int], list[Path]]] = []
+    for run, config in zip(runs, configs, strict=True):
+        settings = {key: value for key, value in config.items() if key not in ("seed", "seeds", "versions")}
+        seed = config.get("seed", 0)
+        for known, seeds, group in groups:
+            if known == settings and seed not in seeds:
+                seeds.add(seed)
+                group.append(run)
+                break
+        else:
+            groups.append((settings, {seed}, [run]))
+    return [group for _, _, group in groups]
+
+
 def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statistic: str = "iqm") -> dict[str, Curve]:
     """Compare run folders in one picture, read from `episodes.jsonl` and `config.json`; return the curves drawn.
 
-    Without `metric`, what the runs are judged by is drawn (`judged_by`).
-    Raises `RunError` for a folder without rows, or when none has the metric.
+    Runs whose settings differ in their seeds only are one curve. Without `metric`, what the runs are judged by is drawn
+    (`judged_by`). Raises `RunError` for a folder without rows, or when none has the metric, `ConfigError` for a picture
+    that cannot be written.
     """
+    check_picture(out)
     curves: dict[str, Curve] = {}
     if metric is None:
         metric = judged_by([row for run in runs for row in read_rows(run / "episodes.jsonl")])
-    names = [_name(read_json(run / "config.json"), run) for run in runs]
-    for name, run in zip(names, runs, strict=True):
-        result = curve(read_rows(run / "episodes.jsonl"), metric, STATISTICS[statistic])
+    configs = [read_json(run / "config.json") for run in runs]
+    groups = _replicates(runs, configs)
+    agents = {run: _name(config, run) for run, config in zip(runs, configs, strict=True)}
+    names = [agents[group[0]] for group in groups]
+    for name, group in zip(names, groups, strict=True):
+        result = curve(pool(group), metric, STATISTICS[statistic])
         if result is not None:
-            label = name if names.count(name) == 1 else f"{name}: {run.name}"
+            label = name if names.count(name) == 1 else f"{name}: {group[0].name}"
+            label += f" and {len(group) - 1} more" if label != name and len(group) > 1 else ""
             while label in curves:
                 label += "'"
             curves[label] = result

@@ -12,7 +12,7 @@ from typing import Any
 from o2o.bench import Suite, load_suite
 from o2o.bench_jobs import Job, folders, jobs
 from o2o.errors import RunError
-from o2o.plots import LABELS, judged_by, plot_curves, read_json, read_rows
+from o2o.plots import LABELS, judged_by, plot_curves, pool, read_json, read_rows
 from o2o.stats import STATISTICS, Point, aggregate, curve, interval
 
 FIRST_UPDATES = 1000
@@ -36,22 +36,16 @@ class Method:
 
 
 def _join(found: Sequence[Job]) -> list[Method]:
-    """Join the finished cells that differ in their seeds only; rows get the seed of the cell's plan."""
-    methods: dict[tuple[str, str], Method] = {}
+    """Join the finished cells that differ in their seeds only, whose rows are pooled."""
+    groups: dict[tuple[str, str], list[Path]] = {}
     for job in found:
         if job.state != "finished":
             continue
-        key = (job.cell.dataset, job.cell.label)
-        method = methods.setdefault(key, Method(*key, rows=[], configs=[]))
-        rows = read_rows(job.results / "episodes.jsonl")
-        ranks = {seed: rank for rank, seed in enumerate(sorted({row["seed"] for row in rows}))}
-        if len(ranks) != job.cell.seeds:
-            raise RunError(
-                f"{job.results}: {len(ranks)} seeds in episodes.jsonl, expected {job.cell.seeds}; run it again"
-            )
-        method.rows.extend({**row, "seed": job.cell.seed + ranks[row["seed"]]} for row in rows)
-        method.configs.append(read_json(job.results / "config.json"))
-    return list(methods.values())
+        seeds = len({row["seed"] for row in read_rows(job.results / "episodes.jsonl")})
+        if seeds != job.cell.seeds:
+            raise RunError(f"{job.results}: {seeds} seeds in episodes.jsonl, expected {job.cell.seeds}; run it again")
+        groups.setdefault((job.cell.dataset, job.cell.label), []).append(job.results)
+    return [Method(*key, pool(paths), [read_json(p / "config.json") for p in paths]) for key, paths in groups.items()]
 
 
 def stages(points: Sequence[Point]) -> dict[str, Point | None]:

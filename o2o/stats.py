@@ -112,8 +112,8 @@ class Point:
 def aggregate(rows: Iterable[Row], metric: str = "return") -> list[Point]:
     """Return the evaluation points of episode rows in the order of the run, without episodes whose `metric` is None.
 
-    Offline points are told apart by gradient steps, the others by environment steps; rows of several runs of the same
-    settings may simply be joined.
+    Offline points are told apart by gradient steps, the others by environment steps; rows with one `seed` are taken for
+    one agent's, so rows of several runs, each counted from 0, have to come from `o2o.plots.pool`.
     """
     groups: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     updates: dict[tuple[int, int], int] = defaultdict(int)

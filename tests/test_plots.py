@@ -6,9 +6,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from o2o import cli
 from o2o.errors import RunError
-from o2o.plots import plot_curves, plot_runs, read_rows
-from o2o.stats import curve
+from o2o.plots import plot_curves, plot_runs, pool, read_rows
+from o2o.stats import aggregate, curve
 
 
 def rows(phases=("offline", "warmup", "online"), seeds=2):
@@ -21,9 +22,9 @@ def rows(phases=("offline", "warmup", "online"), seeds=2):
     ]
 
 
-def write_run(folder: Path, agent="wsrl", **kwargs) -> Path:
+def write_run(folder: Path, agent="wsrl", seed=0, settings=None, **kwargs) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"agent": agent}))
+    (folder / "config.json").write_text(json.dumps({"agent": agent, "seed": seed, **(settings or {})}))
     (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(**kwargs)))
     return folder
 
@@ -37,6 +38,39 @@ def test_runs_become_labelled_curves_and_a_picture(tmp_path):
     assert curves["wsrl: a"].online.centre.tolist() == [1000.5, 1050.5, 1800.5, 2800.5]
     picture = matplotlib.image.imread(out)
     assert picture.shape[:2] == (660, 1350) and picture.std() > 0.05
+
+
+def test_runs_that_differ_in_their_seeds_only_are_pooled(tmp_path):
+    versions = [{"versions": {"machine": name}, "batch_size": 8} for name in "xyz"]
+    runs = [write_run(tmp_path / f"s{i}", seed=i, seeds=1, settings=versions[i]) for i in range(3)]
+    for run, offset in zip(runs, (0.0, 30.0, 60.0), strict=True):
+        shifted = [{**row, "return": row["return"] + offset} for row in read_rows(run / "episodes.jsonl")]
+        (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shifted))
+    curves = plot_runs(runs, tmp_path / "p.png", "return", "mean")
+    assert list(curves) == ["wsrl"] and curves["wsrl"].seeds == 3
+    assert curves["wsrl"].offline.centre.tolist() == [30.0, 1030.0]
+    assert curves["wsrl"].offline.low[0] == 0.0 and curves["wsrl"].offline.high[0] == 60.0
+    other = write_run(tmp_path / "other", seed=3, seeds=1, settings={"batch_size": 9})
+    again = write_run(tmp_path / "again", seed=0, seeds=1, settings=versions[0])
+    curves = plot_runs([*runs, other, again], tmp_path / "p.png", "return")
+    drawn = {label: item.seeds for label, item in curves.items()}
+    assert drawn == {"wsrl: s0 and 2 more": 3, "wsrl: other": 1, "wsrl: again": 1}
+
+
+def test_pooled_rows_have_one_number_per_run_and_member(tmp_path):
+    runs = [write_run(tmp_path / "a", seeds=2), write_run(tmp_path / "b", seeds=3), write_run(tmp_path / "c", seeds=1)]
+    last = aggregate(pool(runs))[-1]
+    assert last.scores == {0: 2800.0, 1: 2801.0, 2: 2800.0, 3: 2801.0, 4: 2802.0, 5: 2800.0}
+    assert {row["seed"] for row in read_rows(runs[1] / "episodes.jsonl")} == {0, 1, 2}, "in the files as it was"
+
+
+@pytest.mark.parametrize(("out", "why"), [("x.txt", "has no known suffix"), ("file/x.png", "cannot be written")])
+def test_a_picture_that_cannot_be_written_is_one_line(out, why, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plot", str(write_run(tmp_path / "a")), "--out", str(tmp_path / out)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and why in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("phases", [("offline",), ("online",)])
