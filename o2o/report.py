@@ -1,7 +1,8 @@
 """Markdown and pictures of a benchmark suite, from the raw rows alone.
 
 For every metric one table: each method's score after pre-training, at the end of the warm-up, after the first 1000
-updates online, and at the end, with the bootstrap interval over seeds, and the dataset's own mean beside them.
+updates online, and at the end, with the bootstrap interval over seeds, and the dataset's own mean beside them; then the
+same over the tasks. One table more says how probably each method is better than the suite's first.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from o2o.bench import Suite, load_suite
 from o2o.bench_jobs import Job, folders, jobs
 from o2o.errors import RunError
 from o2o.plots import LABELS, judged_by, plot_curves, pool, read_json, read_rows
-from o2o.stats import STATISTICS, Point, aggregate, curve, interval
+from o2o.stats import STATISTICS, Floats, Point, aggregate, curve, interval, probability_of_improvement
 
 FIRST_UPDATES = 1000
 NO_POINT = "-"
@@ -68,14 +71,15 @@ def _number(value: float, metric: str) -> str:
     return f"{value:.2f}" if metric == "normalized" else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _score(point: Point | None, metric: str, statistic: str) -> str:
-    if point is None:
+def _score(tasks: Sequence[Floats], metric: str, statistic: str) -> str:
+    """Write the statistic over the seeds of all `tasks`, one row of scores each, with its interval."""
+    if not tasks:
         return NO_POINT
     reduce = STATISTICS[statistic]
-    centre = _number(float(reduce(point.values)), metric)
-    if len(point.values) == 1:
+    centre = _number(float(reduce(np.concatenate(tasks))), metric)
+    if min(len(scores) for scores in tasks) == 1:
         return centre
-    low, high = interval(point.values, reduce)
+    low, high = interval(tasks, reduce)
     return f"{centre} [{_number(low, metric)}, {_number(high, metric)}]"
 
 
@@ -105,11 +109,88 @@ def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metr
         else:
             picked = stages(points[key])
             row += [str(max(len(p.scores) for p in points[key]))]
-            row += [_score(picked[stage], metric, suite.statistic) for stage in columns]
+            row += [_score(_values([picked[stage]]), metric, suite.statistic) for stage in columns]
         if published:
             row += [f"{_number(published[key].value, metric)} ({published[key].source})" if key in published else ""]
         lines.append(f"| {' | '.join(row)} |")
-    return lines
+    return lines + _over_tasks(suite, points, metric, list(columns), len(head))
+
+
+def _values(points: Sequence[Point | None]) -> list[Floats]:
+    """Return the scores of the points; none if one of them is missing."""
+    found = [point.values for point in points if point is not None]
+    return found if len(found) == len(points) else []
+
+
+def _over_tasks(
+    suite: Suite, points: dict[tuple[str, str], list[Point]], metric: str, columns: Sequence[str], width: int
+) -> list[str]:
+    """Return the rows of a metric's table over the tasks that all methods share; empty without a unit in common."""
+    methods = [v.label for v in suite.variants if any(points.get((task.dataset, v.label)) for task in suite.tasks)]
+    shared = [task.dataset for task in suite.tasks if all(points.get((task.dataset, label)) for label in methods)]
+    if len(shared) < 2 or not (metric.startswith("success") or metric == "normalized"):
+        return []
+    lines = []
+    for label in methods:
+        picked = [stages(points[dataset, label]) for dataset in shared]
+        seeds = sum(max(len(point.scores) for point in points[dataset, label]) for dataset in shared)
+        row = [f"{len(shared)} tasks", NO_POINT, label, str(seeds)]
+        row += [_score(_values([stage[name] for stage in picked]), metric, suite.statistic) for name in columns]
+        lines.append(f"| {' | '.join(row + [''] * (width - len(row)))} |")
+    which = ", ".join(f"`{dataset}`" for dataset in shared)
+    return [*lines, "", f"{len(shared)} tasks: {which}; their seeds together, resampled within each task."]
+
+
+def _metrics(suite: Suite, methods: Sequence[Method]) -> tuple[str, ...]:
+    """Return the suite's metrics, behind the score where some task is judged by one of its own."""
+    own = any(judged_by(method.rows) == "score" for method in methods)
+    return tuple(dict.fromkeys((*(("score",) if own else ()), *suite.metrics)))
+
+
+def _metric_of(suite: Suite, methods: Sequence[Method]) -> str | None:
+    """Return the first of the suite's metrics that the methods' rows have."""
+    return next(
+        (metric for metric in _metrics(suite, methods) if any(aggregate(m.rows, metric) for m in methods)), None
+    )
+
+
+def _improvement(suite: Suite, methods: Sequence[Method]) -> list[str]:
+    """Return the table of every method's probability of improvement on the suite's first; empty if no two compare.
+
+    By the scores at the last evaluations, where both have two seeds at least; then over the tasks.
+    """
+    first, lines = suite.variants[0].label, []
+    pairs: dict[str, list[tuple[str, Floats, Floats]]] = {variant.label: [] for variant in suite.variants[1:]}
+    for task in suite.tasks:
+        here = [m for m in methods if m.dataset == task.dataset]
+        metric = _metric_of(suite, here)
+        points = {m.label: aggregate(m.rows, metric) for m in here} if metric is not None else {}
+        ends = {label: found[-1].values for label, found in points.items() if found and len(found[-1].scores) > 1}
+        for label in pairs:
+            if metric is not None and first in ends and label in ends:
+                pairs[label].append((metric, ends[label], ends[first]))
+                lines.append(_better(f"`{task.dataset}`", label, pairs[label][-1:]))
+    lines += [_better(f"{len(found)} tasks", label, found) for label, found in pairs.items() if len(found) > 1]
+    if not lines:
+        return []
+    head = ["| dataset | metric | method | n | n of the first | probability |", f"|{' --- |' * 6}"]
+    text = (
+        f"How often a seed of the method beats one of `{first}`, the suite's first, at their last evaluations (ties "
+        "count half), averaged over the tasks, with its 95 % bootstrap interval over the seeds of each task: the "
+        'probability of improvement of Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (arXiv '
+        "2108.13264). 0.5 is no difference. With three seeds on either side, 0 or 1 on one dataset has an interval of "
+        "width zero and yet comes up once in ten where there is none."
+    )
+    return [f"## Probability of improvement on {first}", "", text, "", *head, *lines, ""]
+
+
+def _better(where: str, label: str, pairs: Sequence[tuple[str, Floats, Floats]]) -> str:
+    """Return one row of that table, of (metric, the method's scores, the first's) of one task or of several."""
+    ours, firsts = [scores for _, scores, _ in pairs], [scores for _, _, scores in pairs]
+    value, low, high = probability_of_improvement(ours, firsts)
+    names = ", ".join(dict.fromkeys(LABELS.get(metric, metric) for metric, _, _ in pairs))
+    counts = [str(sum(len(scores) for scores in side)) for side in (ours, firsts)]
+    return f"| {where} | {names} | {label} | {' | '.join(counts)} | {value:.2f} [{low:.2f}, {high:.2f}] |"
 
 
 def _machines(methods: Sequence[Method]) -> list[str]:
@@ -181,28 +262,21 @@ def _unrun(planned: Sequence[Job]) -> list[str]:
     return ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
 
 
-def _metrics(suite: Suite, methods: Sequence[Method]) -> tuple[str, ...]:
-    """Return the suite's metrics, behind the score where some task is judged by one of its own."""
-    own = any(judged_by(method.rows) == "score" for method in methods)
-    return tuple(dict.fromkeys((*(("score",) if own else ()), *suite.metrics)))
-
-
 def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str]:
     """Draw one picture per dataset with the first metric that it has; return the Markdown links."""
     links = []
     for task in suite.tasks:
         here = [m for m in methods if m.dataset == task.dataset]
-        for metric in _metrics(suite, here):
-            found = {m.label: curve(m.rows, metric, STATISTICS[suite.statistic]) for m in here}
-            curves = {label: item for label, item in found.items() if item is not None}
-            if not curves:
-                continue
-            level = [c["dataset_summary"].get(metric) for m in here for c in m.configs if c.get("dataset_summary")]
-            reference = ("dataset mean", float(level[0])) if level and level[0] is not None else None
-            name = f"{task.dataset.replace('/', '-')}.png"
-            plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference)
-            links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
-            break
+        metric = _metric_of(suite, here)
+        if metric is None:
+            continue
+        found = {m.label: curve(m.rows, metric, STATISTICS[suite.statistic]) for m in here}
+        curves = {label: item for label, item in found.items() if item is not None}
+        level = [c["dataset_summary"].get(metric) for m in here for c in m.configs if c.get("dataset_summary")]
+        reference = ("dataset mean", float(level[0])) if level and level[0] is not None else None
+        name = f"{task.dataset.replace('/', '-')}.png"
+        plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference)
+        links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
     return links
 
 
@@ -223,7 +297,7 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None 
         table = _table(suite, methods, planned, metric)
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
-    lines += _pictures(suite, methods, folder)
+    lines += _improvement(suite, methods) + _pictures(suite, methods, folder)
     lines += _targets(suite, methods) + _elsewhere(suite) + _unrun(planned)
     lines += [f"Made by `o2o bench report {suite.name}` from the raw rows in this folder.", ""]
     folder.mkdir(parents=True, exist_ok=True)

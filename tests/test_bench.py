@@ -278,6 +278,43 @@ def test_a_report_says_what_the_rows_say(suite, tmp_path):
     assert (folder / "demo-pen-v0.png").stat().st_size > 10_000 and "(demo-pen-v0.png)" in text
 
 
+def table(text, title):
+    """Return the cells of a section's table, head first."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [[c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("|") and "---" not in x]
+
+
+def test_methods_are_compared_with_the_first_and_over_the_tasks(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite)
+    rows = tmp_path / "results/tiny" / ALL[2] / "episodes.jsonl"  # wsrl on door: every seed always succeeds
+    rows.write_text(rows.read_text().replace('"success": false', '"success": true'))
+    text = runner.report(suite)
+    wsrl, sac = [row for row in table(text, "Success rate") if row[0] == "2 tasks"]
+    # pen .4 .5 .6, door 1: resampled within pen alone, whose seeds are half of all
+    assert wsrl[:5] == ["2 tasks", "-", "wsrl", "6", "75 % [70 %, 80 %]"] and wsrl[8] == ""
+    assert sac[2:5] == ["sac", "6", "40 % [33 %, 47 %]"], "1.96 standard errors of six seeds are 6.5 %"
+    assert "2 tasks" not in text.split("## Return")[1].split("##")[0], "returns of two tasks have no unit in common"
+    assert "2 tasks: `demo/pen-v0`, `demo/door-v0`; their seeds together" in text
+    head, pen, door, both = table(text, "Probability of improvement on wsrl")
+    assert head == ["dataset", "metric", "method", "n", "n of the first", "probability"]
+    # at the end sac .6 .7 .8 against wsrl .7 .8 .9: one pair won, two ties, of nine
+    assert pen[:5] == ["`demo/pen-v0`", "success rate", "sac", "3", "3"] and pen[5].startswith("0.22 [0.00, ")
+    assert door[0] == "`demo/door-v0`" and door[5] == "0.00 [0.00, 0.00]"
+    assert both[:5] == ["2 tasks", "success rate", "sac", "6", "6"] and both[5].startswith("0.11 [0.00, ")
+
+
+def test_what_does_not_compare_is_left_out(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, seeds=1)
+    runner(suite, agents=["sac"], seeds=3)
+    text = runner.report(replace(suite, seeds=1))
+    assert "Probability" not in text, "one seed of the first"
+    assert table(text, "Success rate")[-1][:5] == ["2 tasks", "-", "sac", "2", "30 %"], "no interval of one seed"
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    assert [row[0] for row in table(runner.report(suite), "Probability of improvement on wsrl")[1:]] == [f"`{PEN}`"]
+
+
 def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
     runner = Runner(tmp_path)
     offline = replace(suite, online_steps=0, published={})
