@@ -1,29 +1,28 @@
-"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.experiment`, `bench`, `plots`."""
+"""The `o2o` command (`train`'s options: `o2o.train_args`). What it does is in `o2o.experiment`, `bench`, `plots`."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
-from o2o.errors import ConfigError, O2OError
+from o2o.errors import O2OError
 from o2o.startup import prepare_process
-from o2o.usage import USAGE, lookup, one_line, option
+from o2o.usage import USAGE, lookup, one_line
 
 Name = tyro.conf.Positional
 
 
 def _train(args: list[str]) -> int:
-    from o2o import experiment
     from o2o.agents import AGENTS
+    from o2o.train_args import parse
 
     listing = (
         f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n"
@@ -32,44 +31,7 @@ def _train(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(listing, file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
-    agent, rest = args[0], args[1:]
-    config_class = experiment.config_class(agent)
-    dataset = option(rest, "--dataset")
-    size = option(rest, "--preset") or "paper"
-    helping = any(arg in ("-h", "--help") for arg in rest)
-    if dataset is None and not helping:
-        raise ConfigError(
-            f"o2o train {agent}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)"
-        )
-    if dataset is None or helping:
-        preset = experiment.agent_class(agent).preset("other", "small" if size == "small" else "paper")
-        default = experiment.RunConfig(
-            agent=agent, config=preset.config, dataset=(dataset or "DATASET",), preset=size,
-            offline_steps=preset.offline_steps, online_steps=preset.online_steps,
-            **getattr(experiment.agent_class(agent), "run_settings", {}),
-        )  # fmt: skip
-    else:
-        default = experiment.preset_run(agent, dataset, size, env=option(rest, "--env"))
-
-    @dataclasses.dataclass(frozen=True)
-    class TrainArgs(experiment.RunConfig):
-        """Pre-train an agent on a dataset, then fine-tune it in the environment."""
-
-        agent: Annotated[str, tyro.conf.Suppress]
-        config: config_class  # pyright: ignore[reportInvalidTypeForm]
-        preset: Literal["paper", "small"] = "paper"
-        """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
-        name: str | None = None
-        """Name of the run; None for AGENT-DATASET-SEED."""
-        runs: Path = Path("runs")
-        """Folder that holds the runs."""
-
-    with one_line(prog := f"o2o train {agent}"):
-        parsed = tyro.cli(TrainArgs, args=rest, default=TrainArgs(**vars(default)), prog=prog, console_outputs=True)
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
-    config = experiment.RunConfig(**values)
-    slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
-    return _run_training(parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config)
+    return _run_training(*parse(args[0], args[1:]))
 
 
 def _run_training(path: Path, config: Any) -> int:

@@ -51,6 +51,18 @@ def task_of(config: RunConfig) -> Task:
     return dataclasses.replace(task, reward_scale=scale)
 
 
+def _check_scale(config: RunConfig) -> None:
+    """Raise `ConfigError` if the reward scale was given too and is not what normalised returns ask for."""
+    given, span = config.task.reward_scale, config.task.normalize_returns
+    if given is None or span is None:
+        return
+    wanted = task_of(with_fields(config, [("task.reward_scale", None)])).reward_scale
+    if given != wanted:
+        raise ConfigError(
+            f"task.reward_scale is {given:g}, but task.normalize_returns {span:g} asks for {wanted:g}: give one of them"
+        )
+
+
 def base_of(config: RunConfig) -> Source | None:
     """Return the base policy of a run, None if there is none; raises `ConfigError` unless its agent needs one."""
     takers = [name for name, agent in AGENTS.items() if getattr(agent, "needs_base", False)]
@@ -263,6 +275,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     base = base_of(config)
     data = load_data(config, base)
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
+        _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
     env = make_env(config, data, base)
     env.close()

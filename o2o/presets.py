@@ -47,10 +47,11 @@ def preset_run(
         task_config = dataclasses.replace(task_config, binary=True)
     binary = {} if task_config.binary is None else {"binary": task_config.binary}
     suits = envs.task_for(env or about, **binary).sparse or family == "kitchen"  # the papers shift sparse rewards only
-    untouched = task_config.reward_scale is None and task_config.reward_bias is None
+    rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
+    untouched = all(value is None for value in rewards)
     if preset.reward is not None and suits and untouched:
         task_config = dataclasses.replace(task_config, reward_scale=preset.reward[0], reward_bias=preset.reward[1])
-    if untouched and task_config.normalize_returns is None:
+    if untouched:
         task_config = dataclasses.replace(task_config, normalize_returns=preset.normalize_returns)
     if preset.only_successes and task_config.binary and task_config.only_successes is None:
         task_config = dataclasses.replace(task_config, only_successes=True)

@@ -12,7 +12,7 @@ from o2o.schedule import LoopConfig
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Changes to the task's own conventions; what is None stays as the task table has it."""
+    """Changes to the task's own conventions; what is None stays as the preset, or else the task table, has it."""
 
     binary: bool | None = None
     """Adroit: replace the dense reward by the sparse -1/0 success reward of the papers."""
@@ -21,7 +21,8 @@ class TaskConfig:
     reward_bias: float | None = None
     """Added to every scaled reward."""
     normalize_returns: float | None = None
-    """Set `reward_scale` so that the dataset's best and worst return lie this far apart (IQL's paper: 1000)."""
+    """Set `reward_scale`, which must be None, so that the dataset's best and worst return lie this far apart (IQL's
+    paper: 1000)."""
     terminate_on_success: bool | None = None
     """End a training episode at its first success."""
     only_successes: bool | None = None

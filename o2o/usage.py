@@ -4,7 +4,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -26,17 +26,6 @@ USAGE = """usage: o2o COMMAND ...
 `o2o COMMAND --help` explains every option; `o2o train --help` lists the agents."""
 RULE = re.compile(r"[─━-]{6,}")
 HELP = ("For full helptext", "Argument helptext")
-
-
-def option(args: Sequence[str], *names: str) -> str | None:
-    """Return the value given for an option, before the real parse (it decides the defaults that help shows)."""
-    for i, arg in enumerate(args):
-        for name in names:
-            if arg == name and i + 1 < len(args):
-                return args[i + 1]
-            if arg.startswith(name + "="):
-                return arg.split("=", 1)[1]
-    return None
 
 
 def lookup(word: str, commands: Mapping[str, Any], where: str) -> Any:

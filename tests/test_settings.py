@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from o2o import checkpoint, datasets, envs, experiment
+from o2o import checkpoint, datasets, envs, experiment, train_args
 from o2o.about import returns_scale
 from o2o.agents import WSRL
 from o2o.datasets import Episode
@@ -95,6 +95,67 @@ def test_only_iqls_locomotion_normalises_and_a_given_scale_wins(put: Callable[..
     assert experiment.task_of(given).reward_scale == 0.1
     raw = experiment.preset_run("iql", name, "small", task=TaskConfig(reward_scale=1.0))
     assert experiment.load_data(raw).arrays["rewards"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"binary": False},
+        {"reward_scale": 2.0},
+        {"normalize_returns": 1000.0},
+        {"binary": False, "normalize_returns": 10.0, "terminate_on_success": True},
+        {"only_successes": False},
+        {"binary": None, "reward_scale": None, "achieved_goal": True},
+    ],
+)
+def test_the_command_line_and_python_make_the_same_run(given: dict[str, Any], put: Callable[..., str]) -> None:
+    flags = [[False, True, False], [False] * 4, [False, True]]
+    door = put("test/door-v0", [episode([0.1] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
+    hopper = put("test/hopper-v0", [episode([1.0]), episode([2.0])], "Hopper-v5")
+    args = [f"--task.{key.replace('_', '-')}={value}" for key, value in given.items() if key != "achieved_goal"]
+    args += ["--task.achieved-goal"] if given.get("achieved_goal") else []
+    for agent, name, size in (("wsrl", door, "paper"), ("iql", door, "small"), ("iql", hopper, "paper")):
+        _, parsed = train_args.parse(agent, ["--seed", "3", *args, "--dataset", name, "--preset", size])
+        assert parsed == experiment.preset_run(agent, name, size, task=TaskConfig(**given), seed=3)
+        assert all(getattr(parsed.task, key) == value for key, value in given.items() if value is not None)
+
+
+def test_task_flags_do_not_mix_with_what_the_preset_has_for_another_task(put: Callable[..., str]) -> None:
+    flags = [[False, True, False], [False] * 4]
+    door = put("test/door-v0", [episode([0.25] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
+    assert experiment.preset_run("wsrl", door).task == TaskConfig(
+        binary=True, reward_scale=10.0, reward_bias=5.0, only_successes=True
+    )
+    _, dense = train_args.parse("wsrl", ["--dataset", door, "--task.binary", "False"])
+    assert dense.task == TaskConfig(binary=False)
+    assert experiment.load_data(dense).arrays["rewards"].tolist() == [0.25] * (3 + 4)
+
+
+def test_returns_are_normalised_where_the_preset_has_a_scale(embedded: str) -> None:
+    _, maze = train_args.parse("wsrl", ["--dataset", embedded, "--task.normalize-returns", "1000"])
+    assert maze.task == TaskConfig(normalize_returns=1000.0)
+    assert experiment.task_of(maze).reward_scale == 1000.0, "the maze's returns are 0 and 1"
+
+
+def test_help_shows_the_datasets_own_defaults(put: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    door = put("test/door-v0", [episode([0.0, 0.0], [False, True])], "AdroitHandDoor-v1")
+    for args, reward_scale in ((["--dataset", door], "10.0"), ([], "None"), (["--task.reward-scale", "7"], "7.0")):
+        with pytest.raises(SystemExit) as ended:
+            train_args.parse("wsrl", ["--help", *args])
+        assert not ended.value.code
+        shown = "".join(capsys.readouterr().out.split()).replace("│", "")
+        about = shown[shown.index("--task.reward-scale") :]
+        assert about[about.index("(default:") :].startswith(f"(default:{reward_scale})")
+
+
+def test_a_scale_that_is_not_the_normalised_one_is_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    run = tiny_run("bc", offline_steps=10, online_steps=0, task=TaskConfig(normalize_returns=100.0, reward_scale=2.0))
+    with pytest.raises(ConfigError, match=r"reward_scale is 2, but task.normalize_returns 100 asks for 100: give one"):
+        experiment.train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    again = dataclasses.replace(run, task=TaskConfig(normalize_returns=100.0, reward_scale=100.0))
+    assert experiment.train(again, tmp_path / "again"), "the settings that a run wrote"
 
 
 def test_returns_that_are_all_equal_have_no_scale(put: Callable[..., str]) -> None:
