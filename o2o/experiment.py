@@ -22,7 +22,7 @@ from o2o.errors import CheckpointError, ConfigError
 from o2o.evaluate import Evaluator
 from o2o.fleet import BESIDE
 from o2o.history import check_length, with_history
-from o2o.log import Logger, Screen, make_loggers
+from o2o.log import Logger, Screen, evaluation_rows, make_loggers
 from o2o.loop import Trainer
 from o2o.normalizer import Normalizer
 from o2o.presets import agent_class, cell_run, config_class, preset_run
@@ -247,6 +247,9 @@ class Session:
     def _episodes(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.run.episodes.write(row)
+        for row in evaluation_rows(rows):
+            for logger in self.loggers:
+                logger.metrics(row)
         if self.screen is not None:
             self.screen.episodes(rows)
 

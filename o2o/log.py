@@ -3,6 +3,8 @@
 import difflib
 import json
 import math
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,10 @@ from rich.progress import (
 from o2o.errors import ConfigError
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
+EVALUATED = ("success", "return", "normalized", "length")
+"""What the back ends get of an evaluation."""
+WANDB_ID = "wandb.id"
+"""File of a run folder: the W&B run that a resume goes on with."""
 
 
 class Logger(Protocol):
@@ -32,6 +38,19 @@ class Logger(Protocol):
     def close(self) -> None:
         """Flush and release."""
         ...
+
+
+def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per seed for the episodes of an evaluation: its position, and means as `eval/return` and so on."""
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], []).append(row)
+    found = []
+    for episodes in seeds.values():
+        means = {key: [float(row[key]) for row in episodes if row.get(key) is not None] for key in EVALUATED}
+        position = {key: episodes[0][key] for key in ("phase", "env_steps", "gradient_steps", "seed")}
+        found.append({**position, **{f"eval/{key}": sum(v) / len(v) for key, v in means.items() if v}})
+    return found
 
 
 class JsonLines:
@@ -93,14 +112,18 @@ class TensorBoard:
 class WandB:
     """Rows as a Weights & Biases history (extra `log`)."""
 
-    def __init__(self, name: str, config: dict[str, Any]) -> None:
-        """Start a run; raises `ConfigError` if wandb is not installed or cannot start."""
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        """Start the run of a folder or go on with it; raises `ConfigError` if wandb is not installed or cannot."""
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError("logger 'wandb' needs wandb: pip install 'o2o[log]'") from error
+        path = folder / WANDB_ID
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex + "\n")
+        run_id = path.read_text().strip()
         try:
-            self._run = wandb.init(project="o2o", name=name, config=config, resume="allow")
+            self._run = wandb.init(project="o2o", id=run_id, name=folder.name, config=config, resume="allow")
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -120,7 +143,7 @@ class WandB:
 
 def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Logger]:
     """Build the extra back ends by name."""
-    makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder.name, config)}
+    makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder, config)}
     unknown = [name for name in names if name not in makers]
     if unknown:
         near = difflib.get_close_matches(unknown[0], makers, n=1)

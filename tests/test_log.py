@@ -1,15 +1,20 @@
 """Where numbers go: rows on disk, event files where TensorBoard is installed, one clear line where it is not."""
 
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
-from o2o import cli
+from o2o import cli, experiment
 from o2o.errors import ConfigError
-from o2o.log import JsonLines, make_loggers
+from o2o.log import JsonLines, evaluation_rows, make_loggers
+from o2o.plots import read_rows
 
 ROWS: list[dict[str, Any]] = [
     {"phase": "offline", "env_steps": 0, "gradient_steps": 500, "time_s": 1.0, "seed": 0, "critic/loss": 0.5},
@@ -62,25 +67,70 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
-def test_wandb_gets_every_number_under_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[dict[str, Any]] = []
-
-    class Run:
-        log, finish = staticmethod(logged.append), staticmethod(lambda: logged.append({}))
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a stand-in for wandb in its place and return it: `begun` has its runs' arguments, `logged` their rows."""
 
     class Wandb:
-        init = staticmethod(lambda **_: Run())
+        begun: ClassVar[list[dict[str, Any]]] = []
+        logged: ClassVar[list[dict[str, Any]]] = []
 
-    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+        @classmethod
+        def init(cls, **options: Any) -> Any:
+            cls.begun.append(options)
+            return SimpleNamespace(log=cls.logged.append, finish=lambda: cls.logged.append({}))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    return Wandb
+
+
+def test_wandb_gets_every_number_under_its_seed(tmp_path: Path, wandb: Any) -> None:
     (logger,) = make_loggers(("wandb",), tmp_path, {})
     for row in ROWS:
         logger.metrics(row)
     logger.close()
-    assert logged == [
+    assert wandb.logged == [
         {"seed0/critic/loss": 0.5, "env_steps": 0, "gradient_steps": 500},
         {"seed1/train/return": 3.0, "env_steps": 40, "gradient_steps": 540},
         {},
     ]
+
+
+def test_an_evaluation_is_a_row_of_means_per_seed() -> None:
+    position = {"phase": "warmup", "env_steps": 40, "gradient_steps": 500}
+    rows = [
+        {**position, "seed": seed, "episode": i, "return": 2.0 * i + seed, "success": i == 0, "length": 7 + i, **score}
+        for seed, score in ((0, {"normalized": 50.0}), (1, {"normalized": None}))
+        for i in range(2)
+    ]
+    assert evaluation_rows(rows) == [
+        {**position, "seed": 0, "eval/success": 0.5, "eval/return": 1.0, "eval/normalized": 50.0, "eval/length": 7.5},
+        {**position, "seed": 1, "eval/success": 0.5, "eval/return": 2.0, "eval/length": 7.5},
+    ]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_evaluations_reach_the_loggers_and_a_resume_goes_on_with_the_same_run(
+    beside: bool, tiny_run: Callable[..., experiment.RunConfig], tmp_path: Path, wandb: Any
+) -> None:
+    run = tiny_run("bc", offline_steps=20, online_steps=60, seeds=2, loggers=("wandb",))
+    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=beside, eval_episodes=2))
+    assert experiment.train(run, tmp_path / "run")
+    played = read_rows(tmp_path / "run" / "episodes.jsonl")
+    points = [(0, 20), (50, 20), (60, 20)]
+    assert sorted({(row["env_steps"], row["gradient_steps"]) for row in played}) == points
+    for seed in range(2):
+        mine = [row for row in wandb.logged if f"seed{seed}/eval/return" in row]
+        assert [(row["env_steps"], row["gradient_steps"]) for row in mine] == points
+        for row in mine:
+            episodes = [e for e in played if e["seed"] == seed and e["env_steps"] == row["env_steps"]]
+            assert len(episodes) == 2
+            for key in ("success", "return", "length"):
+                assert row[f"seed{seed}/eval/{key}"] == np.mean([episode[key] for episode in episodes])
+    assert experiment.resume(tmp_path / "run")
+    assert experiment.train(run, tmp_path / "other")
+    first, resumed, other = (options["id"] for options in wandb.begun)
+    assert first == resumed != other
 
 
 def test_tensorboard_writes_an_event_file_per_seed(tmp_path: Path) -> None:
