@@ -48,7 +48,7 @@ def load_base(spec: Any, member: int = 0, sample: bool = False) -> Source:
     if path.suffix in FILES and ":" not in text:
         return load_file(path)
     if path.is_dir():
-        return _open_run(path, member, sample)
+        return run_source(path, member, sample)
     if ":" in text:
         return FunctionSource(text, None, target=_named(text))
     raise ConfigError(
@@ -257,10 +257,11 @@ class RunPolicy:
         self._carry = carry
 
 
-def _open_run(path: Path, member: int, sample: bool) -> RunSource:
+def run_source(path: Path, member: int, sample: bool = False, which: str = "latest") -> RunSource:
+    """Return one of a run's agents, at checkpoint `which` (`o2o.experiment.open_run`), as a policy."""
     from o2o import experiment
 
-    config, trainer = experiment.open_run(path)
+    config, trainer = experiment.open_run(path, which)
     trainer.close()
     if not 0 <= member < trainer.seeds:
         raise ConfigError(f"base_member is {member}; run {path} has {trainer.seeds} seed(s), numbered from 0")

@@ -10,21 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from o2o import datasets, envs
+from o2o import datasets, envs, warm_start
 from o2o.about import check_data, returns_scale, summary
 from o2o.agents import AGENTS
-from o2o.base import Base, Source, base_labels, load_base, with_base_labels
+from o2o.base import Base, Source, base_labels, load_base, run_source, with_base_labels
 from o2o.episode import EnvSlot
-from o2o.errors import CheckpointError, ConfigError
+from o2o.errors import ConfigError
 from o2o.evaluate import Evaluator
 from o2o.fleet import BESIDE
 from o2o.history import check_length, with_history
 from o2o.log import Logger, Screen, evaluation_rows, make_loggers
 from o2o.loop import Trainer
 from o2o.normalizer import Normalizer
+from o2o.policy import TrainedPolicy
 from o2o.presets import agent_class, cell_run, config_class, preset_run
 from o2o.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.rollouts import trainer_class
@@ -35,7 +33,8 @@ from o2o.tasks import Task
 from o2o.workers import EnvMaker
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
-__all__ += ["evaluate_run", "load_config", "load_data", "open_run", "play_run", "resume", "train", "with_fields"]
+__all__ += ["evaluate_run", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume", "train"]
+__all__ += ["with_fields"]
 
 
 def task_of(config: RunConfig) -> Task:
@@ -164,40 +163,13 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     if not hasattr(target, "from_agent"):
         raise ConfigError(f"agent {config.agent} cannot start from another run; `init_from` is for wsrl")
     source_config = load_config(Path(str(config.init_from)))
-    if source_config.seeds != config.seeds:
-        raise CheckpointError(
-            f"{config.init_from} trained {source_config.seeds} seeds, this run has {config.seeds}: make them equal"
-        )
-    for name in ("history", "normalize", "action_range"):
-        have, want = getattr(source_config, name), getattr(config, name)
-        if have != want:
-            raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
+    warm_start.check_settings(source_config, config)
     source = build(_to_look_at(source_config), folder=Path(str(config.init_from)))
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
-    if config.config.online.replay in ("mixed", "append") and not _alike(source.normalizer, trainer.normalizer):
-        raise CheckpointError(
-            f"{config.init_from} normalises observations as its own dataset is spread, and this run's dataset, which "
-            "online batches come from, is spread otherwise: use that dataset, or config.online.replay online"
-        )
-    agent = source.agent if source.online_state is None else source.online_state.agent
-    have, want = ((t.reward_scale, t.reward_bias) for t in (source.data.task, trainer.data.task))
-    if hasattr(getattr(agent, "learner", agent), "critic") and have != want:
-        raise CheckpointError(
-            f"the critics of {config.init_from} learnt rewards of scale and bias {have}, this run has {want}: give "
-            f"--task.reward-scale {have[0]:g} --task.reward-bias {have[1]:g}"
-        )
-    trainer.agent, trainer.normalizer = (
-        jax.vmap(lambda a: target.from_agent(a, config.config))(agent),
-        source.normalizer,
-    )
+    warm_start.take_over(trainer, source, target, config)
     source.close()
-
-
-def _alike(one: Any, other: Any) -> bool:
-    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), one, other)
-    return jax.tree.all(same)
 
 
 def _to_look_at(config: RunConfig) -> RunConfig:
@@ -352,6 +324,20 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     return config, trainer
 
 
+def load_policy(path: Path, which: str = "latest", member: int = 0) -> TrainedPolicy:
+    """Return the policy of one of a run's seeds at a checkpoint, for loops of one's own: `reset`, `act` (`o2o.policy`).
+
+    It acts by its mode. The run's dataset must be where it was, and its base policy if it has one.
+    """
+    _check_member(path, member)
+    return TrainedPolicy(run_source(path, member, which=which))
+
+
+def _check_member(path: Path, member: int) -> None:
+    if not 0 <= member < (seeds := load_config(path).seeds):
+        raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
+
+
 def evaluate_run(
     path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True
 ) -> list[dict[str, Any]]:
@@ -375,8 +361,7 @@ def play_run(
     check_out(out) if out is not None else check_window()
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
-    if not 0 <= member < (seeds := load_config(path).seeds):
-        raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
+    _check_member(path, member)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from o2o import datasets, envs
+from o2o import datasets, envs, experiment
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -62,7 +63,7 @@ def test_demonstrations_become_a_dataset_of_the_robot(
         monkeypatch.setitem(known, name, None)  # so that it is forgotten afterwards
         del known[name]
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
-    shorter = BLOCKS[2].replace("2_000", "25")
+    shorter = BLOCKS[3].replace("2_000", "25")
     assert "25" in shorter
     exec(compile(shorter, "README.md", "exec"), {})
     data, task = datasets.load("lab/my-arm-v0", cache=False), envs.task_for("my_robot:MyArm-v0")
@@ -70,3 +71,14 @@ def test_demonstrations_become_a_dataset_of_the_robot(
     env = envs.make("my_robot:MyArm-v0", task, dataset=data.info)
     assert env.reset(seed=0)[0].shape == data.arrays["observations"][0].shape
     env.close()
+
+
+def test_a_trained_policy_acts_in_a_loop_of_ones_own(
+    tiny_run: Callable[..., experiment.RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert experiment.train(tiny_run("bc", online_steps=0), Path("runs/mine"))
+    scope: dict[str, Any] = {}
+    exec(compile(BLOCKS[2], "README.md", "exec"), scope)
+    assert scope["over"] and np.isfinite(scope["reward"])
+    scope["env"].close()

@@ -1,0 +1,35 @@
+"""A trained policy outside of o2o's loops: the environment's own observations in, its own actions out."""
+
+from typing import Any
+
+import numpy as np
+
+from o2o.base import RunSource
+
+
+class TrainedPolicy:
+    """One agent of a run (`o2o.experiment.load_policy`) that acts as in o2o's evaluations, for any loop or robot.
+
+    It does by itself what o2o's environments do around an agent: observations flattened, normalised and joined to
+    their history, the base asked, chunks played to their end, actions in the environment's units and within its bounds.
+    Where an evaluation plays several episodes side by side, the last bits of its actions may be others.
+    """
+
+    def __init__(self, source: RunSource) -> None:
+        """Act with the agent of `source`, an episode having begun."""
+        self._policy, self._spec = source.policy(source.data), source.data.observation_spec
+        self.reset()
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin an episode: history, chunk and base anew; to be called after every reset of the environment.
+
+        `seed` of that reset; it matters only to what draws in spite of acting by its mode (EXPO, PEX, a sampling base).
+        """
+        self._policy.reset(int(np.random.default_rng(seed).integers(2**31)))  # as `o2o.envs.BaseAction` does
+
+    def act(self, observation: Any) -> np.ndarray:
+        """Return the action `[*shape]`, float32, for one observation as the environment gives it, of a Dict the dict.
+
+        Raises `EnvironmentMismatchError` unless it has the entries and shapes of the run's dataset.
+        """
+        return np.asarray(self._policy.act(self._spec.flatten(observation)))
