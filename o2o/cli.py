@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from o2o.errors import O2OError
+from o2o.errors import DatasetError, O2OError
 from o2o.startup import prepare_process
 from o2o.usage import USAGE, lookup, one_line
 
@@ -52,7 +52,7 @@ def _finish(path: Path, finished: bool, console: Console) -> int:
         return 0
     try:
         plot_runs([path], path / "curve.png")
-    except ValueError as error:
+    except (O2OError, OSError, ValueError) as error:  # the run itself is well
         console.print(f"no curve drawn: {error}", highlight=False)
     console.print(
         f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
@@ -166,7 +166,13 @@ def data_list(root: Path | None = None) -> int:
     from o2o import datasets
     from o2o.tables import print_datasets
 
-    print_datasets([(name, datasets.info(name, root)) for name in datasets.list_datasets(root)], Console())
+    def about(name: str) -> Any:
+        try:
+            return datasets.info(name, root)
+        except DatasetError as error:
+            return error
+
+    print_datasets([(name, about(name)) for name in datasets.list_datasets(root)], Console())
     return 0
 
 

@@ -151,7 +151,9 @@ def read_metadata(data: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
-    missing = [key for key in ("dataset_id", "total_episodes", "total_steps", "data_format") if key not in metadata]
+    kinds = {"dataset_id": str, "total_episodes": int | float, "total_steps": int | float, "data_format": str}
+    entries = metadata if isinstance(metadata, dict) else {}
+    missing = [key for key, kind in kinds.items() if not isinstance(entries.get(key), kind)]
     if missing:
         raise DatasetError(f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}; is this a Minari dataset?")
     return metadata

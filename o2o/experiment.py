@@ -338,10 +338,16 @@ def _check_member(path: Path, member: int) -> None:
         raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
 
 
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; expected at least 0")
+
+
 def evaluate_run(
     path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True
 ) -> list[dict[str, Any]]:
     """Evaluate every seed of a run anew; one row per episode."""
+    _check_seed(seed)
     _, trainer = open_run(path, which)
     agent = trainer.agent if trainer.online_state is None else trainer.online_state.agent
     evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
@@ -361,6 +367,7 @@ def play_run(
     check_out(out) if out is not None else check_window()
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
+    _check_seed(seed)
     _check_member(path, member)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"

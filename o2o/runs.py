@@ -133,6 +133,8 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
         """Make a new run folder; raises `RunError` if something is there already."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file, where a run needs a folder: choose another --name")
         if path.exists() and any(path.iterdir()):
             raise RunError(
                 f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name"

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from o2o.dataset_files import DatasetInfo
+from o2o.errors import DatasetError
 from o2o.plots import judged_by, read_rows
 
 
@@ -50,12 +52,15 @@ def before_after(path: Path, console: Console) -> None:
     )
 
 
-def print_datasets(found: Sequence[tuple[str, DatasetInfo]], console: Console) -> None:
-    """Print one line per dataset."""
+def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], console: Console) -> None:
+    """Print one line per dataset; of one that cannot be read, why."""
     table = Table()
     for column in ("dataset", "environment", "episodes", "steps"):
         table.add_column(column)
     for name, about in found:
+        if isinstance(about, DatasetError):
+            table.add_row(name, escape(f"broken: {about}"))
+            continue
         table.add_row(name, str(about.env_id), str(about.episodes), str(about.steps))
     console.print(table)
 

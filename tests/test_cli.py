@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
     for args, words in (
         (["eval", str(path), "--checkpoint", "bset"], "no checkpoint 'bset'; give latest, best or a step"),
         (["eval", str(path), "--checkpoint", "7"], "no checkpoint 7"),
+        (["eval", str(path), "--seed", "-1"], "seed is -1; expected at least 0"),
+        (["play", str(path), "--seed", "-1", "--out", str(tmp_path / "play.gif")], "seed is -1; expected at least 0"),
         (["play", str(path), "--member", "1", "--out", str(tmp_path / "play.gif")], "no member 1"),
         (["play", str(path), "--out", str(tmp_path / "x.avi")], "has no known suffix"),
         (["data", "export", str(path)], "no recorded episode: train with --record"),
@@ -50,6 +53,17 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
         assert run(*args) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+    (path / "episodes.jsonl").write_text("")
+    assert run("resume", str(path)) == 0, "a run that has nothing to draw has finished all the same"
+    assert "no curve drawn: no evaluation" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").write_text("mine")
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
+    error = capsys.readouterr().err
+    assert "one is a file, where a run needs a folder: choose another --name" in error and error.count("\n") == 1
+    assert (tmp_path / "one").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +118,18 @@ def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "PointMaze_UMaze-v3" in capsys.readouterr().out
     assert run("data", "check", embedded) == 0
     assert "ok" in capsys.readouterr().out
+
+
+def test_a_broken_dataset_is_listed_as_such(
+    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(embedded_root, tmp_path / "data")
+    for name, text in (("cut", '{"dataset_id": "cut'), ("other", "[1]")):
+        (tmp_path / "data" / name / "data").mkdir(parents=True)
+        (tmp_path / "data" / name / "data" / "metadata.json").write_text(text)
+    assert run("data", "list", "--root", str(tmp_path / "data")) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("broken:") == 2 and "PointMaze_UMaze-v3" in shown
 
 
 def test_module_runs_as_a_program(embedded: str) -> None:
