@@ -5,6 +5,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,7 +179,8 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         """Stop drawing."""
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int, _: dict[str, float]) -> None:
         """Move the bar of `phase`."""
@@ -189,7 +191,7 @@ class Screen:
         self._progress.update(self._tasks[name], completed=done, total=total, description=label, note=self._note)
 
     def episodes(self, rows: list[dict[str, Any]]) -> None:
-        """Print one line for an evaluation."""
+        """Print one line for an evaluation; a terminal that has gone is no reason to end a run."""
         returns = [row["return"] for row in rows]
         parts = [f"return {sum(returns) / len(returns):.1f}"]
         known = [row["success"] for row in rows if row["success"] is not None]
@@ -197,6 +199,6 @@ class Screen:
             parts.insert(0, f"success {100 * sum(known) / len(known):.0f} %")
         self._note = ", ".join(parts)
         at = f"{rows[0]['gradient_steps']} updates, {rows[0]['env_steps']} environment steps"
-        self.console.print(
-            f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)", highlight=False
-        )
+        line = f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)"
+        with suppress(OSError):
+            self.console.print(line, highlight=False)

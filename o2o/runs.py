@@ -1,7 +1,7 @@
 """Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
 
 Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal.
-A signal (SIGINT, SIGTERM) saves first.
+A signal (SIGINT, SIGTERM, SIGHUP) saves first.
 """
 
 import contextlib
@@ -28,10 +28,15 @@ from o2o.log import JsonLines
 from o2o.loop import Trainer
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+HANG_UP: int | None = getattr(signal, "SIGHUP", None)
+"""Where there is such a signal: the terminal, or the ssh session, is gone."""
 
 
 class StopFlag:
-    """Turns the first SIGINT or SIGTERM into a flag that loops look at; the second SIGINT interrupts at once."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that loops look at; the second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored already stays so: nohup.
+    """
 
     def __init__(self) -> None:
         """Start with no signal seen."""
@@ -43,6 +48,8 @@ class StopFlag:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old[number] = signal.signal(number, self._handle)
+            if HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:
+                self._old[HANG_UP] = signal.signal(HANG_UP, self._handle)
         except ValueError:
             self._old = {}
         return self

@@ -182,7 +182,8 @@ def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -
 def run(entry: str, fd: int, *fds: int) -> None:
     """Be the child: call `entry` with the line to the parent, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job, it is the parent that saves and ends
+    for number in (signal.SIGTERM, signal.SIGHUP):  # sent to a whole job, it is the parent that saves and ends
+        signal.signal(number, signal.SIG_IGN)
     module, _, name = entry.partition(":")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         getattr(importlib.import_module(module), name)(Connection(fd), *fds)

@@ -1,6 +1,8 @@
 """Where numbers go: rows on disk, event files where TensorBoard is installed, one clear line where it is not."""
 
 import dataclasses
+import errno
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -10,10 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from o2o import cli, experiment
 from o2o.errors import ConfigError
-from o2o.log import JsonLines, evaluation_rows, make_loggers
+from o2o.log import JsonLines, Screen, evaluation_rows, make_loggers
 from o2o.plots import read_rows
 
 ROWS: list[dict[str, Any]] = [
@@ -107,6 +110,16 @@ def test_an_evaluation_is_a_row_of_means_per_seed() -> None:
         {**position, "seed": 0, "eval/success": 0.5, "eval/return": 1.0, "eval/normalized": 50.0, "eval/length": 7.5},
         {**position, "seed": 1, "eval/success": 0.5, "eval/return": 2.0, "eval/length": 7.5},
     ]
+
+
+def test_a_terminal_that_has_gone_ends_no_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    row = {"phase": "online", "env_steps": 40, "gradient_steps": 500, "return": 1.0, "success": None}
+    with Screen(Console(file=Gone(), force_terminal=False)) as screen:
+        screen.episodes([row])
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -23,7 +23,7 @@ from o2o.evaluate import Evaluator
 from o2o.experiment import RunConfig
 from o2o.plots import read_rows
 from o2o.remote_evaluation import RemoteEvaluator
-from o2o.runs import RunFolder, from_dict, read_config, read_status, to_dict
+from o2o.runs import RunFolder, StopFlag, from_dict, read_config, read_status, to_dict
 from o2o.schedule import LoopConfig
 from o2o.types import OnlineConfig
 
@@ -54,6 +54,21 @@ class StopAt:
         if row["phase"] == self.phase and at >= self.step and not self.fired:
             self.fired = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_hang_up_is_a_signal_to_stop_unless_it_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def train_interrupted(run: RunConfig, path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[StopAt]) -> None:

@@ -97,8 +97,9 @@ def test_none_outlives_a_killed_parent() -> None:
     with parent.stdout:
         pid = int(parent.stdout.readline())
     assert not gone(pid)
-    os.kill(pid, signal.SIGINT)  # as Ctrl-C would, and SIGTERM to a whole job
+    os.kill(pid, signal.SIGINT)  # as Ctrl-C would, and SIGTERM or SIGHUP to a whole job
     os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGHUP)
     parent.kill()
     parent.wait()
     stopped = lambda: gone(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"  # noqa: E731
