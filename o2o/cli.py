@@ -60,18 +60,19 @@ def _finish(path: Path, finished: bool, console: Console) -> int:
     return 0
 
 
-def resume(run: Name[Path]) -> int:
-    """Continue a stopped or killed run from its last checkpoint.
+def resume(run: Name[Path], online_steps: int | None = None) -> int:
+    """Continue a stopped or killed run from its last checkpoint, or a finished one for longer.
 
     Args:
         run: The run folder.
+        online_steps: Environment steps in all, where they are to be other than the run began with.
     """
     from o2o import experiment
     from o2o.log import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
-        finished = experiment.resume(run, screen)
+        finished = experiment.resume(run, screen, online_steps)
     return _finish(run, finished, console)
 
 

@@ -39,6 +39,10 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
     assert run("plot", str(path), "--out", str(tmp_path / "p.png")) == 0
     assert (tmp_path / "p.png").stat().st_size > 5_000
     assert run("resume", str(path)) == 0
+    assert run("resume", str(path), "--online-steps", "30") == 2
+    assert "has made 40 environment steps" in capsys.readouterr().err
+    assert run("resume", str(path), "--online-steps", "45") == 0
+    assert read_rows(path / "episodes.jsonl")[-1]["env_steps"] == 45
     assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
     assert "exists already" in capsys.readouterr().err
     for args, words in (
