@@ -1,19 +1,20 @@
-"""The `o2o` command (`train`'s options: `o2o.train_args`). What it does is in `o2o.experiment`, `bench`, `plots`."""
+"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.experiment`, `bench`, `plots`."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from o2o.errors import DatasetError, O2OError
+from o2o.errors import ConfigError, DatasetError, O2OError
 from o2o.startup import prepare_process
 from o2o.usage import USAGE, lookup, one_line
 
@@ -22,7 +23,6 @@ Name = tyro.conf.Positional
 
 def _train(args: list[str]) -> int:
     from o2o.agents import AGENTS
-    from o2o.train_args import parse
 
     listing = (
         f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n"
@@ -31,33 +31,55 @@ def _train(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(listing, file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
-    return _run_training(*parse(args[0], args[1:]))
+    return _run_training(*parse_train(args[0], args[1:]))
+
+
+def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
+    """Return the folder and the settings of a new run: those of `preset_run` with the same task, and `args` on top.
+
+    They are read twice: first those that the preset depends on, then all. A field of the task given as None is the
+    preset's, as in Python. Raises `ConfigError`; `--help` exits.
+    """
+    from o2o import experiment
+    from o2o.presets import Chosen
+
+    config_class, quiet = experiment.config_class(agent), [arg for arg in args if arg not in ("-h", "--help")]
+    with one_line(prog := f"o2o train {agent}"):
+        chosen, _ = tyro.cli(Chosen, args=quiet, prog=prog, return_unknown_args=True)
+    if not chosen.dataset and quiet == args:
+        raise ConfigError(f"{prog}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)")
+    default = chosen.run(agent)
+
+    @dataclasses.dataclass(frozen=True)
+    class TrainArgs(experiment.RunConfig):
+        """Pre-train an agent on a dataset, then fine-tune it in the environment."""
+
+        agent: Annotated[str, tyro.conf.Suppress]
+        config: config_class  # pyright: ignore[reportInvalidTypeForm]
+        preset: Literal["paper", "small"] = "paper"
+        """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
+        name: str | None = None
+        """Name of the run; None for AGENT-DATASET-SEED."""
+        runs: Path = Path("runs")
+        """Folder that holds the runs."""
+
+    with one_line(prog):
+        parsed = tyro.cli(TrainArgs, args=args, default=TrainArgs(**vars(default)), prog=prog, console_outputs=True)
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
+    config = experiment.RunConfig(**{**values, "task": default.task})
+    slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
+    return parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config
 
 
 def _run_training(path: Path, config: Any) -> int:
     from o2o import experiment
     from o2o.log import Screen
+    from o2o.tables import end
 
     console = Console(stderr=True)
     with Screen(console) as screen:
         finished = experiment.train(config, path, screen)
-    return _finish(path, finished, console)
-
-
-def _finish(path: Path, finished: bool, console: Console) -> int:
-    from o2o.plots import plot_runs
-
-    if not finished:
-        console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
-        return 0
-    try:
-        plot_runs([path], path / "curve.png")
-    except (O2OError, OSError, ValueError) as error:  # the run itself is well
-        console.print(f"no curve drawn: {error}", highlight=False)
-    console.print(
-        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
-    )
-    return 0
+    return end(path, finished, console)
 
 
 def resume(run: Name[Path], online_steps: int | None = None) -> int:
@@ -69,11 +91,12 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
     """
     from o2o import experiment
     from o2o.log import Screen
+    from o2o.tables import end
 
     console = Console(stderr=True)
     with Screen(console) as screen:
         finished = experiment.resume(run, screen, online_steps)
-    return _finish(run, finished, console)
+    return end(run, finished, console)
 
 
 def evaluate(

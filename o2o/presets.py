@@ -29,6 +29,27 @@ def config_class(name: str) -> Any:
     return type(agent_class(name).preset("other", "small").config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What of a new run's settings its preset depends on."""
+
+    dataset: tuple[str, ...] = ()
+    env: str | None = None
+    preset: str = "paper"
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+
+    def run(self, agent: str) -> RunConfig:
+        """Return the run of the preset; without a dataset, for help alone, that of the family `other`."""
+        if self.dataset:
+            return preset_run(agent, self.dataset, self.preset, env=self.env, task=self.task)
+        kind = agent_class(agent)
+        preset = kind.preset("other", "small" if self.preset == "small" else "paper")
+        return RunConfig(
+            agent=agent, config=preset.config, dataset=("DATASET",), preset=self.preset, task=self.task,
+            offline_steps=preset.offline_steps, online_steps=preset.online_steps, **getattr(kind, "run_settings", {}),
+        )  # fmt: skip
+
+
 def preset_run(
     agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any
 ) -> RunConfig:

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from o2o.dataset_files import DatasetInfo
-from o2o.errors import DatasetError
-from o2o.plots import judged_by, read_rows
+from o2o.errors import DatasetError, O2OError
+from o2o.plots import judged_by, plot_runs, read_rows
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
@@ -20,7 +20,7 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
     own = ("score",) if judged_by(rows) == "score" else ()
-    human = ("intervention",) if any(row["intervention"] for row in rows) else ()
+    human = ("intervention",) if any(row.get("intervention") for row in rows) else ()
     for key in (*own, "success", "success_last", "return", "normalized", "length", *human):
         known = [row for row in rows if row[key] is not None]
         if known:
@@ -28,6 +28,21 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
             spread = f"{np.std(means, ddof=1):.3f}" if len(means) > 1 else "-"
             table.add_row(key, f"{np.mean(means):.3f}", f"{spread} (n={len(means)})", str(len(known)))
     console.print(table)
+
+
+def end(path: Path, finished: bool, console: Console) -> int:
+    """Draw the curve of a run that has finished, say how to go on, and return the exit code."""
+    if not finished:
+        console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
+        return 0
+    try:
+        plot_runs([path], path / "curve.png")
+    except (O2OError, OSError, ValueError) as error:  # the run itself is well
+        console.print(f"no curve drawn: {error}", highlight=False)
+    console.print(
+        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
+    )
+    return 0
 
 
 def before_after(path: Path, console: Console) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from o2o import cli, experiment
 from o2o.agents import DiffusionBC, DiffusionBCConfig, FlowBC, FlowBCConfig
-from o2o.errors import ConfigError
+from o2o.errors import CheckpointError, ConfigError
 from o2o.generative import Diffusion, Flow
 from o2o.plots import read_rows
 from o2o.runs import read_status
@@ -271,5 +271,5 @@ def test_fewer_rows_than_a_chunk_are_refused(tiny_run: Maker) -> None:
 def test_a_run_without_history_does_not_start_one_with_it(tiny_run: Maker, tmp_path: Path) -> None:
     assert experiment.train(tiny_run("bc", offline_steps=20, online_steps=0), tmp_path / "bc")
     run = tiny_run("wsrl", history=2, init_from=str(tmp_path / "bc"), offline_steps=0)
-    with pytest.raises(experiment.CheckpointError, match=r"has history 1, this run 2: make them equal"):
+    with pytest.raises(CheckpointError, match=r"has history 1, this run 2: make them equal"):
         experiment.build(run)

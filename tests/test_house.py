@@ -26,7 +26,7 @@ ONLY_IN = {
     "orbax": {"o2o/checkpoint.py"},
     "minari": {"o2o/datasets.py", "o2o/dataset_files.py"},
     "h5py": {"o2o/datasets.py", "o2o/dataset_files.py"},
-    "tyro": {"o2o/cli.py", "o2o/train_args.py"},
+    "tyro": {"o2o/cli.py"},
     "argparse": {"o2o/cli.py"},
     "o2o.agents": JOINTS | {"agents/*"},
     "o2o.envs": JOINTS | {"envs/*"},

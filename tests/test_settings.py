@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from o2o import checkpoint, datasets, envs, experiment, train_args
+from o2o import checkpoint, cli, datasets, envs, experiment
 from o2o.about import returns_scale
 from o2o.agents import WSRL
 from o2o.datasets import Episode
@@ -116,7 +116,7 @@ def test_the_command_line_and_python_make_the_same_run(given: dict[str, Any], pu
     args = [f"--task.{key.replace('_', '-')}={value}" for key, value in given.items() if key != "achieved_goal"]
     args += ["--task.achieved-goal"] if given.get("achieved_goal") else []
     for agent, name, size in (("wsrl", door, "paper"), ("iql", door, "small"), ("iql", hopper, "paper")):
-        _, parsed = train_args.parse(agent, ["--seed", "3", *args, "--dataset", name, "--preset", size])
+        _, parsed = cli.parse_train(agent, ["--seed", "3", *args, "--dataset", name, "--preset", size])
         assert parsed == experiment.preset_run(agent, name, size, task=TaskConfig(**given), seed=3)
         assert all(getattr(parsed.task, key) == value for key, value in given.items() if value is not None)
 
@@ -127,13 +127,13 @@ def test_task_flags_do_not_mix_with_what_the_preset_has_for_another_task(put: Ca
     assert experiment.preset_run("wsrl", door).task == TaskConfig(
         binary=True, reward_scale=10.0, reward_bias=5.0, only_successes=True
     )
-    _, dense = train_args.parse("wsrl", ["--dataset", door, "--task.binary", "False"])
+    _, dense = cli.parse_train("wsrl", ["--dataset", door, "--task.binary", "False"])
     assert dense.task == TaskConfig(binary=False)
     assert experiment.load_data(dense).arrays["rewards"].tolist() == [0.25] * (3 + 4)
 
 
 def test_returns_are_normalised_where_the_preset_has_a_scale(embedded: str) -> None:
-    _, maze = train_args.parse("wsrl", ["--dataset", embedded, "--task.normalize-returns", "1000"])
+    _, maze = cli.parse_train("wsrl", ["--dataset", embedded, "--task.normalize-returns", "1000"])
     assert maze.task == TaskConfig(normalize_returns=1000.0)
     assert experiment.task_of(maze).reward_scale == 1000.0, "the maze's returns are 0 and 1"
 
@@ -142,7 +142,7 @@ def test_help_shows_the_datasets_own_defaults(put: Callable[..., str], capsys: p
     door = put("test/door-v0", [episode([0.0, 0.0], [False, True])], "AdroitHandDoor-v1")
     for args, reward_scale in ((["--dataset", door], "10.0"), ([], "None"), (["--task.reward-scale", "7"], "7.0")):
         with pytest.raises(SystemExit) as ended:
-            train_args.parse("wsrl", ["--help", *args])
+            cli.parse_train("wsrl", ["--help", *args])
         assert not ended.value.code
         shown = "".join(capsys.readouterr().out.split()).replace("│", "")
         about = shown[shown.index("--task.reward-scale") :]
