@@ -7,9 +7,10 @@ published code (ikostrikov/implicit_q_learning); options give WSRL's variant. Th
 Where we differ
 - The Q loss averages over the critics where the published code sums: the same step under Adam, up to epsilon.
 - One `init_scheme` serves all layers; WSRL's IQL has Xavier trunks, orthogonal heads, an actor's last layer of 1e-2.
-- Presets: rewards of WSRL's runs but the published code's on mazes (r - 1) and locomotion (best and worst return 1000
-  apart), no observation normalisation, no exploration noise beyond the policy's own; online 500k steps outside the
-  mazes (published: 1M). "pointmaze" follows AntMaze. Small locomotion has its own rates, tau and beta.
+- Presets: rewards of WSRL's runs, and Adroit's failed demonstrations left out as there (the small preset keeps them);
+  the published code's rewards on mazes (r - 1) and locomotion (best and worst return 1000 apart). No normalisation of
+  observations, no exploration noise beyond the policy's own; online 500k steps outside the mazes (published: 1M).
+  "pointmaze" follows AntMaze. Small locomotion has its own rates, tau and beta.
 - The online buffer is a ring: once the run's replay capacity is full, the oldest rows, the dataset's, go first.
 """
 

@@ -309,8 +309,8 @@ compilation is not in the rates. With several seeds in one program, rates are of
 - MFLOP/update: matmuls and convolutions, counted in the traced program with all rounds of its scans. of 256, of 2048:
   GFLOP/s as a share of float32 products of 256 x 256 x 256 and of 2048 x 2048 x 2048 in the same process.
 - machine: GFLOP/s of those of 2048 x 2048 x 2048. Rows of different days are rates of a machine that is at times twice
-  as fast as at others: compare rates only where this column is alike, else shares. It
-  is measured before a cell's rows: a share above 100 % says that the machine became faster meanwhile.
+  as fast as at others: compare rates only where this column is alike, else shares. It is measured before a
+  cell's rows: a share above 100 % says that the machine became faster meanwhile.
 - The whole online loop: environment steps/s with the real environment, logging on, evaluation off. One step in ms, its
   parts each measured alone: stepping the environments (one after the other), moving what a step takes, the program.
   rest: what is left, Python; negative where parts overlap. Where a step takes over two seconds its program is not

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from o2o.datasets import Dataset
 from o2o.errors import ConfigError
-from o2o.experiment import agent_class, load_config, open_run
+from o2o.experiment import agent_class, check_member, load_config, open_run
 from o2o.normalizer import normalize
 from o2o.plots import COLORS, GRID, INK, check_picture, save_picture
 
@@ -35,8 +35,7 @@ def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") 
         raise ConfigError(
             f"agent {config.agent} of run {path} has no balance coefficient to draw; give a run of famo2o or famo2o_cql"
         )
-    if not 0 <= member < config.seeds:
-        raise ConfigError(f"no member {member}: {path} trained {config.seeds} seed(s), counted from 0")
+    check_member(path, member)
     check_picture(out)
     _, trainer = open_run(path, which)
     try:

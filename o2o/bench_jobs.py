@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from o2o.bench import Cell, Suite, covered, load_suite, split, status_of
 from o2o.errors import O2OError, RunError
+from o2o.log import write_atomically
 
 State = Literal["missing", "interrupted", "active", "finished"]
 KEPT = ("config.json", "episodes.jsonl", "metrics.jsonl", "status.json")
@@ -137,9 +138,7 @@ def collect(job: Job) -> bool:
 
 def _write_cell(cell: Cell, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(asdict(cell), indent=2) + "\n")
-    partial.replace(path)
+    write_atomically(path, json.dumps(asdict(cell), indent=2) + "\n")
 
 
 def run_suite(

@@ -15,6 +15,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from o2o.errors import CheckpointError
+from o2o.log import write_atomically
 
 _policies = ocp.training.preservation_policies
 
@@ -102,9 +103,7 @@ def add_score(folder: Path, step: int, score: float) -> None:
     if not late.parent.is_dir():
         return
     try:
-        temporary = late.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"score": score}) + "\n")
-        temporary.replace(late)
+        write_atomically(late, json.dumps({"score": score}) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact, but "

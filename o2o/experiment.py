@@ -329,11 +329,12 @@ def load_policy(path: Path, which: str = "latest", member: int = 0) -> TrainedPo
 
     It acts by its mode. The run's dataset must be where it was, and its base policy if it has one.
     """
-    _check_member(path, member)
+    check_member(path, member)
     return TrainedPolicy(run_source(path, member, which=which))
 
 
-def _check_member(path: Path, member: int) -> None:
+def check_member(path: Path, member: int) -> None:
+    """Raise `ConfigError` unless a run has a seed of that number."""
     if not 0 <= member < (seeds := load_config(path).seeds):
         raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
 
@@ -368,7 +369,7 @@ def play_run(
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
     _check_seed(seed)
-    _check_member(path, member)
+    check_member(path, member)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)

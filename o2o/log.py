@@ -54,6 +54,13 @@ def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all; what was there stays until then."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 class JsonLines:
     """Append rows to a file; every row is flushed, so a kill loses none."""
 

@@ -265,14 +265,15 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statis
     """
     check_picture(out)
     curves: dict[str, Curve] = {}
-    if metric is None:
-        metric = judged_by([row for run in runs for row in read_rows(run / "episodes.jsonl")])
     configs = [read_json(run / "config.json") for run in runs]
     groups = _replicates(runs, configs)
+    pooled = [pool(group) for group in groups]
+    if metric is None:
+        metric = judged_by([row for rows in pooled for row in rows])
     agents = {run: _name(config, run) for run, config in zip(runs, configs, strict=True)}
     names = [agents[group[0]] for group in groups]
-    for name, group in zip(names, groups, strict=True):
-        result = curve(pool(group), metric, STATISTICS[statistic])
+    for name, group, rows in zip(names, groups, pooled, strict=True):
+        result = curve(rows, metric, STATISTICS[statistic])
         if result is not None:
             label = name if names.count(name) == 1 else f"{name}: {group[0].name}"
             label += f" and {len(group) - 1} more" if label != name and len(group) > 1 else ""

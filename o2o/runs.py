@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 from o2o import checkpoint
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.host_replay import HostReplay
-from o2o.log import JsonLines
+from o2o.log import JsonLines, write_atomically
 from o2o.loop import Trainer
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -200,11 +200,11 @@ class RunFolder:
 
     def change(self, **settings: Any) -> None:
         """Change settings in `config.json`, atomically."""
-        _write(self.path / "config.json", json.dumps({**read_config(self.path), **settings}, indent=2) + "\n")
+        write_atomically(self.path / "config.json", json.dumps({**read_config(self.path), **settings}, indent=2) + "\n")
 
     def status(self, value: str, **extra: Any) -> None:
         """Write `status.json` atomically: running, finished, stopped or failed."""
-        _write(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
+        write_atomically(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
 
     def close(self) -> None:
         """Close the row files, and let others train the run."""
@@ -212,12 +212,6 @@ class RunFolder:
         self.episodes.close()
         if self._lock is not None:
             self._lock.close()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
