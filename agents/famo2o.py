@@ -35,6 +35,7 @@ from o2o.agents.balance import BalanceConfig, balance_info, coefficient, family_
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import positive, positive_model
 from o2o.errors import ConfigError
+from o2o.layout import branch
 from o2o.losses import sac_actor_loss, temperature_loss
 from o2o.networks import Adam, GaussianActor, Model
 from o2o.types import Array, Batch, Carry, Info, Params, Preset
@@ -150,7 +151,7 @@ class FamO2O(IQL):
         if self.config.balance_every == 1:
             return learn()
         done: Any = self.value.opt_state[0]  # V steps at every update: Adam counts them
-        return jax.lax.cond(done.count % self.config.balance_every == 0, learn, rest)
+        return branch(done.count % self.config.balance_every == 0, learn, rest)
 
     def _step(self, batch: Batch) -> tuple[Self, Info]:
         # Both steps read the parameters from before the update: the actor old betas, the balance the old actor.

@@ -20,6 +20,7 @@ from flax import struct
 from o2o import losses
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
+from o2o.layout import branch
 from o2o.networks import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params
 
@@ -188,7 +189,7 @@ class TD3(AgentNode):
         def rest(agent: Self) -> tuple[Self, Info]:
             return agent, {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
-        agent, actor_info = jax.lax.cond(agent.updates % delay == 0, move, rest, agent)
+        agent, actor_info = branch(agent.updates % delay == 0, move, rest, agent)
         return agent, {**info, **actor_info}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.errors import ConfigError
+from o2o.layout import any_seed, plans_in_turn
 from o2o.types import Array, Carry
 
 
@@ -42,11 +43,16 @@ def outdated(carry: Carry, ended: Any, intervened: Any) -> Any:
     return ended | intervened if isinstance(carry, ActionQueue) else ended
 
 
+def planned_in_turn(carry: Carry) -> bool:
+    """Return whether seeds that carry `carry` act one after the other, so that each plans in its own time."""
+    return isinstance(carry, ActionQueue) and plans_in_turn()
+
+
 def next_action(queue: ActionQueue, propose: Callable[[], Array], execute: int) -> tuple[Array, ActionQueue]:
     """Return the action `[..., A]` of this step and the queue behind it.
 
     Where `left` is 0 the queue first takes the leading `execute` actions of `propose() [..., H, A]`; `propose` is
-    evaluated only when some queue is empty (under `jax.vmap` both branches run, and the choice is the same).
+    evaluated only when some queue is empty, under `jax.vmap` that of any.
     Raises `ConfigError` unless 1 <= execute <= the queue's places.
     """
     places = queue.actions.shape[-2]
@@ -69,6 +75,6 @@ def next_action(queue: ActionQueue, propose: Callable[[], Array], execute: int) 
             left=jnp.where(empty, execute, queue.left).astype(jnp.int32),
         )
 
-    ready = jax.lax.cond(empty.any(), refill, lambda: queue)
+    ready = jax.lax.cond(any_seed(empty.any()), refill, lambda: queue)
     rest = jnp.concatenate([ready.actions[..., 1:, :], jnp.zeros_like(ready.actions[..., :1, :])], axis=-2)
     return ready.actions[..., 0, :], ActionQueue(actions=rest, left=ready.left - 1)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
+from o2o.chunks import planned_in_turn
 from o2o.layout import seeds_in_turn
 from o2o.networks import where_leading
 from o2o.normalizer import Normalizer, normalize
@@ -292,7 +293,8 @@ def learn_and_choose(
 
     if mode.update:
         agent, totals = learned(agent, totals, rng, buffer, offline, mode)
-    carry, rng, action = over_seeds(act, mode.seeds)(agent, carry, rng, observations, ended)
+    in_turn = planned_in_turn(carry)
+    carry, rng, action = over_seeds(act, mode.seeds, in_turn=in_turn)(agent, carry, rng, observations, ended)
     return agent, carry, rng, totals, action
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for
+from o2o.chunks import planned_in_turn
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.errors import ConfigError, RunError
 from o2o.normalizer import Normalizer, normalize
@@ -201,7 +202,7 @@ def _learn_and_act(
 
     if mode.update:
         agent, totals = dispatch.updated(agent, totals, batch, mode.seeds)
-    action, carry = over_seeds(act, mode.seeds)(agent, carry, rng, observations, ended)
+    action, carry = over_seeds(act, mode.seeds, in_turn=planned_in_turn(carry))(agent, carry, rng, observations, ended)
     return agent, carry, totals, action
 
 

@@ -6,7 +6,9 @@
 - Convolutions have gradients of their own on a CPU: XLA brings convolutions into the form of its fast kernels there
   outside of loops only (its pass ConvCanonicalization), and an update is always inside one. Seeds go through them one
   after the other. On a GPU they are JAX's.
-- Seeds of small networks are batched, those of large ones follow one another within each call.
+- Seeds of small networks are batched, those of large ones follow one another within each call. Policies that plan
+  chunks act one seed after the other on a CPU, each planning only when its own queue is empty.
+- A branch that only some steps take stays a branch when seeds are batched, where `jax.vmap` alone computes both.
 
 What is defined here by its own gradient can be differentiated in reverse mode only.
 """
@@ -17,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
+from jax.custom_batching import custom_vmap, sequential_vmap
 
 from o2o.types import Array, Params
 
@@ -44,6 +46,27 @@ def seeds_in_turn(agents: Any) -> bool:
     seeds = jax.tree.leaves(agents)[0].shape[0]
     numbers = sum(leaf.size for leaf in jax.tree.leaves(agents)) // seeds
     return jax.default_backend() == "cpu" and numbers >= BATCHED_NUMBERS
+
+
+def plans_in_turn() -> bool:
+    """Return whether seeds whose policies plan chunks act one after the other on this back end, not batched."""
+    return jax.default_backend() == "cpu"
+
+
+@custom_vmap
+def any_seed(flag: Array) -> Array:
+    """Return `flag` `[]`; under `jax.vmap` whether it is true of any, which is no longer batched."""
+    return flag
+
+
+@any_seed.def_vmap
+def _(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return any_seed(flag.any()) if batched[0] else any_seed(flag), False
+
+
+def branch(flag: Array, then: Callable[..., Any], rest: Callable[..., Any], *operands: Any) -> Any:
+    """Return `jax.lax.cond(flag, then, rest, *operands)`, with `then` under `jax.vmap` only if a seed does it."""
+    return jax.lax.cond(any_seed(flag), lambda *args: jax.lax.cond(flag, then, rest, *args), rest, *operands)
 
 
 def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:

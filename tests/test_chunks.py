@@ -73,6 +73,21 @@ def test_vmapped_queues_equal_each_queue_by_itself():
         assert int(after.left[member]) == int(alone_after.left)
 
 
+def test_vmapped_queues_ask_only_when_one_is_empty():
+    weights = jnp.ones((3, 3))
+
+    def step(queue):
+        return next_action(queue, lambda: numbered(0.0) + (weights @ weights)[0, 0], PLACES)
+
+    queues = ActionQueue(jnp.stack([numbered(1.0), numbered(2.0)]), jnp.asarray([1, 2], jnp.int32))
+    program = jax.make_jaxpr(jax.vmap(step))(queues)
+    outside = [equation.primitive.name for equation in program.eqns]
+    assert "cond" in outside and "dot_general" not in outside
+    assert jax.vmap(step)(queues)[0][:, 0].tolist() == [1.0, 2.0]
+    emptied = queues._replace(left=jnp.asarray([0, 2], jnp.int32))
+    assert jax.vmap(step)(emptied)[0][:, 0].tolist() == [3.0, 2.0]
+
+
 def test_a_longer_proposal_than_the_queue_is_cut_to_what_is_executed():
     action, queue = next_action(empty_queue((), 2, DIM), lambda: numbered(1.0, steps=7), 2)
     assert float(action[0]) == 1.0 and int(queue.left) == 1 and float(queue.actions[0, 0]) == 2.0

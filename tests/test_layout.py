@@ -10,6 +10,7 @@ import pytest
 from o2o import dispatch, layout
 from o2o.buffer import OfflineData
 from o2o.networks import CriticEnsemble, EnsembleDense, take_members
+from o2o.types import Array
 from tests.contract import QUICK, ROWS, Case, make_batch
 from tests.tiny import forget_many_programs
 
@@ -192,6 +193,23 @@ def test_the_layout_of_seeds_goes_by_their_size_on_a_cpu_only(monkeypatch: pytes
     assert not layout.seeds_in_turn(small) and layout.seeds_in_turn(large)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not layout.seeds_in_turn(large)
+
+
+def test_a_branch_that_no_seed_takes_is_not_computed_for_batched_ones() -> None:
+    def step(flag: Array, x: Array) -> Array:
+        return layout.branch(flag, lambda x: x @ x, lambda x: x - 1.0, x)
+
+    x = jnp.stack([jnp.full((2, 2), value) for value in (1.0, 2.0, 3.0)])
+    for flags in ([False, False, False], [True, False, True], [True, True, True]):
+        want = [each @ each if flag else each - 1.0 for flag, each in zip(flags, x, strict=True)]
+        np.testing.assert_array_equal(jax.jit(jax.vmap(step))(jnp.asarray(flags), x), jnp.stack(want))
+        each = [jax.jit(step)(jnp.asarray(flag), one) for flag, one in zip(flags, x, strict=True)]
+        np.testing.assert_array_equal(jnp.stack(each), jnp.stack(want))
+    program = jax.make_jaxpr(jax.vmap(step))(jnp.zeros(3, bool), x)
+    outside = [equation.primitive.name for equation in program.eqns]
+    assert "cond" in outside and "dot_general" not in outside
+    alike = jax.vmap(step, in_axes=(None, 0))(jnp.asarray(True), x)
+    np.testing.assert_array_equal(alike, x @ x)
 
 
 @pytest.mark.parametrize(("seeds", "batched"), [(1, True), (2, True), (2, False)])
