@@ -8,9 +8,9 @@ import gymnasium
 import jax
 import numpy as np
 
-from o2o.chunks import outdated
+from o2o.chunks import outdated, planned_in_turn
 from o2o.dispatch import clear_carry, over_seeds
-from o2o.episode import EVAL_STREAM, EnvSlot
+from o2o.episode import EVAL_STREAM, EnvSlot, reset_seed
 from o2o.errors import ConfigError
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Carry
@@ -29,7 +29,7 @@ def _act(
     act = lambda a, o, c, k: a.sample_actions(normalize(normalizer, o), c, k, deterministic)  # noqa: E731
     if carry is None:
         return jax.vmap(act)(agent, observations, carry, keys)
-    return over_seeds(act, seeds)(agent, observations, carry, keys)  # one seed: without the axis, a `cond` stays one
+    return over_seeds(act, seeds, in_turn=planned_in_turn(carry))(agent, observations, carry, keys)
 
 
 class Evaluator:
@@ -56,7 +56,10 @@ class Evaluator:
     def __call__(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
     ) -> list[dict[str, Any]]:
-        """Play all episodes with the stacked `agent`; return their rows. Resets depend on (seed, member, `point`)."""
+        """Play all episodes with the stacked `agent`; return their rows.
+
+        Resets depend on (seed, member, `point`), noise of the policies on (seed, `point`) and the member too.
+        """
         rows = self._play(agent, normalizer, point, deterministic, lambda: False)
         assert rows is not None
         return rows
@@ -70,7 +73,7 @@ class Evaluator:
             self.slots = self.slots if first.replayable else 1  # of a robot there is one
             slots = [EnvSlot(self.env_fn(True), ()) for _ in range(self.seeds * self.slots - 1)]
             self.envs = np.reshape(np.asarray([first, *slots], object), (self.seeds, self.slots)).tolist()
-        rng = jax.random.key(point)
+        rng = jax.random.key(reset_seed(self.seed, EVAL_STREAM, point))
         fresh = jax.vmap(lambda a: a.initial_carry((self.slots,)))(agent)
         carry = fresh
         queue = [list(range(self.episodes)) for _ in range(self.seeds)]

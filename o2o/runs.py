@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import types
 import typing
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
-from o2o import checkpoint
+from o2o import __version__, checkpoint
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.host_replay import HostReplay
 from o2o.log import JsonLines, write_atomically
@@ -99,10 +100,25 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _commit() -> str:
+    """Return the commit of the checkout that this code is in, `-dirty` behind it where files differ, or nothing."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("o2o", "jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    """Return the versions that a result depends on, in a checkout of this code also its commit."""
+    names = ("jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     found = {"python": platform.python_version(), "machine": f"{platform.machine()} x {os.cpu_count()}"}
+    found["o2o"] = __version__
+    if commit := _commit():
+        found["commit"] = commit
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

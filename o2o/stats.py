@@ -174,10 +174,13 @@ def curve(
     """Return the learning curve of episode rows, or None where no row has the metric.
 
     The online part begins at 0 with the last offline evaluation, so that what the switch does can be seen.
+    Points that not all seeds have, because a run was broken off or is still going, are left out.
     """
     points = aggregate(rows, metric)
     if not points:
         return None
+    everyone = max(len(point.scores) for point in points)
+    points = [point for point in points if len(point.scores) == everyone]
     offline = [(point.gradient_steps, point.values) for point in points if point.phase == "offline"]
     online = {point.env_steps: point.values for point in points if point.phase != "offline"}
     if online and offline:
@@ -185,6 +188,6 @@ def curve(
     return Curve(
         offline=_band(offline, statistic, confidence),
         online=_band(sorted(online.items(), key=lambda item: item[0]), statistic, confidence),
-        seeds=max(len(point.scores) for point in points),
+        seeds=everyone,
         warmup_steps=max((point.env_steps for point in points if point.phase == "warmup"), default=0),
     )

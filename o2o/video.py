@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from o2o.chunks import outdated
-from o2o.episode import EnvSlot
+from o2o.episode import EnvSlot, reset_seed
 from o2o.errors import ConfigError, EnvironmentFaultError
 from o2o.normalizer import Normalizer, normalize
 
@@ -44,7 +44,7 @@ def record(
     """Play `episodes` with the mode of `agent`; frames go to `out`, None for a window. Returns one row each."""
     check_out(out)
     act = jax.jit(lambda a, o, c, k: a.sample_actions(o, c, k, True))
-    rows, frames, rng = [], [], jax.random.key(0)
+    rows, frames, rng = [], [], jax.random.key(reset_seed(*slot.seeds))
     for _ in range(episodes):
         observation, carry, ended, terminated = slot.reset(), agent.initial_carry((1,)), False, False
         while not ended:

@@ -138,6 +138,17 @@ def test_sampled_evaluation_repeats_itself_too() -> None:
     evaluator.close()
 
 
+def test_the_noise_of_policies_comes_from_the_seed_too() -> None:
+    first = []
+    for seed in (0, 1, 0):
+        episodes: list[list[float]] = []
+        evaluator = Evaluator(lambda e, kept=episodes: Recorder(pendulum()(e), kept), seeds=1, episodes=1, seed=seed)
+        evaluator(stack(STILL), None, point=0, deterministic=False)
+        evaluator.close()
+        first.append(next(played[0] for played in episodes if played))
+    assert first[0] == first[2] != first[1] and 0 not in first
+
+
 @pytest.mark.parametrize("slots", [1, 3, 10])
 def test_how_many_play_side_by_side_changes_nothing(slots: int) -> None:
     agents = stack(STILL, STEADY)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from o2o import checkpoint, experiment
+from o2o import __version__, checkpoint, experiment
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
 from o2o.evaluate import Evaluator
 from o2o.experiment import RunConfig
@@ -170,6 +171,9 @@ def test_run_folder_holds_what_it_should(tiny_run: Maker, tmp_path: Path) -> Non
     experiment.train(run, tmp_path / "run")
     config = read_config(tmp_path / "run")
     assert len(config["fingerprint"]) >= 16 and config["versions"]["jax"] == jax.__version__
+    assert config["versions"]["o2o"] == __version__
+    if (Path(__file__).resolve().parents[1] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", config["versions"]["commit"])
     assert experiment.load_config(tmp_path / "run") == run
     rows = read_rows(tmp_path / "run" / "episodes.jsonl")
     assert {(row["phase"], row["env_steps"]) for row in rows} >= {("offline", 0), ("warmup", 20), ("online", 60)}

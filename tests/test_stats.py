@@ -125,3 +125,11 @@ def test_curve_joins_the_phases_at_the_switch():
     assert curve(rows, "success") is None
     only_online = curve([row("online", 5, 0, 0, 1.0)])
     assert only_online is not None and only_online.offline.steps.size == 0 and only_online.online.steps.tolist() == [5]
+
+
+def test_a_curve_ends_where_the_first_of_its_seeds_does():
+    rows = [row("online", step, step, 0, 100.0) for step in (0, 500, 1000)]
+    rows += [row("online", step, step, 1, 0.0) for step in (0, 500)]
+    result = curve(rows)
+    assert result is not None and result.seeds == 2
+    assert result.online.steps.tolist() == [0, 500] and result.online.centre.tolist() == [50, 50]
