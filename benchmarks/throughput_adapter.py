@@ -247,7 +247,11 @@ class Adapter:
         return jax.jit(lambda a, b: a.update(b)).trace(agent, batch), rounds
 
     def flops(self, utd: int) -> tuple[float, float | None]:
-        """Return the matmul FLOPs of one update of one seed, and XLA's count of the program divided alike."""
+        """Return the matmul FLOPs of one update of one seed, and XLA's count of the program divided alike.
+
+        Of agents some of whose networks step in every second or fifth update only, the mean over updates.
+        """
         traced, rounds = self.traced(utd)
-        ours, theirs = program_flops(traced)
+        period = getattr(self.config, "policy_delay", getattr(self.config, "balance_every", 1))
+        ours, theirs = program_flops(traced, period)
         return ours / rounds, theirs

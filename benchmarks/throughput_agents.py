@@ -113,7 +113,7 @@ class Cell:
         if rollout:
             agent: Any = adapter.trainer.agent_of(0)
             found["updates"] = self.of_all([rate * agent.rollout_updates for rate in steps])
-        parts = {"environment": measure(adapter.environments(), self.short)}
+        parts = {"environment": [rate * per_step / together for rate in measure(adapter.environments(), self.short)]}
         if adapter.recorder.last is not None:
             parts["transfer"] = measure(adapter.transfers, self.short)
             if second < LONG:

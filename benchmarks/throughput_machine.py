@@ -88,19 +88,20 @@ def alone(shapes: Any, numbers: Any) -> Run:
     return lambda count: run(first, second, jnp.asarray(count, jnp.int32)).block_until_ready()
 
 
-def products(jaxpr: Any, rounds: int = 1) -> list[tuple[Any, int]]:
+def products(jaxpr: Any, rounds: int = 1, cheapest: bool = False) -> list[tuple[Any, int]]:
     """Return a jaxpr's products and convolutions, its equations, each with how often it runs.
 
-    All rounds of scans are counted, one of whiles; of branches the one with the most FLOPs.
+    All rounds of scans are counted, one of whiles; of branches the one with the most FLOPs, or the `cheapest`.
     """
+    of_branches = min if cheapest else max
     found: list[tuple[Any, int]] = []
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in ("dot_general", "conv_general_dilated"):
             found.append((equation, rounds))
         times = rounds * equation.params["length"] if name == "scan" else rounds
-        inner = [products(sub, times) for sub in _jaxprs(equation.params)]
-        found += max(inner, key=flops_of) if inner and name == "cond" else sum(inner, [])
+        inner = [products(sub, times, cheapest) for sub in _jaxprs(equation.params)]
+        found += of_branches(inner, key=flops_of) if inner and name == "cond" else sum(inner, [])
     return found
 
 
@@ -133,16 +134,18 @@ def _jaxprs(params: dict[str, Any]) -> list[Any]:
     return [value for value in opened if hasattr(value, "eqns")]
 
 
-def program_flops(traced: Any) -> tuple[float, float | None]:
+def program_flops(traced: Any, period: int = 1) -> tuple[float, float | None]:
     """Return the FLOPs of the `products` of a traced function, and XLA's own count where it has one.
 
-    XLA's analysis counts one round of a scan and every elementwise operation.
+    Of branches the dearest is taken once every `period` times, else the cheapest. XLA's analysis counts one round of a
+    scan and every elementwise operation.
     """
     try:
         analysis: Any = traced.lower().cost_analysis()
     except (NotImplementedError, RuntimeError):  # a back end without an analysis
         analysis = None
-    ours = flops_of(products(traced.jaxpr.jaxpr))
+    dearest, cheapest = (flops_of(products(traced.jaxpr.jaxpr, cheapest=least)) for least in (False, True))
+    ours = (dearest + (period - 1) * cheapest) / period
     return ours, analysis.get("flops") if isinstance(analysis, dict) else None
 
 

@@ -295,19 +295,20 @@ def markdown(results: Results, cases: Mapping[str, Any]) -> str:
 
 EXPLAINED = """\
 Made by `python benchmarks/throughput.py` (our agents) and `... --peers` (also other libraries); words select a part,
-such as `iql cheetah 1seed` or `--peers comparison`, and what is measured anew replaces its rows. Raw repeats:
+such as `iql cheetah 1seed` or `--peers comparison`, and what is measured anew replaces its rows. Raw repeats and dates:
 `rows.json`.
 
 Networks of each agent's `paper` preset, minibatches of 256 (staged agents: their own), synthetic transitions. Medians;
 compilation is not in the rates. With several seeds in one program, rates are of all of them together.
 
-- updates/s: critic updates (agents without critics: policy updates). `offline`: 200 in one call, as the offline loop
-  does; "one per call": waited for each time. `utdN`: the program of one online step, which stores a transition, draws,
-  does N updates and chooses the next action. `online`: on-policy agents, whole loop; acting alone for those that do not
-  learn online.
+- updates/s: critic updates (agents without critics, and offline those that only imitate there, EXPO and IBRL: policy
+  updates). `offline`: 200 in one call, as the offline loop does; "one per call": waited for each time. `utdN`: the
+  program of one online step, which stores a transition, draws, does N updates and chooses the next action. `online`:
+  on-policy agents, whole loop; acting alone for those that do not learn online.
 - compile s: what the first call took longer than the second. peak MB: of the process (GPU: of the device).
-- MFLOP/update: matmuls and convolutions, counted in the traced program with all rounds of its scans. of 256, of 2048:
-  GFLOP/s as a share of float32 products of 256 x 256 x 256 and of 2048 x 2048 x 2048 in the same process.
+- MFLOP/update: matmuls and convolutions, counted in the traced program with all rounds of its scans, the mean
+  over updates where some networks step in every second or fifth only. of 256, of 2048: GFLOP/s as a share of float32
+  products of 256 x 256 x 256 and of 2048 x 2048 x 2048 in the same process.
 - machine: GFLOP/s of those of 2048 x 2048 x 2048. Rows of different days are rates of a machine that is at times twice
   as fast as at others: compare rates only where this column is alike, else shares. It is measured before a
   cell's rows: a share above 100 % says that the machine became faster meanwhile.

@@ -67,6 +67,13 @@ def test_share_of_the_matmul_rate_and_what_no_part_of_a_step_explains() -> None:
     assert dataclasses.replace(LOOP, parts={"environment": 2.0}).rest is None
 
 
+def test_committed_rows_agree_with_one_another() -> None:
+    rows = Results.load(throughput.RESULTS).rows
+    for each in rows:
+        whole, played = each.step_milliseconds, each.parts.get("environment")
+        assert not whole or not played or played < 2 * whole, f"{each.key}: a part is longer than the step"
+
+
 def test_tables_say_ratio_wanted_and_missing() -> None:
     found = contests("iql", ("ours", "as run", [300.0, 400.0, 500.0]), ("d3rlpy", "as run", [100.0, 100.0, 250.0]))
     found.append(Contest("cpu", "iql", "sbx", "as run", "", [], "has no IQL"))
@@ -151,6 +158,9 @@ def test_flops_count_every_round_of_a_scan() -> None:
     assert [times for _, times in found] == [7, 1] and flops_of(found) == 8 * one
     ours, theirs = program_flops(jax.jit(lambda a, b: jnp.einsum("ij,jk->ik", a, b)).trace(x, y))
     assert ours == one and (theirs is None or theirs == pytest.approx(one, rel=0.2))
+    seldom = jax.jit(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b @ b.T @ b, lambda: a @ b)).trace(x, y)
+    assert program_flops(seldom)[0] == one + 2 * 2.0 * 3 * 4 * 5
+    assert program_flops(seldom, period=4)[0] == one + 2 * 2.0 * 3 * 4 * 5 / 4
     images, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 6))
 
     def convolve(a: jax.Array, b: jax.Array) -> jax.Array:
