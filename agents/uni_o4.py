@@ -18,8 +18,8 @@ Where we differ
 - Policies are judged at the improvement's end too. New noise, where asked for, is shared by the members.
 - Dataset actions are clipped to 0.99999 on every task (release: Adroit), sampled ones never. The Q loss is a mean over
   both critics, the same step under Adam. Biases begin at zero. `analytic_kl` sums over action dimensions.
-- Candidates for the online phase play fresh evaluation episodes, which are not counted as environment steps, and are
-  judged by success where there is one; the release looks at its last offline evaluations.
+- Candidates for the online phase play the resets of the last offline evaluation, which are not counted as environment
+  steps, and are judged by success where there is one; the release looks at its last offline evaluations.
 - Tasks and rewards are the toolkit's (Adroit binary, Kitchen minus 4), not D4RL's.
 - V is not fitted anew for scaled rewards: `reward_scale` holds in both phases. The release's "dynamic" scaling, its
   SARSA critic (medium-expert sets), filtered cloning (AntMaze) and KL term in the improvement are left out.

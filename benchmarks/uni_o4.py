@@ -8,7 +8,9 @@ SUITE = Suite(
         "One on-policy objective in both phases. `uni_o4` pre-trains in four stages and goes online as PPO; `iql` is "
         "offline only; `ppo` starts from scratch; `ppo_bc` clones first, with the online settings of `uni_o4` in all "
         "three. Targets are the mean returns of the expert sets recorded beside these data (3680, 4614, 11506). The "
-        "datasets are stand-ins, not the official ones of similar names."
+        "datasets are stand-ins, not the official ones of similar names. Before it goes online `uni_o4` lets its three "
+        "policies play 20 episodes each and takes the best; these steps are not among the 40,000, and the others have "
+        "none."
     ),
     tasks=(
         BenchTask("o2o/hopper/medium-v0", target=3679.5),

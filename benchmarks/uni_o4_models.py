@@ -100,10 +100,12 @@ def main() -> None:
     text = [
         "# AM-Q and the dynamics ensemble",
         "",
-        f"`uni_o4`, small preset, seed 0, {STEPS:,} gradient steps on `{DATASET}`: {len(found)} policies of its "
-        f"improvement, each scored by AM-Q and played for {EPISODES} episodes.",
+        f"`uni_o4`, small preset, seed 0, {STEPS:,} gradient steps on `{DATASET}`: {len(found)} policies, its members "
+        f"at {len({c.gradient_steps for c in found})} moments of their improvement, each scored by AM-Q and played for "
+        f"{EPISODES} episodes.",
         "",
-        f"- Rank correlation of score and true return: {result.statistic:.2f} (p = {result.pvalue:.2g}).",
+        f"- Rank correlation of score and true return: {result.statistic:.2f}. The policies of one run, and of one "
+        "member at several moments, are no independent samples.",
         f"- Pairs of policies that AM-Q ranks as the environment does: {100 * right:.0f} % (a review of the paper has "
         "78 %, on other data).",
         f"- Error of a roll-out along recorded actions, in standard deviations of the data: {by_horizon[0]:.3f} after "
