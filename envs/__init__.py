@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
 from io import StringIO
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from o2o.datasets import DatasetInfo
 from o2o.envs import kitchen
-from o2o.envs.cameras import add_cameras
+from o2o.envs.cameras import CameraObservation, add_cameras
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
 from o2o.envs.tasks import TASKS, register, task_for
 from o2o.envs.wrappers import (
@@ -35,6 +34,7 @@ __all__ = [
     "EMBEDDED",
     "TASKS",
     "BaseAction",
+    "CameraObservation",
     "check_spaces",
     "embedded_id",
     "final_info",
@@ -151,12 +151,13 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
 
 
 def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
-    """Whether an id's environment is the one that a dataset names: same id, arguments and time limit."""
+    """Whether an id's environment is the one that a dataset names: same id, arguments, time limit and wrappers."""
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
     ours = _spec(env_id)
-    return ours.max_episode_steps == theirs.max_episode_steps and ours.kwargs == theirs.kwargs
+    keys = ("max_episode_steps", "kwargs", "additional_wrappers")
+    return all(getattr(ours, key) == getattr(theirs, key) for key in keys)
 
 
 def _spec(source: str | DatasetInfo) -> EnvSpec:
@@ -167,7 +168,13 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
             raise EnvironmentMismatchError(
                 f"dataset {source.name} does not name its environment; give one with --env ID"
             )
-        return replace(spec, additional_wrappers=())
+        if spec.additional_wrappers:
+            names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
+            raise EnvironmentMismatchError(
+                f"dataset {source.name} was recorded in {spec.id} with wrappers around it ({names}), which o2o does "
+                "not make by itself: register an environment that has them, and give it with --env module:ID"
+            )
+        return spec
     module, _, name = source.rpartition(":")
     try:
         if module:

@@ -177,7 +177,7 @@ def make_embedded(name: str, root: str | Path | None = None, progress: Callable[
         return dataset_id
     env = recipe.make_env()
     assert env.spec is not None
-    spec = replace(env.spec, additional_wrappers=(), disable_env_checker=False)
+    spec = replace(env.spec, disable_env_checker=False)
     controller = WaypointController(env, recipe.noise, dict(recipe.moods))
     episodes, done = [], 0
     for episode in datasets.record(env, controller, recipe.steps, recipe.seed):

@@ -8,16 +8,25 @@ import numpy as np
 from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
 from o2o.history import History, joined_space
 from o2o.spaces import ActionMap, ObservationSpec, with_base_action
-from o2o.tasks import Task
+from o2o.tasks import Task, any_success
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 Reset = tuple[Any, dict[str, Any]]
 
 
+def _not_finite(value: Any) -> np.ndarray:
+    """Return the numbers of an array, or a single one, that float32 cannot hold as finite ones."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        return np.empty(0)
+    with np.errstate(over="ignore"):
+        return array[~np.isfinite(array.astype(np.float32))]
+
+
 class FaultGuard(gym.Wrapper):
     """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step.
 
-    So also an `intervene_action` that is not of the action space's shape.
+    What float32 cannot hold is Inf. So also an `intervene_action` that is not of the action space's shape.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -149,8 +158,7 @@ class TaskReward(gym.Wrapper):
         )
 
     def _success(self, raw: float, info: dict[str, Any]) -> bool | None:
-        success = self.task.success(raw, info.get("success"))
-        return None if success is None else bool(np.any(success))
+        return any_success(self.task.success(raw, info.get("success")))
 
 
 class EpisodeStatistics(gym.Wrapper):

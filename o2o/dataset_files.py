@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +164,25 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
     text = metadata.get(key)
     if not text:
         return None
-    for old in ('"order_enforce": true,', '"apply_api_compatibility": false,', '"autoreset": false, '):
-        text = text.replace(old, "")  # written by Gymnasium before 1.0
     try:
+        for old in ('"order_enforce": true,', '"apply_api_compatibility": false,', '"autoreset": false, '):
+            text = text.replace(old, "")  # written by Gymnasium before 1.0
         return EnvSpec.from_json(text)
     except Exception as error:
         raise DatasetError(f"dataset {metadata['dataset_id']}: its {key} cannot be read ({error})") from error
+
+
+def storable(spec: EnvSpec | None) -> EnvSpec | None:
+    """Return a specification as datasets have it: without the wrappers that o2o adds; None if it has no JSON form."""
+    if spec is None:
+        return None
+    others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
+    spec = replace(spec, additional_wrappers=tuple(others))
+    try:
+        spec.to_json()
+    except (TypeError, ValueError):  # it is registered with a class, or has an argument that JSON cannot say
+        return None
+    return spec
 
 
 def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
@@ -311,7 +324,8 @@ def write_dataset(
 ) -> Path:
     """Write episodes as a Minari dataset and return its folder; it appears whole or not at all.
 
-    Raises `DatasetError` if the id is malformed or taken, or an episode has no steps.
+    A specification without a JSON form is left out: the dataset then needs `--env`. Raises `DatasetError` if the id is
+    malformed or taken, the folder cannot be written, or an episode has no steps.
     """
     try:
         parse_dataset_id(dataset_id)
@@ -321,9 +335,10 @@ def write_dataset(
     target = base / dataset_id
     if target.exists():
         raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
+    spec, eval_spec, scratch = storable(spec), storable(eval_spec), None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
@@ -340,7 +355,8 @@ def write_dataset(
     except OSError as error:
         raise DatasetError(f"dataset {dataset_id} could not be written to {target}: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

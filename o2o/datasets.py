@@ -319,11 +319,8 @@ def environment_entries(observation_space: gym.Space, action_space: gym.Space, s
     """Return an environment's spaces and specification as metadata.json has them; no spec if it has no JSON form."""
     entries: dict[str, Any] = {"env_spec": None}
     entries |= {"observation_space": serialize_space(observation_space), "action_space": serialize_space(action_space)}
-    if spec is not None:
-        try:
-            entries["env_spec"] = replace(spec, additional_wrappers=()).to_json()
-        except (TypeError, ValueError):
-            pass
+    if (kept := files.storable(spec)) is not None:
+        entries["env_spec"] = kept.to_json()
     return entries
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from o2o.dataset_files import Episode
 from o2o.errors import DatasetError
+from o2o.spaces import ActionMap
+from o2o.tasks import any_success
 
 
 def record(
@@ -18,8 +20,14 @@ def record(
 
     Each is reset with its own seed, so that its actions replay it. A policy's `reset(rng)`, if any, is called first.
     The actions are those executed: a human's `info["intervene_action"]` wins. Raises `DatasetError` for an action that
-    is not finite or of another shape; the policy's is not played.
+    is not finite or of another shape; the policy's is not played. Also for an environment of `o2o.envs.make`, whose
+    rewards, observations and actions are not those that a dataset holds.
     """
+    if env.has_wrapper_attr("action_map") and isinstance(env.get_wrapper_attr("action_map"), ActionMap):
+        raise DatasetError(
+            "o2o's wrappers are around the environment to record in, and would be applied to the dataset once more: "
+            "make it with gymnasium.make (for images, o2o.envs.CameraObservation around that)"
+        )
     rng, done, number = np.random.default_rng(seed), 0, 0
     while done < steps:
         start = int(rng.integers(2**31))
@@ -36,7 +44,7 @@ def record(
             if human:
                 executed = _checked(step_info["intervene_action"], env, f"the intervene_action at {where}")
             observations.append(copy.deepcopy(observation))  # which may be the same array every time
-            success = step_info.get("success")
+            success = any_success(step_info.get("success"))
             rows.append((executed, float(reward), bool(terminated), bool(truncated), success, human))
             over = terminated or truncated
         done, number = done + len(rows), number + 1

@@ -22,7 +22,7 @@ from gymnasium import spaces
 from o2o import datasets
 from o2o.datasets import Episode
 from o2o.errors import RunError
-from o2o.tasks import Task
+from o2o.tasks import Task, any_success
 
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
 """In a run folder: the episodes, the environment that they are of, the root of the dataset made of them."""
@@ -70,11 +70,9 @@ class Recorder(gym.Wrapper):
         executed = np.array(info.get("intervene_action", action))
         flag = info.get("success")
         self._observations.append(self._copy(observation))
-        reached = None if flag is None else bool(np.any(flag))
         human = "intervene_action" in info
-        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), reached, human))
-        success = self.task.success(float(reward), flag)
-        cut = self.task.terminate_on_success and success is not None and bool(np.any(success))
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), any_success(flag), human))
+        cut = self.task.terminate_on_success and any_success(self.task.success(float(reward), flag))
         if terminated or truncated or cut:
             self._finish()
         return observation, reward, bool(terminated), bool(truncated), info

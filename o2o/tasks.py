@@ -11,6 +11,11 @@ Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "oth
 Metric = Literal["return", "success", "normalized", "kitchen"]
 
 
+def any_success(flags: Any) -> bool | None:
+    """Return whether any of the success flags of one step is set, whatever their shape; None for no flags."""
+    return None if flags is None else bool(np.any(flags))
+
+
 @dataclass(frozen=True)
 class Task:
     """A task's conventions. Hashable, comparable by value; the table of known ones is `o2o.envs.TASKS`."""
