@@ -6,6 +6,7 @@ Order of a flat observation: entries of a Dict by name, alphabetically and depth
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import gymnasium as gym
@@ -188,7 +189,8 @@ class ActionMap:
             )
         if not (np.all(np.isfinite(space.low)) and np.all(np.isfinite(space.high)) and np.all(space.low < space.high)):
             raise EnvironmentMismatchError(
-                f"the action space {space} has no finite bounds: give it bounds with gymnasium.wrappers.RescaleAction"
+                f"the action space {space} has no finite bounds: give its Box bounds, where it is made or with "
+                "gymnasium.wrappers.TransformAction"
             )
         return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
 
@@ -217,11 +219,18 @@ class ActionMap:
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
         return (high + low) / 2, (high - low) / 2
 
+    @cached_property
+    def _float32_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bounds rounded inwards: a float64 space holds whatever float32 holds between them."""
+        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        up, down = np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf))
+        return np.where(low < np.asarray(self.low), up, low), np.where(high > np.asarray(self.high), down, high)
+
     def to_env(self, actions: Any) -> np.ndarray:
         """Return float32 environment actions `[..., *shape]` for `[..., A]` in [-1, 1]; what is outside is clipped."""
         centre, half = self._centre_and_half()
         actions = np.clip(np.asarray(actions, np.float32), -1.0, 1.0)
-        mapped = np.clip(centre + half * actions, np.asarray(self.low, np.float32), np.asarray(self.high, np.float32))
+        mapped = np.clip(centre + half * actions, *self._float32_bounds)
         return mapped.reshape(*actions.shape[:-1], *self.shape)
 
     def from_env(self, actions: Any) -> np.ndarray:

@@ -114,8 +114,16 @@ def test_discrete_actions_are_refused(space):
 
 
 def test_unbounded_actions_are_refused():
-    with pytest.raises(EnvironmentMismatchError, match="no finite bounds"):
+    with pytest.raises(EnvironmentMismatchError, match=r"no finite bounds: .*gymnasium\.wrappers\.TransformAction"):
         ActionMap.from_space(box(2))
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.3, 1.1, 1.0])
+def test_actions_stay_within_the_bounds_of_float64(bound):
+    space = spaces.Box(-bound, bound, (2,), np.float64)
+    played = ActionMap.from_space(space).to_env([1.0, -1.0])
+    assert space.contains(played) and played.dtype == np.float32
+    np.testing.assert_allclose(played, [bound, -bound], rtol=0.0 if bound == 1.0 else 2e-7)
 
 
 def test_unflatten_gives_the_environments_own_structure_back():
