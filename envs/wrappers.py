@@ -57,7 +57,7 @@ class FaultGuard(gym.Wrapper):
         except Exception as error:
             raise self._fault(f"raised {type(error).__name__}: {error}") from error
         self._check(observation, "observation")
-        if not np.isfinite(float(reward)):
+        if len(_not_finite(float(reward))):
             raise self._fault(f"returned the reward {float(reward)}")
         if "intervene_action" in info:
             self._check_takeover(info["intervene_action"])
@@ -77,11 +77,11 @@ class FaultGuard(gym.Wrapper):
         if isinstance(value, dict):
             for key, entry in value.items():
                 self._check(entry, f"{where} {key!r}" if where == "observation" else f"{where}/{key}")
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | list):
             for i, entry in enumerate(value):
                 self._check(entry, f"{where}[{i}]")
-        elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise self._fault(f"returned {value[~np.isfinite(value)][0]} in its {where}")
+        elif len(bad := _not_finite(value)):
+            raise self._fault(f"returned {bad[0]} in its {where}")
 
     def _fault(self, what: str) -> EnvironmentFaultError:
         when = f"at step {self._step} of the episode" if self._step else "on reset"

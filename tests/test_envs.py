@@ -116,6 +116,43 @@ def test_faults_name_the_step(fault, text):
     assert play(env, [[0.1]] * 2)[-1][4]["raw_reward"] > 0
 
 
+class Still(gym.Env):
+    """Observes one thing for ever."""
+
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, observation: object, reward: float = 0.0) -> None:
+        self.seen, self.reward = observation, reward
+
+    def reset(self, *, seed=None, options=None):
+        return self.seen, {}
+
+    def step(self, action):
+        return self.seen, self.reward, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        ([0.0, np.nan], "returned nan in its observation[1] on reset"),
+        ({"arm": [[1.0], [np.inf, 2.0]]}, "returned inf in its observation 'arm'[1][0] on reset"),
+        (np.float64(np.nan), "returned nan in its observation on reset"),
+        (np.asarray([0.0, 1e300]), "returned 1e+300 in its observation on reset"),
+    ],
+)
+def test_numbers_that_float32_cannot_hold_are_faults_in_whatever_form(seen, text):
+    with pytest.raises(EnvironmentFaultError) as caught:
+        envs.wrappers.FaultGuard(Still(seen)).reset()
+    assert text in str(caught.value)
+
+
+def test_other_numbers_pass_as_they_are_but_no_reward_beyond_float32():
+    for seen in ([1, 2.0], 3, np.float64(-3e38), {"a": (np.zeros((2, 2, 3), np.uint8), [])}, np.asarray([True])):
+        assert envs.wrappers.FaultGuard(Still(seen)).reset()[0] is seen
+    with pytest.raises(EnvironmentFaultError, match=r"returned the reward 1e\+300 at step 1"):
+        envs.wrappers.FaultGuard(Still(0.0, 1e300)).step(np.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("human", "text"),
     [
