@@ -201,7 +201,12 @@ def _transitions(
             positions = np.where(success, np.arange(len(episode)), -1)
             last = np.maximum.reduceat(positions, first)
             keep &= (np.arange(len(episode)) <= last[episode]) | ~solved[episode]
-    if task.only_successes and solved is not None:
+    if task.only_successes:
+        if solved is None:
+            raise DatasetError(
+                f"dataset {name}: the task keeps only episodes that succeed, and which do is not known (there is no "
+                "infos['success']); set only_successes to False (--task.only-successes False)"
+            )
         keep &= solved[episode]
         if not keep.any():
             raise DatasetError(f"dataset {name}: no episode succeeds, and the task keeps only those that do")

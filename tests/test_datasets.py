@@ -121,6 +121,10 @@ def test_only_successes(tmp_path):
     name = put(tmp_path, [episode(3, 1, [0, 0, 0])], "test/failures-v0")
     with pytest.raises(DatasetError, match="no episode succeeds"):
         datasets.load(name, root=tmp_path, task=replace(BINARY, only_successes=True))
+    put(tmp_path, [episode(3, 1)], "test/unknown-v0")
+    for names in ("test/unknown-v0", ["test/set-v0", "test/unknown-v0"]):
+        with pytest.raises(DatasetError, match="test/unknown-v0: the task keeps only episodes that succeed, and which"):
+            datasets.load(names, root=tmp_path, task=Task("dense", has_success=True, only_successes=True))
 
 
 def test_maze_task_terminates_on_reward_one_and_keeps_what_follows(tmp_path):
