@@ -302,6 +302,7 @@ def load(
         returns.append(episode_returns)
         solved.append(episode_success)
         digests.append(_digest(rows))
+    merged = _merged(infos, returns, solved)
     if action_range == "data":
         own = [actions.to_env(part["actions"]) for part in parts]
         actions = actions.fitted(np.concatenate(own), action_margin)
@@ -310,7 +311,7 @@ def load(
     sizes = [len(part["rewards"]) for part in parts]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
     return Dataset(
-        info=_merged(infos, returns, solved),
+        info=merged,
         arrays=_concatenate(parts),
         fingerprint=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         sources=tuple(map(Source, starts, sizes, _weights(sizes, weights))),

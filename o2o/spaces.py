@@ -39,7 +39,10 @@ class Leaf:
         return "/".join(map(str, self.path)) or ("image" if self.image else "observation")
 
     def of(self, observation: Any) -> np.ndarray:
-        """Return this entry of an observation `[..., *shape]`; raises `EnvironmentMismatchError` if it is not there."""
+        """Return this entry of an observation `[..., *shape]`.
+
+        Raises `EnvironmentMismatchError` if it is not there, of another shape, or an image that is not uint8.
+        """
         for key in self.path:
             try:
                 observation = observation[key]
@@ -49,6 +52,10 @@ class Leaf:
         if array.ndim < len(self.shape) or array.shape[array.ndim - len(self.shape) :] != self.shape:
             raise EnvironmentMismatchError(
                 f"observation entry {self.name!r} has shape {array.shape}, expected {self.shape} at its end"
+            )
+        if self.image and array.dtype != np.uint8:
+            raise EnvironmentMismatchError(
+                f"observation entry {self.name!r}: images are {array.dtype}, expected uint8 (0 to 255) as in its space"
             )
         return array
 

@@ -203,6 +203,35 @@ def test_shapes_that_do_not_fit_the_spaces(root):
     assert "episode 0" in error(root) and "actions" in error(root)
 
 
+def test_images_that_are_not_uint8(root):
+    space = spaces.Dict({"camera": spaces.Box(0, 255, (8, 8, 3), np.uint8), "x": OBSERVATIONS})
+    bad = episode()
+    bad = replace(bad, observations={"camera": np.full((5, 8, 8, 3), 0.5), "x": bad.observations})
+    datasets.write(NAME, [bad], observation_space=space, action_space=ACTIONS, spec=None, root=root)
+    words = "episode 0: observation entry 'camera': images are float64, expected uint8"
+    assert words in error(root) and any(words in problem for problem in datasets.check(NAME, root))
+
+
+def test_datasets_of_other_actions_are_not_mixed_whatever_their_range(root):
+    put(root, [episode()])
+    wide = replace(episode(), actions=np.zeros((4, 2), np.float32))
+    other = {"observation_space": OBSERVATIONS, "action_space": spaces.Box(-1.0, 1.0, (2,), np.float32)}
+    datasets.write("test/other-v0", [wide], **other, spec=None, root=root)
+    for action_range in ("space", "data"):
+        with pytest.raises(DatasetError, match=r"bad-v0 and test/other-v0 cannot be mixed: action_space Box\(.*\(3,\)"):
+            datasets.load([NAME, "test/other-v0"], root=root, action_range=action_range)
+
+
+def test_a_root_that_is_a_file(root):
+    root.write_text("mine")
+    with pytest.raises(DatasetError, match="could not be written to .*: .*Not a directory"):
+        put(root, [episode()])
+    for refused in (envs.make_embedded, datasets.load):
+        with pytest.raises(DatasetError, match="datasets is a file, expected a folder of datasets"):
+            refused("o2o/embedded/pointmaze-umaze-v0", root=root)
+    assert root.read_text() == "mine"
+
+
 def test_check_collects_all_problems(root):
     first, second = episode(), episode()
     first.observations[0, 0] = np.nan

@@ -55,6 +55,12 @@ def test_images_stay_uint8_beside_the_state():
     assert spec.space["wrist"].dtype == np.uint8
 
 
+def test_images_of_another_type_are_refused():
+    seen = {"wrist": np.full((8, 6, 3), 0.5), "pose": np.arange(3.0), "grip": np.float64(9)}
+    with pytest.raises(EnvironmentMismatchError, match="entry 'wrist': images are float64, expected uint8"):
+        ObservationSpec.from_space(CAMERA).flatten(seen)
+
+
 def test_bare_image_space():
     spec = ObservationSpec.from_space(spaces.Box(0, 255, (8, 6, 3), np.uint8))
     assert spec.shape == {"image": (8, 6, 3)}
