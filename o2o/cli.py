@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from o2o.errors import ConfigError, DatasetError, O2OError
 from o2o.startup import prepare_process
@@ -212,7 +213,7 @@ def data_describe(dataset: Name[str], root: Path | None = None) -> int:
     console = Console()
     described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
     for key, value in described.items():
-        console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+        console.print(Text.assemble((key, "bold"), f": {value}"))  # a dataset's words are no markup
     return 0
 
 

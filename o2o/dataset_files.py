@@ -93,8 +93,10 @@ def default_root() -> Path:
 
 
 def local_ids(root: str | Path | None = None) -> list[str]:
-    """Return the ids of the datasets under a root, sorted."""
+    """Return the ids of the datasets under a root, sorted; raises `DatasetError` for a root that is a file."""
     base = Path(root) if root is not None else default_root()
+    if base.is_file():
+        raise DatasetError(f"{base} is a file, expected a folder of datasets: give another root")
     return sorted(
         path.parent.parent.relative_to(base).as_posix() for path in base.glob(f"**/data/{METADATA_FILE_NAME}")
     )
@@ -123,10 +125,10 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
 
 
 def _download(name: str, base: Path) -> Path:
-    base.mkdir(parents=True, exist_ok=True)
     previous = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(base)
     try:
+        base.mkdir(parents=True, exist_ok=True)
         parse_dataset_id(name)
         minari.download_dataset(name)
     except Exception as error:

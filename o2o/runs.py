@@ -234,10 +234,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.json; raises `RunError` if `path` is no run folder."""
     try:
         return json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         near = sorted(p.parent.name for p in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
         raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
+    except OSError as error:
+        raise RunError(f"{path / 'config.json'} cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise RunError(
             f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy"

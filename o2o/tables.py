@@ -74,9 +74,9 @@ def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], cons
         table.add_column(column)
     for name, about in found:
         if isinstance(about, DatasetError):
-            table.add_row(name, escape(f"broken: {about}"))
+            table.add_row(escape(name), escape(f"broken: {about}"))
             continue
-        table.add_row(name, str(about.env_id), str(about.episodes), str(about.steps))
+        table.add_row(escape(name), escape(str(about.env_id)), str(about.episodes), str(about.steps))
     console.print(table)
 
 

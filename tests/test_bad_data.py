@@ -126,6 +126,8 @@ def test_unreadable_metadata(root):
     assert "its observation_space cannot be read" in error(root)
     path.write_text(json.dumps(json.loads(text) | {"env_spec": "{}"}))
     assert "its env_spec cannot be read" in error(root)
+    path.write_text(json.dumps(json.loads(text) | {"env_spec": {"id": "Hopper-v5"}}))
+    assert "its env_spec cannot be read" in error(root)
 
 
 def test_empty_dataset(root):

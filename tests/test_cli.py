@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one clear line for bad input, the whole way on a tiny run."""
 
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,11 @@ def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys:
         (["data", "lst"], "did you mean 'list'"),
         (["bench", "run", "nothing"], "nothing"),
         (["resume", "runs/absent"], "no run folder"),
+        (["resume", __file__], "test_cli.py is no run folder"),
+        (["eval", __file__], "test_cli.py is no run folder"),
+        (["play", __file__, "--out", "x.mp4"], "test_cli.py is no run folder"),
+        (["balance", __file__], "test_cli.py is no run folder"),
+        (["data", "make", "pointmaze-umaze", "--root", __file__], "test_cli.py is a file, expected a folder"),
         (["eval", "runs/absent"], "no run folder"),
         (["play", "runs/absent", "--out", "x.mp4"], "no run folder"),
         (["data", "export", "runs/absent"], "no run folder"),
@@ -122,6 +128,17 @@ def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "PointMaze_UMaze-v3" in capsys.readouterr().out
     assert run("data", "check", embedded) == 0
     assert "ok" in capsys.readouterr().out
+
+
+def test_what_a_dataset_says_of_itself_is_no_markup(
+    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "see [/bold] and [red]this[/red] :warning:"
+    shutil.copytree(embedded_root, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("metadata.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "description": words}))
+    assert run("data", "describe", str(path.parent.parent)) == 0
+    assert f"description: {words}\n" in capsys.readouterr().out
 
 
 def test_a_broken_dataset_is_listed_as_such(
