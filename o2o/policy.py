@@ -27,9 +27,13 @@ class TrainedPolicy:
         """
         self._policy.reset(int(np.random.default_rng(seed).integers(2**31)))  # as `o2o.envs.BaseAction` does
 
+    def interrupt(self) -> None:
+        """Drop what is left of a chunk, the base's too: a human has taken over since it was planned."""
+        self._policy.interrupt()
+
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[*shape]`, float32, for one observation as the environment gives it, of a Dict the dict.
 
-        Raises `EnvironmentMismatchError` unless it has the entries and shapes of the run's dataset.
+        Raises `EnvironmentMismatchError` unless it has the entries and shapes of the run's dataset, images uint8.
         """
         return np.asarray(self._policy.act(self._spec.flatten(observation)))

@@ -21,6 +21,7 @@ from o2o.errors import DatasetError, DivergenceError
 from o2o.evaluate import EnvFn, evaluate
 from o2o.fleet import Fleet
 from o2o.loop import Trainer
+from o2o.policy import TrainedPolicy
 from o2o.schedule import Hooks, LoopConfig
 from o2o.tasks import Task
 from tests.test_chunk_loops import Probe, ProbeConfig
@@ -200,12 +201,26 @@ def test_a_takeover_interrupts_a_base_policy(kind: str, arm_data: Dataset) -> No
     np.testing.assert_allclose(found, [0.0, 0.01, 0.2, 0.3, 0.31, 0.32, 0.33], atol=1e-6)
 
 
-def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(arm_data: Dataset) -> None:
-    source = RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(loaded: bool, arm_data: Dataset) -> None:
+    source: Any = RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)
+    source = load_base(TrainedPolicy(source)) if loaded else source
     env = envs.BaseAction(arms()(False), Base(source, arm_data))
     seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
     found = [2.0 * float(observation["base_action"][0]) for observation in seen]
     np.testing.assert_allclose(found, [*COMMANDED, 0.6], atol=1e-6)
+
+
+def test_a_takeover_in_a_loop_of_ones_own_interrupts_the_policy(arm_data: Dataset) -> None:
+    policy, arm = TrainedPolicy(RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)), Arm()
+    for _ in range(2):
+        observation, over = arm.reset()[0], False
+        policy.reset()
+        while not over:
+            observation, _, _, over, info = arm.step(policy.act(observation))
+            if "intervene_action" in info:
+                policy.interrupt()
+    np.testing.assert_allclose(arm.played, [COMMANDED] * 2, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what files say of it
