@@ -36,12 +36,16 @@ def cached(
             return found
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         pass
-    arrays = make()
+    arrays, scratch = make(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            scratch = Path(file.name)
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(file.name, path)
+        os.replace(scratch, path)
     except OSError:
         pass
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
     return arrays

@@ -1,5 +1,6 @@
 """Loading: against Minari's own reader, transforms, Monte-Carlo returns, cache, mixtures, writing, recorded sets."""
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,19 @@ def test_unwritable_cache_does_not_matter(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "file" / "cache"))
     assert datasets.load(put(tmp_path, [episode(3, 0)]), root=tmp_path).size == 3
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_cache_entry_that_was_broken_off_leaves_nothing(tmp_path, monkeypatch, error):
+    def broken(file, **_):
+        file.write(b"half")
+        raise error
+
+    name = put(tmp_path, [episode(3, 0)])
+    monkeypatch.setattr("o2o.cache.np.savez", broken)
+    with contextlib.suppress(KeyboardInterrupt):
+        datasets.load(name, root=tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_mixture_keeps_sources_and_weights(tmp_path):
