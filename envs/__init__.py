@@ -1,8 +1,10 @@
 """Environments: `make` builds one from a dataset or a Gymnasium id, with its task's conventions (the table `TASKS`)."""
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from io import StringIO
 from typing import Any, Literal
 
@@ -155,9 +157,13 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
-    ours = _spec(env_id)
-    keys = ("max_episode_steps", "kwargs", "additional_wrappers")
-    return all(getattr(ours, key) == getattr(theirs, key) for key in keys)
+    return _settings(_spec(env_id)) == _settings(theirs)
+
+
+def _settings(spec: EnvSpec) -> str:
+    """Return what of a specification says how its environment behaves, as JSON has it: tuples are lists there."""
+    wrappers = [asdict(wrapper) for wrapper in spec.additional_wrappers]
+    return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 
 
 def _spec(source: str | DatasetInfo) -> EnvSpec:
@@ -172,7 +178,8 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
             names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
             raise EnvironmentMismatchError(
                 f"dataset {source.name} was recorded in {spec.id} with wrappers around it ({names}), which o2o does "
-                "not make by itself: register an environment that has them, and give it with --env module:ID"
+                "not make by itself: register an environment that has them, and give it with --env module:ID; or with "
+                f"--env {spec.id} if they change nothing"
             )
         return spec
     module, _, name = source.rpartition(":")

@@ -7,7 +7,7 @@ import numpy as np
 
 from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
 from o2o.history import History, joined_space
-from o2o.spaces import ActionMap, ObservationSpec, with_base_action
+from o2o.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
 from o2o.tasks import Task, any_success
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
@@ -17,10 +17,7 @@ Reset = tuple[Any, dict[str, Any]]
 def _not_finite(value: Any) -> np.ndarray:
     """Return the numbers of an array, or a single one, that float32 cannot hold as finite ones."""
     array = np.asarray(value)
-    if array.dtype.kind != "f":
-        return np.empty(0)
-    with np.errstate(over="ignore"):
-        return array[~np.isfinite(array.astype(np.float32))]
+    return array[not_finite(array)] if array.dtype.kind == "f" else np.empty(0)
 
 
 class FaultGuard(gym.Wrapper):

@@ -1,5 +1,6 @@
 """Arrays that take long to make, kept in the user's cache folder; what is damaged or cannot be written is made anew."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,5 +48,6 @@ def cached(
         pass
     finally:
         if scratch is not None:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
     return arrays

@@ -23,7 +23,7 @@ from minari.namespace import NAMESPACE_METADATA_FILENAME
 from minari.serialization import deserialize_space
 
 from o2o.errors import DatasetError, EnvironmentMismatchError
-from o2o.spaces import ActionMap, ObservationSpec
+from o2o.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.tasks import Task
 
 EMBEDDED_PREFIX = "o2o/embedded/"
@@ -169,17 +169,22 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
     try:
         for old in ('"order_enforce": true,', '"apply_api_compatibility": false,', '"autoreset": false, '):
             text = text.replace(old, "")  # written by Gymnasium before 1.0
-        return EnvSpec.from_json(text)
+        return without_own_wrappers(EnvSpec.from_json(text))
     except Exception as error:
         raise DatasetError(f"dataset {metadata['dataset_id']}: its {key} cannot be read ({error})") from error
 
 
+def without_own_wrappers(spec: EnvSpec) -> EnvSpec:
+    """Return a specification without the wrappers that o2o adds, and adds again."""
+    others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
+    return replace(spec, additional_wrappers=tuple(others))
+
+
 def storable(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a specification as datasets have it: without the wrappers that o2o adds; None if it has no JSON form."""
+    """Return a specification as datasets have it, without o2o's own wrappers; None if it has no JSON form."""
     if spec is None:
         return None
-    others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
-    spec = replace(spec, additional_wrappers=tuple(others))
+    spec = without_own_wrappers(spec)
     try:
         spec.to_json()
     except (TypeError, ValueError):  # it is registered with a class, or has an argument that JSON cannot say
@@ -298,9 +303,7 @@ def problems(
         if not leaf.image:
             arrays[f"observations ({leaf.name})"] = array.reshape(steps + 1, -1)
     for key, array in arrays.items():
-        with np.errstate(over="ignore"):
-            bad = np.argwhere(~np.isfinite(array.astype(np.float32)))
-        if len(bad):
+        if len(bad := np.argwhere(not_finite(array))):
             step, entry = bad[0]
             yield f"{where}, step {step}: {key} has {array[step, entry]} in entry {entry}; remove the episode"
     if arrays["actions"].shape[1] != actions.dim:

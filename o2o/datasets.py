@@ -26,7 +26,7 @@ from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 from o2o.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
 from o2o.tasks import Task
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 RETURN_ROWS = 2**16
 """Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
 Rows = dict[str, np.ndarray]

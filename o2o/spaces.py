@@ -25,6 +25,12 @@ SMALLEST_HALF_RANGE = 0.05
 """Of an action coordinate that a dataset hardly moves, in the environment's units (arXiv 2509.19301, released code)."""
 
 
+def not_finite(array: np.ndarray) -> np.ndarray:
+    """Return where float32 holds no finite number for an array's, booleans of its shape."""
+    with np.errstate(over="ignore"):
+        return ~np.isfinite(array.astype(np.float32))
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One entry of an observation: where it is, its shape, whether it is an image."""

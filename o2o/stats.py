@@ -154,6 +154,7 @@ class Curve:
     offline: Band
     online: Band
     seeds: int
+    """Of the online part, where there is one."""
     warmup_steps: int = 0
     """Environment steps at the evaluation that ended the warm-up; 0 without one."""
 
@@ -168,26 +169,32 @@ def _band(points: Sequence[tuple[int, Floats]], statistic: Statistic, confidence
     )
 
 
+def _of_everyone(points: Sequence[Point]) -> list[Point]:
+    """Return the points that all seeds have that have any of these."""
+    most = max((len(point.scores) for point in points), default=0)
+    return [point for point in points if len(point.scores) == most]
+
+
 def curve(
     rows: Iterable[Row], metric: str = "return", statistic: Statistic = iqm, confidence: float = 0.95
 ) -> Curve | None:
     """Return the learning curve of episode rows, or None where no row has the metric.
 
     The online part begins at 0 with the last offline evaluation, so that what the switch does can be seen.
-    Points that not all seeds have, because a run was broken off or is still going, are left out.
+    Of each part, points that not all of its seeds have, because a run was broken off or is still going, are left out.
     """
     points = aggregate(rows, metric)
     if not points:
         return None
-    everyone = max(len(point.scores) for point in points)
-    points = [point for point in points if len(point.scores) == everyone]
-    offline = [(point.gradient_steps, point.values) for point in points if point.phase == "offline"]
-    online = {point.env_steps: point.values for point in points if point.phase != "offline"}
-    if online and offline:
-        online.setdefault(0, offline[-1][1])
+    before = [point for point in points if point.phase == "offline"]
+    after = _of_everyone([point for point in points if point.phase != "offline"])
+    offline = [(point.gradient_steps, point.values) for point in _of_everyone(before)]
+    online = {point.env_steps: point.values for point in after}
+    if after and before and (common := after[0].scores.keys() & before[-1].scores.keys()):
+        online.setdefault(0, np.asarray([before[-1].scores[seed] for seed in sorted(common)]))
     return Curve(
         offline=_band(offline, statistic, confidence),
         online=_band(sorted(online.items(), key=lambda item: item[0]), statistic, confidence),
-        seeds=everyone,
+        seeds=len((after or before)[0].scores),
         warmup_steps=max((point.env_steps for point in points if point.phase == "warmup"), default=0),
     )

@@ -8,8 +8,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.wrappers import TimeAwareObservation
+from gymnasium.wrappers import ReshapeObservation, TimeAwareObservation
 
+from o2o import dataset_files as files
 from o2o import datasets, envs
 from o2o.errors import DatasetError, EnvironmentMismatchError
 from o2o.tasks import Task
@@ -64,6 +65,27 @@ def test_a_robot_registered_by_its_class_that_reports_success_in_an_array(tmp_pa
     for sign in (1.0, -1.0, 1.0):
         *_, info = env.step(np.full(1, sign, np.float32))
     assert info["success"] is True
+    env.close()
+
+
+def test_environments_are_the_same_if_their_specifications_read_alike_in_json(tmp_path: Path) -> None:
+    shaped = ReshapeObservation(gym.make("InvertedPendulum-v5"), (2, 2))
+    assert shaped.spec is not None
+    its = {"entry_point": shaped.spec.entry_point, "additional_wrappers": shaped.spec.additional_wrappers}
+    gym.register(CLOCK, **its, max_episode_steps=9)
+    about = written(gym.make(CLOCK), 5, tmp_path).info
+    assert about.env_spec is not None and about.env_spec.additional_wrappers != its["additional_wrappers"]
+    assert envs.same_environment(CLOCK, about)
+    gym.registry.pop(CLOCK)
+    gym.register(CLOCK, **its, max_episode_steps=8)
+    assert not envs.same_environment(CLOCK, about)
+
+
+def test_wrappers_of_our_own_in_a_file_are_none_of_the_environments() -> None:
+    env = envs.make("InvertedPendulum-v5")
+    assert env.spec is not None and env.spec.additional_wrappers
+    spec = files.env_spec({"env_spec": env.spec.to_json(), "dataset_id": "own/set-v0"})
+    assert spec is not None and spec.id == "InvertedPendulum-v5" and not spec.additional_wrappers
     env.close()
 
 

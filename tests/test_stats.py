@@ -133,3 +133,10 @@ def test_a_curve_ends_where_the_first_of_its_seeds_does():
     result = curve(rows)
     assert result is not None and result.seeds == 2
     assert result.online.steps.tolist() == [0, 500] and result.online.centre.tolist() == [50, 50]
+    result = curve([row("offline", 0, 9, seed, 10.0 * seed) for seed in (0, 1, 2)] + rows)
+    assert result is not None and result.seeds == 2 and result.offline.centre.tolist() == [10.0]
+    assert result.online.steps.tolist() == [0, 500]
+    broken = [row("offline", 0, step, seed, 10.0 * seed) for step in (0, 9) for seed in (0, 1, 2) if step + seed < 11]
+    result = curve(broken + [row("online", 50, 20, seed, 7.0) for seed in (0, 1)])
+    assert result is not None and result.offline.steps.tolist() == [0]
+    assert result.online.steps.tolist() == [0, 50] and result.online.centre.tolist() == [5.0, 7.0]
