@@ -68,10 +68,14 @@ def test_share_of_the_matmul_rate_and_what_no_part_of_a_step_explains() -> None:
 
 
 def test_committed_rows_agree_with_one_another() -> None:
-    rows = Results.load(throughput.RESULTS).rows
-    for each in rows:
+    flops: dict[tuple[str, str, str], set[int]] = {}
+    for each in Results.load(throughput.RESULTS).rows:
+        if each.flops:
+            flops.setdefault((each.agent, each.shape, each.form), set()).add(round(each.flops))
         whole, played = each.step_milliseconds, each.parts.get("environment")
         assert not whole or not played or played < 2 * whole, f"{each.key}: a part is longer than the step"
+    assert len(flops) > 100
+    assert not {key: found for key, found in flops.items() if len(found) > 1}, "one seed's update has one count"
 
 
 def test_tables_say_ratio_wanted_and_missing() -> None:
