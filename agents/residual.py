@@ -41,6 +41,7 @@ from o2o.agents.residual_config import ResidualConfig, residual_preset
 from o2o.agents.residual_networks import ResidualActor, Seen, Trunk, values
 from o2o.encoders import create_encoder, shift_observations
 from o2o.errors import ConfigError
+from o2o.layout import branch
 from o2o.networks import Adam, CriticEnsemble, Model, draw_members
 from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
 
@@ -233,7 +234,7 @@ class Residual(AgentNode):
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run critic steps on leaves `[utd, B, W, ...]` and, after the critic warm-up, one actor step on the last."""
         rng, critic_rng, actor_rng = jax.random.split(self.rng, 3)
-        warm = self.updates < self.config.online.initial_updates
+        warmed_up = self.updates >= self.config.online.initial_updates
         keys = jax.random.split(critic_rng, minibatches_in(batch))
         agent, infos = jax.lax.scan(lambda a, rows: a.critic_step(*rows), self.replace(rng=rng), (batch, keys))
         last = jax.tree.map(lambda leaf: leaf[-1], batch)
@@ -241,7 +242,7 @@ class Residual(AgentNode):
         def rest(agent: Self) -> tuple[Self, Info]:
             return agent, {"actor/loss": jnp.zeros(()), "actor/residual": jnp.zeros(())}
 
-        agent, info = jax.lax.cond(warm, rest, lambda agent: agent.actor_step(last, actor_rng), agent)
+        agent, info = branch(warmed_up, lambda agent: agent.actor_step(last, actor_rng), rest, agent)
         return agent, {**jax.tree.map(jnp.mean, infos), **info}
 
     def sample_actions(

@@ -108,12 +108,13 @@ class Cell:
         rollout = adapter.online.replay == "rollout"
         together = adapter.online.rollout_steps // adapter.online.num_envs if rollout else 1
         steps = measure(lambda count: adapter.loop(count * together), self.span, None if rollout else second)
-        per_step = adapter.online.num_envs * together if rollout else 1
+        side_by_side = adapter.online.num_envs if rollout else 1
+        per_step = side_by_side * together
         found["steps"] = self.of_all([rate * per_step for rate in steps])
         if rollout:
             agent: Any = adapter.trainer.agent_of(0)
             found["updates"] = self.of_all([rate * agent.rollout_updates for rate in steps])
-        parts = {"environment": [rate * per_step / together for rate in measure(adapter.environments(), self.short)]}
+        parts = {"environment": [rate * side_by_side for rate in measure(adapter.environments(), self.short)]}
         if adapter.recorder.last is not None:
             parts["transfer"] = measure(adapter.transfers, self.short)
             if second < LONG:

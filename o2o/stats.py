@@ -188,13 +188,14 @@ def curve(
         return None
     before = [point for point in points if point.phase == "offline"]
     after = _of_everyone([point for point in points if point.phase != "offline"])
-    offline = [(point.gradient_steps, point.values) for point in _of_everyone(before)]
+    complete = _of_everyone(before)
+    offline = [(point.gradient_steps, point.values) for point in complete]
     online = {point.env_steps: point.values for point in after}
     if after and before and (common := after[0].scores.keys() & before[-1].scores.keys()):
         online.setdefault(0, np.asarray([before[-1].scores[seed] for seed in sorted(common)]))
     return Curve(
         offline=_band(offline, statistic, confidence),
         online=_band(sorted(online.items(), key=lambda item: item[0]), statistic, confidence),
-        seeds=len((after or before)[0].scores),
+        seeds=len((after or complete)[0].scores),
         warmup_steps=max((point.env_steps for point in points if point.phase == "warmup"), default=0),
     )

@@ -133,6 +133,9 @@ def test_a_curve_ends_where_the_first_of_its_seeds_does():
     result = curve(rows)
     assert result is not None and result.seeds == 2
     assert result.online.steps.tolist() == [0, 500] and result.online.centre.tolist() == [50, 50]
+    uneven = [row("offline", 0, 0, 0, 1.0)] + [row("offline", 0, 5, seed, 1.0) for seed in (0, 1)]
+    result = curve(uneven)
+    assert result is not None and result.seeds == 2 and result.offline.steps.tolist() == [5]
     result = curve([row("offline", 0, 9, seed, 10.0 * seed) for seed in (0, 1, 2)] + rows)
     assert result is not None and result.seeds == 2 and result.offline.centre.tolist() == [10.0]
     assert result.online.steps.tolist() == [0, 500]
