@@ -94,6 +94,12 @@ class Evaluator:
                 carry = clear_carry(carry, fresh, over)
         return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
 
+    def until_stopped(
+        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
+    ) -> list[dict[str, Any]] | None:
+        """Play the episodes of a call; None once `should_stop` says so, no further step is played."""
+        return self._play(agent, normalizer, point, deterministic, self.should_stop)
+
     def ask(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True, about: Any = None
     ) -> None:
@@ -101,7 +107,7 @@ class Evaluator:
 
         Once `should_stop` says so no further step is played, and there will be no rows.
         """
-        rows = self._play(agent, normalizer, point, deterministic, self.should_stop)
+        rows = self.until_stopped(agent, normalizer, point, deterministic)
         if rows is not None:
             self._finished.append((about, rows))
 

@@ -148,10 +148,11 @@ class Trainer:
         unknown = self.unscored is None and self.counters.scored_at is None
         if self.online_state is None and self.counters.offline_steps == 0 and unknown:
             self.evaluate(wait=False)
-            if self.broken_off():
-                self.hooks.checkpoint(self)
-                return False
-        self.begin_online(steps)
+        if not self.broken_off():
+            self.begin_online(steps)
+        if self.online_state is None:  # stopped before the switch
+            self.hooks.checkpoint(self)
+            return False
         host_replay.extend_room(self, steps)
         resume.put_back(self)
         counters, loop = self.counters, self.loop

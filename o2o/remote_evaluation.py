@@ -69,6 +69,12 @@ class RemoteEvaluator(Evaluator):
         self._collect(0)
         return self._finished.pop()[1]
 
+    def until_stopped(
+        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
+    ) -> list[dict[str, Any]] | None:
+        """Play the episodes of a call; None if `should_stop` says so before, a later stop waits for their rows."""
+        return None if self.should_stop() else self(agent, normalizer, point, deterministic)
+
     def ask(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True, about: Any = None
     ) -> None:

@@ -61,8 +61,16 @@ class RolloutTrainer(Trainer):
         """Environments per seed, behind the seed axis: `[S, N]`."""
         return (self.seeds, self.online_config.num_envs)
 
+    @property
+    def phase_name(self) -> str:
+        """`offline` or `online`: there is no warm-up."""
+        return self.counters.phase
+
     def begin_online(self, steps: int, host: bool | None = None, play: bool = True) -> None:
-        """Switch the agents to their online form, allocate one rollout, reset the environments."""
+        """Choose a candidate, switch the agents to their online form, allocate one rollout, reset the environments.
+
+        Where a stop is asked for while candidates play, nothing of that is done.
+        """
         if self.online_state is not None:
             return
         online = self.online_config
@@ -71,8 +79,8 @@ class RolloutTrainer(Trainer):
                 f"online.rollout_steps is {online.rollout_steps} with num_envs {online.num_envs}; expected a multiple "
                 "of the number of environments, such as 2048 with 8"
             )
-        if host is None:  # not where a run is being resumed
-            self.choose_candidates()
+        if host is None and not self.choose_candidates():  # not where a run is being resumed
+            return
         agent = dispatch.each_seed(dispatch.to_online, self.agent)
         length, keys = online.rollout_steps // online.num_envs, (*TRANSITION_KEYS, "ends")
         rows = {key: self.offline_data.rows[key] for key in keys}
@@ -93,18 +101,24 @@ class RolloutTrainer(Trainer):
         self.visible = [0] * self.seeds
         self.counters.phase, self.counters.logged_at = "online", 0
 
-    def choose_candidates(self) -> None:
-        """Evaluate the policies that the agent offers for the online phase; each seed's agent takes its best one."""
+    def choose_candidates(self) -> bool:
+        """Evaluate the policies that the agent offers for the online phase; each seed's agent takes its best one.
+
+        False, and nothing is chosen, if a stop was asked for before.
+        """
         count = int(getattr(self.agent, "candidates", 0))
         if count < 2:
-            return
+            return True
         scores = np.zeros((count, self.seeds))
         for index in range(count):
             agent = jax.jit(jax.vmap(lambda a, i=index: a.choose(jnp.asarray(i))))(self.agent)
-            rows = self.evaluator(agent, self.normalizer, self.counters.offline_steps, True)
+            rows = self.evaluator.until_stopped(agent, self.normalizer, self.counters.offline_steps)
+            if rows is None:
+                return False
             for member in range(self.seeds):
                 scores[index, member] = np.mean([row["score"] for row in rows if row["seed"] == member])
         self.agent = jax.jit(jax.vmap(lambda a, i: a.choose(i)))(self.agent, jnp.asarray(scores.argmax(axis=0)))
+        return True
 
     def _act(self, rows: Batch | None, ended: np.ndarray) -> None:
         assert self.online_state is not None and self.fleet is not None

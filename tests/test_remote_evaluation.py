@@ -73,6 +73,15 @@ def pid_of(evaluator: RemoteEvaluator) -> int:
     return child.process.pid
 
 
+def test_a_stop_is_seen_before_the_episodes_of_a_call(here: Evaluator, there: RemoteEvaluator) -> None:
+    agents = stack(STILL, STEADY)
+    assert there.until_stopped(agents, None, 3) == here.until_stopped(agents, None, 3) == here(agents, None, 3)
+    for evaluator in (here, there):
+        evaluator.should_stop = lambda: True
+        assert evaluator.until_stopped(agents, None, 3) is None
+        evaluator.should_stop = lambda: False
+
+
 def test_rows_are_the_same_to_the_last_bit(here: Evaluator, there: RemoteEvaluator) -> None:
     agents, others = stack(STILL, STEADY), stack(Counting(gains=jnp.full(4, 0.1)), Counting(gains=jnp.full(4, 0.2)))
     scale = Normalizer(mean=jnp.full(4, 0.01), std=jnp.full(4, 1.5))

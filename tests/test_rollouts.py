@@ -52,6 +52,7 @@ def test_a_rollout_is_in_order_of_time_and_joins_no_episodes(ppo: RolloutTrainer
     flat = rows["observations"][:, 0].reshape(4, -1)
     assert len({tuple(row) for row in flat.tolist()}) == 4, "every environment has a start of its own"
     assert not rows["observations"][:, 11].any() and ppo.visible == [11, 11]
+    assert ppo.phase_name == "online", "there is no warm-up"
     ppo.close()
 
 
@@ -143,11 +144,11 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
         number = len(played) - 1
         return [{"seed": s, "score": float(number == good[s])} for s in (0, 1)]
 
-    monkeypatch.setattr(trainer, "evaluator", play)
+    monkeypatch.setattr(trainer.evaluator, "until_stopped", play)
     ranks = np.asarray([[0.0, 1.0], [0.0, 1.0]], np.float32)
     trainer.agent = trainer.agent.replace(scores=jax.numpy.asarray(ranks))
     assert isinstance(trainer, RolloutTrainer)
-    trainer.choose_candidates()
+    assert trainer.choose_candidates()
     np.testing.assert_array_equal(np.stack(played), [[1, 1], [0, 0]])
     np.testing.assert_array_equal(trainer.agent.chosen, [0, 1])
 

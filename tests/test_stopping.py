@@ -20,6 +20,7 @@ from o2o.plots import read_rows
 from o2o.recorder import EPISODES
 from o2o.runs import RunFolder, read_status
 from o2o.schedule import LoopConfig
+from tests.test_rollouts import STAGED
 
 Maker = Callable[..., RunConfig]
 LOOP = LoopConfig(eval_every=0, eval_episodes=1, log_every=20, checkpoint_every=10_000, updates_per_dispatch=10)
@@ -80,6 +81,31 @@ def test_a_signal_ends_an_evaluation_at_its_next_step(
     steps["at"] = 0
     assert experiment.resume(tmp_path / "run") and read_status(tmp_path / "run") == "finished"
     assert written(tmp_path / "run") == written(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_choice_of_candidates_and_a_resume_makes_it_anew(
+    steps: dict[str, int], tiny_run: Maker, tmp_path: Path
+) -> None:
+    """It comes one step before the second of two candidates has played its episode."""
+    run = tiny_run("uni_o4", STAGED, offline_steps=45, online_steps=48, loop=LOOP)
+    assert experiment.train(run, tmp_path / "whole")
+    lengths = [row["length"] for row in read_rows(tmp_path / "whole" / "episodes.jsonl")]
+    played = steps["made"] - sum(lengths) - 48
+    assert len(lengths) == 2 and played > 10
+    steps["at"], steps["made"] = lengths[0] + played - 1, 0
+    assert not experiment.train(run, tmp_path / "run")
+    assert steps["made"] == steps["at"] and read_status(tmp_path / "run") == "stopped"
+    _, stopped = experiment.open_run(tmp_path / "run")
+    assert stopped.online_state is None and (stopped.phase_name, stopped.counters.offline_steps) == ("offline", 45)
+    stopped.close()
+    steps["at"] = 0
+    assert experiment.resume(tmp_path / "run") and read_status(tmp_path / "run") == "finished"
+    assert written(tmp_path / "run") == written(tmp_path / "whole")
+    (_, ours), (_, theirs) = (experiment.open_run(tmp_path / name) for name in ("run", "whole"))
+    assert ours.online_state is not None and theirs.online_state is not None
+    same(ours.online_state.agent, theirs.online_state.agent)
+    ours.close()
+    theirs.close()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
