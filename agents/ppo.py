@@ -83,6 +83,7 @@ class PPOConfig:
             raise ConfigError(f"PPOConfig.gae_lambda is {self.gae_lambda}; expected 0 to 1, such as 0.95")
         if self.online.replay != "rollout":
             raise ConfigError(f"online.replay is {self.online.replay!r}; an on-policy agent needs 'rollout'")
+        self.online.check_rollout()
 
 
 _DEFAULT = PPOConfig()

@@ -14,7 +14,6 @@ import numpy as np
 from o2o import dispatch
 from o2o.buffer import TRANSITION_KEYS
 from o2o.dispatch import OnlineState, clear_carry, over_seeds
-from o2o.errors import ConfigError
 from o2o.loop import Trainer
 from o2o.normalizer import Normalizer, normalize
 from o2o.types import Array, Batch, Carry, Info
@@ -73,14 +72,9 @@ class RolloutTrainer(Trainer):
         """
         if self.online_state is not None:
             return
-        online = self.online_config
-        if online.num_envs < 1 or online.rollout_steps < online.num_envs or online.rollout_steps % online.num_envs:
-            raise ConfigError(
-                f"online.rollout_steps is {online.rollout_steps} with num_envs {online.num_envs}; expected a multiple "
-                "of the number of environments, such as 2048 with 8"
-            )
         if host is None and not self.choose_candidates():  # not where a run is being resumed
             return
+        online = self.online_config
         agent = dispatch.each_seed(dispatch.to_online, self.agent)
         length, keys = online.rollout_steps // online.num_envs, (*TRANSITION_KEYS, "ends")
         rows = {key: self.offline_data.rows[key] for key in keys}
@@ -172,5 +166,11 @@ class RolloutTrainer(Trainer):
 
 
 def trainer_class(online: Any) -> type[Trainer]:
-    """Return the trainer that drives an online phase: the one with replay, or the one with rollouts."""
-    return RolloutTrainer if online.replay == "rollout" else Trainer
+    """Return the trainer that drives an online phase: the one with replay, or the one with rollouts.
+
+    Raises `ConfigError` for rollouts that cannot be made (`OnlineConfig.check_rollout`).
+    """
+    if online.replay != "rollout":
+        return Trainer
+    online.check_rollout()
+    return RolloutTrainer

@@ -94,15 +94,24 @@ class RunConfig:
 
 
 def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
-    """Return a dataclass with fields replaced by dotted name (`online.utd_ratio`); unknown ones raise `ConfigError`."""
+    """Return a dataclass with fields replaced by dotted name (`online.utd_ratio`); unknown ones raise `ConfigError`.
+
+    All at once, as what the changes amount to may be usable where a part of them is not; of one field the last counts.
+    """
+    values: dict[str, Any] = {}
+    inside: dict[str, list[tuple[str, Any]]] = {}
+    known = [f.name for f in dataclasses.fields(config)]
     for name, value in changes:
         head, _, rest = name.partition(".")
-        known = [f.name for f in dataclasses.fields(config)]
         if head not in known:
             near = difflib.get_close_matches(head, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
             raise ConfigError(f"{type(config).__name__} has no field {head!r}{hint}")
-        config = dataclasses.replace(
-            config, **{head: with_fields(getattr(config, head), [(rest, value)]) if rest else value}
-        )
-    return config
+        if rest:
+            inside.setdefault(head, []).append((rest, value))
+        else:
+            values[head] = value
+            inside.pop(head, None)
+    for head, parts in inside.items():
+        values[head] = with_fields(values.get(head, getattr(config, head)), parts)
+    return dataclasses.replace(config, **values) if values else config

@@ -26,7 +26,12 @@ Replay = Literal["online", "mixed", "append", "rollout", "none"]
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config."""
+    """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config.
+
+    What is read depends on `replay`: with `online`, `append` and `mixed` all but `num_envs` and `rollout_steps`, though
+    `offline_ratio` with `mixed` alone; with `rollout` only those two, all others keep their defaults; with `none` only
+    `random_steps`.
+    """
 
     utd_ratio: int = 1
     """Critic updates per environment step (update-to-data ratio)."""
@@ -58,6 +63,20 @@ class OnlineConfig:
     def first_update(self) -> int:
         """Return the zero-based online step after whose insertion the first update runs."""
         return max(self.random_steps, max(self.warmup_steps, self.min_rows) + 1)
+
+    def check_rollout(self) -> None:
+        """Raise `ConfigError` for what replay `rollout` cannot do, or would not read."""
+        if self.num_envs < 1 or self.rollout_steps < self.num_envs or self.rollout_steps % self.num_envs:
+            raise ConfigError(
+                f"online.rollout_steps is {self.rollout_steps} with num_envs {self.num_envs}; expected a multiple of "
+                "the number of environments, such as 2048 with 8"
+            )
+        for name in ("utd_ratio", "warmup_steps", "random_steps", "min_rows", "offline_ratio", "initial_updates"):
+            value, default = getattr(self, name), getattr(OnlineConfig, name)
+            if value != default:
+                raise ConfigError(
+                    f"online.{name} is {value}, which an on-policy agent does not read; leave it at {default}"
+                )
 
 
 @runtime_checkable

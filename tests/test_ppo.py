@@ -145,6 +145,14 @@ def test_pre_training_clones_and_fits_v_to_scaled_returns() -> None:
         ({"clip": 0.0}, "clip is 0.0"),
         ({"gae_lambda": 1.5}, "gae_lambda is 1.5"),
         ({"online": OnlineConfig()}, "needs 'rollout'"),
+        ({"online": replace(CONFIG.online, num_envs=5)}, "rollout_steps is 12 with num_envs 5; expected a multiple"),
+        ({"online": replace(CONFIG.online, num_envs=0)}, "rollout_steps is 12 with num_envs 0"),
+        ({"online": replace(CONFIG.online, utd_ratio=4)}, "utd_ratio is 4, which an on-policy agent does not read"),
+        ({"online": replace(CONFIG.online, warmup_steps=10)}, "warmup_steps is 10, .* leave it at 0"),
+        ({"online": replace(CONFIG.online, random_steps=10)}, "random_steps is 10"),
+        ({"online": replace(CONFIG.online, min_rows=10)}, "min_rows is 10"),
+        ({"online": replace(CONFIG.online, initial_updates=10)}, "initial_updates is 10"),
+        ({"online": replace(CONFIG.online, offline_ratio=0.0)}, r"offline_ratio is 0.0, .* leave it at 0.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from o2o.experiment import RunConfig
 from o2o.loop import Trainer
 from o2o.plots import read_rows
 from o2o.pretraining import plan, stage_at
-from o2o.rollouts import RolloutTrainer, rollout_step
+from o2o.rollouts import RolloutTrainer, rollout_step, trainer_class
 from o2o.schedule import LoopConfig, evaluation_steps
 from o2o.types import OnlineConfig, Stage
 from tests.test_runs import StopAt, assert_same_runs, train_interrupted
@@ -154,17 +154,19 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
 
 
 def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Path) -> None:
-    run = tiny_run("ppo", (("online.num_envs", 5), ("online.rollout_steps", 24)), offline_steps=0)
-    trainer = experiment.build(run)
-    with pytest.raises(ConfigError, match=r"rollout_steps is 24 with num_envs 5; expected a multiple"):
-        trainer.online(40)
+    uneven = r"rollout_steps is 24 with num_envs 5; expected a multiple"
+    for agent in ("ppo", "uni_o4"):
+        with pytest.raises(ConfigError, match=uneven):
+            tiny_run(agent, (("online.num_envs", 5), ("online.rollout_steps", 24)))
+    with pytest.raises(ConfigError, match=uneven):  # of an agent of one's own
+        trainer_class(OnlineConfig(replay="rollout", num_envs=5, rollout_steps=24))
     with pytest.raises(ConfigError, match="wants them raw: leave out --normalize"):
         experiment.train(tiny_run("uni_o4", STAGED, offline_steps=45, normalize=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     host = tiny_run("uni_o4", STAGED, offline_steps=45, loop=LoopConfig(device_bytes=0))
     with pytest.raises(ConfigError, match="needs the dataset on the device: raise device_bytes"):
         experiment.build(host).offline(45)
-    short = experiment.load_data(run)
+    short = experiment.load_data(tiny_run("ppo", SMALL))
     few = replace(short, arrays={key: jax.tree.map(lambda leaf: leaf[:40], v) for key, v in short.arrays.items()})
     with pytest.raises(DatasetError, match="has 40 transitions"):
         experiment.build(tiny_run("uni_o4", STAGED), few)

@@ -13,10 +13,10 @@ from gymnasium import spaces
 
 from o2o import checkpoint, cli, datasets, envs, experiment
 from o2o.about import returns_scale
-from o2o.agents import WSRL
+from o2o.agents import WSRL, PPOConfig
 from o2o.datasets import Episode
 from o2o.errors import ConfigError, DatasetError
-from o2o.experiment import RunConfig, TaskConfig
+from o2o.experiment import RunConfig, TaskConfig, with_fields
 
 Maker = Callable[..., RunConfig]
 OBSERVATIONS, ACTIONS = spaces.Box(-np.inf, np.inf, (11,), np.float64), spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -47,6 +47,17 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         return name
 
     return write
+
+
+def test_changes_are_made_together_and_of_one_field_the_last_counts() -> None:
+    """1,000 steps do not go into the 8 environments of the preset, nor its 2,048 into 3."""
+    config = with_fields(PPOConfig(), [("online.num_envs", 3), ("clip", 0.1), ("online.rollout_steps", 999)])
+    assert (config.online.num_envs, config.online.rollout_steps, config.clip) == (3, 999, 0.1)
+    assert with_fields(PPOConfig(), [("online.num_envs", 3), ("online.num_envs", 4)]).online.num_envs == 4
+    other = dataclasses.replace(PPOConfig().online, num_envs=2)
+    assert with_fields(PPOConfig(), [("online.num_envs", 4), ("online", other)]).online == other
+    whole = with_fields(PPOConfig(), [("online", other), ("online.rollout_steps", 10)])
+    assert whole.online == dataclasses.replace(other, rollout_steps=10) and with_fields(PPOConfig(), []) == PPOConfig()
 
 
 def test_only_successes_leaves_failed_episodes_out(put: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
