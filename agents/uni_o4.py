@@ -13,8 +13,11 @@ Where we differ
 - One policy head serves both phases; the release squashes the log-std twice online.
 - States are standardised by std + 0.001, constant dimensions only centred; the release adds 1e-10.
 - The dynamics models see every pair within an episode and none across; see `o2o.dynamics` for the rest. A roll-out that
-  leaves the data's range a hundredfold, or is not finite, keeps its last Q to the end; where more than a tenth of them
-  do, the policy is put back to its reference with a fresh optimiser, and `amq/diverged` counts it.
+  is not finite, or leaves the data's range a hundredfold or that of the task's rule, keeps its last Q to the end (the
+  rule would end it); where more than a tenth of them do, the policy is put back to its reference with a fresh
+  optimiser, and `amq/diverged` counts it.
+- Where datasets are mixed by weights, minibatches and AM-Q's start states follow them; the dynamics models, their
+  hold-out rows and all statistics see every row alike.
 - Policies are judged at the improvement's end too. New noise, where asked for, is shared by the members.
 - Dataset actions are clipped to 0.99999 on every task (release: Adroit), sampled ones never. The Q loss is a mean over
   both critics, the same step under Adam. Biases begin at zero. `analytic_kl` sums over action dimensions.
@@ -45,12 +48,12 @@ from o2o.dynamics import Dynamics, holdout_rows
 from o2o.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
 from o2o.networks import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
 from o2o.normalizer import Normalizer
+from o2o.terminations import RULES
 from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset, Stage
 
 LOWEST = float(np.finfo(np.float32).min)
 FAR, LOST = 100.0, 0.1
 """A roll-out state is lost beyond so many standard deviations; a policy is where such a share of roll-outs is."""
-
 
 _DEFAULT = UniO4Config()
 
@@ -259,9 +262,8 @@ class UniO4(AgentNode):
         config = self.config
         key = jax.random.fold_in(self.dynamics.bootstrap if config.common_noise else self.rng, 1)
         start_rng, noise_rng = jax.random.split(key)
-        states = data.rows["observations"]
-        starts = states[jax.random.randint(start_rng, (config.judge_rows,), 0, states.shape[0])]
-        size = states.shape[-1]
+        starts = data.sample(start_rng, (config.judge_rows,))["observations"]
+        size, rule = starts.shape[-1], RULES.get(self.dynamics.termination, RULES["never"])
         middle, width = self.dynamics.mean[:size], self.dynamics.std[:size]
 
         def member(own: Params) -> tuple[Array, Array]:
@@ -274,7 +276,8 @@ class UniO4(AgentNode):
                 values = jnp.stack([jnp.where(alive | lost, last, 0.0).sum(), (alive | lost).sum().astype(jnp.float32)])
                 following, _, ended = self.dynamics.step(key, raw, actions)
                 wild = ~jnp.all(jnp.isfinite(following) & (jnp.abs((following - middle) / width) < FAR), axis=-1)
-                lost = lost | (alive & ~ended & wild)
+                wild = wild | rule.out_of_range(following)
+                lost = lost | (alive & wild)
                 alive = alive & ~ended & ~wild
                 return (jnp.where(alive[:, None], following, raw), alive, lost, last), values
 

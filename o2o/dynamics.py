@@ -23,7 +23,7 @@ from flax import struct
 
 from o2o.errors import DatasetError
 from o2o.networks import Adam, EnsembleDense, Model, Value, where_leading
-from o2o.terminations import RULES, Termination
+from o2o.terminations import RULES, Termination, check_size
 from o2o.types import Array, Info, Params
 
 DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
@@ -114,7 +114,11 @@ class Dynamics(struct.PyTreeNode):
         patience: int,
         termination: Termination,
     ) -> Self:
-        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
+        """Initialise from a key and example observations `[B, D]` and actions `[B, A]`.
+
+        Raises `ConfigError` for observations that are too short for the rule `termination`.
+        """
+        check_size(termination, observations.shape[-1])
         net_rng, end_rng, boot_rng = jax.random.split(rng, 3)
         size, width = observations.shape[-1], observations.shape[-1] + actions.shape[-1]
         net = DynamicsNet(tuple(hidden_dims), num, size + 1)

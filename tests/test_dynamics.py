@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from o2o.dynamics import Dynamics, split_rows, training_row
-from o2o.errors import DatasetError
-from o2o.terminations import RULES, termination_of
+from o2o.errors import ConfigError, DatasetError
+from o2o.terminations import RULES, check_size, termination_of
 
 A = np.asarray([[0.9, 0.1], [-0.1, 0.8]], np.float32)
 B = np.asarray([[0.5], [1.0]], np.float32)
@@ -172,6 +173,35 @@ def test_the_rules_of_the_tasks() -> None:
     pen[:, 26] = [0.2, 0.07]
     np.testing.assert_array_equal(RULES["pen"](jnp.asarray(pen)), [False, True])
     assert not RULES["never"](jnp.full((3, 2), 1e9)).any()
+    for name, states in (("hopper", hopper), ("walker2d", walker), ("halfcheetah", cheetah), ("pen", pen)):
+        for before in (states[::-1], np.full((len(states), 1), 300.0)):  # an older observation, or a position
+            longer = jnp.asarray(np.concatenate([before, states], axis=1))
+            np.testing.assert_array_equal(RULES[name](longer), RULES[name](jnp.asarray(states)))
+            np.testing.assert_array_equal(
+                RULES[name].out_of_range(longer), RULES[name].out_of_range(jnp.asarray(states))
+            )
     names = ["Hopper-v5", "Walker2d-v4", "HalfCheetah-v5", "AdroitHandPen-v1", "AntMaze_UMaze-v5", None]
     found = [termination_of(name) for name in names]
     assert found == ["hopper", "walker2d", "halfcheetah", "learned", "learned", "learned"]
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
+def test_a_rule_knows_the_observations_of_its_environment_with_and_without_the_position(env_id: str) -> None:
+    rule = RULES[termination_of(env_id)]
+    for position in (False, True):
+        env = gym.make(env_id, exclude_current_positions_from_observation=not position)
+        observation, _ = env.reset(seed=0)
+        assert observation.shape == (rule.size + position,) and not rule(jnp.asarray(observation))
+        if not position:
+            env.unwrapped.data.qpos[:2] = [300.0, 0.1]  # type: ignore[attr-defined]
+            fallen = env.unwrapped._get_obs()  # type: ignore[attr-defined]
+            assert bool(rule(jnp.asarray(fallen))) == (env_id != "HalfCheetah-v5")
+        env.close()
+
+
+def test_observations_too_short_for_a_rule_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'hopper' reads observations of 11 numbers, the task's have 10; set"):
+        check_size("hopper", 10)
+    with pytest.raises(ConfigError, match=r"'pen' reads observations of 45 numbers"):
+        make_model(termination="pen")
+    check_size("learned", 1)

@@ -210,23 +210,6 @@ def test_rolls_outs_that_ended_count_no_further(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(scores, first, rtol=1e-5)
 
 
-def test_a_policy_whose_roll_outs_diverge_is_put_back_to_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = make_agent().prepare(DATA, "improve")
-    trained, _ = pretrain(agent, DATA, "improve", 0.0)
-
-    def explode(self: Any, rng: Any, states: Any, actions: Any) -> Any:
-        return states * 1e9, jnp.zeros(states.shape[0]), jnp.zeros(states.shape[0], bool)
-
-    monkeypatch.setattr(Dynamics, "step", explode)
-    judged = trained.judge(DATA, "improve")
-    np.testing.assert_array_equal(judged.diverged, [1, 1])
-    assert same(judged.policies.params, agent.reference) and same(judged.reference, agent.reference)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(judged.policies.opt_state))
-    np.testing.assert_array_equal(judged.best, agent.best)
-    _, info = pretrain(judged, DATA, "improve", 0.0)
-    assert float(info["amq/diverged"]) == 2.0
-
-
 def test_q_sees_v_after_its_step_and_targets_follow_every_second() -> None:
     agent = make_agent(pretrain_lr=1e-3)
     batch = {**{key: leaf[:8] for key, leaf in ROWS.items()}, "ends": jnp.zeros(8)}
