@@ -81,6 +81,8 @@ class GenerativeBCConfig:
             raise ConfigError(f"{name}.execute is {self.execute}; expected 1 to {self.horizon}, the horizon.")
         if not 0.0 < self.ema_rate <= 1.0:
             raise ConfigError(f"{name}.ema_rate is {self.ema_rate}; expected above 0 and at most 1.")
+        if self.network not in ("residual", "mlp"):
+            raise ConfigError(f"{name}.network is {self.network!r}; expected residual or mlp.")
 
 
 @dataclass(frozen=True)

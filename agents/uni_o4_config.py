@@ -1,7 +1,7 @@
 """Settings of Uni-O4 (`o2o.agents.uni_o4`) and its presets."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from o2o.agents.ppo import PPOConfig
 from o2o.errors import ConfigError
@@ -95,9 +95,13 @@ class UniO4Config(PPOConfig):
             )
         if not 1 <= self.candidates <= self.num_policies:
             raise ConfigError(f"candidates is {self.candidates}; expected 1 to num_policies ({self.num_policies})")
-        for name in ("horizon", "judge_rows", "judge_every", "validate_every", "offline_batch_size"):
+        counts = ("horizon", "judge_rows", "judge_every", "validate_every", "dynamics_patience", "offline_batch_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"UniO4Config.{name} is {getattr(self, name)}; expected at least 1")
+        for name, known in (("diversity", get_args(Diversity)), ("termination", ("auto", *get_args(Termination)))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"UniO4Config.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
 
 
 def preset(family: str, size: Literal["paper", "small"]) -> Preset:

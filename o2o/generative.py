@@ -49,6 +49,10 @@ class Diffusion:
             raise ConfigError(f"Diffusion.steps is {self.steps}; expected at least 1.")
         if self.schedule == "linear" and self.steps < 20:
             raise ConfigError(f"Diffusion.schedule 'linear' needs 20 steps or more, not {self.steps}; use 'vp'.")
+        choices = {"schedule": ("vp", "cosine", "linear"), "sampler": ("ddpm", "ddim"), "clip": ("step", "prediction")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"Diffusion.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}.")
 
     @property
     def alphas(self) -> np.ndarray:
@@ -179,6 +183,12 @@ class Denoiser(nn.Module):
     """Fourier features of t in `residual`, half of them cosines."""
     dropout: float = 0.0
     """Dropout at the start of every block of `residual`, behind every layer of `mlp`."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a style that there is not."""
+        if self.style not in ("residual", "mlp"):
+            raise ConfigError(f"Denoiser.style is {self.style!r}; expected residual or mlp.")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, observations: Array, x: Array, t: Array, training: bool = False) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from o2o.agents import DiffusionBCConfig, FlowBCConfig
 from o2o.errors import ConfigError
 from o2o.generative import Denoiser, Diffusion, Flow
 
@@ -226,3 +227,19 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
         Diffusion(10, "linear")
     with pytest.raises(ConfigError, match=r"Flow\.steps is 0; expected at least 1"):
         Flow(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "expected"),
+    [
+        (Diffusion, "schedule", "vp or cosine or linear"),
+        (Diffusion, "sampler", "ddpm or ddim"),
+        (Diffusion, "clip", "step or prediction"),
+        (Denoiser, "style", "residual or mlp"),
+        (DiffusionBCConfig, "network", "residual or mlp"),
+        (FlowBCConfig, "network", "residual or mlp"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(make: Any, field: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{make.__name__}\.{field} is 'Cosine'; expected {expected}"):
+        make(**{field: "Cosine"})

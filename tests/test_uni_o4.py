@@ -317,6 +317,9 @@ def test_stages_add_up_and_stretch() -> None:
         ({"dynamics_elites": 9}, "dynamics_elites is 9 of 3"),
         ({"candidates": 3}, r"candidates is 3; expected 1 to num_policies \(2\)"),
         ({"horizon": 0}, "horizon is 0"),
+        ({"dynamics_patience": 0}, "dynamics_patience is 0; expected at least 1"),
+        ({"diversity": "kl"}, "diversity is 'kl'; expected none or code_heuristic or analytic_kl or sampled_kl"),
+        ({"termination": "Hopper-v5"}, "termination is 'Hopper-v5'; expected auto or learned or never"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
