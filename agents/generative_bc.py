@@ -201,6 +201,16 @@ class GenerativeBC(AgentNode):
         """Return the agent unchanged."""
         return self
 
+    def remark(self, steps: int) -> str | None:
+        """Return what to know before a pre-training of so many steps: that the rate is 0 for the rest of them."""
+        decay = self.config.decay_steps
+        if decay is None or steps <= decay:
+            return None
+        return (
+            f"the learning rate falls to 0 by step {decay} of {steps} and nothing is learnt from there on; set "
+            f"config.decay_steps to {steps} as well"
+        )
+
 
 class DiffusionBC(GenerativeBC):
     """Cloning by diffusion."""

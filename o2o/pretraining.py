@@ -1,5 +1,6 @@
 """The offline loop: gradient steps on the dataset, hundreds per dispatch, in one stage or in several."""
 
+import sys
 import time
 from functools import partial
 from itertools import pairwise
@@ -37,6 +38,9 @@ def pretrain(trainer: "Trainer", steps: int) -> bool:
     counters.offline_total = steps
     started = time.perf_counter() - counters.elapsed
     eval_every = loop.offline_eval_every or steps
+    remark = getattr(trainer.agent, "remark", lambda _: None)(steps)
+    if remark and counters.offline_steps < steps:
+        print(f"o2o: {remark}", file=sys.stderr)
     for stage, begin in plan(trainer.agent, steps):
         end = begin + stage.steps
         if stage.name and isinstance(trainer.offline_data, HostData):

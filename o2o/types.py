@@ -86,8 +86,9 @@ class Agent(Protocol):
     `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Optional parts:
     `window: int`, the rows in a row that it learns from (`window_of`); `random_actions(observations, rng)`, which
     returns the actions `[..., A]` of `online.random_steps` in place of uniform ones; `stages`, pre-training in several
-    parts (`Staged`); `check_data(data)`, which raises `DatasetError` for a dataset that it cannot learn from. With
-    `online.replay` "rollout" the leaves of an online `update` are `[T, num_envs, ...]`, in order of time, with `ends`.
+    parts (`Staged`); `check_data(data)`, which raises `DatasetError` for a dataset that it cannot learn from;
+    `remark(steps)`, a line to print before a pre-training of so many gradient steps, or None. With `online.replay`
+    "rollout" the leaves of an online `update` are `[T, num_envs, ...]`, in order of time, with `ends`.
     """
 
     config: Any
