@@ -37,6 +37,11 @@ class BalanceConfig:
     balance_lr: float = 3e-4
     """Adam rate of the balance network, and of its temperature where it has one."""
 
+    @property
+    def reach(self) -> Range:
+        """Smallest and largest coefficient that the balance network can choose."""
+        return self.balance_range
+
     def check_balance(self) -> None:
         """Raise `ConfigError` for settings of the balance that cannot be used."""
         name, ends = type(self).__name__, self.balance_range

@@ -93,6 +93,12 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     conservative: Conservative = Conservative(weight=1.0, subset=None)
     """The conservative term."""
 
+    @property
+    def reach(self) -> Range:
+        """Smallest and largest coefficient that the balance network can choose."""
+        low, high = self.balance_range
+        return (2.0 * low - high, high) if self.released_range else (low, high)
+
     def __post_init__(self) -> None:
         """Raise `ConfigError` for values that cannot be used."""
         super().__post_init__()

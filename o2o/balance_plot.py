@@ -43,7 +43,7 @@ def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") 
         raw = np.asarray(trainer.data.arrays["observations"][rows])
         agent = trainer.agent_of(member)
         betas, values = choices(agent, jnp.asarray(normalize(trainer.normalizer, raw)))
-        ends, title = agent.config.balance_range, f"{config.agent}, {trainer.data.info.name}"
+        ends, title = agent.config.reach, f"{config.agent}, {trainer.data.info.name}"
         columns = position(trainer.data, raw.shape[-1])
     finally:
         trainer.close()

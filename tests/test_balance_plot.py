@@ -31,6 +31,23 @@ def test_the_map_of_a_run(tiny_run: Callable[..., experiment.RunConfig], tmp_pat
         balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.txt")
 
 
+def test_the_title_names_the_coefficients_that_can_be_reached(
+    tiny_run: Callable[..., experiment.RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = [("released_range", True), ("num_critics", 2), ("conservative.n_actions", 2)]
+    run = tiny_run("famo2o_cql", fields, offline_steps=1, online_steps=0)
+    assert run.config.balance_range == (0.5, 1.5) and experiment.train(run, tmp_path / "run")
+    titles, save = [], balance_plot.save_picture
+
+    def saved(figure: Any, out: Path) -> None:
+        titles.append(figure.get_suptitle())
+        save(figure, out)
+
+    monkeypatch.setattr(balance_plot, "save_picture", saved)
+    balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.png")
+    assert titles[0].startswith("Balance coefficient in [-0.5, 1.5] over states")
+
+
 def test_a_run_without_balance_is_one_line(
     tiny_run: Callable[..., experiment.RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_the_whole_range_and_nothing_else_is_reached() -> None:
     np.testing.assert_allclose(agent.to_beta(x), [0.5, 1.0, 1.5])
     assert float(jnp.abs(agent.balance(STATES) - 1.0).max()) < 0.15, "small output layers: first in the middle"
     np.testing.assert_allclose(make_agent(released_range=True).to_beta(x), [-0.5, 0.5, 1.5])
+    assert agent.config.reach == (0.5, 1.5) and make_agent(released_range=True).config.reach == (-0.5, 1.5)
     released = with_balance(make_agent(released_range=True), -2.0)
     assert float(released.balance(STATES).max()) < 0.0 < 0.5 <= float(with_balance(agent, -2.0).balance(STATES).min())
     uniform = released.conditioned(
