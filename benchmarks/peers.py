@@ -39,6 +39,8 @@ class Contender:
     """What one run counts for: critic updates, or environment steps."""
     about: str = ""
     """Where its mathematics differ from the case."""
+    worth: dict[str, float] = field(default_factory=dict)
+    """Form to how many runs of the others one of its own counts for, where not 1."""
     rates: dict[str, float] = field(default_factory=dict)
     """Runs per second when last measured."""
 
@@ -50,7 +52,7 @@ class Contender:
             self.rates[form] = 1.0 / timed(run, 1)
         count = max(1, round(self.rates[form] * seconds))
         self.rates[form] = count / timed(run, count)
-        return self.rates[form] * self.units
+        return self.rates[form] * self.units * self.worth.get(form, 1.0)
 
 
 def timed(run: Run, count: int) -> float:

@@ -166,26 +166,24 @@ def comparable(case: CASE) -> tuple[str, Any]:
     return "rlpd", RLPDConfig(**shared, **normed, online=plain(RLPDConfig().online, utd_ratio=case["utd"]))
 
 
-def bounds(adapter: Adapter, utd: int, large: int) -> dict[str, tuple[Run, str]]:
+def bounds(adapter: Adapter, utd: int, large: int) -> tuple[dict[str, tuple[Run, str]], float]:
     """Return forms that make an update's products and nothing else, and as many FLOPs in products of `large` squared.
 
-    They count for as many updates as the program of the case's form does.
+    The first counts for as many updates as the program of the case's form does; a run of the second, one product, for
+    that many times the number returned.
     """
     kinds = kinds_of(adapter.traced(utd)[0])
-    each, square = [(alone(*kind), times) for kind, (times, _) in kinds.items()], squares(large)
-    share = sum(times * flops for times, flops in kinds.values()) / (2.0 * large**3)
+    each = [(alone(*kind), times) for kind, (times, _) in kinds.items()]
 
     def run(count: int) -> None:
         for product, times in each:
             product(count * times)
 
-    return {
+    forms = {
         PRODUCTS: (run, "every matrix product of the update in its very shape, one after the other, and nothing else"),
-        SQUARES: (
-            lambda count: square(max(1, round(count * share))),
-            f"as many FLOPs in products of {large} x {large}, and nothing else",
-        ),
+        SQUARES: (squares(large), f"as many FLOPs in products of {large} x {large}, and nothing else"),
     }
+    return forms, 2.0 * large**3 / sum(times * flops for times, flops in kinds.values())
 
 
 def prepared(case: CASE) -> tuple[Adapter, dict[str, tuple[Run, str]]]:
@@ -208,8 +206,11 @@ def prepared(case: CASE) -> tuple[Adapter, dict[str, tuple[Run, str]]]:
 def ours(case: CASE, bounded: bool = False) -> Contender:
     """Return our contender for a case of the comparison, with what bounds it if asked."""
     adapter, forms = prepared(case)
-    extra = bounds(adapter, case["utd"], case["square"]) if bounded else {}
-    return Contender(f"o2o {__version__}", forms | extra, case["utd"])
+    contender = Contender(f"o2o {__version__}", forms, case["utd"])
+    if bounded:
+        extra, contender.worth[SQUARES] = bounds(adapter, case["utd"], case["square"])
+        contender.forms |= extra
+    return contender
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ import layouts
 import parts
 import startup
 import throughput
+import throughput_agents
 import throughput_peers
 from peers import Contender, rows_of
 from products import label
 from throughput_machine import Span, alone, flops_of, kinds_of, measure, products, program_flops
 from throughput_peers import CASES, PeersError, peers_python
-from throughput_report import Contest, Results, Row, contest_lines, markdown, merged, number, ratios
+from throughput_report import SQUARES, Contest, Results, Row, contest_lines, markdown, merged, number, ratios
 
 ROW = Row(
     "cpu", "iql", "pen", 1, "offline", updates=[90.0, 100.0, 130.0], flops=2e6, matmul={"small": 1e9, "large": 4e8}
@@ -188,6 +190,30 @@ def test_measuring_counts_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None
     assert measure(run, Span(repeats=3, seconds=1.0, limit=4.0), known=5.0) == [0.2] and not done
     contender = Contender("x", {"as run": (run, "")}, units=20)
     assert contender.measure("as run", 2.0) == pytest.approx(80.0) and done[-1] == 8
+
+
+def test_large_products_are_credited_with_the_flops_that_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, done = [0.0], []
+
+    def run(count: int) -> None:
+        done.append(count)
+        clock[0] += 0.125 * count
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(throughput_agents, "squares", lambda size: run)
+    for rows, share in ((16, 1 / 16), (1024, 4.0)):  # an update of fewer FLOPs than one product, and of more
+        traced = jax.jit(jnp.dot).trace(jnp.zeros((rows, 32)), jnp.zeros((32, 32)))
+        adapter: Any = SimpleNamespace(traced=lambda utd, traced=traced: (traced, utd))
+        forms, worth = throughput_agents.bounds(adapter, 20, 2 * 32)
+        assert worth == 1 / share
+        contender = Contender("x", forms, units=20, worth={SQUARES: worth})
+        contender.measure(SQUARES, 0.0)  # as `serve` makes it ready
+        rates, lengths = [], []
+        for _ in range(3):
+            rates.append(contender.measure(SQUARES, 2.0))
+            lengths.append(done[-1])
+        assert lengths == [16, 16, 16], "two seconds, the first round too"
+        assert rates == [pytest.approx(8.0 / share * 20)] * 3
 
 
 def test_synthetic_rows_are_those_of_the_case() -> None:
