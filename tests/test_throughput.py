@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts import each other by name
@@ -249,8 +250,25 @@ def test_the_report_of_start_up_says_what_was_measured_and_nothing_else() -> Non
     text = startup.report(rows)
     assert "2 (1 - 3) s, 0 JAX back ends" in text and "4 (2 - 6) s from the start" in text and "##" not in text
     rates = {"device": [10.0, 20.0], "files": [9.0, 20.0], "cold": [5.0, 5.0]}
-    text = startup.report({"machine": "a machine", "images": [{"rates": rates, "rows": 7, "megabytes": 3}]})
+    images = {"rates": rates, "rows": 7, "megabytes": 3, "resident": [0.0, 0.021]}
+    text = startup.report({"machine": "a machine", "images": [images]})
     assert "| in files | 14.5 (9 - 20) | 0.95 (0.9 - 1) |" in text and "0.375 (0.25 - 0.5)" in text
+    assert "told to drop from memory (up to 2.1% of their pages stayed) |" in text
+    load = {"load": "first", "seconds": 2.0, **dict.fromkeys(("arrays", "kept", "peak"), 1.0)}
+    assert "steps, measured once\n" in startup.report({"machine": "a machine", "data": [load]})
+
+
+def test_files_that_are_mapped_are_dropped_from_memory(tmp_path: Path) -> None:
+    mapped = [np.memmap(tmp_path / f"{i}.bin", np.uint8, "w+", shape=(5_000_001,)) for i in range(2)]
+    for array in mapped:
+        array[:] = 1
+        array.flush()
+    assert startup.resident(mapped) == 1.0
+    if "tmpfs" in subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout:
+        pytest.skip("a file system in memory drops nothing")
+    startup.forget(mapped)
+    assert startup.resident(mapped) < 0.05
+    assert mapped[1].sum() == 5_000_001 and startup.resident(mapped) > 0.45, "read again from the disk"
 
 
 def test_what_no_script_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
