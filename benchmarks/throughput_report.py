@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +71,7 @@ class Row:
 
     @property
     def rest(self) -> float | None:
-        """Milliseconds of a step that no part explains: Python; negative where parts overlap."""
+        """Milliseconds of a step that no part explains, each measured apart: Python; can be negative."""
         whole = self.step_milliseconds
         return None if whole is None or "update" not in self.parts else whole - sum(self.parts.values())
 
@@ -149,17 +150,22 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self)
         (folder / "rows.json").write_text(json.dumps(content, indent=1) + "\n")
-        for device, about in self.machines.items():
-            chart(self, device, folder / picture(about))
+        for device, name in pictures(self.machines).items():
+            chart(self, device, folder / name)
         text = markdown(self, cases)
         (folder / "README.md").write_text(
             f"A quick look at tiny sizes: no figure means anything.\n\n{text}" if quick else text
         )
 
 
-def picture(about: Mapping[str, Any]) -> str:
-    """Return the file name of a machine's picture."""
-    return f"throughput-{about['platform']}.png"
+def pictures(machines: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the file name of every device's picture: its platform, from the second device of one with its own name."""
+    names: dict[str, str] = {}
+    for device, about in machines.items():
+        name = f"throughput-{about['platform']}"
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        names[device] = f"{name}-{slug}.png" if f"{name}.png" in names.values() else f"{name}.png"
+    return names
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -273,7 +279,7 @@ def row_lines(rows: Sequence[Row]) -> list[str]:
 
 def markdown(results: Results, cases: Mapping[str, Any]) -> str:
     """Return the README of the results."""
-    lines = ["# Throughput", "", *EXPLAINED.splitlines()]
+    lines, names = ["# Throughput", "", *EXPLAINED.splitlines()], pictures(results.machines)
     for device, about in results.machines.items():
         rows = [row for row in results.rows if row.device == device]
         contests = [contest for contest in results.contests if contest.device == device]
@@ -288,7 +294,7 @@ def markdown(results: Results, cases: Mapping[str, Any]) -> str:
         if products:
             rates = [statistics.median(m[which] for m in products) / 1e9 for which in ("small", "large")]
             lines[-1] += f" Its own matmuls: {number(rates[0])} GFLOP/s at 256, {number(rates[1])} at 2048."
-        lines += ["", f"![Ratios and updates per second]({picture(about)})"]
+        lines += ["", f"![Ratios and updates per second]({names[device]})"]
         lines += contest_lines(contests, cases) + row_lines(rows)
     return "\n".join([*lines, ""])
 
@@ -311,11 +317,14 @@ compilation is not in the rates. With several seeds in one program, rates are of
   products of 256 x 256 x 256 and of 2048 x 2048 x 2048 in the same process.
 - machine: GFLOP/s of those of 2048 x 2048 x 2048. Rows of different days are rates of a machine that is at times twice
   as fast as at others: compare rates only where this column is alike, else shares. It is measured before a
-  cell's rows: a share above 100 % says that the machine became faster meanwhile.
+  cell's rows: a share above 100 % of 2048 says that the machine became faster meanwhile. One of 256 need not: larger
+  products than those of 256 can be faster.
 - The whole online loop: environment steps/s with the real environment, logging on, evaluation off. One step in ms, its
   parts each measured alone: stepping the environments (one after the other), moving what a step takes, the program.
-  rest: what is left, Python; negative where parts overlap. Where a step takes over two seconds its program is not
-  measured alone: the columns are empty, and updates/s are those of the loop.
+  rest: what is left, Python, and the error of adding parts that were measured apart, the environments with one random
+  action again and again, the program with one input; negative where that, or what the loop does at the same time, is
+  more than Python's share. Where a step takes over two seconds its program is not measured alone: the columns are
+  empty, and updates/s are those of the loop.
 
 Comparison: observation 45, action 24, minibatches of 256, networks 256 x 256, full update of all networks; other
 libraries in an environment of their own, default settings of their threads. All of a case take turns, round by round;

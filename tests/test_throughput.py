@@ -111,6 +111,18 @@ def test_results_are_written_read_and_drawn(tmp_path: Path) -> None:
     assert Results.load(tmp_path) == Results()
 
 
+def test_devices_of_one_platform_have_pictures_of_their_own(tmp_path: Path) -> None:
+    about = {"platform": "cpu", "jax": "1", "python": "3"}
+    machines = {name: {"device": name, **about} for name in ("AMD EPYC, 2 cores", "ARM, 8 cores")}
+    machines["H100"] = {"device": "H100", **about, "platform": "gpu"}
+    rows = [dataclasses.replace(ROW, device=name) for name in machines]
+    Results(machines, rows).save(tmp_path, CASES)
+    names = ["throughput-cpu.png", "throughput-cpu-arm-8-cores.png", "throughput-gpu.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(names)
+    sections = (tmp_path / "README.md").read_text().split("\n## ")[1:]
+    assert [name in section for name, section in zip(names, sections, strict=True)] == [True] * 3
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, ""), (0.0, "0"), (1234.5, "1 234"), (22.26, "22.3"), (1.005e-1, "0.101"), (-4.01, "-4.01")],
