@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from o2o.errors import ConfigError, RunError
-from o2o.stats import STATISTICS, Band, Curve, curve
+from o2o.stats import Band, Curve, curve, statistic_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette: told apart with any colour vision and on a grey print together with `MARKERS`."""
@@ -260,10 +260,11 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statis
     """Compare run folders in one picture, read from `episodes.jsonl` and `config.json`; return the curves drawn.
 
     Runs whose settings differ in their seeds only are one curve. Without `metric`, what the runs are judged by is drawn
-    (`judged_by`). Raises `RunError` for a folder without rows, or when none has the metric, `ConfigError` for a picture
-    that cannot be written.
+    (`judged_by`). Raises `RunError` for a folder without rows, or when none has the metric, `ConfigError` for an
+    unknown `statistic` and a picture that cannot be written.
     """
     check_picture(out)
+    reduce = statistic_of(statistic)
     curves: dict[str, Curve] = {}
     configs = [read_json(run / "config.json") for run in runs]
     groups = _replicates(runs, configs)
@@ -273,7 +274,7 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statis
     agents = {run: _name(config, run) for run, config in zip(runs, configs, strict=True)}
     names = [agents[group[0]] for group in groups]
     for name, group, rows in zip(names, groups, pooled, strict=True):
-        result = curve(rows, metric, STATISTICS[statistic])
+        result = curve(rows, metric, reduce)
         if result is not None:
             label = name if names.count(name) == 1 else f"{name}: {group[0].name}"
             label += f" and {len(group) - 1} more" if label != name and len(group) > 1 else ""

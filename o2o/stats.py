@@ -36,6 +36,13 @@ def iqm(scores: ArrayLike) -> Any:
 STATISTICS: dict[str, Statistic] = {"mean": mean, "iqm": iqm}
 
 
+def statistic_of(name: str) -> Statistic:
+    """Return a statistic by its name in `STATISTICS`. Raises `ConfigError` for another."""
+    if name not in STATISTICS:
+        raise ConfigError(f"unknown statistic {name!r}; expected one of {', '.join(STATISTICS)}")
+    return STATISTICS[name]
+
+
 def as_strata(scores: Any) -> list[Floats]:
     """Return one float array of seeds per task from `[tasks, seeds]`, `[seeds]`, or rows of unequal length."""
     rows = list(scores)
@@ -54,6 +61,14 @@ def _resample(strata: Sequence[Floats], samples: int, rng: np.random.Generator) 
     return np.concatenate([row[rng.integers(row.size, size=(samples, row.size))] for row in strata], axis=1)
 
 
+def _percentiles(values: Floats, confidence: float) -> tuple[float, float]:
+    """Return the limits between which the middle `confidence` of the values lies."""
+    if not 0.0 < confidence < 1.0:
+        raise ConfigError(f"confidence must lie between 0 and 1, got {confidence}")
+    low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
+    return float(low), float(high)
+
+
 def interval(
     scores: Any, statistic: Statistic = mean, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -62,11 +77,8 @@ def interval(
     `scores` is `[tasks, seeds]`, `[seeds]`, or a list of rows of unequal length. One seed gives an interval of width
     zero, and a handful gives one that is too narrow (three seeds cover about 75 % where 95 % is asked for).
     """
-    if not 0.0 < confidence < 1.0:
-        raise ConfigError(f"confidence must lie between 0 and 1, got {confidence}")
     values = statistic(_resample(as_strata(scores), samples, np.random.default_rng(seed)))
-    low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
-    return float(low), float(high)
+    return _percentiles(values, confidence)
 
 
 def _better(x: Floats, y: Floats) -> Floats:
@@ -88,9 +100,7 @@ def probability_of_improvement(
     rng = np.random.default_rng(seed)
     pairs = list(zip(strata_x, strata_y, strict=True))
     drawn = [_better(_resample([a], samples, rng), _resample([b], samples, rng)) for a, b in pairs]
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.mean(drawn, axis=0), [tail, 1.0 - tail])
-    return float(np.mean([_better(a, b) for a, b in pairs])), float(low), float(high)
+    return float(np.mean([_better(a, b) for a, b in pairs])), *_percentiles(np.mean(drawn, axis=0), confidence)
 
 
 @dataclass(frozen=True)

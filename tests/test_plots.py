@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 
 from o2o import cli
-from o2o.errors import RunError
+from o2o.errors import ConfigError, RunError
 from o2o.plots import plot_curves, plot_runs, pool, read_rows
 from o2o.stats import aggregate, curve
 
@@ -38,6 +38,11 @@ def test_runs_become_labelled_curves_and_a_picture(tmp_path):
     assert curves["wsrl: a"].online.centre.tolist() == [1000.5, 1050.5, 1800.5, 2800.5]
     picture = matplotlib.image.imread(out)
     assert picture.shape[:2] == (660, 1350) and picture.std() > 0.05
+
+
+def test_an_unknown_statistic_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match="unknown statistic 'median'; expected one of mean, iqm"):
+        plot_runs([tmp_path / "none"], tmp_path / "p.png", "return", "median")
 
 
 def test_runs_that_differ_in_their_seeds_only_are_pooled(tmp_path):

@@ -67,6 +67,8 @@ def test_scores_that_are_no_scores_are_refused(bad):
 def test_confidence_must_be_a_probability():
     with pytest.raises(ConfigError, match="between 0 and 1, got 95"):
         interval([1.0, 2.0], confidence=95)
+    with pytest.raises(ConfigError, match="between 0 and 1, got 95"):
+        probability_of_improvement([1.0, 2.0], [1.0, 3.0], confidence=95)
 
 
 def test_probability_of_improvement_counts_pairs():
