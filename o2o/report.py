@@ -12,18 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from o2o.bench import Suite, load_suite
+from o2o.bench import Cell, Suite, covered, load_suite
 from o2o.bench_jobs import Job, folders, jobs
 from o2o.errors import RunError
 from o2o.plots import LABELS, judged_by, plot_curves, pool, read_json, read_rows
-from o2o.stats import STATISTICS, Floats, Point, aggregate, curve, interval, probability_of_improvement
+from o2o.stats import Floats, Point, aggregate, curve, interval, probability_of_improvement, statistic_of
 
-FIRST_UPDATES = 1000
+FIRST_UPDATES, FEW = 1000, 20
+"""Critic updates of the whole agent online before the column `early`, and how many of them may be missing there: the
+evaluation planned for it does not wait for the first windows of several steps, which are complete some steps late."""
 NO_POINT = "-"
+EARLY = (
+    f"'after the first {FIRST_UPDATES} updates': critic updates online, without those in one go before the first of "
+    f"them\n(`initial_updates`); up to {FEW} fewer where windows of several steps delay them."
+)
 COLUMNS = {
     "offline": "offline",
     "warmup": "end of warm-up",
-    "early": "after the first 1000 updates",
+    "early": f"after the first {FIRST_UPDATES} updates",
     "end": "end",
 }
 
@@ -36,6 +42,12 @@ class Method:
     label: str
     rows: list[dict[str, Any]]
     configs: list[dict[str, Any]]
+
+    @property
+    def initial_updates(self) -> int:
+        """Updates in one go before the first online one (`OnlineConfig.initial_updates`); `config.json` has them."""
+        online = self.configs[0].get("config", {}).get("online") or {}
+        return int(online.get("initial_updates", 0))
 
 
 def _join(found: Sequence[Job]) -> list[Method]:
@@ -51,12 +63,15 @@ def _join(found: Sequence[Job]) -> list[Method]:
     return [Method(*key, pool(paths), [read_json(p / "config.json") for p in paths]) for key, paths in groups.items()]
 
 
-def stages(points: Sequence[Point]) -> dict[str, Point | None]:
-    """Pick the table's evaluations: `offline`, `warmup`, `early` (first past 1000 online updates) and `end`."""
+def stages(points: Sequence[Point], initial_updates: int = 0) -> dict[str, Point | None]:
+    """Pick the table's evaluations: `offline`, `warmup`, `early` and `end`.
+
+    `early` is the first past 1000 online updates, the `initial_updates` before the first of them not counted.
+    """
     by_phase = {phase: [p for p in points if p.phase == phase] for phase in ("offline", "warmup", "online")}
     offline, warmup, online = by_phase["offline"], [p for p in by_phase["warmup"] if p.env_steps], by_phase["online"]
-    before = max((p.gradient_steps for p in offline + warmup), default=0)
-    early = [p for p in online if p.gradient_steps - before >= FIRST_UPDATES]
+    before = max((p.gradient_steps for p in offline + warmup), default=0) + initial_updates
+    early = [p for p in online if p.gradient_steps - before >= FIRST_UPDATES - FEW]
     return {
         "offline": offline[-1] if offline else None,
         "warmup": warmup[-1] if warmup else None,
@@ -75,7 +90,7 @@ def _score(tasks: Sequence[Floats], metric: str, statistic: str) -> str:
     """Write the statistic over the seeds of all `tasks`, one row of scores each, with its interval."""
     if not tasks:
         return NO_POINT
-    reduce = STATISTICS[statistic]
+    reduce = statistic_of(statistic)
     centre = _number(float(reduce(np.concatenate(tasks))), metric)
     if min(len(scores) for scores in tasks) == 1:
         return centre
@@ -97,6 +112,7 @@ def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metr
         return []
     published = {key: p for key, p in suite.published.items() if p is not None and p.same_data and p.metric == metric}
     configs = {(m.dataset, m.label): m.configs for m in methods}
+    picked = {(m.dataset, m.label): stages(points[m.dataset, m.label], m.initial_updates) for m in methods}
     columns = COLUMNS if any(job.cell.online_steps for job in planned) else {"offline": COLUMNS["offline"]}
     head = ["dataset", "dataset's mean", "method", "n", *columns.values()]
     head += ["published, same data"] if published else []
@@ -107,13 +123,12 @@ def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metr
         if not points.get(key):
             row += ["0", "not run" if key not in points else NO_POINT, *[""] * (len(columns) - 1)]
         else:
-            picked = stages(points[key])
             row += [str(max(len(p.scores) for p in points[key]))]
-            row += [_score(_values([picked[stage]]), metric, suite.statistic) for stage in columns]
+            row += [_score(_values([picked[key][stage]]), metric, suite.statistic) for stage in columns]
         if published:
             row += [f"{_number(published[key].value, metric)} ({published[key].source})" if key in published else ""]
         lines.append(f"| {' | '.join(row)} |")
-    return lines + _over_tasks(suite, points, metric, list(columns), len(head))
+    return lines + _over_tasks(suite, points, picked, metric, list(columns), len(head))
 
 
 def _values(points: Sequence[Point | None]) -> list[Floats]:
@@ -123,7 +138,12 @@ def _values(points: Sequence[Point | None]) -> list[Floats]:
 
 
 def _over_tasks(
-    suite: Suite, points: dict[tuple[str, str], list[Point]], metric: str, columns: Sequence[str], width: int
+    suite: Suite,
+    points: dict[tuple[str, str], list[Point]],
+    picked: dict[tuple[str, str], dict[str, Point | None]],
+    metric: str,
+    columns: Sequence[str],
+    width: int,
 ) -> list[str]:
     """Return the rows of a metric's table over the tasks that all methods share; empty without a unit in common."""
     methods = [v.label for v in suite.variants if any(points.get((task.dataset, v.label)) for task in suite.tasks)]
@@ -132,10 +152,10 @@ def _over_tasks(
         return []
     lines = []
     for label in methods:
-        picked = [stages(points[dataset, label]) for dataset in shared]
+        found = [picked[dataset, label] for dataset in shared]
         seeds = sum(max(len(point.scores) for point in points[dataset, label]) for dataset in shared)
         row = [f"{len(shared)} tasks", NO_POINT, label, str(seeds)]
-        row += [_score(_values([stage[name] for stage in picked]), metric, suite.statistic) for name in columns]
+        row += [_score(_values([stage[name] for stage in found]), metric, suite.statistic) for name in columns]
         lines.append(f"| {' | '.join(row + [''] * (width - len(row)))} |")
     which = ", ".join(f"`{dataset}`" for dataset in shared)
     return [*lines, "", f"{len(shared)} tasks: {which}; their seeds together, resampled within each task."]
@@ -223,6 +243,7 @@ def _protocol(suite: Suite, machines: Sequence[str]) -> list[str]:
         f"Preset `{suite.preset}`; {steps}; {suite.eval_episodes} evaluation episodes per seed.{other}",
         f"Figures are the {kind} over n seeds with their 95 % bootstrap interval in brackets; with three seeds",
         "that is the range of the seeds' scores, which covers the truth about three times in four.",
+        *([EARLY] if suite.online_steps else []),
         f"'{NO_POINT}': no such evaluation. Machine: {'; '.join(machines)}.",
         "",
     ]
@@ -270,7 +291,7 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
         metric = _metric_of(suite, here)
         if metric is None:
             continue
-        found = {m.label: curve(m.rows, metric, STATISTICS[suite.statistic]) for m in here}
+        found = {m.label: curve(m.rows, metric, statistic_of(suite.statistic)) for m in here}
         curves = {label: item for label, item in found.items() if item is not None}
         level = [c["dataset_summary"].get(metric) for m in here for c in m.configs if c.get("dataset_summary")]
         reference = ("dataset mean", float(level[0])) if level and level[0] is not None else None
@@ -280,15 +301,25 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
     return links
 
 
+def _planned(suite: Suite, results: Path) -> list[Cell]:
+    """Return the suite's cells, with all seeds that folder `results` has beyond the suite's own."""
+    methods, cells = {cell.stem: cell for cell in suite.cells()}, []
+    for stem, cell in methods.items():
+        last = max((last for _, last in covered(results, stem)), default=0)
+        cells += suite.cells([cell.label], [cell.dataset], max(suite.seeds, last + 1))
+    return cells
+
+
 def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None = None) -> Path:
     """Write the suite's Markdown and pictures into its folder of results `out/<suite>/`; return the Markdown's path.
 
-    Cells that were not run are listed. Raises `RunError` for results of other settings than the suite's.
+    It has all seeds that were run, also beyond the suite's own; cells that were not run are listed. Raises `RunError`
+    for results of other settings than the suite's.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     results_dir, runs_dir = folders(out, runs)
     folder = results_dir / suite.name
-    planned = jobs(suite, suite.cells(), results_dir, runs_dir)
+    planned = jobs(suite, _planned(suite, folder), results_dir, runs_dir)
     methods = _join(planned)
     lines = [f"# {suite.name}", "", suite.description, ""]
     if methods:
