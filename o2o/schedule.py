@@ -10,7 +10,11 @@ from o2o.types import OnlineConfig
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often the loops log, evaluate and checkpoint; only `overlap` changes what is learnt."""
+    """How often the loops log, evaluate and checkpoint, where what they do runs, and how much they keep.
+
+    What is learnt depends only on `overlap`, on `replay_capacity` once a run exceeds it, and, with environments that
+    cannot be replayed, on when they evaluate, which ends the training episode.
+    """
 
     eval_every: int = 5_000
     """Environment steps between two evaluations, 0 for none; others: the warm-up's end, 1000 updates later, the end."""
