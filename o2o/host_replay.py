@@ -229,6 +229,11 @@ class HostReplay:
         self._pool.shutdown(cancel_futures=True)
         self._ahead, self.store = None, None
 
+    def sync(self) -> None:
+        """Wait until the run's own rows are on the disk: a checkpoint refers to them."""
+        if self.store is not None:
+            self.store.sync()
+
     def _updates(
         self, agent: Any, rng: Array, totals: Info, count: int, seeds: int, draw: Any, read: Any
     ) -> tuple[Any, Array, Info]:

@@ -3,11 +3,13 @@
 import difflib
 import json
 import math
+import os
+import sys
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -55,19 +57,28 @@ def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all; what was there stays until then."""
+    """Write a text file that appears whole or not at all, in a power cut too; what was there stays until then."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
 class JsonLines:
-    """Append rows to a file; every row is flushed, so a kill loses none."""
+    """Append rows to a file; every row is flushed, so a kill loses none, nor a power cut one before an `offset`."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending."""
+        """Append to `path`, which is opened by the first change: who only looks needs no right to write."""
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._opened: IO[str] | None = None
+
+    @property
+    def _file(self) -> IO[str]:
+        if self._opened is None:
+            self._opened = self.path.open("a", encoding="utf-8")
+        return self._opened
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; NaN and infinity are written as null."""
@@ -76,17 +87,31 @@ class JsonLines:
         self._file.flush()
 
     def offset(self) -> int:
-        """Return the file's length in bytes."""
+        """Return the file's length in bytes, all of which are on the disk then."""
+        os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:
-        """Forget what was written behind `offset`: a resumed run writes it again."""
-        if self.offset() > offset:
+        """Forget what was written behind `offset`: a resumed run writes it again.
+
+        Of a file that is shorter the last line stays only if it is whole, and standard error has a line about it.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < offset:
+            whole = self.path.read_bytes().rfind(b"\n") + 1 if size else 0
+            print(
+                f"o2o: {self.path} has {size} bytes, its checkpoint was taken at {offset}: rows are missing from it (a "
+                "power cut, or a copy by half); the run goes on without them",
+                file=sys.stderr,
+            )
+            offset = whole
+        if size > offset:
             self._file.truncate(offset)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._opened is not None:
+            self._opened.close()
 
 
 class TensorBoard:

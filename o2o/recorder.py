@@ -142,8 +142,6 @@ def _nested(space: gym.Space, arrays: Mapping[str, np.ndarray], prefix: str = "o
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_whole(path: Path, write: Any) -> None:
@@ -151,6 +149,8 @@ def _write_whole(path: Path, write: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
         raise RunError(f"cannot record to {path}: {error.strerror}; free some space and resume") from error
@@ -160,6 +160,17 @@ def _files(folder: Path) -> dict[Name, Path]:
     """Return the episodes of a folder in order of their names: members one after the other, each in order of time."""
     named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
     return dict(sorted(named.items()))
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """Return what is written of the environment beside its episodes; raises `RunError` if it cannot be read."""
+    try:
+        return json.loads((folder / HEADER).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it anew once the "
+            "environment is made, or copy that of another recorded run in the same environment"
+        ) from error
 
 
 def next_number(folder: Path, prefix: Name) -> int:
@@ -172,8 +183,7 @@ def forget(run: Path, going_on: Mapping[Name, int]) -> None:
 
     `going_on`: (run seed, stream, member) to the number of the episode under way; of members not named, all go.
     """
-    header = run / EPISODES / HEADER
-    if header.exists() and not json.loads(header.read_text()).get("replayable", True):
+    if (run / EPISODES / HEADER).exists() and not _header(run / EPISODES).get("replayable", True):
         return
     for name, path in _files(run / EPISODES).items():
         if name[-1] >= going_on.get(name[:-1], 0):
@@ -203,7 +213,7 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     recorded = _files(run / EPISODES)
     if not recorded:
         raise RunError(f"{run} has no recorded episode: train with --record until one episode of the online phase ends")
-    header = json.loads((run / EPISODES / HEADER).read_text())
+    header = _header(run / EPISODES)
     observation_space, action_space, spec = datasets.read_environment(header, str(run / EPISODES / HEADER))
     name = dataset_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.resolve().name)}-v0"
     base = root or run / RECORDED

@@ -22,9 +22,9 @@ Handles = np.ndarray
 class RowStore:
     """The observations of a run's own transitions, all seeds, in files that are mapped into memory.
 
-    A ring of `capacity` + `slack` rows: a checkpoint is whole while not more than `slack` rows were written behind it.
-    Files of a killed run are used again, those of another size refused; a row that is not there any more is refused,
-    never replaced by another.
+    A ring of `capacity` + `slack` rows: a checkpoint is whole while not more than `slack` rows were written behind it,
+    even after a power cut if `sync` came before it. Files of a killed run are used again, those of another size
+    refused; a row that is not there any more is refused, never replaced by another. Nothing is changed by opening them.
     """
 
     def __init__(self, folder: Path | None, example: Mapping[str, Any], capacity: int, slack: int) -> None:
@@ -59,7 +59,9 @@ class RowStore:
     def _map(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
         """Return the mapped array `[places, *shape]` of a file and its descriptor."""
         row = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        may_write = os.access(path if path.exists() else path.parent, os.W_OK)
+        flags = os.O_RDWR | os.O_CREAT if may_write else os.O_RDONLY  # who only looks needs no right to write
+        descriptor = os.open(path, flags, 0o644)
         weakref.finalize(self, os.close, descriptor)
         found = os.fstat(descriptor).st_size
         if found not in (0, self.places * row):
@@ -68,7 +70,8 @@ class RowStore:
                 "loop.replay_capacity, loop.checkpoint_every or a camera changed since; put it back, or delete "
                 f"{path.parent} if the online phase may begin anew"
             )
-        os.ftruncate(descriptor, self.places * row)
+        if not found:
+            os.ftruncate(descriptor, self.places * row)
         return np.memmap(path, dtype, "r", shape=(self.places, *shape)), descriptor
 
     def _write(self, mapped: tuple[np.ndarray, int], place: int, value: np.ndarray) -> None:
@@ -90,6 +93,14 @@ class RowStore:
         self._write(self._serials, place, np.asarray(self.total + 1))
         self.total += 1
         return np.full(self.seeds, self.total - 1, np.int32)
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk; their numbers, by which `read` knows them, go there last."""
+        try:
+            for _, descriptor in (*self._maps, self._serials):
+                os.fsync(descriptor)
+        except OSError as error:
+            raise RunError(f"cannot store transitions in {self.folder} ({error.strerror}): resume the run") from error
 
     def read(self, handles: Handles, dataset: Mapping[str, Any], until: int) -> dict[str, Any]:
         """Return the rows of `handles [S, ...]`, leaves `[S, ..., *row]`; those from `until` on are not there yet.

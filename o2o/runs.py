@@ -164,10 +164,13 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text(json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+            write_atomically(path / "config.json", json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+            run = cls(path, keep_last)
+            for rows in (run.metrics, run.episodes):
+                rows.path.touch()
         except OSError as error:
             raise RunError(f"cannot write run folder {path}: {error.strerror}") from error
-        return cls(path, keep_last)
+        return run
 
     @classmethod
     def open(cls, path: Path, keep_last: int = 2) -> Self:
@@ -181,9 +184,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def save(self, trainer: Trainer) -> None:
-        """Checkpoint everything, with the lengths of the row files at this point."""
+        """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
         state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
+        if isinstance(trainer.programs, HostReplay):
+            trainer.programs.sync()
         score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
         checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
 

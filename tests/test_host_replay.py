@@ -1,7 +1,9 @@
 """Observations in host memory: the same draws, the same updates, bit for bit, whatever the prefetch thread does."""
 
 import dataclasses
+import os
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from o2o import dispatch, experiment, host_replay
+from o2o import checkpoint, dispatch, experiment, host_replay
 from o2o.buffer import OfflineData
 from o2o.dispatch import OnlineMode
 from o2o.errors import CheckpointError, ConfigError, RunError
@@ -246,6 +248,28 @@ def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path
     np.testing.assert_array_equal(kept["observations"]["camera"][0, 0], world[4]["observations"]["camera"][0])
 
 
+def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path, monkeypatch):
+    done, fsync, save = [], os.fsync, checkpoint.save
+
+    def syncing(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def saving(folder, step, *rest):
+        before = [*done, step]
+        save(folder, step, *rest)
+        done[:] = before  # without what the checkpoint itself writes
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(checkpoint, "save", saving)
+    loop = LoopConfig(eval_every=0, eval_episodes=1, checkpoint_every=20, updates_per_dispatch=10, device_bytes=0)
+    assert experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
+    steps = [at for at, name in enumerate(done) if isinstance(name, int)]
+    assert {done[at] for at in steps} == {10, 30, 50}
+    rows = ["metrics.jsonl", "episodes.jsonl", "next_observations.bin", "observations.bin", "serials.bin"]
+    assert all(done[at - 5 : at] == rows for at in steps if done[at] > 10)
+
+
 def test_too_small_a_disk_is_refused_before_any_step(tmp_path):
     with pytest.raises(ConfigError, match=r"needs .* GiB in .*replay_capacity"):
         RowStore(tmp_path, example(), 10**13, 1)
@@ -268,7 +292,11 @@ def test_a_run_that_is_only_looked_at_keeps_its_rows(tiny_run, tmp_path):
     loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=0)
     assert experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()}
+    files = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}  # noqa: E731
+    times = files()
     _, trainer = experiment.open_run(tmp_path / "run")
+    experiment.load_policy(tmp_path / "run")
+    assert files() == times, "who only looks needs no right to write"
     with pytest.raises(RunError, match="opened to be looked at.*o2o resume"):
         trainer.online(60)
     trainer.close()

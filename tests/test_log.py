@@ -4,20 +4,25 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import pytest
 from rich.console import Console
 
 from o2o import cli, experiment
 from o2o.errors import ConfigError
-from o2o.log import JsonLines, Screen, evaluation_rows, make_loggers
+from o2o.log import JsonLines, Screen, evaluation_rows, make_loggers, write_atomically
 from o2o.plots import read_rows
+from o2o.recorder import Recorder
+from o2o.runs import RunFolder
+from o2o.tasks import Task
 
 ROWS: list[dict[str, Any]] = [
     {"phase": "offline", "env_steps": 0, "gradient_steps": 500, "time_s": 1.0, "seed": 0, "critic/loss": 0.5},
@@ -35,6 +40,54 @@ def test_rows_are_flushed_and_those_behind_a_checkpoint_forgotten(tmp_path: Path
     rows.write({"a": 2})
     rows.close()
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [{"a": 1.5}, {"a": 2}]
+
+
+def test_who_only_looks_at_rows_opens_no_file(tmp_path: Path) -> None:
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    rows.truncate(0)
+    rows.close()
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_rows_that_a_power_cut_took_are_reported_and_a_half_one_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    rows = JsonLines(path)
+    rows.truncate(500)
+    rows.write({"a": 3})
+    rows.close()
+    assert read_rows(path) == [{"a": 1}, {"a": 3}]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rows.jsonl has 16 bytes, its checkpoint was taken at 500: rows are miss" in error
+
+
+def test_what_is_renamed_or_counted_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def replacing(source: Any, target: Any) -> None:
+        done.append(("rename", Path(source).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    write_atomically(tmp_path / "status.json", "{}")
+    Recorder(gymnasium.make("InvertedPendulum-v5"), tmp_path / "episodes", Task("pole")).close()
+    header = f"environment.json.{os.getpid()}.tmp"
+    wanted = [(what, name) for name in ("status.tmp", header) for what in ("sync", "rename")]
+    assert done == wanted
+    RunFolder.create(tmp_path / "run", {"agent": "bc"})
+    assert done[4:] == [("sync", "config.tmp"), ("rename", "config.tmp")]
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    rows.write({"a": 1})
+    assert rows.offset() == 9 and done[6:] == [("sync", "rows.jsonl")]
+    rows.close()
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

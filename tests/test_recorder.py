@@ -165,6 +165,16 @@ def test_a_kill_while_writing_leaves_no_half_episode(tmp_path: Path, monkeypatch
         export(tmp_path)
 
 
+def test_a_header_that_a_power_cut_emptied_is_one_clear_line(tmp_path: Path) -> None:
+    played(tmp_path / EPISODES, Task("bench", has_success=True), 1)
+    (tmp_path / EPISODES / "environment.json").write_bytes(b"")
+    for reading in (lambda: export(tmp_path), lambda: forget(tmp_path, {})):
+        with pytest.raises(RunError, match=r"environment.json cannot be read \(Expecting value.*`o2o resume") as caught:
+            reading()
+        assert "\n" not in str(caught.value)
+    assert len(list((tmp_path / EPISODES).glob("*.npz"))) == 1
+
+
 def test_another_root_is_never_overwritten_and_ids_are_checked(tmp_path: Path) -> None:
     played(tmp_path / "run" / EPISODES, Task("bench", has_success=True), 1)
     root = tmp_path / "elsewhere"
