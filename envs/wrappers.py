@@ -1,5 +1,8 @@
 """One gym wrapper per concern, here in the order, from the inside, in which `o2o.envs.make` stacks them."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -23,7 +26,8 @@ def _not_finite(value: Any) -> np.ndarray:
 class FaultGuard(gym.Wrapper):
     """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step.
 
-    What float32 cannot hold is Inf. So also an `intervene_action` that is not of the action space's shape.
+    What float32 cannot hold is Inf. So also a reward that is no number, and an `intervene_action` that is not of the
+    action space's shape.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -35,30 +39,40 @@ class FaultGuard(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
         """Reset; the observation must be finite."""
         self._step = 0
-        try:
+        with self._guarded():
             observation, info = self.env.reset(seed=seed, options=options)
-        except O2OError:
-            raise
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__}: {error}") from error
         self._check(observation, "observation")
         return observation, info
 
     def step(self, action: Any) -> Step:
         """Step; observation, reward and a human's `intervene_action` must be finite."""
         self._step += 1
-        try:
+        with self._guarded():
             observation, reward, terminated, truncated, info = self.env.step(action)
-        except O2OError:
-            raise
-        except Exception as error:
-            raise self._fault(f"raised {type(error).__name__}: {error}") from error
         self._check(observation, "observation")
-        if len(_not_finite(float(reward))):
-            raise self._fault(f"returned the reward {float(reward)}")
+        try:
+            number = float(reward)
+        except (TypeError, ValueError):
+            raise self._fault(f"returned {reward!r} as its reward, expected a number,") from None
+        if len(_not_finite(number)):
+            raise self._fault(f"returned the reward {number}")
         if "intervene_action" in info:
             self._check_takeover(info["intervene_action"])
         return observation, reward, bool(terminated), bool(truncated), info
+
+    def close(self) -> None:
+        """Close the environment."""
+        with self._guarded("as it was closed"):
+            super().close()
+
+    @contextmanager
+    def _guarded(self, when: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except O2OError:
+            raise
+        except Exception as error:
+            raise self._fault(f"raised {type(error).__name__}: {error}", when) from error
 
     def _check_takeover(self, action: Any) -> None:
         try:
@@ -80,8 +94,8 @@ class FaultGuard(gym.Wrapper):
         elif len(bad := _not_finite(value)):
             raise self._fault(f"returned {bad[0]} in its {where}")
 
-    def _fault(self, what: str) -> EnvironmentFaultError:
-        when = f"at step {self._step} of the episode" if self._step else "on reset"
+    def _fault(self, what: str, when: str | None = None) -> EnvironmentFaultError:
+        when = when or (f"at step {self._step} of the episode" if self._step else "on reset")
         return EnvironmentFaultError(f"environment {self._name} {' '.join(what.split())} {when}")
 
 

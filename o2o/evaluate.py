@@ -1,6 +1,7 @@
 """Evaluation: seeded episodes in environments of their own, one row each; all seeds and slots act in one call."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from o2o.chunks import outdated, planned_in_turn
+from o2o.closing import Closing
 from o2o.dispatch import clear_carry, over_seeds
 from o2o.episode import EVAL_STREAM, EnvSlot, reset_seed
 from o2o.errors import ConfigError
@@ -146,11 +148,11 @@ class Evaluator:
         return ended, intervened
 
     def close(self) -> None:
-        """Close the environments."""
-        for row in self.envs:
-            for slot in row:
-                slot.env.close()
-        self.envs = []
+        """Close the environments, every one."""
+        with ExitStack() as closing:
+            for slot in (slot for row in self.envs for slot in row):
+                closing.callback(slot.env.close)
+            self.envs = []
 
 
 def evaluate(
@@ -164,7 +166,6 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Play `episodes` episodes of one (unstacked) agent; rows with return (raw reward), length, success, normalized."""
     evaluator = Evaluator(env_fn, 1, episodes, seed, normalized)
-    try:
+    with Closing() as closing:
+        closing.callback(evaluator.close)
         return evaluator(jax.tree.map(lambda leaf: leaf[None], agent), normalizer, 0, deterministic)
-    finally:
-        evaluator.close()

@@ -5,7 +5,6 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import shutil
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from o2o import datasets, envs, warm_start
 from o2o.about import check_data, returns_scale, summary
 from o2o.agents import AGENTS
 from o2o.base import Base, Source, base_labels, load_base, run_source, with_base_labels
+from o2o.closing import Closing
 from o2o.episode import EnvSlot
 from o2o.errors import ConfigError
 from o2o.evaluate import Evaluator
@@ -233,7 +233,7 @@ class Session:
                 return False
             return self.config.online_steps == 0 or self.trainer.online(self.config.online_steps)
 
-        with ExitStack() as closing:
+        with Closing() as closing:
             closing.callback(self.run.close)
             for logger in self.loggers:
                 closing.callback(logger.close)
@@ -290,7 +290,7 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
             "restore the dataset or start a new run"
         )
     run = RunFolder.open(path, config.keep_checkpoints).lock()
-    with ExitStack() as closing:
+    with Closing() as closing:
         closing.callback(run.close)
         session = Session(config, run, data, screen, base)
         closing.callback(session.trainer.close)
@@ -352,11 +352,10 @@ def evaluate_run(
     _, trainer = open_run(path, which)
     agent = trainer.agent if trainer.online_state is None else trainer.online_state.agent
     evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
-    try:
+    with Closing() as closing:
+        closing.callback(trainer.close)
+        closing.callback(evaluator.close)
         return evaluator(agent, trainer.normalizer, 0, deterministic)
-    finally:
-        evaluator.close()
-        trainer.close()
 
 
 def play_run(
@@ -374,8 +373,7 @@ def play_run(
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)
     slot = EnvSlot(env, (seed, 1, member, 0))
-    try:
+    with Closing() as closing:
+        closing.callback(trainer.close)
+        closing.callback(env.close)
         return record(slot, trainer.agent_of(member), trainer.normalizer, episodes, out)
-    finally:
-        env.close()
-        trainer.close()

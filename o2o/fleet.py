@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from o2o.chunks import outdated
+from o2o.closing import Closing
 from o2o.datasets import monte_carlo_returns
 from o2o.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.errors import ConfigError, EnvironmentMismatchError
@@ -50,11 +51,10 @@ class Fleet:
         self._actions: np.ndarray | None = None
         self.fault: Exception | None = None
         """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
-        try:
+        with Closing() as closing:
+            closing.callback(self.close)
             self._reset(range(len(names)))
-        except BaseException:
-            self.close()
-            raise
+            closing.pop_all()
         self.observations = stack([slot.observation for slot in self.slots])
         """What the policy sees next, leaves `[S, ...]`."""
 
@@ -63,18 +63,19 @@ class Fleet:
 
         `shared`: others of the same kind are played at the same time; ConfigError if they cannot be.
         """
-        if shared and not self.replayable:
-            self.close()
-            raise ConfigError(BESIDE)
-        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
-        found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
-        actions = rows["actions"].shape[1:]
-        if shapes != found or space.shape != actions:
-            self.close()
-            raise EnvironmentMismatchError(
-                f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
-                f"{shapes} and {actions}; use the environment that the dataset was recorded in"
-            )
+        with Closing() as closing:
+            closing.callback(self.close)
+            if shared and not self.replayable:
+                raise ConfigError(BESIDE)
+            shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
+            found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
+            actions = rows["actions"].shape[1:]
+            if shapes != found or space.shape != actions:
+                raise EnvironmentMismatchError(
+                    f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
+                    f"{shapes} and {actions}; use the environment that the dataset was recorded in"
+                )
+            closing.pop_all()
         return self
 
     @property

@@ -7,6 +7,7 @@ episodes are three counters; environment steps are counted per seed (five seeds 
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +21,7 @@ from o2o.buffer import OfflineData, capacity_for, check_window
 from o2o.datasets import Dataset
 from o2o.dispatch import OnlineMode, OnlineState
 from o2o.errors import ConfigError, DivergenceError
-from o2o.evaluate import EnvFn
+from o2o.evaluate import EnvFn, Evaluator
 from o2o.fleet import Fleet
 from o2o.host_replay import HostData, HostReplay
 from o2o.normalizer import Normalizer, normalized_rows
@@ -371,11 +372,10 @@ class Trainer:
 
     def close(self) -> None:
         """Close all environments, and the files of a replay in host memory."""
-        self.evaluator.close()
-        if self.fleet is not None:
-            self.fleet.close()
-        if isinstance(self.programs, HostReplay):
-            self.programs.close()
+        with ExitStack() as closing:  # each of them, whatever the others raise
+            for part in (self.programs, self.fleet, self.evaluator):
+                if isinstance(part, HostReplay | Fleet | Evaluator):
+                    closing.callback(part.close)
 
     def arrays(self) -> dict[str, Any]:
         """Return every device array of the run, by name (o2o.checkpoint)."""

@@ -24,7 +24,7 @@ from o2o.errors import O2OError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.normalizer import Normalizer
 from o2o.schedule import LoopConfig
-from o2o.spawned import PATIENCE_S, Child, answer, loaded, packed
+from o2o.spawned import Child, answer, loaded, packed
 
 MOST_IN_FLIGHT = 2
 """One evaluation is played, one waits; who asks for a third waits for the first."""
@@ -39,6 +39,8 @@ JAX_SETTINGS = (
 )
 """What decides the numbers, and where compiled programs are kept."""
 INSTEAD = "set loop.eval_process to False"
+GIVE_UP_S = 2.5
+"""An evaluation under way has so long to end when nobody waits for it any more; no robot is in it."""
 
 
 def evaluator_of(
@@ -210,5 +212,5 @@ def _listen(connection: Connection, inbox: SimpleQueue[bytes | None]) -> None:
             inbox.put(connection.recv_bytes())
     inbox.put(None)
     inbox.put(None)
-    time.sleep(PATIENCE_S / 2)
+    time.sleep(GIVE_UP_S)
     os._exit(1)

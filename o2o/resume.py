@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o2o import dispatch
+from o2o.closing import Closing
 from o2o.dispatch import OnlineState, over_seeds
 from o2o.host_replay import HostReplay
 from o2o.pretraining import stage_at
@@ -110,14 +111,13 @@ def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: A
         online = trainer.online_config
         waits = online.replay != "rollout" and "mc_returns" in trainer.online_state.agent.needs
         trainer.make_fleet(waits, online.num_envs if online.replay == "rollout" else 1)
-    assert trainer.fleet is not None
-    try:
-        same = np.asarray(trainer.fleet.restore(snapshot, observations))
-    except BaseException:
-        trainer.fleet.close()
-        trainer.fleet = None
-        raise
-    trainer.stood = None
+    fleet, trainer.fleet = trainer.fleet, None
+    assert fleet is not None
+    with Closing() as closing:
+        closing.callback(fleet.close)
+        same = np.asarray(fleet.restore(snapshot, observations))
+        closing.pop_all()
+    trainer.fleet, trainer.stood = fleet, None
     _begin_anew(trainer, same)
     return bool(same.all())
 

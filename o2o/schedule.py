@@ -40,7 +40,8 @@ class LoopConfig:
     a checkpoint of a later step wait for it; one of the same step has its score later. On a CPU the same numbers."""
     env_processes: int = 0
     """Processes that step the training environments, each its share of them; 0 steps them in this one. Worth it where
-    there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers."""
+    there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers. At the
+    end each has 30 s to close its environments, one after the other; then it is killed."""
     overlap: bool = False
     """Learn while the environments step: each action is chosen just before the update of its step, not just after.
     For environments that take long, robots above all; reproducible, but other numbers. On-policy agents, which learn

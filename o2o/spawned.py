@@ -36,8 +36,8 @@ ONE_CORE = {
     "MKL_NUM_THREADS": "1",
 }
 """A child keeps to one core and leaves accelerators to training."""
-PATIENCE_S = 5.0
-"""A child that is told to end may take so long to close its environments."""
+PATIENCE_S = 30.0
+"""A child that is told to end may take so long to close its environments, all of them: a robot parks."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ of all environments goes through the memory. Of a step's `info` only `executed_a
 
 import math
 import pickle
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from mmap import mmap
@@ -195,8 +196,12 @@ def serve(connection: Connection, fd: int) -> None:
             else:
                 name, arguments = pickle.loads(order)
                 answer(connection, partial(getattr(bench, name), *arguments))
-    for env in bench.envs:
-        env.close()
+    try:
+        with ExitStack() as closing:
+            for env in bench.envs:
+                closing.callback(env.close)
+    except Exception as error:  # the parent does not listen any more
+        print(f"o2o: {error}", file=sys.stderr)
 
 
 class RemoteEnv(gymnasium.Env):

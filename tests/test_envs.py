@@ -151,6 +151,9 @@ def test_other_numbers_pass_as_they_are_but_no_reward_beyond_float32():
         assert envs.wrappers.FaultGuard(Still(seen)).reset()[0] is seen
     with pytest.raises(EnvironmentFaultError, match=r"returned the reward 1e\+300 at step 1"):
         envs.wrappers.FaultGuard(Still(0.0, 1e300)).step(np.zeros(1))
+    for reward, words in ((None, "None"), (np.ones(2), r"array\(\[1., 1.\]\)")):
+        with pytest.raises(EnvironmentFaultError, match=rf"{words} as its reward, expected a number, at step 1 of"):
+            envs.wrappers.FaultGuard(Still(0.0, reward)).step(np.zeros(1))
 
 
 @pytest.mark.parametrize(
