@@ -274,7 +274,8 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
     """Continue a run from its last checkpoint, as if it had never stopped; True at once if it had finished.
 
     Without any checkpoint it begins again. `online_steps`: until so many environment steps instead of those in its
-    config.json, which is changed. Raises `ConfigError` if the run has made more of them.
+    config.json, which is changed. Raises `ConfigError` if the run has made more of them, or has its replay on disk,
+    which cannot grow: nothing has been moved or written then.
     """
     config = load_config(path)
     base, begun = base_of(config), read_config(path)
@@ -294,10 +295,10 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
         closing.callback(run.close)
         session = Session(config, run, data, screen, base)
         closing.callback(session.trainer.close)
+        if online_steps is not None:
+            run.check_steps(online_steps, config.loop.replay_capacity)
         run.load(session.trainer, config.online_steps)
         if online_steps is not None:
-            if online_steps < (made := session.trainer.counters.env_steps):
-                raise ConfigError(f"run {path} has made {made} environment steps; expected online_steps from there on")
             session.config = dataclasses.replace(config, online_steps=online_steps)
             run.change(online_steps=online_steps)
         slots = [] if session.trainer.fleet is None else session.trainer.fleet.slots

@@ -67,12 +67,17 @@ def make_room(
     return HostData.take(data) if (large if host is None else host) else data
 
 
+def missing_rows(planned: int, steps: int, most: int) -> int:
+    """Return how many rows a replay made for `planned` steps, `most` of which it keeps, lacks for `steps` of them."""
+    return max(capacity_for(steps, most) - capacity_for(planned, most), 0)
+
+
 def extend_room(trainer: "Trainer", steps: int) -> None:
     """Make room in a trainer's replay buffer for so many environment steps, if it was allocated for fewer."""
-    state, planned, most = trainer.online_state, trainer.planned, trainer.loop.replay_capacity
+    state, planned = trainer.online_state, trainer.planned
     if steps <= planned or state is None or not isinstance(state.buffer, ReplayBuffer):
         return
-    more = capacity_for(steps, most) - capacity_for(planned, most)
+    more = missing_rows(planned, steps, trainer.loop.replay_capacity)
     if more and isinstance(trainer.programs, HostReplay):
         raise ConfigError(
             f"the online phase was begun for {planned} steps, and a replay in host memory cannot grow to {steps}: call "
@@ -224,15 +229,15 @@ class HostReplay:
         self._ahead: Future[tuple[Handles, dict[str, Any], bool]] | None = None
         self._data: HostData | None = None
 
-    def close(self) -> None:
-        """End the thread; a temporary folder is removed."""
-        self._pool.shutdown(cancel_futures=True)
-        self._ahead, self.store = None, None
-
     def sync(self) -> None:
         """Wait until the run's own rows are on the disk: a checkpoint refers to them."""
         if self.store is not None:
             self.store.sync()
+
+    def close(self) -> None:
+        """End the thread; a temporary folder is removed."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ahead, self.store = None, None
 
     def _updates(
         self, agent: Any, rng: Array, totals: Info, count: int, seeds: int, draw: Any, read: Any

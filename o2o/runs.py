@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 
 from o2o import __version__, checkpoint
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
-from o2o.host_replay import HostReplay
+from o2o.host_replay import HostReplay, missing_rows
 from o2o.log import JsonLines, write_atomically
 from o2o.loop import Trainer
 
@@ -218,6 +218,21 @@ class RunFolder:
         elif isinstance(trainer.programs, HostReplay):
             trainer.programs.read_only = True
         return step
+
+    def check_steps(self, online_steps: int, replay_capacity: int) -> None:
+        """Raise `ConfigError` if the run cannot go on from its latest checkpoint until `online_steps`."""
+        if not checkpoint.steps(self.checkpoints):
+            return
+        state = checkpoint.load_state(self.checkpoints)[1]
+        made, planned = state["counters"]["env_steps"], state.get("planned")
+        if online_steps < made:
+            raise ConfigError(f"run {self.path} has made {made} environment steps; expected online_steps from there on")
+        if state.get("host") and planned and missing_rows(planned, online_steps, replay_capacity):
+            raise ConfigError(
+                f"run {self.path} was begun for {planned} environment steps, and its replay, which is on disk "
+                f"({self.path / 'replay'}), cannot grow to {online_steps}: go on without --online-steps, or begin a "
+                "new run for as many"
+            )
 
     def change(self, **settings: Any) -> None:
         """Change settings in `config.json`, atomically."""

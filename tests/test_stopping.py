@@ -1,5 +1,6 @@
 """Stopped, killed and continued runs: a signal in an evaluation, no checkpoint yet, more steps, what diverged."""
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -191,6 +192,21 @@ def test_a_finished_run_goes_on_for_longer(tiny_run: Maker, tmp_path: Path, monk
     assert [row["env_steps"] for row in read_rows(tmp_path / "run" / "episodes.jsonl")][-1] == 70
     ours.close()
     theirs.close()
+
+
+def test_a_replay_on_disk_that_cannot_grow_is_refused_before_anything_is_changed(
+    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]
+) -> None:
+    monkeypatch.setattr(buffer, "SMALLEST_BUFFER", 20)
+    loop, path = dataclasses.replace(LOOP, device_bytes=0), tmp_path / "run"
+    assert experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=30, loop=loop), path)
+    files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    steps["made"] = 0
+    with pytest.raises(ConfigError, match=r"run was begun for 30 environment steps, .* cannot grow to 70: go on"):
+        experiment.resume(path, online_steps=70)
+    assert steps["made"] == 0
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
+    assert experiment.resume(path) and steps["made"] > 0
 
 
 def test_what_diverged_is_not_saved(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
