@@ -316,6 +316,18 @@ def problems(
         )
 
 
+def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
+    """Return the folder of a dataset still to be written; raises `DatasetError` if the id is malformed or taken."""
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"dataset id {dataset_id!r} is not of the form namespace/name-v0") from error
+    target = (Path(root) if root is not None else default_root()) / dataset_id
+    if target.exists():
+        raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
+    return target
+
+
 def write_dataset(
     dataset_id: str,
     episodes: Iterable[Episode],
@@ -332,14 +344,8 @@ def write_dataset(
     A specification without a JSON form is left out: the dataset then needs `--env`. Raises `DatasetError` if the id is
     malformed or taken, the folder cannot be written, or an episode has no steps.
     """
-    try:
-        parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:
-        raise DatasetError(f"dataset id {dataset_id!r} is not of the form namespace/name-v0") from error
     base = Path(root) if root is not None else default_root()
-    target = base / dataset_id
-    if target.exists():
-        raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
+    target = check_new(dataset_id, base)
     spec, eval_spec, scratch = storable(spec), storable(eval_spec), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

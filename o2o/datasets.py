@@ -19,7 +19,7 @@ from minari.serialization import deserialize_space, serialize_space
 
 from o2o import dataset_files as files
 from o2o.cache import cached
-from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, default_root, info
+from o2o.dataset_files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info
 from o2o.dataset_files import write_dataset as write
 from o2o.demonstrations import record
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
@@ -45,7 +45,7 @@ __all__ = [
     "list_datasets",
     "load",
 ]
-__all__ += ["environment_entries", "monte_carlo_returns", "read_environment", "record", "write"]
+__all__ += ["check_new", "environment_entries", "monte_carlo_returns", "read_environment", "record", "write"]
 
 
 @dataclass(frozen=True)

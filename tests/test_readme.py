@@ -1,5 +1,6 @@
 """README's Python examples run as printed (with fewer steps); the first is at most eight lines."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from o2o import datasets, envs, experiment
+from o2o.errors import DatasetError
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -48,16 +50,18 @@ def teleoperate(observation, rng):
     global asked
     asked += 1
     if asked > {patience}:
-        raise KeyboardInterrupt
+        raise {ends}("no words from the arm")
     return 0.1 * np.ones(2, np.float32)
 """
 
 
-@pytest.mark.parametrize(("patience", "kept"), [(1000, 28), (18, 14)], ids=["all", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("patience", "ends", "kept"), [(1000, "", 28), (18, "KeyboardInterrupt", 14), (18, "OSError", 14)]
+)
 def test_demonstrations_become_a_dataset_of_the_robot(
-    patience: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patience: int, ends: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_robot.py").write_text(ROBOT.format(patience=patience))
+    (tmp_path / "my_robot.py").write_text(ROBOT.format(patience=patience, ends=ends))
     monkeypatch.syspath_prepend(tmp_path)
     for known, name in ((sys.modules, "my_robot"), (gymnasium.registry, "MyArm-v0")):
         monkeypatch.setitem(known, name, None)  # so that it is forgotten afterwards
@@ -65,7 +69,12 @@ def test_demonstrations_become_a_dataset_of_the_robot(
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     shorter = BLOCKS[3].replace("2_000", "25")
     assert "25" in shorter
-    exec(compile(shorter, "README.md", "exec"), {})
+    with pytest.raises(OSError, match="no words from the arm") if ends == "OSError" else contextlib.nullcontext():
+        exec(compile(shorter, "README.md", "exec"), {})
+    asked = sys.modules["my_robot"].asked
+    with pytest.raises(DatasetError, match="lab/my-arm-v0 exists already"):  # the next day, before the first episode
+        exec(compile(shorter, "README.md", "exec"), {})
+    assert sys.modules["my_robot"].asked == asked
     data, task = datasets.load("lab/my-arm-v0", cache=False), envs.task_for("my_robot:MyArm-v0")
     assert data.size == kept and data.arrays["ends"].sum() == kept / 7
     env = envs.make("my_robot:MyArm-v0", task, dataset=data.info)
