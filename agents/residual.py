@@ -11,6 +11,8 @@ with s and s' and never computed again; the run's action range is the dataset's,
 Where we differ
 - The stored action is the executed one, clamped as the environment clamps it; the code stores b + residual unclamped.
 - [-1, 1] never reaches beyond the action space: where the data touch its bounds there is no headroom behind them.
+- What a human or the base does beyond the run's action range is stored, and b is seen, clipped to it; recordings
+  (`--record`) have it as it was.
 - State only (no images): encoder and trunk fall away, the critics are independent ensembles of concat(s, a).
 - Heads and trunk start from LeCun's normal draw, where the code has PyTorch's default: uniform, and smaller by sqrt(3).
 - `critic_loss="mse"` is the paper's; the code squares the mean absolute error over the heads ("squared_mean").
@@ -21,7 +23,8 @@ Where we differ
 - The replay keeps the whole run (`loop.replay_capacity`), the code the last 200k to 300k steps.
 - Vision: the encoder's random shift differs for s and s'; encoder, trunk and heads are clipped each on its own.
 - `timeouts="terminal"` (the paper) is the default for sparse tasks; Kitchen and locomotion presets bootstrap there, as
-  a time limit without a reward for success is no failure.
+  a time limit without a reward for success is no failure. An episode that a resume or a robot's evaluation breaks off
+  counts as one that ran out of time, so under "terminal" as a failure.
 - No prioritised replay, no distributional critics, no other reductions of the actor's loss.
 - Families of tasks, none of which is in the paper: see `o2o.agents.residual_config`.
 """

@@ -116,7 +116,8 @@ class FlattenObservation(gym.ObservationWrapper):
 class MapAction(gym.Wrapper):
     """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins.
 
-    `info["intervened"]` says whether there was one.
+    `info["intervened"]` says whether there was one. What reaches beyond the map is clipped, too; the first time
+    standard error has a line about it.
     """
 
     def __init__(self, env: gym.Env, action_map: ActionMap) -> None:
@@ -124,6 +125,7 @@ class MapAction(gym.Wrapper):
         super().__init__(env)
         self.action_map = action_map
         self.action_space = action_map.space
+        self._told = False
 
     def step(self, action: Any) -> Step:
         """Step with an action `[A]` in [-1, 1]; raises `DivergenceError`, nothing moved, if it is not finite."""
@@ -137,7 +139,23 @@ class MapAction(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(env_action)
         info["intervened"] = "intervene_action" in info
         info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))
+        if info["intervened"] and not self._told:
+            self._tell(np.asarray(info["intervene_action"], np.float64).reshape(-1))
         return observation, reward, terminated, truncated, info
+
+    def _tell(self, takeover: np.ndarray) -> None:
+        """Say so if a takeover `[A]` reaches beyond the actions that can be stored."""
+        entries = np.flatnonzero(self.action_map.outside(takeover.reshape(self.action_map.shape)))
+        if not len(entries):
+            return
+        i, self._told = entries[0], True
+        print(
+            f"o2o: a takeover's action has {takeover[i]:g} in entry {i}, the run's actions lie within "
+            f"[{self.action_map.low[i]:g}, {self.action_map.high[i]:g}] there: it is learnt from as if it had been "
+            "clipped to that (said once); where these are the dataset's (action_range 'data', agent residual), let "
+            "demonstrations reach as far, or begin a run with action_range 'space'",
+            file=sys.stderr,
+        )
 
 
 class TaskReward(gym.Wrapper):

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from o2o.base_files import FILES, load_file
-from o2o.base_policy import Base, Policy, Source, base_labels, episode_actions, with_base_labels
+from o2o.base_policy import Base, Policy, Source, base_labels, episode_actions, first_bad, with_base_labels
 from o2o.chunks import ActionQueue
 from o2o.datasets import Dataset
-from o2o.errors import BaseFaultError, ConfigError, EnvironmentMismatchError
+from o2o.errors import BaseFaultError, ConfigError, DivergenceError, EnvironmentMismatchError
 from o2o.history import History, join, past
 from o2o.normalizer import Normalizer, normalize
 from o2o.spaces import ActionMap, ObservationSpec, with_base_action
@@ -230,7 +230,7 @@ class RunPolicy:
             self._inner.interrupt()
 
     def act(self, observation: Any) -> np.ndarray:
-        """Return the action `[*shape]` for an observation `[D]`."""
+        """Return the action `[*shape]` for an observation `[D]`; raises `DivergenceError` if it is not finite."""
         source = self._source
         if self._history is None:
             self._history = History(source.history)
@@ -243,18 +243,26 @@ class RunPolicy:
         return source.data.action_map.to_env(self._rest.pop(0))
 
     def _ask(self, seen: Any) -> None:
-        """Fill `_rest` with the next action and, of a queue, all that stand behind it."""
+        """Fill `_rest` with the next action and, of a queue, all that stand behind it.
+
+        Raises `DivergenceError` if one is not finite.
+        """
         rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], seen)
         rng = jax.random.fold_in(self._key, self._calls)
         source = self._source
         action, carry = _act(self._agent, source.normalizer, rows, self._carry, rng, source.deterministic)
         self._calls += 1
-        self._rest = list(np.asarray(action))
+        actions = np.asarray(action)
         if isinstance(carry, ActionQueue):
             queue, left = jax.device_get(carry)
-            self._rest += list(queue[0, : int(left[0])])
+            actions = np.concatenate([actions, queue[0, : int(left[0])]])
             carry = self._agent.initial_carry((1,))
-        self._carry = carry
+        if (bad := first_bad(actions)) is not None:
+            raise DivergenceError(
+                f"the policy of {source.name} has {bad} in its action: its learner diverged; take an earlier "
+                "checkpoint, or train again with a lower learning rate"
+            )
+        self._carry, self._rest = carry, list(actions)
 
 
 def run_source(path: Path, member: int, sample: bool = False, which: str = "latest") -> RunSource:

@@ -14,7 +14,7 @@ import numpy as np
 
 from o2o.cache import cached
 from o2o.datasets import Dataset
-from o2o.errors import BaseFaultError, ConfigError, EnvironmentMismatchError, O2OError
+from o2o.errors import BaseFaultError, ConfigError, DivergenceError, EnvironmentMismatchError, O2OError
 from o2o.spaces import ActionMap, with_base_action
 
 Labels = Literal["policy", "demo"]
@@ -118,6 +118,8 @@ class Base:
         began = time.perf_counter()
         try:
             answer = np.asarray(self._policy.act(observation), np.float32)
+        except DivergenceError as error:  # the base's: a run's own learner may be sound
+            raise self._fault(f"diverged: {error}") from error
         except O2OError:
             raise
         except Exception as error:

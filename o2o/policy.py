@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 
 from o2o.base import RunSource
+from o2o.base_policy import first_bad
+from o2o.errors import EnvironmentFaultError
+from o2o.spaces import STATE
 
 
 class TrainedPolicy:
@@ -34,6 +37,15 @@ class TrainedPolicy:
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[*shape]`, float32, for one observation as the environment gives it, of a Dict the dict.
 
-        Raises `EnvironmentMismatchError` unless it has the entries and shapes of the run's dataset, images uint8.
+        Raises `EnvironmentMismatchError` unless it has the entries and shapes of the run's dataset, images uint8;
+        `EnvironmentFaultError` if a number of it is not finite, of which nothing is remembered; `DivergenceError` if
+        the action is not.
         """
-        return np.asarray(self._policy.act(self._spec.flatten(observation)))
+        seen = self._spec.flatten(observation)
+        state = seen.get(STATE) if isinstance(seen, dict) else seen
+        if state is not None and (bad := first_bad(state)) is not None:
+            raise EnvironmentFaultError(
+                f"the observation has {bad}, for which there is no action: look at the sensors, and act again when all "
+                "of them have readings"
+            )
+        return np.asarray(self._policy.act(seen))

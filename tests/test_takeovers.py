@@ -17,12 +17,13 @@ from o2o.base import Base, RunSource, load_base
 from o2o.chunks import empty_queue, outdated
 from o2o.datasets import Dataset
 from o2o.episode import EnvSlot
-from o2o.errors import DatasetError, DivergenceError
+from o2o.errors import BaseFaultError, DatasetError, DivergenceError, EnvironmentFaultError
 from o2o.evaluate import EnvFn, evaluate
 from o2o.fleet import Fleet
 from o2o.loop import Trainer
 from o2o.policy import TrainedPolicy
 from o2o.schedule import Hooks, LoopConfig
+from o2o.spaces import ActionMap
 from o2o.tasks import Task
 from tests.test_chunk_loops import Probe, ProbeConfig
 from tests.test_evaluate import Counting, Pendulum
@@ -90,6 +91,34 @@ def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: 
         fleet.step(np.float32([[0.1], [np.inf]]), lambda *_: None)
     assert fleet.snapshot() == before and [slot.interventions for slot in fleet.slots] == [0, 0]
     fleet.close()
+
+
+def test_a_sensor_or_a_policy_that_is_not_finite_gives_no_action(arm_data: Dataset) -> None:
+    source: Any = RunSource("run", None, probe(arm_data), None, arm_data, 2, True, None)
+    policy, plain = TrainedPolicy(source), TrainedPolicy(source)
+    with pytest.raises(EnvironmentFaultError, match="observation has nan, for which there is no action"):
+        policy.act(np.float32([np.nan, 0.0]))
+    seen = np.float32([0.5, 3.0])
+    np.testing.assert_array_equal(policy.act(seen), plain.act(seen))  # nothing of the bad one is remembered
+    source = RunSource("run", None, Diverged(0.0, jnp.zeros(()), None, 1), None, arm_data, 1, True, None)  # pyright: ignore
+    with pytest.raises(DivergenceError, match="policy of run has nan in its action: its learner diverged"):
+        TrainedPolicy(source).act(seen)
+    base = Base(source, arm_data)
+    base.reset(0)
+    with pytest.raises(BaseFaultError, match=r"base run diverged: the policy of run has nan .*\(at step 0"):
+        base.act(seen)
+
+
+def test_a_takeover_beyond_the_runs_actions_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for low, lines in ((-0.5, 1), (-2.0, 0)):
+        env = envs.wrap(Arm(), TASK, action_map=ActionMap((low,), (2.0,), (1,)))
+        for _ in range(2):
+            env.reset(seed=0)
+            executed = [env.step(np.zeros(1, np.float32))[4]["executed_action"][0] for _ in range(LIMIT)]
+        assert executed[1] == (-1.0 if lines else -0.5)
+        error = capsys.readouterr().err
+        assert error.count("\n") == lines
+        assert ("takeover's action has -1 in entry 0, the run's actions lie within [-0.5, 2] there" in error) == lines
 
 
 # ---------------------------------------------------------------- chunks that were planned before the takeover
@@ -183,6 +212,13 @@ def source_of(kind: str, data: Dataset) -> Any:
         return load_base(Planner if kind == "controller" else planned)
     inner = load_base(planned)
     return RunSource("run", None, Follower(0.0, jnp.zeros(()), None, 1), None, data, 1, True, inner)  # pyright: ignore
+
+
+class Diverged(Probe):
+    """Has nothing to say any more."""
+
+    def sample_actions(self, observations: Any, carry: Any, rng: Any, deterministic: bool = False) -> Any:
+        return jnp.full((len(observations), 1), jnp.nan), carry
 
 
 class Follower(Probe):
