@@ -190,6 +190,12 @@ def _transitions(
         raise DatasetError(
             f"dataset {name}: a binary reward needs infos['success'] in every episode; use the dense reward"
         )
+    for row in task.strange_failures(rows["rewards"], rows.get("success"))[:1]:
+        raise DatasetError(
+            f"dataset {name}: episode {episode[row]}, step {row - first[episode[row]]} is no success and has the raw "
+            f"reward {float(rows['rewards'][row])}, but the sparse task {task.name} declares "
+            f"{task.raw_failure_reward} for such steps; set raw_failure_reward of its Task, or sparse to False"
+        )
     returns = np.add.reduceat(rows["rewards"], first)
     solved = None if success is None else np.logical_or.reduceat(success, first)
     terminated, ends = rows["terminated"].copy(), rows["terminated"] | rows["truncated"]

@@ -38,6 +38,8 @@ class Task:
     """Whether success means anything here, provided that the environment reports it."""
     success_reward: float | None = None
     """Without a success flag, a step whose raw reward is at least this is a success."""
+    raw_failure_reward: float = 0.0
+    """Raw reward of every step of a sparse task that is no success, unless the task is binary."""
     only_successes: bool = False
     """Leave episodes without success out of the dataset (the WSRL paper's Adroit data)."""
     env_kwargs: tuple[tuple[str, Any], ...] = ()
@@ -59,7 +61,7 @@ class Task:
     @property
     def failure_reward(self) -> float | None:
         """Return the transformed reward of a failing step of a sparse task, rounded as by `rewards`; else None."""
-        return float(self.rewards(0.0, False)) if self.sparse else None
+        return float(self.rewards(self.raw_failure_reward, False)) if self.sparse else None
 
     def score(self, raw_return: float, last_reward: float, success: bool | None) -> float:
         """Return what an episode is judged by: its raw return, last raw reward or success in any step, by `metric`."""
@@ -76,3 +78,14 @@ class Task:
         if self.success_reward is not None:
             return np.asarray(raw) >= self.success_reward
         return None
+
+    def strange_failures(self, raw: Any, flags: Any = None) -> np.ndarray:
+        """Return the steps of a sparse task, by index, that are no success and have another reward than declared.
+
+        Equality is that of the transformed rewards in float32. Empty where success is not known, or decides the reward.
+        """
+        success = self.success(raw, flags)
+        if not self.sparse or self.binary or success is None:
+            return np.empty(0, np.int64)
+        failed = ~success if self.success_reward is None else ~success & (np.asarray(raw) < self.success_reward)
+        return np.flatnonzero(failed & (self.rewards(raw) != self.rewards(self.raw_failure_reward)))
