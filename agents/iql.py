@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.minibatches import check_counts, check_flat, each_minibatch
 from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
 from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
@@ -93,6 +93,7 @@ class IQLConfig:
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for values that cannot be used."""
+        check_counts(self, "num_critics")
         if not 0.0 < self.expectile < 1.0:
             raise ConfigError(f"IQLConfig.expectile is {self.expectile}; expected a number in (0, 1), such as 0.7.")
         if self.update_order not in ("sequential", "simultaneous"):

@@ -1,4 +1,4 @@
-"""What agents share: the shapes that they refuse, and one step per minibatch of a call."""
+"""What agents share: the shapes and counts that they refuse, and one step per minibatch of a call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +14,13 @@ def check_flat(observations: Any, agent: str) -> None:
     """Raise ConfigError unless `observations` is one array `[B, D]`."""
     if isinstance(observations, dict) or jnp.ndim(observations) != 2:
         raise ConfigError(f"{agent} needs flat float32 observations [batch, dim]; choose the dataset's state entries")
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Raise ConfigError for a count below 1 among these settings; None is no count."""
+    for name in names:
+        if (count := getattr(config, name)) is not None and count < 1:
+            raise ConfigError(f"{type(config).__name__}.{name} is {count}; expected at least 1")
 
 
 def minibatches_in(batch: Batch) -> int:

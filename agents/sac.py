@@ -25,7 +25,7 @@ import optax
 from flax import struct
 
 from o2o import losses
-from o2o.agents.minibatches import check_flat, minibatches_in
+from o2o.agents.minibatches import check_counts, check_flat, minibatches_in
 from o2o.errors import ConfigError
 from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -105,7 +105,8 @@ class SACConfig:
     """Replica of the WSRL code: step the Adam of networks whose loss did not run with zero gradients."""
 
     def __post_init__(self) -> None:
-        """Check the settings that contradict each other."""
+        """Check the counts, and the settings that contradict each other."""
+        check_counts(self, "num_critics", "entropy_samples", "max_target_actions")
         subset = self.target_subset
         if subset is not None and (subset < 1 or (not self.subset_replace and subset > self.num_critics)):
             raise ConfigError(f"target_subset is {subset}; expected 1 to num_critics={self.num_critics}, or None")

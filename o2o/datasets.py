@@ -62,7 +62,7 @@ class Dataset:
     """Flat transitions of N rows.
 
     `arrays`: float32 observations and next_observations `[N, D]` (or dicts with uint8 images), actions `[N, A]`,
-    rewards, masks and mc_returns `[N]`, and boolean ends `[N]`.
+    rewards, masks and, unless loaded without a discount, mc_returns `[N]`, and boolean ends `[N]`.
     """
 
     arrays: dict[str, Any]
@@ -180,7 +180,7 @@ def monte_carlo_returns(
 
 
 def _transitions(
-    rows: Rows, task: Task, discount: float, name: str
+    rows: Rows, task: Task, discount: float | None, name: str
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Return the arrays of one dataset under a task, with raw returns and success of all its episodes."""
     lengths, success = rows["lengths"], task.success(rows["rewards"], rows.get("success"))
@@ -230,8 +230,9 @@ def _transitions(
         "masks": masks,
         "next_observations": take(now + 1),
         "ends": ends[keep],
-        "mc_returns": monte_carlo_returns(rewards, masks, ends[keep], discount, task.failure_reward),
     }
+    if discount is not None:
+        arrays["mc_returns"] = monte_carlo_returns(rewards, masks, ends[keep], discount, task.failure_reward)
     return arrays, returns, solved
 
 
@@ -274,7 +275,7 @@ def load(
     *,
     task: Task | None = None,
     weights: Sequence[float] | None = None,
-    discount: float = 0.99,
+    discount: float | None = 0.99,
     achieved_goal: bool = False,
     root: str | Path | None = None,
     cache: bool = True,
@@ -286,9 +287,9 @@ def load(
     """Load one dataset, or a mixture of several, by id or path.
 
     `weights` are the probabilities of drawing from each (default: by size). `clip_actions` accepts actions outside the
-    bounds, `download` fetches an id that is not there. Without a task, rewards are the dataset's own. With the
-    `action_range` "data", [-1, 1] is the range of the dataset's actions, 1 + `action_margin` times as wide
-    (`ActionMap.fitted`), in place of the action space.
+    bounds, `download` fetches an id that is not there. Without a task, rewards are the dataset's own; with the discount
+    None, there are no mc_returns. With the `action_range` "data", [-1, 1] is the range of the dataset's actions,
+    1 + `action_margin` times as wide (`ActionMap.fitted`), in place of the action space.
     Raises `DatasetError`, naming episode and step where there is one.
     """
     names = [ids] if isinstance(ids, str | Path) else list(ids)

@@ -83,12 +83,14 @@ def load_data(config: RunConfig, base: Source | None = None) -> datasets.Dataset
     check_length(config.history)
     if not 0.0 <= config.config.discount <= 1.0:
         raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
-    base = base or base_of(config)
+    if config.config.batch_size < 1:
+        raise ConfigError(f"config.batch_size is {config.config.batch_size}; expected at least 1")
+    base, needs = base or base_of(config), agent_class(config.agent).needs
     data = datasets.load(
         config.dataset,
         task=task_of(config),
         weights=config.weights or None,
-        discount=config.config.discount,
+        discount=config.config.discount if "mc_returns" in needs else None,
         achieved_goal=config.task.achieved_goal,
         clip_actions=config.clip_actions,
         action_range=config.action_range,

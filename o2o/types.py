@@ -56,7 +56,9 @@ class OnlineConfig:
     """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a share that is none."""
+        """Raise `ConfigError` for a count or share that is none."""
+        if self.utd_ratio < 1:
+            raise ConfigError(f"utd_ratio is {self.utd_ratio}; expected at least 1")
         if not 0.0 <= self.offline_ratio <= 1.0:
             raise ConfigError(f"offline_ratio is {self.offline_ratio}; expected 0 to 1")
 

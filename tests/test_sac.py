@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from o2o.agents.iql import IQLConfig
 from o2o.agents.sac import SAC, SACConfig, positive, positive_model, zero_step
 from o2o.errors import ConfigError
 from o2o.networks import Adam, Model, Scalar
+from o2o.types import OnlineConfig
 from tests.tiny import (
     ACTION_DIM,
     ROWS,
@@ -226,6 +228,22 @@ def test_contradicting_settings_are_refused() -> None:
         SACConfig(temperature_param="softplus")
     with pytest.raises(ConfigError, match="temperature_init"):
         SACConfig(temperature_init=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (SACConfig, "num_critics"),
+        (SACConfig, "entropy_samples"),
+        (SACConfig, "max_target_actions"),
+        (IQLConfig, "num_critics"),
+        (OnlineConfig, "utd_ratio"),
+    ],
+)
+def test_counts_are_at_least_one(make: Any, name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=f"{name} is {value}; expected at least 1"):
+            make(**{name: value})
 
 
 def test_standard_defaults() -> None:

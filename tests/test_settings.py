@@ -191,6 +191,24 @@ def test_the_scale_is_kept_with_the_run(tiny_run: Maker, tmp_path: Path, monkeyp
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
 
 
+def test_what_load_data_refuses_of_the_agents_settings(tiny_run: Maker) -> None:
+    with pytest.raises(ConfigError, match="config.batch_size is 0; expected at least 1"):
+        experiment.load_data(tiny_run("bc", [("batch_size", 0)]))
+    with pytest.raises(ConfigError, match="config.discount is 1.5; expected 0 to 1"):
+        experiment.load_data(tiny_run("bc", [("discount", 1.5)]))
+
+
+def test_only_agents_that_learn_from_returns_need_a_discount_below_one(tiny_run: Maker) -> None:
+    for agent in ("bc", "iql", "sac", "rlpd"):
+        data = experiment.load_data(tiny_run(agent, [("discount", 1.0)]))
+        assert data.task.sparse and "mc_returns" not in data.arrays
+    assert experiment.build(tiny_run("iql", [("discount", 1.0)])).offline(10)
+    for agent in ("calql", "wsrl", "ppo"):
+        assert "mc_returns" in experiment.load_data(tiny_run(agent)).arrays
+        with pytest.raises(ConfigError, match="discount is 1.0: the return of a failed sparse trajectory needs"):
+            experiment.load_data(tiny_run(agent, [("discount", 1.0)]))
+
+
 def test_scores_are_normalised_only_in_the_datasets_own_environment(put: Callable[..., str]) -> None:
     episodes = [episode([1.0, 2.0]), episode([3.0])]
     name = put("test/hopper-v0", episodes, "Hopper-v5", ref_min_score=0.0, ref_max_score=200.0)
