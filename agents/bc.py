@@ -48,7 +48,7 @@ class BCConfig:
     actor_lr: float = 3e-4
     """Adam rate."""
     discount: float = 0.99
-    """Discount factor; BC does not use it, the evaluation does."""
+    """Discount factor, which every agent's settings have; cloning does not use it."""
     batch_size: int = 256
     """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="none")

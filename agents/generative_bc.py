@@ -66,7 +66,7 @@ class GenerativeBCConfig:
     ema_rate: float = 0.001
     """Share of the trained network in the acting average's step; 1 acts with the trained network itself."""
     discount: float = 0.99
-    """Discount factor; cloning does not use it, the evaluation does."""
+    """Discount factor, which every agent's settings have; cloning does not use it."""
     batch_size: int = 256
     """Chunks per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="none")
