@@ -8,8 +8,9 @@ and four critic steps per environment step. The warm-up rows stand in for the da
 Where we differ
 - An optimiser moves only when its loss ran; `zero_grad_steps` restores the code's zero-gradient steps.
 - The switch is an explicit call, `online()`, not a step counter.
-- Any offline agent of ours may pre-train: IQL gives actor and critics, BC the actor only; what is missing starts
-  afresh. One that was trained elsewhere enters through `from_agent`; its networks are kept as they are.
+- IQL (actor and critics) and BC (the actor only) may pre-train too; what is missing starts afresh. One that was
+  trained elsewhere enters through `from_agent`; its networks are kept as they are, the limits of sigma included, where
+  the code clips sigma to [1e-5, 10] whoever pre-trained (`log_std_range`).
 - At UTD 1 actor and temperature step beside the critics, from the same parameters (`joint_single`, as in the code).
 - With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other.
 - Adroit's failed demonstrations are left out as in the paper; the small preset keeps them (`task.only_successes`).
@@ -30,13 +31,16 @@ from flax import struct
 from o2o.agents.bc import BC, BCConfig
 from o2o.agents.cql import CQL, CalQL, CalQLConfig, CQLConfig, family_settings, shrink_conservative
 from o2o.agents.iql import IQL, IQLConfig
-from o2o.agents.sac import SAC, SACConfig
+from o2o.agents.minibatches import check_counts
+from o2o.agents.sac import RLPD, SAC, SACConfig
 from o2o.errors import CheckpointError, ConfigError
 from o2o.networks import Model
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]
 Learner = SAC | CQL | CalQL | IQL | BC
+SOURCES = (SAC, RLPD, CQL, CalQL, IQL, BC)
+"""What a WSRL agent can start from, and no class derived from them: their actors are policies of their own."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class WSRLConfig(CQLConfig):
     def __post_init__(self) -> None:
         """Check the pre-trainer's name and the settings that contradict each other."""
         super().__post_init__()
+        check_counts(self, "pretrain_target_actions")
         if self.pretrain not in ("calql", "cql", "iql", "bc", "sac"):
             raise ConfigError(f"WSRLConfig.pretrain is {self.pretrain!r}; expected calql, cql, iql, bc or sac")
 
@@ -87,12 +92,16 @@ class WSRL(AgentNode):
 
     @classmethod
     def from_agent(cls, agent: "Learner | WSRL", config: WSRLConfig) -> Self:
-        """Return the WSRL agent that starts from a pre-trained `agent`.
+        """Return the WSRL agent that starts from a pre-trained `agent`; its `log_std_range` is that of `agent`.
 
-        Raises ConfigError if its policy is not tanh-squashed, CheckpointError if its shapes are not those of `config`.
+        Raises ConfigError for agents of other classes and where the policy is not tanh-squashed, CheckpointError if
+        shapes are not those of `config`.
         """
         source = agent.learner if isinstance(agent, WSRL) else agent
-        switched = cls(learner=source, config=config)
+        if type(source) not in SOURCES:
+            known = ", ".join(kind.__name__ for kind in SOURCES)
+            raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
+        switched = cls(learner=source, config=replace(config, log_std_range=source.config.log_std_range))
         jax.eval_shape(switched.online)
         return switched
 
@@ -221,7 +230,7 @@ def input_dims(actor: Model) -> tuple[int, int]:
 
 
 def _carry_over(source: Model, fresh: Model, name: str) -> Model:
-    """Return `source`, its network and moments untouched, under `fresh`'s learning rate."""
+    """Return `fresh`, whose network computes the same, with the parameters and moments of `source`."""
     want, have = (jax.tree.map(jnp.shape, model.params) for model in (fresh, source))
     if want != have:
         raise CheckpointError(
@@ -229,7 +238,7 @@ def _carry_over(source: Model, fresh: Model, name: str) -> Model:
             "pre-train with the same network settings, or change WSRLConfig to match"
         )
     rest: Any = fresh.opt_state
-    return source.replace(optimizer=fresh.optimizer, opt_state=(source.opt_state[0], *rest[1:]))
+    return fresh.replace(params=source.params, opt_state=(source.opt_state[0], *rest[1:]))
 
 
 def _describe(shapes: Any) -> str:

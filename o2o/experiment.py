@@ -170,6 +170,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
+    warm_start.check_trained(source, source_config, str(config.init_from))
     warm_start.take_over(trainer, source, target, config)
     source.close()
 
@@ -212,6 +213,9 @@ class Session:
         if screen is not None:
             hooks.progress = screen.progress
         self.trainer = build(config, data, hooks, run.path, base)
+        if config.init_from is not None:  # with settings of the agents that it starts from, which define its networks
+            self.config = dataclasses.replace(config, config=self.trainer.agent.config)
+            run.change(config=to_dict(self.config.config))
 
     def _metrics(self, row: dict[str, Any]) -> None:
         self.run.metrics.write(row)

@@ -80,7 +80,8 @@ class RunConfig:
     online_steps: int = 10_000
     """Environment steps of the online phase per seed, warm-up included."""
     init_from: str | None = None
-    """WSRL only: a finished run of BC, IQL, CQL or Cal-QL to start from instead of pre-training."""
+    """WSRL only: a run of BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL, its pre-training finished, to start from instead of
+    pre-training; the policy keeps its `log_std_range`."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How often to log, evaluate and checkpoint."""
     keep_checkpoints: int = 2

@@ -1,5 +1,7 @@
 """What a run takes over from another that pre-trained its agents (`init_from`), and what has to fit for that."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 
 from o2o.errors import CheckpointError
 from o2o.loop import Trainer
+from o2o.runs import read_status
 from o2o.settings import RunConfig
 
 
@@ -22,25 +25,64 @@ def check_settings(source: RunConfig, config: RunConfig) -> None:
             raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
 
 
+def check_trained(source: Trainer, settings: RunConfig, path: str) -> None:
+    """Raise `CheckpointError` if the run in folder `path`, whose trainer is `source`, has not ended its pre-training.
+
+    Where it has but is not finished, one line on standard error says which step is taken.
+    """
+    steps, counters = settings.offline_steps if settings.init_from is None else 0, source.counters
+    if counters.phase == "offline" and counters.offline_steps < steps:
+        raise CheckpointError(
+            f"{path} has made {counters.offline_steps} of its {steps} gradient steps of pre-training: finish it first, "
+            f"`o2o resume {path}`"
+        )
+    if (status := read_status(Path(path))) != "finished":
+        print(f"o2o: {path} is {status}, not finished; taken as it is at step {counters.point}", file=sys.stderr)
+
+
 def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig) -> None:
     """Put the agents and the normaliser of the trainer `source` into `trainer`, as agents of the class `target`.
 
-    Raises `CheckpointError` where rows of two normalisers would be mixed, or critics learnt other rewards.
+    Raises `CheckpointError` where observations or actions have other sizes, rows of two normalisers would be mixed, or
+    critics learnt other rewards; `ConfigError` for agents that `target` cannot start from.
     """
+    have, want = (
+        jax.tree.map(lambda leaf: leaf.shape[1:], [t.data.arrays[key] for key in ("observations", "actions")])
+        for t in (source, trainer)
+    )
+    if have != want:
+        raise CheckpointError(
+            f"{config.init_from} saw observations {have[0]} and took actions {have[1]}, this run's dataset has "
+            f"{want[0]} and {want[1]}: start from a run on such data"
+        )
+    agent = source.agent if source.online_state is None else source.online_state.agent
+    taken = jax.vmap(lambda a: target.from_agent(a, config.config))(agent)
     if config.config.online.replay in ("mixed", "append") and not _alike(source.normalizer, trainer.normalizer):
         raise CheckpointError(
             f"{config.init_from} normalises observations as its own dataset is spread, and this run's dataset, which "
             "online batches come from, is spread otherwise: use that dataset, or config.online.replay online"
         )
-    agent = source.agent if source.online_state is None else source.online_state.agent
-    have, want = ((t.reward_scale, t.reward_bias) for t in (source.data.task, trainer.data.task))
-    if hasattr(getattr(agent, "learner", agent), "critic") and have != want:
-        raise CheckpointError(
-            f"the critics of {config.init_from} learnt rewards of scale and bias {have}, this run has {want}: give "
-            f"--task.reward-scale {have[0]:g} --task.reward-bias {have[1]:g}"
-        )
-    trainer.agent = jax.vmap(lambda a: target.from_agent(a, config.config))(agent)
-    trainer.normalizer = source.normalizer
+    if hasattr(getattr(agent, "learner", agent), "critic"):
+        _check_values(source, trainer, str(config.init_from))
+    trainer.agent, trainer.normalizer = taken, source.normalizer
+
+
+def _check_values(source: Trainer, trainer: Trainer, path: str) -> None:
+    """Raise `CheckpointError`, with the flags that mend it, where values learnt by `source` mean other rewards here."""
+    theirs, ours = source.data.task, trainer.data.task
+    names = ("reward_scale", "reward_bias", "binary", "terminate_on_success")
+    have, want = ({f"task.{name}": getattr(task, name) for name in names} for task in (theirs, ours))
+    if theirs.sparse and ours.sparse and not (theirs.binary or ours.binary):  # the same rewards of other raw ones
+        have["task.reward_bias"] += theirs.reward_scale * (theirs.raw_failure_reward - ours.raw_failure_reward)
+    have["config.discount"], want["config.discount"] = source.config.discount, trainer.config.discount
+    other = [name for name in have if have[name] != want[name]]
+    if not other:
+        return
+    rewards = ("task.reward_scale", "task.reward_bias")  # without one of them the other is no more the preset's
+    given = [*rewards, "task.binary"] if {*rewards, "task.binary"} & {*other} else []
+    flags = " ".join(f"--{name.replace('_', '-')} {have[name]}" for name in dict.fromkeys([*given, *other]))
+    described = ", ".join(f"{name} {have[name]} (this run: {want[name]})" for name in other)
+    raise CheckpointError(f"the critics of {path} learnt with {described}: give {flags}")
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -221,7 +221,7 @@ def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run folder"):
         experiment.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")), tmp_path / "other")
     shifted = dataclasses.replace(run, task=dataclasses.replace(run.task, reward_scale=1.0, reward_bias=-1.0))
-    with pytest.raises(CheckpointError, match=r"learnt rewards of scale and bias \(10.0, -5.0\), this run has \(1.0"):
+    with pytest.raises(CheckpointError, match=r"reward_scale 10.0 \(this run: 1.0\), task.reward_bias -5.0 \(this"):
         experiment.train(shifted, tmp_path / "shifted")
     with pytest.raises(CheckpointError, match="has normalize False, this run True"):
         experiment.train(dataclasses.replace(run, normalize=True), tmp_path / "normalised")
