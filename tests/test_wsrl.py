@@ -140,6 +140,7 @@ def test_from_iql_with_a_decaying_rate_keeps_the_moments() -> None:
     after = switch(WSRL.from_agent(source, CONFIG))
     assert_equal(after.actor.opt_state[0], source.actor.opt_state[0])
     assert after.actor.optimizer.decay_steps is None
+    assert after.config == replace(CONFIG, log_std_range=config.log_std_range)
     np.testing.assert_array_equal(
         source.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
         after.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
@@ -159,6 +160,8 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         WSRL.from_agent(pretrained(), replace(CONFIG, num_critics=3))
     with pytest.raises(ConfigError, match="temperature_param is 'exp'"):
         WSRL.from_agent(pretrained(), replace(CONFIG, temperature_param="exp"))
+    with pytest.raises(ConfigError, match="WSRLConfig.pretrain_target_actions is 0; expected at least 1"):
+        WSRLConfig(pretrain_target_actions=0)
     with pytest.raises(ConfigError, match="'calq'; expected calql"):
         WSRLConfig(pretrain="calq")  # type: ignore[arg-type]
 
@@ -263,9 +266,33 @@ def test_actor_follows_the_lowest_member_alone() -> None:
     assert largest_difference(policy_gradient(agent, batch, KEY), expected) > 1e-3
 
 
+def two_sigmas(agent: Any, next_std: float, std: float) -> tuple[Any, Any]:
+    """Return `agent` with sigma of the state, and a batch of states where it is nearly `next_std` (next) and `std`."""
+    agent, tree = constant_policy(agent, 0.1), dict(agent.actor.params["params"])
+    own = tree["log_std"]["kernel"][:, :1]
+    head = {
+        "kernel": jnp.repeat(4.0 * own / jnp.linalg.norm(own), ACTION_DIM, axis=1),
+        "bias": jnp.full(ACTION_DIM, -2.3),
+    }
+    tree = {**agent.actor.params["params"], "log_std": head}
+    agent = agent.replace(actor=agent.actor.replace(params={"params": tree}))
+    states = jax.random.normal(KEY, (2000, OBSERVATION_DIM))
+    found = jnp.log(agent.actor(states).std[:, 0])
+    here, there = (states[jnp.argmin(jnp.abs(found - np.log(wanted)))] for wanted in (std, next_std))
+    batch = make_batch()
+    shape = batch["observations"].shape
+    return agent, {
+        **batch, "observations": jnp.broadcast_to(here, shape), "next_observations": jnp.broadcast_to(there, shape)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("std", [0.02, 0.7])
 def test_alpha_grows_iff_entropy_at_next_states_is_below_minus_dim(std: float) -> None:
-    agent, batch = constant_policy(learner(), std), make_batch()
+    """`std` is the policy's at the next states; at the present ones it lies on the other side."""
+    other = 0.7 if std < 0.1 else 0.02
+    agent, batch = two_sigmas(learner(), std, other)
+    for key, expected in (("next_observations", std), ("observations", other)):
+        np.testing.assert_allclose(agent.actor(batch[key]).std, expected, rtol=0.2)
     fresh = agent.replace(temperature=agent.temperature.replace(opt_state=create(WSRL, CONFIG).temperature.opt_state))
     stepped, info = policy_step(fresh, batch, KEY, fresh.critic)
     assert (float(info["actor/entropy"]) < -ACTION_DIM) == (std == 0.02)
@@ -310,6 +337,7 @@ def test_paper_presets() -> None:
         assert (config.actor_lr, config.critic_lr, config.temperature_lr) == (1e-4, 3e-4, 1e-4)
         assert config.target_entropy == 1.0 and not config.backup_entropy and config.actor_reduce == "min"
         assert config.actor_layer_norm and config.critic_layer_norm and config.shared_output
+        assert config.entropy_on == "next" and config.last_gain == (None if preset is presets["kitchen"] else 1e-2)
         assert config.pretrain_target_actions == 10 and preset.online_steps == 500_000
     small = WSRL.preset("adroit", "small")
     assert (small.config.num_critics, small.config.online.utd_ratio, small.config.batch_size) == (4, 4, 128)
