@@ -85,6 +85,7 @@ def save(
             if latest is not None and latest.step >= step:
                 return
             checkpointer.save_checkpointables(step, items, metrics=metrics)
+        _sync(folder, step)
     except Exception as error:  # tensorstore reports a failed write as a ValueError
         reason = _first_cause(error)
         if "No space left" in reason:
@@ -92,6 +93,19 @@ def save(
         raise CheckpointError(
             f"cannot save checkpoint {step} in {folder}: {reason}; earlier checkpoints are intact"
         ) from error
+
+
+def _sync(folder: Path, step: int) -> None:
+    """Wait until a checkpoint, its files and their names, is on the disk; orbax waits for the arrays only."""
+    if os.name != "posix":  # where a folder has no descriptor
+        return
+    whole = folder / str(step)
+    for path in (*whole.rglob("*"), whole, folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def add_score(folder: Path, step: int, score: float) -> None:

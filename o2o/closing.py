@@ -1,4 +1,4 @@
-"""Closing environments, files and processes: each is closed whatever the others do, and a fault stays the one told."""
+"""Closing environments, files and processes: each is closed whatever the others do, and takes no result along."""
 
 import sys
 from contextlib import ExitStack
@@ -6,9 +6,9 @@ from types import TracebackType
 
 
 class Closing(ExitStack):
-    """An `ExitStack` for what must be closed behind work that may fail: what the work raised comes out of it.
+    """An `ExitStack` for what must be closed behind work that may fail: what that returns or raises comes out of it.
 
-    What closing raises besides is a line on standard error; where nothing else was raised, it comes out itself.
+    An exception that closing raises is a line on standard error.
     """
 
     def __exit__(
@@ -18,7 +18,5 @@ class Closing(ExitStack):
         try:
             return super().__exit__(kind, error, trace)
         except Exception as second:
-            if error is None:
-                raise
-            print(f"o2o: besides, while closing: {second}", file=sys.stderr)
+            print(f"o2o: {'' if error is None else 'besides, '}while closing: {second}", file=sys.stderr)
             return False

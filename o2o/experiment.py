@@ -26,7 +26,7 @@ from o2o.policy import TrainedPolicy
 from o2o.presets import agent_class, cell_run, config_class, preset_run
 from o2o.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.rollouts import trainer_class
-from o2o.runs import RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
+from o2o.runs import REPLAY, RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
 from o2o.schedule import Hooks
 from o2o.settings import RunConfig, TaskConfig, with_fields
 from o2o.tasks import Task
@@ -132,10 +132,12 @@ def build(
     hooks: Hooks | None = None,
     folder: Path | None = None,
     base: Source | None = None,
+    begins: bool = True,
 ) -> Trainer:
     """Return the trainer of a run, nothing done yet; `folder` is for what it records and for replay on disk.
 
-    `data` and `base` spare loading what the settings name once more.
+    `data` and `base` spare loading what the settings name once more. Only where the run `begins`, and does not go on
+    from a checkpoint, is it asked whether values that its `init_from` learnt fit.
     """
     base = base or base_of(config)
     found = data or load_data(config, base)
@@ -149,28 +151,30 @@ def build(
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = trainer_class(config.config.online)(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
-        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / "replay",
+        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY,
     )  # fmt: skip
     check_data(trainer.agent, found, config.normalize)
     if not comparable:
         trainer.evaluator.normalized = None
     if config.init_from is not None:
-        _start_from(trainer, config)
+        _start_from(trainer, config, begins)
     return trainer
 
 
-def _start_from(trainer: Trainer, config: RunConfig) -> None:
+def _start_from(trainer: Trainer, config: RunConfig, begins: bool) -> None:
     """Put the pre-trained agents of another run into the trainer, in place of its own pre-training."""
     target = agent_class(config.agent)
     if not hasattr(target, "from_agent"):
         raise ConfigError(f"agent {config.agent} cannot start from another run; `init_from` is for wsrl")
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
-    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)))
+    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)), begins=False)
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
-    warm_start.check_trained(source, source_config, str(config.init_from))
+    if begins:
+        warm_start.check_trained(source, source_config, str(config.init_from))
+        warm_start.check_values(source, trainer, str(config.init_from))
     warm_start.take_over(trainer, source, target, config)
     source.close()
 
@@ -206,16 +210,21 @@ class Session:
     ) -> None:
         """Build the trainer and connect it to the run folder."""
         self.config, self.run, self.screen = config, run, screen
-        self.loggers: list[Logger] = make_loggers(config.loggers, run.path, to_dict(config))
+        self.loggers: list[Logger] = []
         self.stop = StopFlag()
         saving = {"checkpoint": run.save, "scored": run.scored}
         hooks = Hooks(metrics=self._metrics, episodes=self._episodes, should_stop=self.stop, **saving)
         if screen is not None:
             hooks.progress = screen.progress
-        self.trainer = build(config, data, hooks, run.path, base)
+        self.trainer = build(config, data, hooks, run.path, base, begins=not run.saved)
         if config.init_from is not None:  # with settings of the agents that it starts from, which define its networks
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
+        try:
+            self.loggers += make_loggers(config.loggers, run.path, to_dict(self.config))
+        except BaseException:
+            self.trainer.close()
+            raise
 
     def _metrics(self, row: dict[str, Any]) -> None:
         self.run.metrics.write(row)
@@ -299,10 +308,10 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
     run = RunFolder.open(path, config.keep_checkpoints).lock()
     with Closing() as closing:
         closing.callback(run.close)
-        session = Session(config, run, data, screen, base)
-        closing.callback(session.trainer.close)
         if online_steps is not None:
             run.check_steps(online_steps, config.loop.replay_capacity)
+        session = Session(config, run, data, screen, base)
+        closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)
         if online_steps is not None:
             session.config = dataclasses.replace(config, online_steps=online_steps)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from o2o.closing import Closing
 from o2o.errors import O2OError
 from o2o.evaluate import EnvFn, Evaluator
 from o2o.normalizer import Normalizer
@@ -188,6 +189,11 @@ class _Player:
         agent, normalizer = jax.tree.unflatten(self._structure, jax.device_put(leaves))
         return self.evaluator(agent, normalizer, point, deterministic)
 
+    def close(self) -> None:
+        """Close the environments."""
+        if self.evaluator is not None:
+            self.evaluator.close()
+
 
 def serve(connection: Connection) -> None:
     """Be the evaluation process: play what is asked for, one after the other, until the parent is gone."""
@@ -199,10 +205,10 @@ def serve(connection: Connection) -> None:
     for name, value in pickle.loads(settings).items():
         jax.config.update(name, value)
     player = _Player(world)
-    while (request := inbox.get()) is not None:
-        answer(connection, partial(player.play, request))
-    if player.evaluator is not None:
-        player.evaluator.close()
+    with Closing() as closing:
+        closing.callback(player.close)
+        while (request := inbox.get()) is not None:
+            answer(connection, partial(player.play, request))
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[bytes | None]) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from o2o.log import JsonLines, write_atomically
 from o2o.loop import Trainer
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+REPLAY = "replay"
+"""Folder in a run's for the rows of a replay on disk."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
 """Where there is such a signal: the terminal, or the ssh session, is gone."""
 
@@ -84,7 +87,11 @@ def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
             near = difflib.get_close_matches(name, sorted(names), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
             raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}{hint}")
-    return cls(**{name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    restored = {name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**restored)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _restore(hint: Any, value: Any, where: str) -> Any:
@@ -183,6 +190,11 @@ class RunFolder:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(checkpoint.steps(self.checkpoints))
+
     def save(self, trainer: Trainer) -> None:
         """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
         state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
@@ -205,11 +217,14 @@ class RunFolder:
         Not to `go_on`, but to look at it: no row is cut, and no environment made or moved. To go on without any
         checkpoint, unless the run had finished, is to begin again: every row is cut, `trainer` left as it is.
         """
-        if go_on and not checkpoint.steps(self.checkpoints) and read_status(self.path) != "finished":
+        if go_on and not self.saved and read_status(self.path) != "finished":
+            shutil.rmtree(self.path / REPLAY, ignore_errors=True)
             self.metrics.truncate(0)
             self.episodes.truncate(0)
             return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
+        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that begins anew
+            shutil.rmtree(self.path / REPLAY, ignore_errors=True)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.restore(state, load, online_steps, play=go_on)
         if go_on:
@@ -221,7 +236,7 @@ class RunFolder:
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:
         """Raise `ConfigError` if the run cannot go on from its latest checkpoint until `online_steps`."""
-        if not checkpoint.steps(self.checkpoints):
+        if not self.saved:
             return
         state = checkpoint.load_state(self.checkpoints)[1]
         made, planned = state["counters"]["env_steps"], state.get("planned")
@@ -230,7 +245,7 @@ class RunFolder:
         if state.get("host") and planned and missing_rows(planned, online_steps, replay_capacity):
             raise ConfigError(
                 f"run {self.path} was begun for {planned} environment steps, and its replay, which is on disk "
-                f"({self.path / 'replay'}), cannot grow to {online_steps}: go on without --online-steps, or begin a "
+                f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without --online-steps, or begin a "
                 "new run for as many"
             )
 

@@ -12,8 +12,9 @@ from o2o.types import OnlineConfig
 class LoopConfig:
     """How often the loops log, evaluate and checkpoint, where what they do runs, and how much they keep.
 
-    What is learnt depends only on `overlap`, on `replay_capacity` once a run exceeds it, and, with environments that
-    cannot be replayed, on when they evaluate, which ends the training episode.
+    What is learnt depends only on `overlap`, on `replay_capacity` once a run exceeds it, on when they evaluate where
+    environments cannot be replayed, as that ends the training episode, and in Uni-O4, which chooses the policy to
+    fine-tune by evaluating several, on `eval_episodes`.
     """
 
     eval_every: int = 5_000

@@ -30,7 +30,7 @@ class OnlineConfig:
 
     What is read depends on `replay`: with `online`, `append` and `mixed` all but `num_envs` and `rollout_steps`, though
     `offline_ratio` with `mixed` alone; with `rollout` only those two, all others keep their defaults; with `none` only
-    `random_steps`.
+    `random_steps`, the others for when it is evaluated.
     """
 
     utd_ratio: int = 1

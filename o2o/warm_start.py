@@ -43,8 +43,8 @@ def check_trained(source: Trainer, settings: RunConfig, path: str) -> None:
 def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig) -> None:
     """Put the agents and the normaliser of the trainer `source` into `trainer`, as agents of the class `target`.
 
-    Raises `CheckpointError` where observations or actions have other sizes, rows of two normalisers would be mixed, or
-    critics learnt other rewards; `ConfigError` for agents that `target` cannot start from.
+    Raises `CheckpointError` where observations or actions have other sizes, or rows of two normalisers would be mixed;
+    `ConfigError` for agents that `target` cannot start from.
     """
     have, want = (
         jax.tree.map(lambda leaf: leaf.shape[1:], [t.data.arrays[key] for key in ("observations", "actions")])
@@ -55,20 +55,20 @@ def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig)
             f"{config.init_from} saw observations {have[0]} and took actions {have[1]}, this run's dataset has "
             f"{want[0]} and {want[1]}: start from a run on such data"
         )
-    agent = source.agent if source.online_state is None else source.online_state.agent
+    agent = _trained(source)
     taken = jax.vmap(lambda a: target.from_agent(a, config.config))(agent)
     if config.config.online.replay in ("mixed", "append") and not _alike(source.normalizer, trainer.normalizer):
         raise CheckpointError(
             f"{config.init_from} normalises observations as its own dataset is spread, and this run's dataset, which "
             "online batches come from, is spread otherwise: use that dataset, or config.online.replay online"
         )
-    if hasattr(getattr(agent, "learner", agent), "critic"):
-        _check_values(source, trainer, str(config.init_from))
     trainer.agent, trainer.normalizer = taken, source.normalizer
 
 
-def _check_values(source: Trainer, trainer: Trainer, path: str) -> None:
+def check_values(source: Trainer, trainer: Trainer, path: str) -> None:
     """Raise `CheckpointError`, with the flags that mend it, where values learnt by `source` mean other rewards here."""
+    if not hasattr(getattr(_trained(source), "learner", _trained(source)), "critic"):
+        return
     theirs, ours = source.data.task, trainer.data.task
     names = ("reward_scale", "reward_bias", "binary", "terminate_on_success")
     have, want = ({f"task.{name}": getattr(task, name) for name in names} for task in (theirs, ours))
@@ -83,6 +83,10 @@ def _check_values(source: Trainer, trainer: Trainer, path: str) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {have[name]}" for name in dict.fromkeys([*given, *other]))
     described = ", ".join(f"{name} {have[name]} (this run: {want[name]})" for name in other)
     raise CheckpointError(f"the critics of {path} learnt with {described}: give {flags}")
+
+
+def _trained(source: Trainer) -> Any:
+    return source.agent if source.online_state is None else source.online_state.agent
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -21,7 +21,7 @@ import gymnasium
 import numpy as np
 
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.spawned import Child, Memory, answer, loaded, packed
+from o2o.spawned import Child, Memory, answer, end, loaded, packed
 
 STEP = b"step"
 LINE = 64
@@ -315,10 +315,7 @@ class Crew:
         self._receive(self.children)
 
     def close(self) -> None:
-        """End the processes."""
-        for child in self.children:
-            child.connection.close()  # all at the same time
-        for child in self.children:
-            child.close()
+        """End the processes, all at the same time."""
+        end(self.children)
         for memory in self._memories:
             memory.close()

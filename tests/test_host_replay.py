@@ -249,7 +249,7 @@ def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path
 
 
 def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path, monkeypatch):
-    done, fsync, save = [], os.fsync, checkpoint.save
+    done, written, fsync, save = [], [], os.fsync, checkpoint.save
 
     def syncing(descriptor):
         done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
@@ -258,6 +258,8 @@ def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path
     def saving(folder, step, *rest):
         before = [*done, step]
         save(folder, step, *rest)
+        files = {path.name for path in (folder / str(step)).rglob("*")}
+        written.append(files and {*files, str(step), "checkpoints"} <= set(done[len(before) - 1 :]))
         done[:] = before  # without what the checkpoint itself writes
 
     monkeypatch.setattr(os, "fsync", syncing)
@@ -265,7 +267,7 @@ def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path
     loop = LoopConfig(eval_every=0, eval_episodes=1, checkpoint_every=20, updates_per_dispatch=10, device_bytes=0)
     assert experiment.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
     steps = [at for at, name in enumerate(done) if isinstance(name, int)]
-    assert {done[at] for at in steps} == {10, 30, 50}
+    assert {done[at] for at in steps} == {10, 30, 50} and written == [True] * 3
     rows = ["metrics.jsonl", "episodes.jsonl", "next_observations.bin", "observations.bin", "serials.bin"]
     assert all(done[at - 5 : at] == rows for at in steps if done[at] > 10)
 

@@ -310,6 +310,8 @@ def test_bad_folders_and_fields(tmp_path: Path, tiny_run: Maker) -> None:
     with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
         from_dict(OnlineConfig, {"warmup_step": 3})
     run = tiny_run("rlpd")
+    with pytest.raises(ConfigError, match=r"^run/config.json.online: utd_ratio is 0; expected at least 1$"):
+        from_dict(type(run.config), {"online": {"utd_ratio": 0}}, "run/config.json")
     assert from_dict(type(run.config), to_dict(run.config)) == run.config
 
 

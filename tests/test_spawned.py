@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from o2o import spawned
 from o2o.errors import ConfigError, EnvironmentFaultError
-from o2o.spawned import Child, Memory, loaded, packed
+from o2o.spawned import Child, Memory, end, loaded, packed
 
 
 def gone(pid: int) -> bool:
@@ -111,6 +112,34 @@ def test_an_answer_that_was_broken_off_is_never_taken_for_another() -> None:
     child.ask("first")
     with pytest.raises(EnvironmentFaultError, match="was interrupted: resume the run"):
         child.ask("second")
+
+
+def hang(_: object) -> None:
+    """Take no notice of the parent."""
+    time.sleep(60)
+
+
+def test_several_that_hang_have_their_patience_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawned, "PATIENCE_S", 2.0)
+    children = [Child("tests.test_spawned:hang", "the deaf") for _ in range(4)]
+    began = time.monotonic()
+    end(children)
+    assert 2.0 <= time.monotonic() - began < 6.0, "8 one after the other"
+    assert all(gone(child.process.pid) and not child.close.alive for child in children)
+
+
+def test_an_interrupted_wait_ends_them_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    children = [Child("tests.test_spawned:hang", "the deaf") for _ in range(3)]
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spawned, "PATIENCE_S", 60.0)
+    wait = children[1].process.wait
+    monkeypatch.setattr(children[0].process, "wait", lambda t=None: interrupt(t) if t else wait())
+    with pytest.raises(KeyboardInterrupt):
+        end(children)
+    assert within(10, lambda: all(child.process.poll() is not None for child in children))
 
 
 def test_one_that_is_forgotten_ends() -> None:

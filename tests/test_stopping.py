@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,10 @@ def test_a_replay_on_disk_that_cannot_grow_is_refused_before_anything_is_changed
     assert steps["made"] == 0
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
     assert experiment.resume(path) and steps["made"] > 0
+    shutil.rmtree(path / "checkpoints" / "40")  # killed online before any checkpoint there: it begins anew
+    assert checkpoint.steps(path / "checkpoints") == [10]
+    assert experiment.resume(path, online_steps=70)
+    assert read_rows(path / "episodes.jsonl")[-1]["env_steps"] == 70
 
 
 def test_what_diverged_is_not_saved(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,8 +102,27 @@ def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, capsys: pyt
         experiment.build(run)
 
 
+def test_a_run_goes_on_whatever_its_source_has_become(
+    calql: Path, tiny_run: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it took is in its own checkpoints; a run from it is not asked about that source either."""
+    run = tiny_run("wsrl", online_steps=5, loop=LOOP, init_from=str(calql))
+    assert experiment.train(run, tmp_path / "run")
+    folder = RunFolder.open(calql)
+    folder.status("stopped")
+    folder.change(offline_steps=20, config={**read_config(calql)["config"], "discount": 0.9})
+    capsys.readouterr()
+    assert experiment.resume(tmp_path / "run", online_steps=6)
+    experiment.build(dataclasses.replace(run, init_from=str(tmp_path / "run"))).close()
+    assert "calql" not in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="has made 10 of its 20"):
+        experiment.train(run, tmp_path / "another")
+
+
 @pytest.mark.parametrize("source", ["bc", "iql"])
-def test_a_reopened_run_samples_as_it_was_trained(source: str, tiny_run: Maker, tmp_path: Path) -> None:
+def test_a_reopened_run_samples_as_it_was_trained(
+    source: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A source with sigma at its limits, which WSRL's own settings do not have; no update between."""
     limits = [("log_std_range", (-4.0, -3.0)), ("actor_layer_norm", True), ("std_mode", "uniform")]
     fits = [("critic_layer_norm", True), ("num_critics", 4), ("shared_output", True), ("squash", True)]
@@ -114,8 +133,11 @@ def test_a_reopened_run_samples_as_it_was_trained(source: str, tiny_run: Maker, 
     run = dataclasses.replace(run, task=experiment.load_config(tmp_path / "source").task)
     trained = experiment.build(run)
     trained.begin_online(5, play=False)
+    logged = list[dict[str, Any]]()
+    monkeypatch.setattr(experiment, "make_loggers", lambda names, path, config: logged.append(config) or [])
     assert experiment.train(run, tmp_path / "run")
-    assert read_config(tmp_path / "run")["config"]["log_std_range"] == [-4.0, -3.0]
+    assert read_config(tmp_path / "run")["config"] == logged[0]["config"]
+    assert logged[0]["config"]["log_std_range"] == [-4.0, -3.0]
     reopened = [experiment.open_run(tmp_path / name)[1] for name in ("source", "run")]
     observations = jnp.asarray(trained.data.arrays["observations"][:64])
     key = jax.random.key(3)
