@@ -26,7 +26,7 @@ from o2o.chunks import planned_in_turn
 from o2o.dispatch import OnlineMode, OnlineState, over_seeds
 from o2o.errors import ConfigError, RunError
 from o2o.normalizer import Normalizer, normalize
-from o2o.row_store import ON_HOST, Handles, RowStore
+from o2o.row_store import ON_HOST, Handles, RowStore, begin_reading
 from o2o.types import Array, Batch, Info, window_of
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ class HostData:
 
     def read(self, handles: Handles) -> dict[str, Any]:
         """Return the observations of handles `[...]`, leaves `[..., *row]`."""
+        for leaf in jax.tree.leaves(self.heavy):
+            begin_reading(leaf, -1 - handles)
         return jax.tree.map(lambda leaf: leaf[-1 - handles], self.heavy)
 
 

@@ -1,5 +1,7 @@
 """Rows of observations in files that are mapped into memory: what a run sees, where it does not fit the device."""
 
+import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -17,6 +19,26 @@ ON_HOST = ("observations", "next_observations")
 """What of a transition is kept here."""
 Handles = np.ndarray
 """int32 `[S, ...]`: -1 - i is row i of the dataset, n the n-th transition of the run itself."""
+
+
+def begin_reading(array: np.ndarray, *index: np.ndarray) -> None:
+    """Let the system begin to read the rows `array[index]`, all of them at once, where `array` is mapped from a file.
+
+    Read one after the other each would wait for the disk, and bring much of its neighbourhood along. Rows smaller than
+    a page of memory are left to that.
+    """
+    row = array.itemsize * math.prod(array.shape[len(index) :])
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    known = hasattr(mmap, "MADV_WILLNEED") and isinstance(base, mmap.mmap) and array.flags.c_contiguous
+    if not known or row < mmap.PAGESIZE:
+        return
+    begin = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
+    rows = np.ravel_multi_index(np.broadcast_arrays(*index), array.shape[: len(index)])
+    for at in (begin + row * np.unique(rows)).tolist():
+        within = at % mmap.PAGESIZE
+        base.madvise(mmap.MADV_WILLNEED, at - within, row + within)
 
 
 class RowStore:
@@ -118,6 +140,9 @@ class RowStore:
         seed = np.broadcast_to(np.arange(len(handles)).reshape(-1, *(1,) * (handles.ndim - 1)), handles.shape)
         out = []
         leaves = jax.tree.leaves({key: dataset[key] for key in ON_HOST})
+        for (mapped, _), given in zip(self._maps, leaves, strict=True):
+            begin_reading(given, -1 - handles[~own])
+            begin_reading(mapped, handles[own] % self.places, seed[own])
         for (mapped, _), given in zip(self._maps, leaves, strict=True):
             rows = np.empty((*handles.shape, *given.shape[1:]), mapped.dtype)
             rows[~own] = given[-1 - handles[~own]]

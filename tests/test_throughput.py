@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from products import label
 from throughput_machine import Span, alone, flops_of, kinds_of, measure, products, program_flops
 from throughput_peers import CASES, PeersError, peers_python
 from throughput_report import SQUARES, Contest, Results, Row, contest_lines, markdown, merged, number, ratios
+
+from o2o.row_store import begin_reading
 
 ROW = Row(
     "cpu", "iql", "pen", 1, "offline", updates=[90.0, 100.0, 130.0], flops=2e6, matmul={"small": 1e9, "large": 4e8}
@@ -285,6 +288,24 @@ def test_files_that_are_mapped_are_dropped_from_memory(tmp_path: Path) -> None:
     startup.forget(mapped)
     assert startup.resident(mapped) < 0.05
     assert mapped[1].sum() == 5_000_001 and startup.resident(mapped) > 0.45, "read again from the disk"
+
+
+def test_rows_in_files_are_asked_for_all_at_once_and_nothing_else_is(tmp_path: Path) -> None:
+    shape = (500, 2, 50, 50, 3)  # rows of 7500 bytes begin anywhere in a page
+    mapped = np.memmap(tmp_path / "rows.bin", np.uint8, "w+", shape=shape)
+    mapped[:] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    mapped.flush()
+    startup.forget([mapped])
+    if startup.resident([mapped]) > 0.05:
+        pytest.skip("this file system drops nothing")
+    rows, seeds = np.asarray([3, 150, 3, 499]), np.asarray([1, 0, 1, 1])
+    begin_reading(np.asarray(mapped)[:], rows, seeds)  # a view of it, as a dataset has
+    pages, until = startup.resident([mapped]) * mapped.nbytes / 4096, time.monotonic() + 10
+    while pages < 7 and time.monotonic() < until:
+        time.sleep(0.01)
+        pages = startup.resident([mapped]) * mapped.nbytes / 4096
+    assert 7 <= round(pages) <= 12, "three rows of two or three pages"
+    assert int(mapped[3, 1].sum()) == int(np.random.default_rng(0).integers(0, 256, shape, np.uint8)[3, 1].sum())
 
 
 def test_what_no_script_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
