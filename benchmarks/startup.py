@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from parts import measure_parts, process_megabytes, process_peak
@@ -102,51 +101,51 @@ def load_million(spawned: float, root: str) -> dict[str, Any]:
     }
 
 
-def images(spawned: float, folder: str) -> dict[str, Any]:
-    """Compare updates on images in files with updates on few images on the device, in turns."""
-    import numpy as np  # noqa: PLC0415
-    import throughput_adapter  # noqa: PLC0415
+def images(spawned: float) -> dict[str, Any]:
+    """Compare updates on a replay of images in files with updates on few images on the device, in turns."""
+    from throughput_adapter import Adapter  # noqa: PLC0415
     from throughput_agents import config_of  # noqa: PLC0415
 
     from o2o.agents import Residual  # noqa: PLC0415
 
-    plain, files = throughput_adapter.noise, []
-
-    def in_files(space: Any, rows: int, rng: np.random.Generator) -> Any:
-        """Return images in a file that is mapped into memory, all else as before."""
-        if getattr(space, "dtype", None) != np.uint8:
-            return plain(space, rows, rng)
-        path = Path(folder) / f"{len(os.listdir(folder))}.bin"
-        mapped = np.memmap(path, np.uint8, "w+", shape=(rows, *space.shape))
-        for begin in range(0, rows, 1_000):
-            mapped[begin : begin + 1_000] = rng.integers(0, 256, (1_000, *space.shape), np.uint8)
-        mapped.flush()
-        files.append(mapped)
-        return mapped
-
     online = config_of("residual", "pixels", 4, False).online
     config = dataclasses.replace(Residual.preset("locomotion", "small").config, online=online)
-    device = throughput_adapter.Adapter("residual", config, "pixels", 1, KEPT)
-    throughput_adapter.noise = in_files  # and so for the parts of a Dict
-    host = throughput_adapter.Adapter(
-        "residual", config, "pixels", 1, IMAGES, 10_000, device_bytes=0, checkpoint_every=10_000
-    )
+    device = Adapter("residual", config, "pixels", 1, KEPT)
+    host = Adapter("residual", config, "pixels", 1, KEPT, IMAGES, device_bytes=0, checkpoint_every=10_000)
     for adapter in (device, host):
         adapter.trainer.programs = adapter.recorder.programs  # as it runs, with nothing in between
         adapter.warm()
+    files = fill(host.trainer, IMAGES)
     rates: dict[str, list[float]] = {"device": [], "files": [], "cold": []}
     stayed = []
     for _ in range(ROUNDS):
         for name, adapter in (("device", device), ("files", host), ("cold", host)):
             if name == "cold":
+                host.trainer.programs.sync()  # what is not on the disk yet stays in memory
                 forget(files)
                 stayed.append(resident(files))
             started = time.perf_counter()
             adapter.loop(IMAGE_STEPS)
             rates[name].append(4 * IMAGE_STEPS / (time.perf_counter() - started))
-    size = sum(path.stat().st_size for path in Path(folder).glob("*.bin")) / 1e6
-    about = {"megabytes": size, "rows": IMAGES, "resident": stayed, "process": time.time() - spawned}
-    return {"rates": rates, **about}
+    about = {"megabytes": sum(array.nbytes for array in files) / 1e6, "rows": IMAGES, "resident": stayed}
+    return {"rates": rates, **about, "process": time.time() - spawned}
+
+
+def fill(trainer: Any, rows: int) -> list[Any]:
+    """Put so many rows of the dataset, again and again, into a replay on disk; return its mapped files."""
+    import jax  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    from o2o.row_store import ON_HOST  # noqa: PLC0415
+
+    store, state, data = trainer.programs.store, trainer.online_state, trainer.offline_data
+    each = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], data.heavy) for n in range(data.size)]
+    handles = np.concatenate([store.add(each[n % data.size]) for n in range(rows)])
+    light = {key: np.asarray(data.light.rows[key])[np.arange(rows) % data.size] for key in state.buffer.rows}
+    light |= dict.fromkeys(ON_HOST, handles)
+    buffer = jax.vmap(lambda ring, new: ring.extend(new))(state.buffer, {key: new[None] for key, new in light.items()})
+    trainer.online_state = state._replace(buffer=buffer)
+    return [mapped for mapped, _ in store._maps]
 
 
 def forget(mapped: Sequence[Any]) -> None:
@@ -203,8 +202,7 @@ def measure_data() -> list[dict[str, Any]]:
 
 def measure_images() -> list[dict[str, Any]]:
     """Train on images in files."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [child("images", folder=folder)]
+    return [child("images")]
 
 
 PARTS = {"import": measure_import, "first-update": measure_first, "data": measure_data, "images": measure_images}
@@ -262,8 +260,9 @@ def report(rows: dict[str, Any]) -> str:
         lines += [
             "## Images from disk", "",
             f"`residual` (small networks, UTD 4, one camera of 64 x 64 x 3), the whole online loop. "
-            f"{row['rows']:,} rows in files of {row['megabytes']:.0f} MB against {KEPT:,} on the device, in "
-            f"turns, {ROUNDS} rounds:", "",
+            f"A replay of {row['rows']:,} rows in files of {row['megabytes']:.0f} MB, the other half of a minibatch "
+            f"from a dataset of {KEPT:,} rows in memory, against a replay of {KEPT:,} on the device, in turns, "
+            f"{ROUNDS} rounds:", "",
             "| | updates/s | ratio to the device |", "| --- | --: | --: |",
             f"| on the device | {spread(rates['device'])} | 1 |",
             f"| in files | {spread(rates['files'])} | {ratio('files')} |",

@@ -4,6 +4,7 @@ A step is written beside the others and renamed when whole: a kill or a full dis
 Only its score may come later, in a file of its own.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,9 @@ def _sync(folder: Path, step: int) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # of folders some file systems do not know it
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 

@@ -137,7 +137,7 @@ def build(
     """Return the trainer of a run, nothing done yet; `folder` is for what it records and for replay on disk.
 
     `data` and `base` spare loading what the settings name once more. Only where the run `begins`, and does not go on
-    from a checkpoint, is it asked whether values that its `init_from` learnt fit.
+    from a checkpoint of its online phase, are agents taken from its `init_from`.
     """
     base = base or base_of(config)
     found = data or load_data(config, base)
@@ -156,12 +156,12 @@ def build(
     check_data(trainer.agent, found, config.normalize)
     if not comparable:
         trainer.evaluator.normalized = None
-    if config.init_from is not None:
-        _start_from(trainer, config, begins)
+    if config.init_from is not None and begins:
+        _start_from(trainer, config)
     return trainer
 
 
-def _start_from(trainer: Trainer, config: RunConfig, begins: bool) -> None:
+def _start_from(trainer: Trainer, config: RunConfig) -> None:
     """Put the pre-trained agents of another run into the trainer, in place of its own pre-training."""
     target = agent_class(config.agent)
     if not hasattr(target, "from_agent"):
@@ -172,9 +172,8 @@ def _start_from(trainer: Trainer, config: RunConfig, begins: bool) -> None:
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
-    if begins:
-        warm_start.check_trained(source, source_config, str(config.init_from))
-        warm_start.check_values(source, trainer, str(config.init_from))
+    warm_start.check_trained(source, source_config, str(config.init_from))
+    warm_start.check_values(source, trainer, str(config.init_from))
     warm_start.take_over(trainer, source, target, config)
     source.close()
 
@@ -216,8 +215,8 @@ class Session:
         hooks = Hooks(metrics=self._metrics, episodes=self._episodes, should_stop=self.stop, **saving)
         if screen is not None:
             hooks.progress = screen.progress
-        self.trainer = build(config, data, hooks, run.path, base, begins=not run.saved)
-        if config.init_from is not None:  # with settings of the agents that it starts from, which define its networks
+        self.trainer = build(config, data, hooks, run.path, base, begins=not run.online)
+        if config.init_from is not None and not run.online:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
         try:
@@ -332,7 +331,7 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     if which not in ("latest", "best") and not which.isdigit():
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
     config = load_config(path)
-    trainer = build(dataclasses.replace(_to_look_at(config), init_from=None), folder=path)
+    trainer = build(_to_look_at(config), folder=path, begins=False)
     run = RunFolder.open(path)
     step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
     run.load(trainer, config.online_steps, step, go_on=False)

@@ -195,6 +195,11 @@ class RunFolder:
         """Whether there is a checkpoint."""
         return bool(checkpoint.steps(self.checkpoints))
 
+    @property
+    def online(self) -> bool:
+        """Whether the latest checkpoint is one of the online phase."""
+        return self.saved and checkpoint.load_state(self.checkpoints)[1]["counters"]["phase"] == "online"
+
     def save(self, trainer: Trainer) -> None:
         """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
         state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation

@@ -85,7 +85,8 @@ class RunConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How often to log, evaluate and checkpoint."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, at least one; the best of those taken where the run was evaluated is kept besides."""
+    """Newest checkpoints kept, at least one (two outlast a power cut during a save); the best of those taken where the
+    run was evaluated is kept besides."""
     record: bool = False
     """Write every finished training episode to disk; at the run's end they become a Minari dataset, RUN/recorded."""
     loggers: tuple[str, ...] = ()

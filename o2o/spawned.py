@@ -182,10 +182,10 @@ def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -
 
 def end(children: Sequence[Child]) -> None:
     """End several children: they have `PATIENCE_S` together, and what interrupts the wait ends them at once."""
-    for child in children:
-        child.connection.close()
     until = time.monotonic() + PATIENCE_S
     try:
+        for child in children:
+            child.connection.close()
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(until - time.monotonic(), 0.0))

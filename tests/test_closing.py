@@ -11,7 +11,7 @@ import pytest
 
 from o2o import datasets, envs, experiment
 from o2o.closing import Closing
-from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError
+from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError, RunError
 from o2o.evaluate import EnvFn, evaluate
 from o2o.experiment import RunConfig
 from o2o.fleet import Fleet
@@ -131,3 +131,13 @@ def test_an_interruption_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
     with Closing() as closing:
         closing.callback(failing)
     assert capsys.readouterr().err == "o2o: while closing: disk gone\n"
+
+    def unkept() -> None:
+        raise RunError("cannot record")
+
+    with pytest.raises(RunError, match="cannot record"), Closing() as closing:
+        closing.callback(unkept)
+    with pytest.raises(KeyboardInterrupt), Closing() as closing:
+        closing.callback(unkept)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "o2o: besides, while closing: cannot record\n"

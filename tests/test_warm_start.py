@@ -1,6 +1,7 @@
 """What `init_from` takes over, what it refuses, and that a run reopened acts as it was trained."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, capsys: pyt
 def test_a_run_goes_on_whatever_its_source_has_become(
     calql: Path, tiny_run: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it took is in its own checkpoints; a run from it is not asked about that source either."""
+    """What it took is in its own checkpoints; a run from it does not ask about that source either."""
     run = tiny_run("wsrl", online_steps=5, loop=LOOP, init_from=str(calql))
     assert experiment.train(run, tmp_path / "run")
     folder = RunFolder.open(calql)
@@ -117,6 +118,9 @@ def test_a_run_goes_on_whatever_its_source_has_become(
     assert "calql" not in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="has made 10 of its 20"):
         experiment.train(run, tmp_path / "another")
+    shutil.rmtree(calql)
+    assert experiment.resume(tmp_path / "run", online_steps=7)
+    assert RunFolder.open(tmp_path / "run").online
 
 
 @pytest.mark.parametrize("source", ["bc", "iql"])
