@@ -215,8 +215,9 @@ class Session:
         hooks = Hooks(metrics=self._metrics, episodes=self._episodes, should_stop=self.stop, **saving)
         if screen is not None:
             hooks.progress = screen.progress
-        self.trainer = build(config, data, hooks, run.path, base, begins=not run.online)
-        if config.init_from is not None and not run.online:  # its networks are those of the agents that it starts from
+        begins = not run.online  # reads the latest checkpoint
+        self.trainer = build(config, data, hooks, run.path, base, begins)
+        if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
         try:
