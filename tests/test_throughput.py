@@ -345,6 +345,22 @@ def test_kinds_of_products_are_counted_with_the_flops_of_one() -> None:
     assert program_flops(traced)[0] == sum(count * flops for count, flops in kinds.values())
 
 
+def test_a_weights_gradient_is_named_as_xla_makes_it() -> None:
+    def weigh(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.square(x @ kernel).sum()
+
+    x, kernel = jnp.ones((2, 8, 3)), jnp.ones((2, 3, 5))
+    compiled = jax.jit(jax.grad(weigh, argnums=1))
+    kinds = kinds_of(compiled.trace(x, kernel))
+    assert {label(kind): entry for kind, entry in kinds.items()} == {
+        "2x8x3 . 2x3x5": (1, 480.0), "2x8x3' . 2x8x5": (1, 480.0),
+    }  # fmt: skip
+    dots = [line for line in compiled.lower(x, kernel).compile().as_text().splitlines() if " dot(" in line]
+    assert sorted(dot.split("=")[1].split("{")[0].strip() for dot in dots) == ["f32[2,3,5]", "f32[2,8,5]"]
+    both = jax.jit(lambda x, y: ((z := x @ y).T, z)).trace(jnp.ones((4, 3)), jnp.ones((3, 5)))
+    assert [label(kind) for kind in kinds_of(both)] == ["4x3 . 3x5"]  # read as it is, too
+
+
 def test_a_product_alone_is_made_as_often_as_asked_and_named_by_its_operands() -> None:
     plain, turned = (((2,), (1,)), ((0,), (0,))), (((1,), (2,)), ((0,), (0,)))
     assert label((((2, 3, 4), (2, 4, 5)), plain)) == "2x3x4 . 2x4x5"
