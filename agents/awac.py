@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o import losses
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
-from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model
+from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model
+from o2o.rl import losses
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
-from o2o.networks import GaussianActor
+from o2o.nn.distributions import Normal, TanhNormal
+from o2o.nn.modules import GaussianActor
 from o2o.types import Array, Info
 
 Range = tuple[float, float]

@@ -16,7 +16,7 @@ from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
-from o2o.networks import Adam, GaussianActor, Init, Model
+from o2o.nn.modules import Adam, GaussianActor, Init, Model
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5

@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o import losses
 from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
 from o2o.errors import ConfigError, DatasetError
-from o2o.layout import piece_rows, sum_in_pieces
-from o2o.networks import Init, Model, take_members
+from o2o.nn.kernels import piece_rows, sum_in_pieces
+from o2o.nn.modules import Init, Model, sample_members, take_members
+from o2o.rl import losses
 from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
 
 
@@ -170,7 +170,7 @@ class CQL(SAC):
         member_rng, action_rng = jax.random.split(rng)
         module, subset = self.critic.module, self.term.subset
         if subset is not None:
-            members = losses.sample_members(member_rng, module.num, subset, replace=True)
+            members = sample_members(member_rng, module.num, subset, replace=True)
             module, params, q = module.clone(num=subset), take_members(params, members), q[members]
         actions, log_prob = self.sampled_actions(batch, action_rng)
         rows = {key: batch[key] for key in ("observations", *self.needs)}

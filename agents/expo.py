@@ -26,8 +26,8 @@ Where we differ
 
 A chunked variant would need: windows (`window`, `valid`) instead of single rows; base and edits over H * A numbers, the
 base's loss masked behind an episode's end; critics of the whole chunk and an h-step backup (`o2o.agents.qc`); the
-chosen chunk queued in the carry (`o2o.chunks`), so that the operator runs every h steps; and d = H * A in the entropy
-target and in the edits' log-density.
+chosen chunk queued in the carry (`o2o.rl.chunks`), so that the operator runs every h steps; and d = H * A in the
+entropy target and in the edits' log-density.
 """
 
 from math import log
@@ -38,15 +38,15 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o import losses
 from o2o.agents.expo_config import EXPOConfig, expo_preset
 from o2o.agents.expo_policy import Choice, on_the_fly
 from o2o.agents.minibatches import check_flat, minibatches_in
 from o2o.agents.sac import positive, positive_model
-from o2o.distributions import TanhNormal
-from o2o.encoders import augment, create_encoder, encode
-from o2o.generative import Denoiser
-from o2o.networks import Adam, CriticEnsemble, GaussianActor, Model, draw_members
+from o2o.nn.distributions import TanhNormal
+from o2o.nn.encoders import augment, create_encoder, encode
+from o2o.nn.generative import Denoiser
+from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model, draw_members
+from o2o.rl import losses
 from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = EXPOConfig()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from o2o.agents.expo_policy import Selection
-from o2o.encoders import EncoderConfig
 from o2o.errors import ConfigError
-from o2o.generative import Diffusion, Flow
+from o2o.nn.encoders import EncoderConfig
+from o2o.nn.generative import Diffusion, Flow
 from o2o.types import OnlineConfig, Preset
 
 PAPER_DECAY = 3_000_000

@@ -35,9 +35,9 @@ from o2o.agents.balance import BalanceConfig, balance_info, coefficient, family_
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import positive, positive_model
 from o2o.errors import ConfigError
-from o2o.layout import branch
-from o2o.losses import sac_actor_loss, temperature_loss
-from o2o.networks import Adam, GaussianActor, Model
+from o2o.nn.kernels import branch
+from o2o.nn.modules import Adam, GaussianActor, Model
+from o2o.rl.losses import sac_actor_loss, temperature_loss
 from o2o.types import Array, Batch, Carry, Info, Params, Preset
 
 LOG_STD_RANGE = (-10.0, 2.0)

@@ -42,7 +42,7 @@ from o2o.agents.balance import (
 from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_conservative
 from o2o.agents.sac import Positive, SACConfig, build_actor
 from o2o.errors import ConfigError
-from o2o.networks import Adam, CriticEnsemble, Init, Model
+from o2o.nn.modules import Adam, CriticEnsemble, Init, Model
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

@@ -32,10 +32,10 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.chunks import ActionQueue, empty_queue, next_action
 from o2o.errors import ConfigError
-from o2o.generative import Denoiser, Diffusion, Flow
-from o2o.networks import Adam, Model
+from o2o.nn.generative import Denoiser, Diffusion, Flow
+from o2o.nn.modules import Adam, Model
+from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

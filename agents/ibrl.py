@@ -32,12 +32,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from o2o import losses
 from o2o.agents.bc import BC, BCConfig
 from o2o.agents.residual import n_step_rows
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.errors import ConfigError
-from o2o.networks import CriticEnsemble, draw_members
+from o2o.nn.modules import CriticEnsemble, draw_members
+from o2o.rl import losses
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 WIDE = (1024, 1024, 1024)

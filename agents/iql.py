@@ -23,10 +23,10 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_counts, check_flat, each_minibatch
-from o2o.distributions import Normal, TanhNormal
 from o2o.errors import ConfigError
-from o2o.losses import advantage_weights, critic_loss, expectile_loss, td_target
-from o2o.networks import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
+from o2o.nn.distributions import Normal, TanhNormal
+from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
+from o2o.rl.losses import advantage_weights, critic_loss, expectile_loss, td_target
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
-from o2o.networks import Adam, Init, Model
+from o2o.nn.modules import Adam, Init, Model
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

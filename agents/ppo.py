@@ -25,8 +25,8 @@ from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError, DatasetError
-from o2o.losses import clipped_surrogate, generalised_advantages
-from o2o.networks import Activation, Adam, BoundedGaussianActor, Init, Model, Value
+from o2o.nn.modules import Activation, Adam, BoundedGaussianActor, Init, Model, Value
+from o2o.rl.losses import clipped_surrogate, generalised_advantages
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

@@ -18,7 +18,7 @@ Where we differ
 - A window crosses neither an episode's end nor the ring's cursor nor two datasets; the code cuts by index alone.
 - The ring has room for the dataset and `loop.replay_capacity` own steps; the code's, max(2M, dataset + 1) rows for
   both, overwrites the dataset.
-- The flow's layers start from flax's default draw (o2o.generative), critic and one-step policy as in the code.
+- The flow's layers start from flax's default draw (o2o.nn.generative), critic and one-step policy as in the code.
 - Left out: CO-RFT's prefix critic (2508.02219), n-step backups of one-step critics (FQL-n), QC on RLPD, and datasets
   swapped file by file. Rewards: -1/0 as in the code's sparse tasks on mazes and Adroit, else the task's own.
 """
@@ -33,11 +33,11 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.chunks import ActionQueue, empty_queue, next_action
 from o2o.errors import ConfigError
-from o2o.generative import Denoiser, Flow
-from o2o.losses import td_target
-from o2o.networks import MLP, Adam, CriticEnsemble, Model, kernel_init
+from o2o.nn.generative import Denoiser, Flow
+from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
+from o2o.rl.chunks import ActionQueue, empty_queue, next_action
+from o2o.rl.losses import td_target
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 

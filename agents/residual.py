@@ -5,8 +5,8 @@ that sees the state and b adds a correction of at most `residual_scale` per coor
 deterministic actor, ten LayerNorm critics of the combined action, n-step returns, many updates per step, half of every
 minibatch from demonstrations. It starts at exactly zero, so that the performance starts at the base's.
 
-Observations are dicts: `state` (normalised), `base_action`, cameras. The run asks the base (`o2o.base`), so b is stored
-with s and s' and never computed again; the run's action range is the dataset's, widened by the residual scale.
+Observations are dicts: `state` (normalised), `base_action`, cameras. The run asks the base (`o2o.policies.base`): b is
+stored with s and s' and never computed again; the run's action range is the dataset's, widened by the residual scale.
 
 Where we differ
 - The stored action is the executed one, clamped as the environment clamps it; the code stores b + residual unclamped.
@@ -42,10 +42,10 @@ from flax import struct
 from o2o.agents.minibatches import minibatches_in
 from o2o.agents.residual_config import ResidualConfig, residual_preset
 from o2o.agents.residual_networks import ResidualActor, Seen, Trunk, values
-from o2o.encoders import create_encoder, shift_observations
 from o2o.errors import ConfigError
-from o2o.layout import branch
-from o2o.networks import Adam, CriticEnsemble, Model, draw_members
+from o2o.nn.encoders import create_encoder, shift_observations
+from o2o.nn.kernels import branch
+from o2o.nn.modules import Adam, CriticEnsemble, Model, draw_members
 from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = ResidualConfig()

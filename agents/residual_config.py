@@ -11,8 +11,8 @@ success dips (seen on hand_dapg/pen/noisy).
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from o2o.encoders import EncoderConfig
 from o2o.errors import ConfigError
+from o2o.nn.encoders import EncoderConfig
 from o2o.types import OnlineConfig, Preset
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from o2o.networks import CriticEnsemble, Model, kernel_init
+from o2o.nn.modules import CriticEnsemble, Model, kernel_init
 from o2o.types import Array, Params
 
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o import losses
 from o2o.agents.minibatches import check_counts, check_flat, minibatches_in
 from o2o.errors import ConfigError
-from o2o.networks import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
+from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
+from o2o.rl import losses
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o import losses
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
-from o2o.layout import branch
-from o2o.networks import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
+from o2o.nn.kernels import branch
+from o2o.nn.modules import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
+from o2o.rl import losses
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params
 
 

@@ -12,9 +12,9 @@ Where we differ
   Each names the released behaviour as an option.
 - One policy head serves both phases; the release squashes the log-std twice online.
 - States are standardised by std + 0.001, constant dimensions only centred; the release adds 1e-10.
-- The dynamics models see every pair within an episode and none across; see `o2o.dynamics` for the rest. A roll-out that
-  is not finite, or leaves the data's range a hundredfold or that of the task's rule, keeps its last Q to the end (the
-  rule would end it); where more than a tenth of them do, the policy is put back to its reference with a fresh
+- The dynamics models see every pair within an episode and none across; see `o2o.nn.dynamics` for the rest. A roll-out
+  that is not finite, or leaves the data's range a hundredfold or that of the task's rule, keeps its last Q to the end
+  (the rule would end it); where more than a tenth of them do, the policy is put back to its reference with a fresh
   optimiser, and `amq/diverged` counts it.
 - Where datasets are mixed by weights, minibatches and AM-Q's start states follow them; the dynamics models, their
   hold-out rows and all statistics see every row alike.
@@ -43,12 +43,12 @@ from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.ppo import PPO
 from o2o.agents.uni_o4_clones import clone_step
 from o2o.agents.uni_o4_config import UniO4Config, preset
-from o2o.distributions import Normal
-from o2o.dynamics import Dynamics, holdout_rows
-from o2o.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
-from o2o.networks import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
-from o2o.normalizer import Normalizer
-from o2o.terminations import RULES
+from o2o.data.normalizer import Normalizer
+from o2o.nn.distributions import Normal
+from o2o.nn.dynamics import Dynamics, holdout_rows
+from o2o.nn.modules import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
+from o2o.nn.terminations import RULES
+from o2o.rl.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
 from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset, Stage
 
 LOWEST = float(np.finfo(np.float32).min)

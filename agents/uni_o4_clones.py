@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from o2o.agents.uni_o4_config import UniO4Config
-from o2o.distributions import Normal
-from o2o.networks import Model
+from o2o.nn.distributions import Normal
+from o2o.nn.modules import Model
 from o2o.types import Array, Params
 
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from o2o.agents.ppo import PPOConfig
 from o2o.errors import ConfigError
-from o2o.terminations import Termination
+from o2o.nn.terminations import Termination
 from o2o.types import OnlineConfig, Preset
 
 Diversity = Literal["none", "code_heuristic", "analytic_kl", "sampled_kl"]

@@ -34,7 +34,7 @@ from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.minibatches import check_counts
 from o2o.agents.sac import RLPD, SAC, SACConfig
 from o2o.errors import CheckpointError, ConfigError
-from o2o.networks import Model
+from o2o.nn.modules import Model
 from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]

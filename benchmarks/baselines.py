@@ -1,6 +1,6 @@
 """The small agents that papers compare with, next to IQL: AWAC, TD3+BC, PEX, JSRL, IBRL, and cloning alone."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 SUITE = Suite(
     name="baselines",

@@ -1,6 +1,6 @@
 """EXPO's ablations (arXiv 2507.07986) on one task: no edits, a plain base sample in the backup, the number N."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 SUITE = Suite(
     name="expo_ablations",

@@ -1,6 +1,6 @@
 """Expressive policies and what improves them online: base alone, EXPO, residual RL, Q-chunking, WSRL and RLPD."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 BINARY = (("binary", True),)
 

@@ -1,6 +1,6 @@
 """FamO2O over IQL and over CQL, against the very methods it stands on."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 SUITE = Suite(
     name="famo2o",

@@ -1,4 +1,4 @@
-"""What each choice of `o2o.layout` is worth on this CPU: the comparison's cases, laid out in other ways, in turns.
+"""What each choice of `o2o.nn.kernels` is worth on this CPU: the comparison's cases, laid out in other ways, in turns.
 
     python benchmarks/layouts.py [CASE ...]
 
@@ -35,10 +35,11 @@ VARIANTS = {"sac-utd1": EVERY, "sac-utd20": EVERY, "iql": EVERY, "cql": {**EVERY
 
 
 def lay_out(sums: bool = False, coarse: bool = False, pieces: int | None = 32, convolutions: bool = False) -> None:
-    """Change `o2o.layout` in this process."""
+    """Change `o2o.nn.kernels` in this process."""
     import jax.numpy as jnp  # noqa: PLC0415
 
-    from o2o import layout, networks  # noqa: PLC0415
+    from o2o.nn import kernels as layout  # noqa: PLC0415
+    from o2o.nn import modules as networks  # noqa: PLC0415
 
     def product(x: Any, kernel: Any) -> Any:
         return layout.product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).astype(x.dtype)

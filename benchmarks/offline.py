@@ -1,6 +1,6 @@
 """Offline agents on Adroit roll-outs and human demonstrations, on Hopper and PointMaze: what pre-training gives."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 BINARY = (("binary", True),)
 

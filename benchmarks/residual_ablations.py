@@ -1,6 +1,6 @@
 """Residual RL's ablations (arXiv 2509.19301) on one task: no warm-ups, no layer norm, one-step returns."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 SUITE = Suite(
     name="residual_ablations",

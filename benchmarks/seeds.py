@@ -1,4 +1,4 @@
-"""What two seeds cost on two CPU cores: as `o2o.layout` has them, batched, a run each, each on a device of its own.
+"""What two seeds cost on two CPU cores: as `o2o.nn.kernels` has them, batched, a run each, each on a device of its own.
 
     python benchmarks/seeds.py [CASE ...]
 
@@ -33,7 +33,7 @@ def contender(form: str, case: dict[str, Any]) -> Any:
     from throughput_adapter import Adapter  # noqa: PLC0415
     from throughput_agents import comparable  # noqa: PLC0415
 
-    from o2o import layout  # noqa: PLC0415
+    from o2o.nn import kernels as layout  # noqa: PLC0415
 
     if form == "batched":
         layout.BATCHED_NUMBERS = sys.maxsize
@@ -54,7 +54,7 @@ def on_devices(adapter: Any) -> Callable[[int], None]:
     from jax.sharding import NamedSharding, PartitionSpec  # noqa: PLC0415
     from throughput_adapter import PER_DISPATCH  # noqa: PLC0415
 
-    from o2o import dispatch  # noqa: PLC0415
+    from o2o.train import programs as dispatch  # noqa: PLC0415
 
     trainer, size = adapter.trainer, adapter.config.batch_size
     mesh = jax.make_mesh((SEEDS,), ("seed",))

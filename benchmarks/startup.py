@@ -66,7 +66,7 @@ def write_million(spawned: float, root: str) -> dict[str, Any]:
     import numpy as np  # noqa: PLC0415
     from gymnasium import spaces  # noqa: PLC0415
 
-    from o2o.datasets import Episode, write  # noqa: PLC0415
+    from o2o.data.datasets import Episode, write  # noqa: PLC0415
 
     rng, last = np.random.default_rng(0), np.arange(EPISODE) == EPISODE - 1
 
@@ -83,7 +83,7 @@ def write_million(spawned: float, root: str) -> dict[str, Any]:
 
 def load_million(spawned: float, root: str) -> dict[str, Any]:
     """Load it, through the cache in `O2O_CACHE`."""
-    from o2o import datasets  # noqa: PLC0415
+    from o2o.data import datasets  # noqa: PLC0415
 
     before, own = process_peak(), process_megabytes("RssAnon") or 0.0
     started = time.perf_counter()
@@ -136,7 +136,7 @@ def fill(trainer: Any, rows: int) -> list[Any]:
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    from o2o.row_store import ON_HOST  # noqa: PLC0415
+    from o2o.replay.row_store import ON_HOST  # noqa: PLC0415
 
     store, state, data = trainer.programs.store, trainer.online_state, trainer.offline_data
     each = [jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], data.heavy) for n in range(data.size)]

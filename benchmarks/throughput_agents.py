@@ -34,7 +34,7 @@ from throughput_report import AS_RUN, PRODUCTS, SQUARES, Row, today
 from o2o import __version__
 from o2o.agents import AGENTS, CQLConfig, IQLConfig, RLPDConfig, SACConfig
 from o2o.agents.cql import Conservative
-from o2o.encoders import EncoderConfig
+from o2o.nn.encoders import EncoderConfig
 from o2o.types import OnlineConfig
 
 BATCH_SIZE = 256

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from o2o.plots import COLORS, GRID, INK
+from o2o.report.plots import COLORS, GRID, INK
 
 SHAPE_NAMES = {
     "pen": "45 observations, 24 actions (AdroitHandPen-v1)",

@@ -1,6 +1,6 @@
 """Uni-O4 against its critic's own policy (IQL), PPO from scratch and PPO from behaviour cloning."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 SUITE = Suite(
     name="uni_o4",

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from o2o import experiment
-from o2o.runs import versions
-from o2o.schedule import Hooks
+from o2o.runs import session
+from o2o.runs.folder import versions
+from o2o.train.schedule import Hooks
 
 RESULTS = Path(__file__).parent / "results" / "uni_o4_models"
 DATASET = "o2o/hopper/medium-v0"
@@ -37,8 +37,8 @@ class Candidate:
 
 def candidates() -> tuple[list[Candidate], Any]:
     """Pre-train; at every 150th step of the improvement score and play all policies."""
-    run = experiment.preset_run("uni_o4", DATASET, "small", offline_steps=STEPS)
-    trainer = experiment.build(replace(run, loop=replace(run.loop, log_every=150, eval_episodes=EPISODES)))
+    run = session.preset_run("uni_o4", DATASET, "small", offline_steps=STEPS)
+    trainer = session.build(replace(run, loop=replace(run.loop, log_every=150, eval_episodes=EPISODES)))
     found: list[Candidate] = []
 
     def look(row: dict[str, Any]) -> None:

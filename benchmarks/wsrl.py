@@ -1,6 +1,6 @@
 """WSRL after Cal-QL pre-training, against learning from scratch with the data and a switch without warm-up."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 BINARY = (("binary", True),)
 NO_WARMUP = (("online.warmup_steps", 0), ("online.min_rows", 256))

@@ -1,6 +1,6 @@
 """WSRL on door under the paper's data rule, with ten critics and more environment steps than the suite `wsrl`."""
 
-from o2o.bench import BenchTask, Suite, Variant
+from o2o.report.suite import BenchTask, Suite, Variant
 
 TEN = (("num_critics", 10),)
 NO_WARMUP = (("online.warmup_steps", 0), ("online.min_rows", 256))

@@ -12,7 +12,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from o2o.datasets import DatasetInfo
+from o2o.data.datasets import DatasetInfo
+from o2o.data.spaces import ActionMap, ObservationSpec
+from o2o.data.task import Task
 from o2o.envs import kitchen
 from o2o.envs.cameras import CameraObservation, add_cameras
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
@@ -27,8 +29,6 @@ from o2o.envs.wrappers import (
     TaskReward,
 )
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.spaces import ActionMap, ObservationSpec
-from o2o.tasks import Task
 from o2o.user_code import import_module
 
 __all__ = [
@@ -77,9 +77,10 @@ def make(
     step, `episode` in the last. With `evaluation`, success alone does not end the episode. `env_kwargs` win over the
     task's. `seed` seeds it now, as a reset would. Its spaces must be those of `dataset` (or of `source`). `action_map`
     is the dataset's, where [-1, 1] is not its action space. `inner` wraps it before o2o's conventions do (see `wrap`).
-    With `history` above 1, observations are joined to those before them (`o2o.history`), outside all else. `cameras`
-    are rendered into the observation, images of `image_size` squared (`o2o.envs.cameras`); without any, the dataset's
-    own. Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit.
+    With `history` above 1, observations are joined to those before them (`o2o.data.history`), outside all else.
+    `cameras` are rendered into the observation, images of `image_size` squared (`o2o.envs.cameras`); without any,
+    the dataset's own. Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that
+    do not fit.
     """
     about = source if isinstance(source, DatasetInfo) else None
     task = task if task is not None else task_for(source)

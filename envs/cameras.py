@@ -9,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from o2o.datasets import DatasetInfo
+from o2o.data.datasets import DatasetInfo
+from o2o.data.spaces import STATE, ObservationSpec
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.spaces import STATE, ObservationSpec
 
 HINT = (
     "without a display install OSMesa (apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or use EGL with a GPU: "

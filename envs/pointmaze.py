@@ -10,7 +10,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from o2o import datasets
+from o2o.data import datasets
 from o2o.envs.cameras import FREE, CameraObservation
 from o2o.errors import DatasetError
 

@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from o2o.datasets import DatasetInfo
+from o2o.data.datasets import DatasetInfo
+from o2o.data.task import Task
 from o2o.errors import ConfigError
-from o2o.tasks import Task
 from o2o.user_code import import_module
 
 MAZE: dict[str, Any] = {

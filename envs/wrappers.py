@@ -8,10 +8,10 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 
+from o2o.data.history import History, joined_space
+from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
+from o2o.data.task import Task, any_success
 from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
-from o2o.history import History, joined_space
-from o2o.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
-from o2o.tasks import Task, any_success
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 Reset = tuple[Any, dict[str, Any]]
@@ -222,7 +222,7 @@ class EpisodeStatistics(gym.Wrapper):
 
 
 class StackHistory(gym.Wrapper):
-    """Observations joined to the last ones of their episode (see `o2o.history`)."""
+    """Observations joined to the last ones of their episode (see `o2o.data.history`)."""
 
     def __init__(self, env: gym.Env, length: int) -> None:
         """Join `length` observations, the present one among them; raises `ConfigError` for a length below 1."""

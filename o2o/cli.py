@@ -1,4 +1,4 @@
-"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.experiment`, `bench`, `plots`."""
+"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.runs.session`, `bench`, `plots`."""
 
 import contextlib
 import dataclasses
@@ -41,10 +41,10 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     They are read twice: first those that the preset depends on, then all. A field of the task given as None is the
     preset's, as in Python. Raises `ConfigError`; `--help` exits.
     """
-    from o2o import experiment
-    from o2o.presets import Chosen
+    from o2o.runs import session
+    from o2o.runs.presets import Chosen
 
-    config_class, quiet = experiment.config_class(agent), [arg for arg in args if arg not in ("-h", "--help")]
+    config_class, quiet = session.config_class(agent), [arg for arg in args if arg not in ("-h", "--help")]
     with one_line(prog := f"o2o train {agent}"):
         chosen, _ = tyro.cli(Chosen, args=quiet, prog=prog, return_unknown_args=True)
     if not chosen.dataset and quiet == args:
@@ -52,7 +52,7 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     default = chosen.run(agent)
 
     @dataclasses.dataclass(frozen=True)
-    class TrainArgs(experiment.RunConfig):
+    class TrainArgs(session.RunConfig):
         """Pre-train an agent on a dataset, then fine-tune it in the environment."""
 
         agent: Annotated[str, tyro.conf.Suppress]
@@ -66,20 +66,20 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
 
     with one_line(prog):
         parsed = tyro.cli(TrainArgs, args=args, default=TrainArgs(**vars(default)), prog=prog, console_outputs=True)
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(experiment.RunConfig)}
-    config = experiment.RunConfig(**{**values, "task": default.task})
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(session.RunConfig)}
+    config = session.RunConfig(**{**values, "task": default.task})
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
     return parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config
 
 
 def _run_training(path: Path, config: Any) -> int:
-    from o2o import experiment
-    from o2o.log import Screen
-    from o2o.tables import end
+    from o2o.report.tables import end
+    from o2o.runs import session
+    from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
-        finished = experiment.train(config, path, screen)
+        finished = session.train(config, path, screen)
     return end(path, finished, console)
 
 
@@ -90,13 +90,13 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
         run: The run folder.
         online_steps: Environment steps in all, where they are to be other than the run began with.
     """
-    from o2o import experiment
-    from o2o.log import Screen
-    from o2o.tables import end
+    from o2o.report.tables import end
+    from o2o.runs import session
+    from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
-        finished = experiment.resume(run, screen, online_steps)
+        finished = session.resume(run, screen, online_steps)
     return end(run, finished, console)
 
 
@@ -112,10 +112,10 @@ def evaluate(
         seed: Seed of the evaluation environments.
         sample: Sample actions instead of taking the mode.
     """
-    from o2o import experiment
-    from o2o.tables import print_rows
+    from o2o.report.tables import print_rows
+    from o2o.runs import session
 
-    rows = experiment.evaluate_run(run, episodes, checkpoint, seed, not sample)
+    rows = session.evaluate_run(run, episodes, checkpoint, seed, not sample)
     print_rows(rows, f"{run} ({checkpoint})", Console())
     return 0
 
@@ -138,10 +138,10 @@ def play(
         member: Which of the run's seeds plays.
         seed: Seed of the environment.
     """
-    from o2o import experiment
-    from o2o.tables import print_episodes
+    from o2o.report.tables import print_episodes
+    from o2o.runs import session
 
-    print_episodes(experiment.play_run(run, out, episodes, checkpoint, member, seed))
+    print_episodes(session.play_run(run, out, episodes, checkpoint, member, seed))
     if out is not None:
         print(f"wrote {out}")
     return 0
@@ -161,7 +161,7 @@ def plot(
         metric: What is drawn; `auto` is what the tasks are judged by: success, return or a score of their own.
         statistic: Mean or interquartile mean over seeds.
     """
-    from o2o.plots import plot_runs
+    from o2o.report.plots import plot_runs
 
     plot_runs(list(runs), out, None if metric == "auto" else metric, statistic=statistic)
     print(f"wrote {out}")
@@ -175,7 +175,7 @@ def balance(run: Name[Path], out: Path = Path("balance.png")) -> int:
         run: The run folder.
         out: The picture.
     """
-    from o2o.balance_plot import plot_balance
+    from o2o.runs.balance import plot_balance
 
     plot_balance(run, out)
     print(f"wrote {out}")
@@ -188,8 +188,8 @@ def data_list(root: Path | None = None) -> int:
     Args:
         root: Folder of datasets; none means MINARI_DATASETS_PATH, else Minari's own.
     """
-    from o2o import datasets
-    from o2o.tables import print_datasets
+    from o2o.data import datasets
+    from o2o.report.tables import print_datasets
 
     def about(name: str) -> Any:
         try:
@@ -208,7 +208,8 @@ def data_describe(dataset: Name[str], root: Path | None = None) -> int:
         dataset: Minari id or path.
         root: Folder of datasets.
     """
-    from o2o import datasets, envs
+    from o2o import envs
+    from o2o.data import datasets
 
     console = Console()
     described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
@@ -237,7 +238,7 @@ def data_check(dataset: Name[str], root: Path | None = None) -> int:
         dataset: Minari id or path.
         root: Folder of datasets.
     """
-    from o2o import datasets
+    from o2o.data import datasets
 
     problems = datasets.check(dataset, root)
     for problem in problems:
@@ -254,7 +255,7 @@ def data_export(run: Name[Path], id: str | None = None, root: Path | None = None
         id: Id of the dataset; none means NAME-v0.
         root: Folder of datasets to write to; none means `recorded` in the run folder, where it replaces an older one.
     """
-    from o2o import recorder
+    from o2o.data import recorder
 
     print(f"wrote {recorder.export(run, id, root)}")
     return 0
@@ -276,15 +277,16 @@ def bench_run(
         seeds: Number of seeds; none means the suite's own.
         out: Folder of results, its runs in `runs` there; none means benchmarks/results, with runs/bench.
     """
-    from o2o import bench_jobs, experiment
-    from o2o.log import Screen
+    from o2o.report import jobs as bench_jobs
+    from o2o.runs import session
+    from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
         return bench_jobs.run_suite(
             suite,
-            lambda cell, path: experiment.train(experiment.cell_run(cell, path), path, screen),
-            lambda path: experiment.resume(path, screen),
+            lambda cell, path: session.train(session.cell_run(cell, path), path, screen),
+            lambda path: session.resume(path, screen),
             agents=agents,
             tasks=tasks,
             seeds=seeds,
@@ -300,7 +302,7 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
         suite: Name of a file in benchmarks/.
         out: Folder of results; none means benchmarks/results.
     """
-    from o2o.report import write_report
+    from o2o.report.suite_report import write_report
 
     print(f"wrote {write_report(suite, out)}")
     return 0
@@ -315,13 +317,14 @@ def demo(runs: Path = Path("runs"), offline_steps: int = 4_000, online_steps: in
         online_steps: Environment steps of the online phase.
         seed: Seed of the run.
     """
-    from o2o import envs, experiment
-    from o2o.tables import before_after
+    from o2o import envs
+    from o2o.report.tables import before_after
+    from o2o.runs import session
 
     console = Console(stderr=True)
     dataset = envs.make_embedded(envs.DEMO_DATASET, None)
     console.print(f"dataset {dataset}: made with a scripted, imperfect controller", highlight=False)
-    config = experiment.preset_run(
+    config = session.preset_run(
         "wsrl", dataset, "small", seed=seed, offline_steps=offline_steps, online_steps=online_steps
     )
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_episodes=40))

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from o2o.cache import cache_dir
+from o2o.data.cache import cache_dir
 
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
 """Turns off a fusion of XLA's CPU back end that makes small products slower (`benchmarks/PERFORMANCE.md`)."""

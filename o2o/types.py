@@ -19,7 +19,7 @@ Info = dict[str, Array]
 Params = Any
 Carry = Any
 """What a policy remembers between two steps of one episode; `None` for a memoryless one. What it still has to play of a
-chunk is an `o2o.chunks.ActionQueue`, which a human's takeover ends too."""
+chunk is an `o2o.rl.chunks.ActionQueue`, which a human's takeover ends too."""
 
 Replay = Literal["online", "mixed", "append", "rollout", "none"]
 

@@ -15,13 +15,14 @@ import pytest
 if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.find_library("OSMesa"):
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
-from o2o import envs, experiment
-from o2o.datasets import Dataset
+from o2o import envs
+from o2o.data.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
-from o2o.schedule import LoopConfig
-from tests.tiny import forget_many_programs
-from tests.toy_world import make_world
+from o2o.runs import session
+from o2o.train.schedule import LoopConfig
+from tests.helpers.tiny import forget_many_programs
+from tests.helpers.toy_world import make_world
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,18 +65,18 @@ def embedded(embedded_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 
 
 @pytest.fixture
-def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
+def tiny_run(embedded: str) -> Callable[..., session.RunConfig]:
     """Return a maker of runs on the embedded dataset with tiny networks: `tiny_run(agent, fields=(...), **changes)`."""
 
-    def make(agent: str, fields: Any = (), **changes: Any) -> experiment.RunConfig:
-        run = experiment.preset_run(agent, embedded, "small")
+    def make(agent: str, fields: Any = (), **changes: Any) -> session.RunConfig:
+        run = session.preset_run(agent, embedded, "small")
         tiny: list[tuple[str, Any]] = [("batch_size", 16)]
         names = {field.name for field in dataclasses.fields(run.config)}
         widths = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit", "balance")]
         tiny += [(name, (16, 16)) for name in widths if name in names]
         online = [("online.warmup_steps", 20)] if agent == "wsrl" else []
         online += [("online.random_steps", 20)] if agent == "rlpd" else []
-        config = experiment.with_fields(run.config, [*tiny, *online, ("online.min_rows", 0), *fields])
+        config = session.with_fields(run.config, [*tiny, *online, ("online.min_rows", 0), *fields])
         loop = LoopConfig(
             eval_every=50, eval_episodes=1, log_every=25, checkpoint_every=10_000, updates_per_dispatch=10
         )
@@ -87,7 +88,7 @@ def tiny_run(embedded: str) -> Callable[..., experiment.RunConfig]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Return a small dataset of a toy environment (`tests.toy_world`)."""
+    """Return a small dataset of a toy environment (`tests.helpers.toy_world`)."""
     return make_world(tmp_path_factory.mktemp("toy"))
 
 

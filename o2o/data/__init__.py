@@ -1,0 +1,1 @@
+"""Data: Minari files, datasets, spaces, tasks, recording."""

@@ -1,0 +1,95 @@
+"""Observation history: the last k observations as one, the same for a dataset and for a live environment.
+
+Entries are joined along their last axis, oldest first: flat observations `[k D]`, images `[H, W, k C]`. At the start of
+an episode its first observation stands for those that came before it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from o2o.data.datasets import Dataset
+from o2o.errors import ConfigError
+
+
+def check_length(length: int) -> None:
+    """Raise `ConfigError` for a history of less than one observation."""
+    if length < 1:
+        raise ConfigError(f"history is {length}; expected at least 1, the present observation alone")
+
+
+def copied(observation: Any) -> Any:
+    """Return an observation that stays as it is when its environment writes into its own arrays again."""
+    if isinstance(observation, dict):
+        return {key: copied(entry) for key, entry in observation.items()}
+    return np.array(observation)
+
+
+def join(observations: Sequence[Any]) -> Any:
+    """Join observations of one structure along the last axis of every entry, in the given order."""
+    if isinstance(observations[0], dict):
+        return {key: join([observation[key] for observation in observations]) for key in observations[0]}
+    return observations[0] if len(observations) == 1 else np.concatenate(observations, axis=-1)
+
+
+class History:
+    """The last `length` observations of an episode under way."""
+
+    def __init__(self, length: int) -> None:
+        """Begin empty; raises `ConfigError` for a length below 1."""
+        check_length(length)
+        self._last: deque[Any] = deque(maxlen=length)
+
+    def reset(self, observation: Any) -> Any:
+        """Begin an episode and return its first observation, repeated."""
+        self._last.extend([copied(observation)] * (self._last.maxlen or 1))
+        return join(list(self._last))
+
+    def push(self, observation: Any) -> Any:
+        """Add the episode's next observation and return the last ones."""
+        self._last.append(copied(observation))
+        return join(list(self._last))
+
+
+def joined_space(space: gym.Space, length: int) -> gym.Space:
+    """Return the space of `length` joined observations of a Box, or of a Dict of Boxes."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: joined_space(entry, length) for key, entry in space.spaces.items()})
+    assert isinstance(space, spaces.Box)
+    low, high = (np.concatenate([bound] * length, axis=-1) for bound in (space.low, space.high))
+    return spaces.Box(low, high, dtype=space.dtype)  # pyright: ignore[reportArgumentType]
+
+
+def past(observations: Any, rows: np.ndarray, first: Any, length: int) -> list[Any]:
+    """Return the `length` observations up to each of `rows`, the oldest first; before `first`, that one repeated."""
+
+    def at(index: np.ndarray) -> Any:
+        whole = observations
+        return {key: entry[index] for key, entry in whole.items()} if isinstance(whole, dict) else whole[index]
+
+    return [at(np.maximum(rows - back, first)) for back in reversed(range(length))]
+
+
+def with_history(data: Dataset, length: int) -> Dataset:
+    """Return the dataset with every observation joined to the `length` - 1 before it in its episode.
+
+    `next_observations` have the history of the next step. Rows, actions and `observation_spec` (of a single
+    observation) stay. Raises `ConfigError` for a length below 1.
+    """
+    check_length(length)
+    if length == 1:
+        return data
+    rows = np.arange(data.size)
+    ends = np.asarray(data.arrays["ends"], bool)
+    first = np.maximum.accumulate(np.where(np.concatenate([[True], ends[:-1]]), rows, 0))
+
+    now, after = data.arrays["observations"], data.arrays["next_observations"]
+    ago = past(now, rows, first, length)
+    return replace(
+        data, arrays={**data.arrays, "observations": join(ago), "next_observations": join([*ago[1:], after])}
+    )

@@ -1,0 +1,56 @@
+"""Observation normalisation; its statistics are frozen with the agent (they must not change when it goes online)."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from o2o.data.spaces import STATE
+from o2o.errors import ConfigError
+from o2o.types import Array
+
+
+class Normalizer(struct.PyTreeNode):
+    """(s - mean) / std per dimension, `[D]` each, of flat observations or of the `state` of a dict; no other entry."""
+
+    mean: Array
+    std: Array
+
+    @classmethod
+    def fit(cls, observations: Any, epsilon: float = 1e-3, floor: float | None = None) -> Self:
+        """Take the statistics of observations `[N, D]`, or of a dict's `state`.
+
+        std + epsilon as in TD3+BC, dimensions that never vary are only centred; with a `floor` max(std, floor) as in
+        ResFiT (arXiv 2509.19301). Raises `ConfigError` where there is no flat part.
+        """
+        flat = observations.get(STATE) if isinstance(observations, Mapping) else observations
+        if not isinstance(flat, np.ndarray | jax.Array):
+            raise ConfigError(
+                "observation normalisation works on flat float32 observations, not on images: set normalize to False"
+            )
+        if floor is not None and floor <= 0:
+            raise ConfigError(f"std_floor is {floor}; expected a positive number, or None for std + {epsilon}")
+        values = np.asarray(flat, np.float64)
+        std = values.std(axis=0)
+        std = np.where(std < 1e-8, 1.0, std + epsilon) if floor is None else np.maximum(std, floor)
+        return cls(mean=jnp.asarray(values.mean(axis=0), jnp.float32), std=jnp.asarray(std, jnp.float32))
+
+    def __call__(self, observations: Any) -> Any:
+        """Return observations with their flat part `[..., D]` normalised."""
+        if isinstance(observations, Mapping):
+            return {**observations, STATE: self(observations[STATE])}
+        return (observations - self.mean) / self.std
+
+
+def normalize(normalizer: Normalizer | None, observations: Any) -> Any:
+    """Apply `normalizer`, or nothing where there is none."""
+    return observations if normalizer is None else normalizer(observations)
+
+
+def normalized_rows(normalizer: Normalizer | None, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dataset's arrays with observations and next observations normalised, in host memory."""
+    keys = ("observations", "next_observations")
+    return {k: jax.tree.map(np.asarray, normalize(normalizer, v)) if k in keys else v for k, v in rows.items()}

@@ -1,0 +1,233 @@
+"""Record what a run does in its training environments, so that today's run is tomorrow's offline data.
+
+Every finished episode is one file under `RUN/episodes`, in the environment's own units: observations (Dict too), the
+actions that were executed, which of them a human's, raw rewards. A file appears whole or not at all and is named by run
+seed, stream, member and episode; none is written over. What a resumed run will play again is deleted first (`forget`),
+what a robot did stays. `export` makes a Minari dataset of them at any time.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from o2o.data import datasets
+from o2o.data.datasets import Episode
+from o2o.data.task import Task, any_success
+from o2o.errors import RunError
+
+EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
+"""In a run folder: the episodes, the environment that they are of, the root of the dataset made of them."""
+Name = tuple[int, ...]
+"""Run seed, stream, member, ..., and last the number of the episode."""
+
+
+class Recorder(gym.Wrapper):
+    """Writes each finished episode to `folder` at the moment it ends.
+
+    One that is broken off is dropped, as it will be played again; where it cannot be, it is written, truncated.
+    It belongs inside the wrappers that change observations, actions or rewards. The `task` says whether success ends
+    an episode; such an end, which the environment itself knows nothing of, is recorded as a truncation.
+    """
+
+    def __init__(self, env: gym.Env, folder: Path, task: Task, metadata: Mapping[str, Any] | None = None) -> None:
+        """Record `env`; `metadata` (JSON-able) goes into the exported dataset. Raises `RunError` if it cannot write."""
+        super().__init__(env)
+        self.folder, self.task = folder, task
+        self._name: Name | None = None
+        self._next: Name | None = None
+        self._observations: list[dict[str, np.ndarray]] = []
+        self._rows: list[tuple[np.ndarray, float, bool, bool, bool | None, bool]] = []
+        self._seed: int | None = None
+        header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
+        self._replayable = bool(env.metadata.get("replayable", True))
+        text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
+        _write_whole(folder / HEADER, lambda path: path.write_text(text + "\n"))
+
+    def name_episode(self, name: Name) -> None:
+        """Say what the episode of the next reset is called; without a name it is counted behind those there."""
+        self._next = name
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset; what was not finished is forgotten, or written if it cannot be played again."""
+        self._break_off()
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._name, self._next = self._next, None
+        self._observations, self._rows, self._seed = [self._copy(observation)], [], seed
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step; the episode's last one writes it."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        executed = np.array(info.get("intervene_action", action))
+        flag = info.get("success")
+        self._observations.append(self._copy(observation))
+        human = "intervene_action" in info
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), any_success(flag), human))
+        cut = self.task.terminate_on_success and any_success(self.task.success(float(reward), flag))
+        if terminated or truncated or cut:
+            self._finish()
+        return observation, reward, bool(terminated), bool(truncated), info
+
+    def close(self) -> None:
+        """Close the environment; the episode under way is broken off."""
+        try:
+            self._break_off()
+        finally:
+            super().close()
+
+    def _break_off(self) -> None:
+        try:
+            if self._rows and not self._replayable:
+                self._finish()
+        finally:
+            self._rows = []
+
+    def _copy(self, observation: Any) -> dict[str, np.ndarray]:
+        return {key: np.array(value) for key, value in _entries(self.env.observation_space, observation)}
+
+    def _finish(self) -> None:
+        actions, rewards, terminations, truncations, success, human = zip(*self._rows, strict=True)
+        arrays = {key: np.stack([row[key] for row in self._observations]) for key in self._observations[0]}
+        arrays |= {
+            "actions": np.stack(actions),
+            "rewards": np.asarray(rewards, np.float64),
+            "terminations": np.asarray(terminations),
+            "truncations": np.asarray((*truncations[:-1], not terminations[-1] or truncations[-1])),
+            "intervened": np.asarray(human),
+        }
+        if None not in success:
+            arrays["success"] = np.asarray(success, bool)
+        if self._seed is not None:
+            arrays["seed"] = np.asarray(self._seed)
+        name = self._name or (0,)
+        if self._path(name).exists() or not self._name:
+            name = (*name[:-1], next_number(self.folder, name[:-1]))
+        _write_whole(self._path(name), lambda path: _save(path, arrays))
+        self._name, self._rows = None, []
+
+    def _path(self, name: Name) -> Path:
+        return self.folder / f"{'-'.join(map(str, name))}.npz"
+
+
+def _entries(space: gym.Space, observation: Any, prefix: str = "observations") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of an observation with their paths."""
+    if isinstance(space, spaces.Dict):
+        for key, sub in space.spaces.items():
+            yield from _entries(sub, observation[key], f"{prefix}/{key}")
+    elif isinstance(space, spaces.Tuple):
+        for i, sub in enumerate(space.spaces):
+            yield from _entries(sub, observation[i], f"{prefix}/{i}")
+    else:
+        yield prefix, observation
+
+
+def _nested(space: gym.Space, arrays: Mapping[str, np.ndarray], prefix: str = "observations") -> Any:
+    """Undo `_entries`."""
+    if isinstance(space, spaces.Dict):
+        return {key: _nested(sub, arrays, f"{prefix}/{key}") for key, sub in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_nested(sub, arrays, f"{prefix}/{i}") for i, sub in enumerate(space.spaces))
+    return arrays[prefix]
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may record one run
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(scratch)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise RunError(f"cannot record to {path}: {error.strerror}; free some space and resume") from error
+
+
+def _files(folder: Path) -> dict[Name, Path]:
+    """Return the episodes of a folder in order of their names: members one after the other, each in order of time."""
+    named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
+    return dict(sorted(named.items()))
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """Return what is written of the environment beside its episodes; raises `RunError` if it cannot be read."""
+    try:
+        return json.loads((folder / HEADER).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it anew once the "
+            "environment is made, or copy that of another recorded run in the same environment"
+        ) from error
+
+
+def next_number(folder: Path, prefix: Name) -> int:
+    """Return the number behind those of all recorded episodes of `prefix` (run seed, stream, member)."""
+    return 1 + max((name[-1] for name in _files(folder) if name[:-1] == prefix), default=-1)
+
+
+def forget(run: Path, going_on: Mapping[Name, int]) -> None:
+    """Delete the episodes that a resumed run will play again; none where the environment cannot be replayed.
+
+    `going_on`: (run seed, stream, member) to the number of the episode under way; of members not named, all go.
+    """
+    if (run / EPISODES / HEADER).exists() and not _header(run / EPISODES).get("replayable", True):
+        return
+    for name, path in _files(run / EPISODES).items():
+        if name[-1] >= going_on.get(name[:-1], 0):
+            path.unlink()
+
+
+def _read(path: Path, space: gym.Space) -> Episode:
+    try:
+        with np.load(path) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"recorded episode {path} cannot be read ({error}); delete it") from error
+    rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
+    seed = int(arrays["seed"]) if "seed" in arrays else None
+    rest |= {key: arrays.get(key) for key in ("success", "intervened")}
+    return Episode(observations=_nested(space, arrays), seed=seed, **rest)
+
+
+def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -> Path:
+    """Make a Minari dataset of a run's recorded episodes and return its folder; the run may still be going on.
+
+    By default it is `NAME-v0` under `RUN/recorded`, and replaces one made before. Raises `RunError` if nothing is
+    recorded there, `DatasetError` if the id is malformed, or taken in another root.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run} is no run folder: there is no such folder")
+    recorded = _files(run / EPISODES)
+    if not recorded:
+        raise RunError(f"{run} has no recorded episode: train with --record until one episode of the online phase ends")
+    header = _header(run / EPISODES)
+    observation_space, action_space, spec = datasets.read_environment(header, str(run / EPISODES / HEADER))
+    name = dataset_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.resolve().name)}-v0"
+    base = root or run / RECORDED
+    own = base.resolve() == (run / RECORDED).resolve()
+    if dataset_id is None and own and (base / name).is_dir():
+        shutil.rmtree(base / name)
+    metadata = {"author": {"o2o"}, "description": f"Recorded by o2o in run {run.resolve().name}.", **header["metadata"]}
+    return datasets.write(
+        name,
+        (_read(path, observation_space) for path in recorded.values()),
+        observation_space=observation_space,
+        action_space=action_space,
+        spec=spec,
+        eval_spec=spec,
+        root=base,
+        metadata=metadata,
+    )

@@ -1,0 +1,262 @@
+"""Spaces of the outside world to the toolkit's: flat float32 observations (images apart) and actions in [-1, 1].
+
+Order of a flat observation: entries of a Dict by name, alphabetically and depth first; of a Tuple by index.
+`achieved_goal` is left out unless asked for. A uint8 Box of three axes is an image and keeps shape, type and name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from o2o.errors import EnvironmentMismatchError
+
+STATE = "state"
+"""Key of the flat part when there are images too."""
+BASE_ACTION = "base_action"
+"""Key of what a base policy would do, `[A]` in [-1, 1], for agents that correct one."""
+ACTION_LIMIT = 0.99999
+"""Dataset actions are clipped to this, so that a tanh policy's density stays finite (Cal-QL's and WSRL's code)."""
+SMALLEST_HALF_RANGE = 0.05
+"""Of an action coordinate that a dataset hardly moves, in the environment's units (arXiv 2509.19301, released code)."""
+
+
+def not_finite(array: np.ndarray) -> np.ndarray:
+    """Return where float32 holds no finite number for an array's, booleans of its shape."""
+    with np.errstate(over="ignore"):
+        return ~np.isfinite(array.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One entry of an observation: where it is, its shape, whether it is an image."""
+
+    path: tuple[str | int, ...]
+    shape: tuple[int, ...]
+    image: bool
+
+    @property
+    def name(self) -> str:
+        """Return the path as text, `a/b`; `image` for a bare image space."""
+        return "/".join(map(str, self.path)) or ("image" if self.image else "observation")
+
+    def of(self, observation: Any) -> np.ndarray:
+        """Return this entry of an observation `[..., *shape]`.
+
+        Raises `EnvironmentMismatchError` if it is not there, of another shape, or an image that is not uint8.
+        """
+        for key in self.path:
+            try:
+                observation = observation[key]
+            except (KeyError, IndexError, TypeError):
+                raise EnvironmentMismatchError(f"the observation has no entry {self.name!r}") from None
+        array = np.asarray(observation)
+        if array.ndim < len(self.shape) or array.shape[array.ndim - len(self.shape) :] != self.shape:
+            raise EnvironmentMismatchError(
+                f"observation entry {self.name!r} has shape {array.shape}, expected {self.shape} at its end"
+            )
+        if self.image and array.dtype != np.uint8:
+            raise EnvironmentMismatchError(
+                f"observation entry {self.name!r}: images are {array.dtype}, expected uint8 (0 to 255) as in its space"
+            )
+        return array
+
+
+def _leaves(space: gym.Space, path: tuple[str | int, ...], achieved_goal: bool) -> Iterator[Leaf]:
+    if isinstance(space, spaces.Dict):
+        for key in sorted(space.spaces):
+            if key != "achieved_goal" or achieved_goal:
+                yield from _leaves(space.spaces[key], (*path, key), achieved_goal)
+    elif isinstance(space, spaces.Tuple):
+        for i, sub in enumerate(space.spaces):
+            yield from _leaves(sub, (*path, i), achieved_goal)
+    elif isinstance(space, spaces.Box | spaces.MultiBinary):
+        shape = tuple(space.shape or ())
+        yield Leaf(path, shape, space.dtype == np.uint8 and len(shape) == 3 and isinstance(space, spaces.Box))
+    else:
+        raise EnvironmentMismatchError(
+            f"observation entry {'/'.join(map(str, path)) or '(whole)'} is {space}: o2o takes Box, MultiBinary, and "
+            "Dict or Tuple of them; convert it with a gymnasium.ObservationWrapper"
+        )
+
+
+@dataclass(frozen=True)
+class ObservationSpec:
+    """How observations of one space are flattened; the same object serves the dataset and the live environment."""
+
+    leaves: tuple[Leaf, ...]
+
+    @classmethod
+    def from_space(cls, space: gym.Space, achieved_goal: bool = False) -> Self:
+        """Build the spec of a space; raises `EnvironmentMismatchError` for entries that are not numeric arrays."""
+        leaves = tuple(_leaves(space, (), achieved_goal))
+        if not leaves:
+            raise EnvironmentMismatchError(f"observation space {space} has nothing left to observe")
+        return cls(leaves)
+
+    @property
+    def state_dim(self) -> int:
+        """Return the width of the flat part, 0 if there is none."""
+        return sum(int(np.prod(leaf.shape)) for leaf in self.leaves if not leaf.image)
+
+    @property
+    def images(self) -> dict[str, tuple[int, ...]]:
+        """Return the images' shapes by name."""
+        return {leaf.name: leaf.shape for leaf in self.leaves if leaf.image}
+
+    @property
+    def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        """Return `(D,)`, or shapes by key where there are images."""
+        if not self.images:
+            return (self.state_dim,)
+        return ({STATE: (self.state_dim,)} if self.state_dim else {}) | self.images
+
+    @property
+    def space(self) -> gym.Space:
+        """Return the space of the flattened observations."""
+        state = spaces.Box(-np.inf, np.inf, (self.state_dim,), np.float32)
+        if not self.images:
+            return state
+        entries: dict[str, gym.Space] = {STATE: state} if self.state_dim else {}
+        entries |= {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in self.images.items()}
+        return spaces.Dict(entries)
+
+    def flatten(self, observation: Any) -> Any:
+        """Return float32 `[..., D]`, or a dict of it (`state`) and uint8 images, for one observation or a batch."""
+        parts, images = [], {}
+        for leaf in self.leaves:
+            array = leaf.of(observation)
+            if leaf.image:
+                images[leaf.name] = array
+            else:
+                lead = array.shape[: array.ndim - len(leaf.shape)]
+                parts.append(array.reshape(*lead, int(np.prod(leaf.shape))).astype(np.float32))
+        if not images:
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return ({STATE: np.concatenate(parts, axis=-1)} if parts else {}) | images
+
+    def unflatten(self, observation: Any) -> Any:
+        """Undo `flatten`: one observation, or a batch, as the environment gives it; numbers stay float32."""
+        state: Any = observation.get(STATE) if isinstance(observation, dict) else observation
+        tree: Any = {}
+        at = 0
+        for leaf in self.leaves:
+            if leaf.image:
+                value = observation[leaf.name]
+            else:
+                width = int(np.prod(leaf.shape))
+                value = state[..., at : at + width].reshape((*state.shape[:-1], *leaf.shape))
+                at += width
+            if not leaf.path:
+                return value
+            node = tree
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = value
+        return _nested(tree)
+
+    def latest(self, observation: Any) -> Any:
+        """Return the present one of observations joined along their last axis (`o2o.data.history`)."""
+        if not isinstance(observation, dict):
+            return observation[..., -self.state_dim :]
+        widths = {STATE: self.state_dim} | {name: shape[-1] for name, shape in self.images.items()}
+        return {key: entry[..., -widths[key] :] for key, entry in observation.items() if key in widths}
+
+    def __str__(self) -> str:
+        """Return one line, such as `desired_goal[2] + observation[4]`."""
+        return " + ".join(f"{leaf.name}[{'x'.join(map(str, leaf.shape))}]" for leaf in self.leaves)
+
+
+def _nested(tree: Any) -> Any:
+    """Turn the dicts with integer keys of a tree into tuples."""
+    if not isinstance(tree, dict):
+        return tree
+    entries = {key: _nested(value) for key, value in tree.items()}
+    return tuple(entries.values()) if all(isinstance(key, int) for key in entries) else entries
+
+
+def with_base_action(observation: Any, action: Any) -> dict[str, Any]:
+    """Return a flattened observation, or a batch, as a dict with the `base_action` beside its entries."""
+    entries = observation if isinstance(observation, dict) else {STATE: observation}
+    return {**entries, BASE_ACTION: action}
+
+
+@dataclass(frozen=True)
+class ActionMap:
+    """The affine map between [-1, 1] and a bounded Box; bounds are flat tuples, `shape` is the environment's."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def from_space(cls, space: gym.Space) -> Self:
+        """Build the map of an action space; raises `EnvironmentMismatchError` unless it is a bounded float Box."""
+        if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+            raise EnvironmentMismatchError(
+                f"the action space is {space}: o2o's agents act in a continuous Box; discrete actions are not supported"
+            )
+        if not (np.all(np.isfinite(space.low)) and np.all(np.isfinite(space.high)) and np.all(space.low < space.high)):
+            raise EnvironmentMismatchError(
+                f"the action space {space} has no finite bounds: give its Box bounds, where it is made or with "
+                "gymnasium.wrappers.TransformAction"
+            )
+        return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
+
+    def fitted(self, actions: Any, margin: float = 0.0) -> Self:
+        """Return the map of the range that environment actions `[N, *shape]` take, within this map's bounds.
+
+        Each half range is at least `SMALLEST_HALF_RANGE`, then (1 + margin) times as wide (arXiv 2509.19301).
+        """
+        flat = np.asarray(actions, np.float64).reshape(-1, self.dim)
+        low, high = flat.min(axis=0), flat.max(axis=0)
+        centre, half = (low + high) / 2, np.maximum((high - low) / 2, SMALLEST_HALF_RANGE) * (1.0 + margin)
+        bounds = np.maximum(centre - half, self.low), np.minimum(centre + half, self.high)
+        return replace(self, low=tuple(map(float, bounds[0])), high=tuple(map(float, bounds[1])))
+
+    @property
+    def dim(self) -> int:
+        """Return the number of action coordinates A."""
+        return len(self.low)
+
+    @property
+    def space(self) -> spaces.Box:
+        """Return the toolkit's action space, Box(-1, 1, (A,))."""
+        return spaces.Box(-1.0, 1.0, (self.dim,), np.float32)
+
+    def _centre_and_half(self) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        return (high + low) / 2, (high - low) / 2
+
+    @cached_property
+    def _float32_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bounds rounded inwards: a float64 space holds whatever float32 holds between them."""
+        low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        up, down = np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf))
+        return np.where(low < np.asarray(self.low), up, low), np.where(high > np.asarray(self.high), down, high)
+
+    def to_env(self, actions: Any) -> np.ndarray:
+        """Return float32 environment actions `[..., *shape]` for `[..., A]` in [-1, 1]; what is outside is clipped."""
+        centre, half = self._centre_and_half()
+        actions = np.clip(np.asarray(actions, np.float32), -1.0, 1.0)
+        mapped = np.clip(centre + half * actions, *self._float32_bounds)
+        return mapped.reshape(*actions.shape[:-1], *self.shape)
+
+    def from_env(self, actions: Any) -> np.ndarray:
+        """Return float32 `[..., A]` for environment actions `[..., *shape]`, clipped to [-1, 1]."""
+        centre, half = self._centre_and_half()
+        actions = np.asarray(actions, np.float32)
+        flat = actions.reshape(*actions.shape[: actions.ndim - len(self.shape)], self.dim)
+        return np.clip((flat - centre) / half, -1.0, 1.0)
+
+    def outside(self, actions: Any, tolerance: float = 1e-5) -> np.ndarray:
+        """Return `[..., A]` booleans: which entries lie outside the bounds by more than `tolerance` of the range."""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        actions = np.asarray(actions, np.float64)
+        flat = actions.reshape(*actions.shape[: actions.ndim - len(self.shape)], self.dim)
+        slack = tolerance * (high - low)
+        return (flat < low - slack) | (flat > high + slack)

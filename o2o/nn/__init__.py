@@ -1,0 +1,1 @@
+"""Networks, distributions and what they are laid out on."""

@@ -1,0 +1,1 @@
+"""What acts: the policy of a run, a file, a function."""

@@ -1,0 +1,1 @@
+"""Replay: on the device, or observations in host memory and on disk."""

@@ -1,0 +1,267 @@
+"""Replay on the device: pytrees of arrays, sampled inside the jit.
+
+`ReplayBuffer` is a ring of transitions in order of time. Its newest `pending` rows are stored but not sampled: an agent
+that needs Monte-Carlo returns sees an episode only once it has ended (the WSRL repository's Cal-QL loop).
+`OfflineData` is a fixed dataset, one or several sources with weights. `sample_minibatches` joins the two so that every
+minibatch has exactly its share of dataset rows, for any UTD (RLPD interleaves them).
+
+Both also give windows of rows in a row, cut at any offset. A window joins neither rows over the ring's cursor nor two
+sources; behind an episode's end its rows are marked invalid.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from o2o.errors import ConfigError, DatasetError
+from o2o.types import Array, Batch, window_of
+
+TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
+
+
+def _windows(rows: Batch, slots: Array, inside: Array) -> Batch:
+    """Gather windows at `slots [..., W]`; `valid` is 1 up to and including the first end, while `inside [..., W]`."""
+    batch = jax.tree.map(lambda leaf: leaf[slots], rows)
+    ends = batch["ends"].astype(jnp.float32)
+    ended_before = jnp.cumsum(ends, axis=-1) - ends
+    return {**batch, "ends": ends, "valid": ((ended_before == 0) & inside).astype(jnp.float32)}
+
+
+class OfflineData(struct.PyTreeNode):
+    """A dataset resident on the device: leaves `[N, ...]`, sources `[K]` with the probability of each."""
+
+    rows: Batch
+    starts: Array
+    sizes: Array
+    logits: Array
+
+    @classmethod
+    def create(
+        cls, rows: Mapping[str, Any], needs: Sequence[str] = (), sources: Sequence[tuple[int, int, float]] = ()
+    ) -> Self:
+        """Move the transition keys and `needs` to the device; `sources` are (start, size, weight), default one.
+
+        Raises `DatasetError` if a needed key is absent.
+        """
+        missing = [key for key in (*TRANSITION_KEYS, *needs) if key not in rows]
+        if missing:
+            raise DatasetError(
+                f"dataset has no {', '.join(missing)}, which the agent needs; found {', '.join(sorted(rows))}: "
+                "load it with o2o.data.datasets.load, which computes them"
+            )
+        kept = {key: jax.tree.map(jnp.asarray, rows[key]) for key in (*TRANSITION_KEYS, *needs)}
+        count = len(rows["rewards"])
+        table = list(sources) or [(0, count, 1.0)]
+        if "ends" in kept:  # the next source, or what an agent appends, begins a new episode
+            kept["ends"] = kept["ends"].at[jnp.asarray([start + size - 1 for start, size, _ in table])].set(True)
+        weights = np.asarray([weight for _, _, weight in table], np.float64)
+        with np.errstate(divide="ignore"):
+            logits = np.log(weights / weights.sum())
+        return cls(
+            rows=kept,
+            starts=jnp.asarray([start for start, _, _ in table], jnp.int32),
+            sizes=jnp.asarray([size for _, size, _ in table], jnp.int32),
+            logits=jnp.asarray(logits, jnp.float32),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of rows N."""
+        return self.rows["rewards"].shape[0]
+
+    @property
+    def light(self) -> Self:
+        """What of it is on the device: everything (`o2o.replay.host` keeps observations elsewhere)."""
+        return self
+
+    def batch_shapes(self, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Return the shapes and types of what a draw of `shape` gives an agent with this `window`."""
+        return jax.eval_shape(lambda: self.draw(jax.random.key(0), shape, window))
+
+    def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
+        """Draw rows uniformly with replacement (within a source drawn by weight); leaves `[*shape, ...]`."""
+        if self.starts.shape[0] == 1:
+            indices = jax.random.randint(rng, shape, 0, self.size)
+        else:
+            source_rng, row_rng = jax.random.split(rng)
+            source = jax.random.categorical(source_rng, self.logits, shape=shape)
+            indices = self.starts[source] + jax.random.randint(row_rng, shape, 0, self.sizes[source])
+        return jax.tree.map(lambda leaf: leaf[indices], self.rows)
+
+    def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
+        """Draw windows of `horizon` rows in a row, leaves `[*shape, horizon, ...]`, each in one source; needs `ends`.
+
+        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 behind
+        the last row of a source that is shorter than the window.
+        """
+        first, size = jnp.zeros((), jnp.int32), jnp.asarray(self.size, jnp.int32)
+        if self.starts.shape[0] > 1:
+            source_rng, rng = jax.random.split(rng)
+            source = jax.random.categorical(source_rng, self.logits, shape=shape)
+            first, size = self.starts[source], self.sizes[source]
+        begin = jax.random.randint(rng, shape, 0, jnp.maximum(size - horizon + 1, 1))
+        positions = begin[..., None] + jnp.arange(horizon)
+        inside = positions < size[..., None]
+        return _windows(self.rows, jnp.where(inside, first[..., None] + positions, self.size - 1), inside)
+
+    def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
+        return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
+
+
+SMALLEST_BUFFER = 10_000
+"""Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
+
+
+def capacity_for(steps: int, most: int) -> int:
+    """Return the rows to allocate for a run of so many steps that keeps `most` of its own."""
+    return min(most, max(steps, SMALLEST_BUFFER))
+
+
+def check_window(agent: Any, rows: int, place: str) -> None:
+    """Raise `ConfigError` if `place` can hold fewer `rows` than the agent wants in a row."""
+    if window_of(agent) > rows:
+        raise ConfigError(
+            f"the agent learns from {window_of(agent)} steps in a row, {place} holds {rows}; shorten its chunk or "
+            "horizon, or give it more data"
+        )
+
+
+class ReplayBuffer(struct.PyTreeNode):
+    """A ring of transitions, leaves `[capacity, ...]`; all methods are pure and jit-able."""
+
+    rows: Batch
+    cursor: Array
+    size: Array
+    pending: Array
+
+    @classmethod
+    def create(cls, example: Batch, capacity: int) -> Self:
+        """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis)."""
+        if capacity < 1:
+            raise ConfigError(f"replay capacity is {capacity}; it must be at least 1")
+        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), jnp.asarray(leaf).dtype), dict(example))
+        zero = jnp.zeros((), jnp.int32)
+        return cls(rows=rows, cursor=zero, size=zero, pending=zero)
+
+    @property
+    def capacity(self) -> int:
+        """Rows the ring can hold."""
+        return self.rows["rewards"].shape[-1]
+
+    def add(self, row: Batch, pending: bool = False) -> Self:
+        """Store one transition (leaves without a leading axis); `pending` hides it until `commit`."""
+        rows = jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, jnp.asarray(new, leaf.dtype), self.cursor, 0),
+            self.rows,
+            {key: row[key] for key in self.rows},
+        )
+        return self.replace(
+            rows=rows,
+            cursor=(self.cursor + 1) % self.capacity,
+            size=jnp.minimum(self.size + 1, self.capacity),
+            pending=jnp.minimum(self.pending + 1, self.capacity) if pending else self.pending,
+        )
+
+    def extend(self, rows: Batch) -> Self:
+        """Store `[N, ...]` transitions in order; N must not exceed the capacity."""
+        count = rows["rewards"].shape[0]
+        if count > self.capacity:
+            raise ConfigError(
+                f"{count} rows do not fit a replay buffer of capacity {self.capacity}; raise the capacity"
+            )
+        slots = (self.cursor + jnp.arange(count)) % self.capacity
+        stored = jax.tree.map(
+            lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows}
+        )
+        return self.replace(
+            rows=stored,
+            cursor=(self.cursor + count) % self.capacity,
+            size=jnp.minimum(self.size + count, self.capacity),
+        )
+
+    def commit(self, mc_returns: Array, count: Array) -> Self:
+        """Show the newest `count` rows and give them their returns-to-go `mc_returns [L]` (padded behind `count`).
+
+        An episode longer than the ring keeps its newest rows.
+        """
+        offsets = jnp.arange(mc_returns.shape[0])
+        stored_still = (offsets < count) & (offsets >= count - self.capacity)
+        slots = jnp.where(stored_still, (self.cursor - count + offsets) % self.capacity, self.capacity)
+        stored = self.rows["mc_returns"].at[slots].set(mc_returns, mode="drop")
+        return self.replace(rows={**self.rows, "mc_returns": stored}, pending=jnp.maximum(self.pending - count, 0))
+
+    def grown(self, capacity: int) -> Self:
+        """Return buffers stacked `[S]`, equally full, with room for `capacity` rows instead of fewer."""
+        more, full = capacity - self.capacity, int(self.size[0]) == self.capacity
+        shift = -int(self.cursor[0]) if full else 0  # the oldest row comes first
+
+        def wider(leaf: Array) -> Array:
+            return jnp.pad(jnp.roll(leaf, shift, axis=1), [(0, 0), (0, more), *((0, 0) for _ in leaf.shape[2:])])
+
+        return self.replace(rows=jax.tree.map(wider, self.rows), cursor=jnp.copy(self.size) if full else self.cursor)
+
+    def mark_ends(self, where: Any) -> Self:
+        """Of buffers stacked `[S]`: make the newest row the last of its episode (`ends` = 1) where `where` `[S]` is."""
+        ends = self.rows["ends"]
+        newest = (jnp.arange(len(ends)), (self.cursor - 1) % ends.shape[1])
+        return self.replace(rows={**self.rows, "ends": ends.at[newest].max(jnp.asarray(where, ends.dtype))})
+
+    @property
+    def visible(self) -> Array:
+        """Number of rows that can be sampled, `[]`."""
+        return self.size - self.pending
+
+    def _slots(self, age_order: Array) -> Array:
+        """Map positions in order of age (0 = oldest) to ring slots."""
+        return (self.cursor - self.size + age_order) % self.capacity
+
+    def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
+        """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`. There must be one."""
+        slots = self._slots(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
+        return jax.tree.map(lambda leaf: leaf[slots], self.rows)
+
+    def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
+        """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
+
+        `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 where
+        fewer than `horizon` rows are visible.
+        """
+        last_start = jnp.maximum(self.visible - horizon + 1, 1)
+        starts = jax.random.randint(rng, shape, 0, last_start)
+        positions = starts[..., None] + jnp.arange(horizon)
+        return _windows(self.rows, self._slots(positions), positions < self.visible)
+
+    def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
+        """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
+        return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
+
+
+def sample_minibatches(
+    rng: Array,
+    offline: OfflineData | None,
+    buffer: ReplayBuffer,
+    utd_ratio: int,
+    batch_size: int,
+    offline_ratio: float,
+    window: int = 1,
+) -> Batch:
+    """Draw `[utd, B, ...]`; with `offline`, each minibatch begins with round(B * offline_ratio) dataset rows.
+
+    With `window` W > 1 the leaves are `[utd, B, W, ...]`, and `ends` and `valid` `[utd, B, W]` come with them.
+    """
+    keys = [key for key in buffer.rows if key != "ends"] + (["ends", "valid"] if window > 1 else [])
+    offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
+    offline_rng, online_rng = jax.random.split(rng)
+    parts = []
+    if offline is not None and offline_rows:
+        parts.append(offline.draw(offline_rng, (utd_ratio, offline_rows), window))
+    if offline_rows < batch_size:
+        parts.append(buffer.draw(online_rng, (utd_ratio, batch_size - offline_rows), window))
+    return {
+        key: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *(p[key] for p in parts)) for key in keys
+    }

@@ -1,0 +1,1 @@
+"""Reports from files: statistics, plots, tables, suites."""

@@ -1,0 +1,86 @@
+"""Tables on the screen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from o2o.data.files import DatasetInfo
+from o2o.errors import DatasetError, O2OError
+from o2o.report.plots import judged_by, plot_runs, read_rows
+
+
+def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    """Print mean and sample deviation over seeds of the per-seed means; score and human share where they say more."""
+    table = Table(title=title)
+    for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
+        table.add_column(column)
+    own = ("score",) if judged_by(rows) == "score" else ()
+    human = ("intervention",) if any(row.get("intervention") for row in rows) else ()
+    for key in (*own, "success", "success_last", "return", "normalized", "length", *human):
+        known = [row for row in rows if row[key] is not None]
+        if known:
+            means = [np.mean([r[key] for r in known if r["seed"] == s]) for s in sorted({r["seed"] for r in known})]
+            spread = f"{np.std(means, ddof=1):.3f}" if len(means) > 1 else "-"
+            table.add_row(key, f"{np.mean(means):.3f}", f"{spread} (n={len(means)})", str(len(known)))
+    console.print(table)
+
+
+def end(path: Path, finished: bool, console: Console) -> int:
+    """Draw the curve of a run that has finished, say how to go on, and return the exit code."""
+    if not finished:
+        console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
+        return 0
+    try:
+        plot_runs([path], path / "curve.png")
+    except (O2OError, OSError, ValueError) as error:  # the run itself is well
+        console.print(f"no curve drawn: {error}", highlight=False)
+    console.print(
+        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
+    )
+    return 0
+
+
+def before_after(path: Path, console: Console) -> None:
+    """Print the last evaluation before the switch next to the last one of all, and how to look further."""
+    rows = read_rows(path / "episodes.jsonl")
+    offline, online = [r for r in rows if r["phase"] == "offline"], [r for r in rows if r["phase"] == "online"]
+    if not offline or not online:
+        return
+    last = max(r["env_steps"] for r in online)
+    before = [r for r in offline if r["gradient_steps"] == max(o["gradient_steps"] for o in offline)]
+    after = [r for r in online if r["env_steps"] == last]
+    table = Table(title="what fine-tuning gained")
+    for column in ("", "pre-trained", f"after {last} environment steps"):
+        table.add_column(column)
+    for key in ("success", "return", "length"):
+        values = [sum(float(r[key]) for r in part) / len(part) for part in (before, after)]
+        table.add_row(key, *(f"{value:.2f}" for value in values))
+    table.add_row("episodes", str(len(before)), str(len(after)))
+    console.print(table)
+    console.print(
+        f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False
+    )
+
+
+def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], console: Console) -> None:
+    """Print one line per dataset; of one that cannot be read, why."""
+    table = Table()
+    for column in ("dataset", "environment", "episodes", "steps"):
+        table.add_column(column)
+    for name, about in found:
+        if isinstance(about, DatasetError):
+            table.add_row(escape(name), escape(f"broken: {about}"))
+            continue
+        table.add_row(escape(name), escape(str(about.env_id)), str(about.episodes), str(about.steps))
+    console.print(table)
+
+
+def print_episodes(rows: list[dict[str, Any]]) -> None:
+    """Print one line per episode that was played."""
+    for row in rows:
+        print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")

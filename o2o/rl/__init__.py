@@ -1,0 +1,1 @@
+"""Losses and the windows of rows that agents learn from."""

@@ -1,0 +1,1 @@
+"""Runs: folders, sessions, loggers, presets."""

@@ -1,0 +1,121 @@
+"""The picture that FamO2O argues with: which balance coefficient the agent chooses where (arXiv 2310.17966).
+
+In mazes a map: states of the dataset at their position, coloured by coefficient. Elsewhere a histogram, and the
+coefficient against the critics' value of the policy's action.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from o2o.data.datasets import Dataset
+from o2o.data.normalizer import normalize
+from o2o.errors import ConfigError
+from o2o.report.plots import COLORS, GRID, INK, check_picture, save_picture
+from o2o.runs.session import agent_class, check_member, load_config, open_run
+
+STATES = 5_000
+"""Dataset states drawn at most: spread evenly over its rows."""
+
+
+def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") -> np.ndarray:
+    """Draw the coefficient of one seed of the run in folder `path` into the picture `out`; return it, `[N]`.
+
+    `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if the agent has no balance, for a seed
+    that the run does not have, and for a picture that cannot be written.
+    """
+    config = load_config(path)
+    if not hasattr(agent_class(config.agent), "balance"):
+        raise ConfigError(
+            f"agent {config.agent} of run {path} has no balance coefficient to draw; give a run of famo2o or famo2o_cql"
+        )
+    check_member(path, member)
+    check_picture(out)
+    _, trainer = open_run(path, which)
+    try:
+        rows = np.unique(np.linspace(0, trainer.data.size - 1, STATES).astype(int))
+        raw = np.asarray(trainer.data.arrays["observations"][rows])
+        agent = trainer.agent_of(member)
+        betas, values = choices(agent, jnp.asarray(normalize(trainer.normalizer, raw)))
+        ends, title = agent.config.reach, f"{config.agent}, {trainer.data.info.name}"
+        columns = position(trainer.data, raw.shape[-1])
+    finally:
+        trainer.close()
+    if columns is None:
+        draw_values(betas, values, ends, title, out)
+    else:
+        draw_map(raw[:, columns], betas, ends, title, out)
+    return betas
+
+
+@jax.jit
+def _choices(agent: Any, observations: jax.Array) -> tuple[jax.Array, jax.Array]:
+    actions, _ = agent.sample_actions(observations, None, jax.random.key(0), True)
+    return agent.balance(observations), agent.critic(observations, actions).min(axis=0)
+
+
+def choices(agent: Any, observations: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return the agent's coefficients at observations `[N, D]` and the least critic's value of its action there."""
+    betas, values = _choices(agent, observations)
+    return np.asarray(betas), np.asarray(values)
+
+
+def position(data: Dataset, width: int) -> list[int] | None:
+    """Return the columns of x and y in a maze's flat observations `[N, width]`; None if they are not there.
+
+    That is `achieved_goal` if it is kept, else the first two numbers of the state, which in a Dict observation of an
+    AntMaze are no position. Of a history of observations, the last one's.
+    """
+    if data.task.family not in ("pointmaze", "antmaze"):
+        return None
+    leaves = data.observation_spec.leaves
+    sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
+    starts = dict(zip([leaf.name for leaf in leaves], np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+    start = starts.get("achieved_goal")
+    if start is None and (data.task.family == "pointmaze" or len(leaves) == 1):
+        start = starts.get("observation")
+    if start is None:
+        return None
+    start += width - sum(sizes)
+    return [start, start + 1]
+
+
+def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
+    """Draw states at positions `[N, 2]`, coloured by coefficients `[N]`, into `out`; title and legend name `ends`."""
+    figure, (axes,) = _figure(title, ends, 1, (6.4, 5.2))
+    points = axes.scatter(positions[:, 0], positions[:, 1], c=betas, s=7, cmap="viridis", linewidths=0)
+    figure.colorbar(points, ax=axes, label="balance coefficient (larger: more improvement)")
+    axes.set(xlabel="x", ylabel="y", aspect="equal")
+    save_picture(figure, out)
+
+
+def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
+    """Draw the histogram of coefficients `[N]`, and them against values `[N]`, into `out`."""
+    figure, (left, right) = _figure(title, ends, 2, (9.0, 4.2))
+    low, high = (ends[0] - 0.5, ends[1] + 0.5) if ends[0] == ends[1] else ends
+    low, high = min(low, float(betas.min())), max(high, float(betas.max()))
+    left.hist(betas, bins=40, range=(low, high), color=COLORS[0])
+    left.set(xlabel="balance coefficient (larger: more improvement)", ylabel="states", xlim=(low, high))
+    right.scatter(values, betas, s=7, color=COLORS[0], alpha=0.4, linewidths=0)
+    right.set(xlabel="value of the policy's action, least critic", ylabel="balance coefficient", ylim=(low, high))
+    save_picture(figure, out)
+
+
+def _figure(title: str, ends: tuple[float, float], panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    text = f"Balance coefficient in [{ends[0]:g}, {ends[1]:g}] over states of the dataset\n{title}"
+    figure.suptitle(text, fontsize=9, color=INK, x=0.01, ha="left")
+    panes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    for axes in panes:
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK, length=3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panes

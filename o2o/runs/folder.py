@@ -1,0 +1,325 @@
+"""Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
+
+Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal.
+A signal (SIGINT, SIGTERM, SIGHUP) saves first.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Self
+
+from o2o import __version__
+from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
+from o2o.files import JsonLines, write_atomically
+from o2o.replay.host import HostReplay, missing_rows
+from o2o.train import checkpoint
+from o2o.train.trainer import Trainer
+
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+REPLAY = "replay"
+"""Folder in a run's for the rows of a replay on disk."""
+HANG_UP: int | None = getattr(signal, "SIGHUP", None)
+"""Where there is such a signal: the terminal, or the ssh session, is gone."""
+
+
+class StopFlag:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that loops look at; the second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored already stays so: nohup.
+    """
+
+    def __init__(self) -> None:
+        """Start with no signal seen."""
+        self.seen = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Install the handlers (main thread only; elsewhere the flag just stays down)."""
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+            if HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:
+                self._old[HANG_UP] = signal.signal(HANG_UP, self._handle)
+        except ValueError:
+            self._old = {}
+        return self
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.seen = number
+
+    def __exit__(self, *_: object) -> None:
+        """Put the old handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.seen)
+
+
+def to_dict(config: Any) -> Any:
+    """Return a dataclass as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """Rebuild a dataclass from `to_dict`'s output; raises `ConfigError` naming an unknown field and its nearest one."""
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
+            raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}{hint}")
+    restored = {name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**restored)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _restore(next(arg for arg in args if arg is not type(None)), value, where)
+    if (origin is tuple or hint in (tuple,) or "Sequence" in str(hint)) and isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return value
+
+
+def _commit() -> str:
+    """Return the commit of the checkout that this code is in, `-dirty` behind it where files differ, or nothing."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on, in a checkout of this code also its commit."""
+    names = ("jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()} x {os.cpu_count()}"}
+    found["o2o"] = __version__
+    if commit := _commit():
+        found["commit"] = commit
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path, keep_last: int = 2) -> None:
+        """Open `path`, an existing run folder."""
+        self.path, self.keep_last = path, keep_last
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.episodes = JsonLines(path / "episodes.jsonl")
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> Self:
+        """Keep every other process from training this run, until `close`; raises `RunError` if one does."""
+        if fcntl is None:
+            return self
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise RunError(
+                f"run {self.path} is being trained by another process; wait for its end, or stop it with Ctrl-C there"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return self
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
+        """Make a new run folder; raises `RunError` if something is there already."""
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file, where a run needs a folder: choose another --name")
+        if path.exists() and any(path.iterdir()):
+            raise RunError(
+                f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "config.json", json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+            run = cls(path, keep_last)
+            for rows in (run.metrics, run.episodes):
+                rows.path.touch()
+        except OSError as error:
+            raise RunError(f"cannot write run folder {path}: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path, keep_last: int = 2) -> Self:
+        """Open a run folder; raises `RunError` if there is none."""
+        read_config(path)
+        return cls(path, keep_last)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(checkpoint.steps(self.checkpoints))
+
+    @property
+    def online(self) -> bool:
+        """Whether the latest checkpoint is one of the online phase."""
+        return self.saved and checkpoint.load_state(self.checkpoints)[1]["counters"]["phase"] == "online"
+
+    def save(self, trainer: Trainer) -> None:
+        """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
+        state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
+        state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
+        if isinstance(trainer.programs, HostReplay):
+            trainer.programs.sync()
+        score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
+        checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
+
+    def scored(self, step: int, score: float) -> None:
+        """Add the score of an evaluation to checkpoint `step`, if that was taken without waiting for it."""
+        try:
+            checkpoint.add_score(self.checkpoints, step, score)
+        except CheckpointError as error:  # no reason to end a run
+            print(f"o2o: {error}", file=sys.stderr)
+
+    def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
+        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
+
+        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved. To go on without any
+        checkpoint, unless the run had finished, is to begin again: every row is cut, `trainer` left as it is.
+        """
+        if go_on and not self.saved and read_status(self.path) != "finished":
+            shutil.rmtree(self.path / REPLAY, ignore_errors=True)
+            self.metrics.truncate(0)
+            self.episodes.truncate(0)
+            return 0
+        step, state, _ = checkpoint.load_state(self.checkpoints, step)
+        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that begins anew
+            shutil.rmtree(self.path / REPLAY, ignore_errors=True)
+        load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
+        trainer.restore(state, load, online_steps, play=go_on)
+        if go_on:
+            self.metrics.truncate(state["files"]["metrics"])
+            self.episodes.truncate(state["files"]["episodes"])
+        elif isinstance(trainer.programs, HostReplay):
+            trainer.programs.read_only = True
+        return step
+
+    def check_steps(self, online_steps: int, replay_capacity: int) -> None:
+        """Raise `ConfigError` if the run cannot go on from its latest checkpoint until `online_steps`."""
+        if not self.saved:
+            return
+        state = checkpoint.load_state(self.checkpoints)[1]
+        made, planned = state["counters"]["env_steps"], state.get("planned")
+        if online_steps < made:
+            raise ConfigError(f"run {self.path} has made {made} environment steps; expected online_steps from there on")
+        if state.get("host") and planned and missing_rows(planned, online_steps, replay_capacity):
+            raise ConfigError(
+                f"run {self.path} was begun for {planned} environment steps, and its replay, which is on disk "
+                f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without --online-steps, or begin a "
+                "new run for as many"
+            )
+
+    def change(self, **settings: Any) -> None:
+        """Change settings in `config.json`, atomically."""
+        write_atomically(self.path / "config.json", json.dumps({**read_config(self.path), **settings}, indent=2) + "\n")
+
+    def status(self, value: str, **extra: Any) -> None:
+        """Write `status.json` atomically: running, finished, stopped or failed."""
+        write_atomically(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
+
+    def close(self) -> None:
+        """Close the row files, and let others train the run."""
+        self.metrics.close()
+        self.episodes.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config.json; raises `RunError` if `path` is no run folder."""
+    try:
+        return json.loads((path / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        near = sorted(p.parent.name for p in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        raise RunError(f"{path} is no run folder: it has no config.json{hint}") from None
+    except OSError as error:
+        raise RunError(f"{path / 'config.json'} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy"
+        ) from error
+
+
+def read_status(path: Path) -> str | None:
+    """Return the status of a run folder, `None` if it never started."""
+    try:
+        return json.loads((path / "status.json").read_text())["status"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
+    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved if it can be."""
+    run.status("running", pid=os.getpid())
+    try:
+        finished = work()
+    except KeyboardInterrupt:
+        run.status("stopped")
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk may have no room for it
+            run.status("failed", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, CheckpointError | DivergenceError):
+            raise  # saving is what failed, or nothing that anybody would go on from
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RunError(
+                f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"
+            ) from error
+        with contextlib.suppress(Exception):  # an evaluation under way that fails, too, is no reason not to save
+            trainer.take_evaluations(wait=True)
+        try:
+            run.save(trainer)
+            if isinstance(error, EnvironmentFaultError):
+                error.args = (f"{error}; the run is saved, go on with `o2o resume {run.path}`",)
+        except Exception as second:
+            print(f"o2o: the state could not be saved either: {second}", file=sys.stderr)
+        raise
+    run.status("finished" if finished else "stopped")
+    return finished

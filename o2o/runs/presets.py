@@ -1,0 +1,109 @@
+"""From names to settings: agents by name, and the run that a preset, or a benchmark's cell, makes of a dataset."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from o2o import envs
+from o2o.agents import AGENTS
+from o2o.config import RunConfig, TaskConfig, with_fields
+from o2o.data import datasets
+from o2o.errors import ConfigError
+from o2o.nn.terminations import termination_of
+from o2o.report.suite import Cell
+from o2o.train.schedule import LoopConfig
+
+
+def agent_class(name: str) -> Any:
+    """Return the agent class; raises `ConfigError` suggesting a near name."""
+    if name not in AGENTS:
+        near = difflib.get_close_matches(name, AGENTS, n=1)
+        raise ConfigError(
+            f"no agent {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(AGENTS)}")
+        )
+    return AGENTS[name]
+
+
+def config_class(name: str) -> Any:
+    """Return the config dataclass of an agent."""
+    return type(agent_class(name).preset("other", "small").config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What of a new run's settings its preset depends on."""
+
+    dataset: tuple[str, ...] = ()
+    env: str | None = None
+    preset: str = "paper"
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+
+    def run(self, agent: str) -> RunConfig:
+        """Return the run of the preset; without a dataset, for help alone, that of the family `other`."""
+        if self.dataset:
+            return preset_run(agent, self.dataset, self.preset, env=self.env, task=self.task)
+        kind = agent_class(agent)
+        preset = kind.preset("other", "small" if self.preset == "small" else "paper")
+        return RunConfig(
+            agent=agent, config=preset.config, dataset=("DATASET",), preset=self.preset, task=self.task,
+            offline_steps=preset.offline_steps, online_steps=preset.online_steps, **getattr(kind, "run_settings", {}),
+        )  # fmt: skip
+
+
+def preset_run(
+    agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any
+) -> RunConfig:
+    """Return the run that the agent's preset makes of a dataset; `changes` are fields of `RunConfig`.
+
+    What else an agent asks of its run stands in its `run_settings`.
+    """
+    ids = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    if size not in ("paper", "small"):
+        raise ConfigError(f"no preset {size!r}; there are paper, small")
+    task_config = changes.pop("task", TaskConfig())
+    about = datasets.info(ids[0])
+    family = envs.task_for(env or about).family
+    preset = agent_class(agent).preset(family, size)
+    if family == "adroit" and task_config.binary is None:
+        task_config = dataclasses.replace(task_config, binary=True)
+    binary = {} if task_config.binary is None else {"binary": task_config.binary}
+    suits = envs.task_for(env or about, **binary).sparse or family == "kitchen"  # the papers shift sparse rewards only
+    rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
+    untouched = all(value is None for value in rewards)
+    if preset.reward is not None and suits and untouched:
+        task_config = dataclasses.replace(task_config, reward_scale=preset.reward[0], reward_bias=preset.reward[1])
+    if untouched:
+        task_config = dataclasses.replace(task_config, normalize_returns=preset.normalize_returns)
+    if preset.only_successes and task_config.binary and task_config.only_successes is None:
+        task_config = dataclasses.replace(task_config, only_successes=True)
+    if getattr(preset.config, "termination", None) == "auto":
+        rule = termination_of(env or about.env_id)
+        preset = dataclasses.replace(preset, config=dataclasses.replace(preset.config, termination=rule))
+    loop = LoopConfig() if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
+    defaults: dict[str, Any] = {
+        "config": preset.config,
+        "offline_steps": preset.offline_steps,
+        "online_steps": preset.online_steps,
+        "loop": loop,
+        **getattr(agent_class(agent), "run_settings", {}),
+    }
+    return RunConfig(agent=agent, dataset=ids, env=env, task=task_config, preset=size, **{**defaults, **changes})
+
+
+def cell_run(cell: Cell, path: Path) -> RunConfig:
+    """Return the run of a benchmark cell that will live in folder `path`."""
+    task = with_fields(TaskConfig(), cell.options)
+    run = preset_run(cell.agent, cell.dataset, cell.preset, task=task, seed=cell.seed, seeds=cell.seeds)
+    loop = dataclasses.replace(
+        run.loop,
+        eval_every=cell.eval_every,
+        offline_eval_every=cell.offline_eval_every,
+        eval_episodes=cell.eval_episodes,
+        checkpoint_every=20_000,
+    )
+    source, (base, member) = cell.source(path), cell.base_of(path) or (None, 0)
+    return dataclasses.replace(
+        run, config=with_fields(run.config, cell.overrides), loop=loop, offline_steps=cell.offline_steps,
+        online_steps=cell.online_steps, init_from=source and str(source), base=base, base_member=member,
+    )  # fmt: skip

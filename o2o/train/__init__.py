@@ -1,0 +1,1 @@
+"""Training: the loops, their jitted programs, environments, checkpoints and processes."""

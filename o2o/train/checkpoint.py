@@ -1,0 +1,223 @@
+"""Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step; orbax is known only here.
+
+A step is written beside the others and renamed when whole: a kill or a full disk leaves the earlier ones as they were.
+Only its score may come later, in a file of its own.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from o2o.errors import CheckpointError
+from o2o.files import write_atomically
+
+_policies = ocp.training.preservation_policies
+
+
+LATE_SCORE = "score.json"
+"""In a checkpoint's folder: its score, where that was not known when it was saved."""
+
+
+class _Best:
+    """Preserves the checkpoint of the highest score, no matter when that became known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Say of every checkpoint whether it stays."""
+        best = _best(self.folder, checkpoints)
+        return [entry.step == best for entry in checkpoints]
+
+
+def _best(folder: Path, checkpoints: Sequence[Any]) -> int | None:
+    scores = [(_score(folder, entry), entry.step) for entry in checkpoints]
+    return max(((score, step) for score, step in scores if score is not None), default=(0.0, None))[1]
+
+
+def _score(folder: Path, entry: Any) -> float | None:
+    if entry.metrics:
+        return entry.metrics["score"]
+    try:
+        return float(json.loads((folder / str(entry.step) / LATE_SCORE).read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):  # not known yet, or a power cut left it by half
+        return None
+
+
+def _checkpointer(folder: Path, keep_last: int = 1, cleanup: bool = False) -> ocp.training.Checkpointer:
+    policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(max(keep_last, 1)), _Best(folder)])
+    return ocp.training.Checkpointer(
+        str(folder.absolute()), preservation_policy=policy, cleanup_tmp_directories=cleanup
+    )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Name every leaf's path, shape and type."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path): f"{np.shape(leaf)} {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        for path, leaf in leaves
+    }
+
+
+def save(
+    folder: Path, step: int, arrays: Mapping[str, Any], state: Mapping[str, Any], score: float | None, keep_last: int
+) -> None:
+    """Write checkpoint `step`: `arrays` name -> pytree, `state` JSON-able.
+
+    Keeps the last `keep_last`, at least one, and the best by `score`; a step not beyond the latest is not written.
+    Raises `CheckpointError` if it cannot be written (no space left, say); what was there stays.
+    """
+    items = dict(arrays)
+    shapes = {name: _shapes(tree) for name, tree in items.items()}
+    items["state"] = {"json": json.dumps({"state": dict(state), "shapes": shapes})}
+    metrics = None if score is None else {"score": float(score)}
+    try:
+        _ensure_space(folder, items)
+        with _checkpointer(folder, keep_last, cleanup=True) as checkpointer:
+            latest = checkpointer.latest
+            if latest is not None and latest.step >= step:
+                return
+            checkpointer.save_checkpointables(step, items, metrics=metrics)
+        _sync(folder, step)
+    except Exception as error:  # tensorstore reports a failed write as a ValueError
+        reason = _first_cause(error)
+        if "No space left" in reason:
+            reason = "no space left on the disk; free some and resume"
+        raise CheckpointError(
+            f"cannot save checkpoint {step} in {folder}: {reason}; earlier checkpoints are intact"
+        ) from error
+
+
+def _sync(folder: Path, step: int) -> None:
+    """Wait until a checkpoint, its files and their names, is on the disk; orbax waits for the arrays only."""
+    if os.name != "posix":  # where a folder has no descriptor
+        return
+    whole = folder / str(step)
+    for path in (*whole.rglob("*"), whole, folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # of folders some file systems do not know it
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def add_score(folder: Path, step: int, score: float) -> None:
+    """Give checkpoint `step` its score, later than it was saved; does nothing if there is no such checkpoint.
+
+    Raises `CheckpointError` if it cannot be written.
+    """
+    late = folder / str(step) / LATE_SCORE
+    if not late.parent.is_dir():
+        return
+    try:
+        write_atomically(late, json.dumps({"score": score}) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact, but "
+            "cannot be the best; free space on the disk, or let this user write there"
+        ) from error
+
+
+def _ensure_space(folder: Path, items: Mapping[str, Any]) -> None:
+    """Refuse to begin a write that cannot fit."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items) if hasattr(leaf, "itemsize"))
+    folder.mkdir(parents=True, exist_ok=True)
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if free < size:
+        raise OSError(
+            f"no space left: about {size / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; free some and resume"
+        )
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps of all complete checkpoints, ascending."""
+    if not folder.is_dir():
+        return []
+    with _checkpointer(folder) as checkpointer:
+        return sorted(entry.step for entry in checkpointer.checkpoints)
+
+
+def best_step(folder: Path) -> int | None:
+    """Return the step with the highest score, the latest of equals, or `None` if no checkpoint has one."""
+    if not folder.is_dir():
+        return None
+    with _checkpointer(folder) as checkpointer:
+        return _best(folder, checkpointer.checkpoints)
+
+
+def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
+    """Return (step, state, shapes of the saved arrays) of checkpoint `step` (`None`: the latest)."""
+    known = steps(folder)
+    if not known:
+        raise CheckpointError(
+            f"no checkpoint in {folder}: the run was stopped before its first save; `o2o resume` begins it again"
+        )
+    if step is not None and step not in known:
+        raise CheckpointError(f"no checkpoint {step} in {folder}; there are {', '.join(map(str, known))}")
+    step = known[-1] if step is None else step
+    try:
+        with _checkpointer(folder) as checkpointer:
+            text = checkpointer.load_checkpointables(step, {"state": None})["state"]["json"]
+        saved = json.loads(text)
+    except Exception as error:
+        raise _unreadable(folder, step, error) from error
+    return step, saved["state"], saved["shapes"]
+
+
+def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the named pytrees of checkpoint `step` into the structure and shapes of `targets`.
+
+    Raises `CheckpointError` naming the first difference if the checkpoint belongs to another agent or shape.
+    """
+    _, _, shapes = load_state(folder, step)
+    for name, target in targets.items():
+        _compare(folder, step, name, shapes.get(name), _shapes(target))
+    abstract = {name: jax.tree.map(_abstract, target) for name, target in targets.items()}
+    try:
+        with _checkpointer(folder) as checkpointer:
+            return dict(checkpointer.load_checkpointables(step, abstract))
+    except Exception as error:
+        raise _unreadable(folder, step, error) from error
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Describe a leaf to load: onto the device where `leaf` is, whichever device wrote it."""
+    here = leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return what first went wrong, in one line; orbax wraps an exception several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _unreadable(folder: Path, step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {step} in {folder} cannot be read ({_first_cause(error)}): restore {folder / str(step)} from a "
+        "copy, or delete that folder and go on from an earlier checkpoint"
+    )
+
+
+def _compare(folder: Path, step: int, name: str, saved: dict[str, str] | None, wanted: dict[str, str]) -> None:
+    if saved is None:
+        raise CheckpointError(f"checkpoint {step} in {folder} holds no {name}")
+    for path in [*wanted, *saved]:
+        if saved.get(path) != wanted.get(path):
+            raise CheckpointError(
+                f"checkpoint {step} in {folder} belongs to another agent or shape: {name}{path} is "
+                f"{saved.get(path, 'absent')} there, expected {wanted.get(path, 'absent')}"
+            )

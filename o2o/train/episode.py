@@ -1,0 +1,175 @@
+"""One environment being played: episode counters, reset seeds, and what it takes to stand at the same point again.
+
+Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and
+the actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no
+knowledge of its internals needed. Where the reset does not give the very observation that the episode began with (a
+robot), no action is played and a new episode begins; nor with `metadata["replayable"] = False`, which also says that
+what was recorded cannot be played again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+from o2o.data.task import Task
+
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
+
+def reset_seed(*parts: int) -> int:
+    """Derive one reset seed from a tuple of non-negative integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass
+class Step:
+    """What one environment step gave, in the toolkit's conventions."""
+
+    action: np.ndarray
+    """The action executed, `[A]` in [-1, 1]."""
+    reward: float
+    """Transformed by the task."""
+    terminated: bool
+    truncated: bool
+    next_observation: Any
+    """The true next observation, also at an episode's end."""
+    info: dict[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode is over, by either cause."""
+        return self.terminated or self.truncated
+
+    @property
+    def intervened(self) -> bool:
+        """Whether a human took over."""
+        return bool(self.info.get("intervened", False))
+
+
+@dataclass
+class EnvSlot:
+    """An environment with the episode under way in it."""
+
+    env: gymnasium.Env
+    seeds: tuple[int, ...]
+    """Prefix of the reset seed: run seed, stream, member."""
+    episode: int = -1
+    observation: Any = None
+    first: str | None = None
+    """The fingerprint of what the episode began with."""
+    exact: bool = True
+    """Whether `restore` stands where the snapshot stood."""
+    actions: list[np.ndarray] = field(default_factory=list)
+    raw_return: float = 0.0
+    raw_last: float = 0.0
+    """The last step's raw reward."""
+    success: bool | None = None
+    success_last: bool | None = None
+    interventions: int = 0
+    """Steps of the episode that a human took over."""
+
+    def reset(self, episode: int | None = None) -> Any:
+        """Begin the next episode, or `episode`, and return its first observation."""
+        return self.began(self.env.reset(seed=self.begin(episode))[0])
+
+    def begin(self, episode: int | None = None) -> int:
+        """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
+        self.episode = self.episode + 1 if episode is None else episode
+        self.first, self.actions = None, []
+        self.raw_return, self.raw_last, self.interventions = 0.0, 0.0, 0
+        self.success, self.success_last = None, None
+        if self.env.has_wrapper_attr("name_episode"):
+            self.env.get_wrapper_attr("name_episode")((*self.seeds, self.episode))
+        return reset_seed(*self.seeds, self.episode)
+
+    def began(self, observation: Any) -> Any:
+        """Note the first observation of the episode, and return it."""
+        self.observation, self.first = observation, fingerprint(observation)
+        return observation
+
+    def step(self, action: np.ndarray) -> Step:
+        """Play `action` `[A]`; the slot does not reset by itself."""
+        return self.played(action, self.env.step(action))
+
+    def played(self, action: np.ndarray, outcome: tuple[Any, Any, bool, bool, dict[str, Any]]) -> Step:
+        """Note that `action` was played, and the `outcome` that the environment's step returned."""
+        observation, reward, terminated, truncated, info = outcome
+        executed = np.asarray(info.get("executed_action", action), np.float32)
+        self.observation = observation
+        self.actions.append(np.asarray(action, np.float32).copy())
+        self.raw_last = float(info.get("raw_reward", reward))
+        self.raw_return += self.raw_last
+        if info.get("success") is not None:
+            self.success_last = bool(info["success"])
+            self.success = bool(self.success) or self.success_last
+        step = Step(executed, float(reward), bool(terminated), bool(truncated), observation, info)
+        self.interventions += step.intervened
+        return step
+
+    def row(self, terminated: bool, normalized: Callable[[float], float | None] | None = None) -> dict[str, Any]:
+        """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return.
+
+        `score` is what its task judges it by (`Task.score`); `intervention` the share of its steps that a human took.
+        """
+        task = self.env.get_wrapper_attr("task") if self.env.has_wrapper_attr("task") else None
+        judge = task if isinstance(task, Task) else Task("unknown")
+        return {
+            "episode": self.episode,
+            "return": self.raw_return,
+            "length": len(self.actions),
+            "success": self.success,
+            "success_last": self.success_last,
+            "normalized": normalized(self.raw_return) if normalized else None,
+            "score": judge.score(self.raw_return, self.raw_last, self.success),
+            "terminated": terminated,
+            "intervention": self.interventions / max(len(self.actions), 1),
+        }
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the environment says, or does not deny, that an episode can be played again."""
+        return bool(self.env.metadata.get("replayable", True))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `restore` needs, JSON-able."""
+        actions = [action.tolist() for action in self.actions]
+        return {"episode": self.episode, "first": self.first, "actions": actions}
+
+    def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
+        """Play the snapshot's episode up to the same point; True if the observation there equals `observation` bitwise.
+
+        Otherwise (a robot, another simulator version) a new episode is begun and False returned; where it begins
+        otherwise already, without an action having been played.
+        """
+        if self.replayable:
+            self.exact = self._replay(snapshot, observation)
+        else:
+            self.exact = False
+            self.reset(snapshot["episode"] + 1)
+        return self.exact
+
+    def _replay(self, snapshot: dict[str, Any], observation: Any) -> bool:
+        self.reset(snapshot["episode"])
+        if self.first != snapshot.get("first", self.first):
+            return False
+        for action in snapshot["actions"]:
+            self.step(np.asarray(action, np.float32))
+        same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), self.observation, observation)
+        if not all(jax.tree.leaves(same)):
+            self.reset(snapshot["episode"] + 1)
+            return False
+        return True
+
+
+def fingerprint(observation: Any) -> str:
+    """Return a digest of an observation's bytes, shapes and types."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(observation):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

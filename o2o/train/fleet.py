@@ -1,0 +1,226 @@
+"""The training environments of a run, stepped side by side, and the episodes under way in them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from o2o.closing import Closing
+from o2o.data.datasets import monte_carlo_returns
+from o2o.errors import ConfigError, EnvironmentMismatchError
+from o2o.rl.chunks import outdated
+from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
+from o2o.train.evaluation import EnvFn
+from o2o.train.workers import Crew
+from o2o.types import Carry
+
+BESIDE = (
+    "loop.eval_process plays beside training, but the environment says that it is hardware (metadata 'replayable' "
+    "False); leave it out"
+)
+
+
+def stack(observations: Sequence[Any]) -> Any:
+    """Stack observations of one structure: leaves `[n, ...]`."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *observations)
+
+
+class Fleet:
+    """Environments of `seeds` members; knows rewards waiting for their episode's end where `mc_returns` are wanted."""
+
+    def __init__(
+        self, env_fn: EnvFn, seed: int, seeds: int, waits: bool, per_seed: int = 1, processes: int = 0
+    ) -> None:
+        """Make and reset the environments, `per_seed` in a row for each seed: all of them are "members" here, `[S]`.
+
+        `waits`: the agent needs Monte-Carlo returns of what it samples. `processes` other than 0 hold them
+        (`o2o.train.workers`), which changes no number.
+        """
+        names = [(member,) if per_seed == 1 else (member, k) for member in range(seeds) for k in range(per_seed)]
+        self.crew = Crew(env_fn, len(names), processes) if processes else None
+        envs = [env_fn(False) for _ in names] if self.crew is None else self.crew.envs
+        self.slots = [EnvSlot(env, (seed, TRAIN_STREAM, *name)) for env, name in zip(envs, names, strict=True)]
+        self.waits = waits
+        self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
+        """(reward, mask) of the episode under way, per member."""
+        self.intervened = np.zeros(len(names), bool)
+        """Where a human took over in the newest step, `[S]`."""
+        self._actions: np.ndarray | None = None
+        self.fault: Exception | None = None
+        """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
+        with Closing() as closing:
+            closing.callback(self.close)
+            self._reset(range(len(names)))
+            closing.pop_all()
+        self.observations = stack([slot.observation for slot in self.slots])
+        """What the policy sees next, leaves `[S, ...]`."""
+
+    def must_fit(self, rows: Mapping[str, Any], shared: bool) -> Self:
+        """Return itself; raises `EnvironmentMismatchError`, and is closed, if its spaces are not those of `rows`.
+
+        `shared`: others of the same kind are played at the same time; ConfigError if they cannot be.
+        """
+        with Closing() as closing:
+            closing.callback(self.close)
+            if shared and not self.replayable:
+                raise ConfigError(BESIDE)
+            shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
+            found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
+            actions = rows["actions"].shape[1:]
+            if shapes != found or space.shape != actions:
+                raise EnvironmentMismatchError(
+                    f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
+                    f"{shapes} and {actions}; use the environment that the dataset was recorded in"
+                )
+            closing.pop_all()
+        return self
+
+    @property
+    def replayable(self) -> bool:
+        """Whether every environment can play an episode again; else it is hardware, which evaluation moves as well."""
+        return all(slot.replayable for slot in self.slots)
+
+    def begin_anew(self) -> None:
+        """Break off all episodes and begin the next ones; what waits for an episode's end goes on waiting."""
+        try:
+            self._reset(range(len(self.slots)))
+        except Exception as error:
+            self.fault = error
+            raise
+        self.observations = stack([slot.observation for slot in self.slots])
+
+    def _reset(self, members: Sequence[int]) -> None:
+        """Begin the next episode of these members."""
+        seeds = {member: self.slots[member].begin() for member in members}
+        if self.crew is None:
+            for member, seed in seeds.items():
+                self.slots[member].began(self.slots[member].env.reset(seed=seed)[0])
+            return
+        for member, observation in self.crew.reset(seeds).items():
+            self.slots[member].began(observation)
+
+    def step(
+        self, actions: np.ndarray, finished: Callable[[int, dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Play `actions` `[S, A]`; return the transitions, leaves `[S, ...]`, and which episodes ended `[S]`.
+
+        Ended episodes are reported to `finished(member, row)` and reset; transitions keep the true last observation.
+        If an environment fails, the others' steps are taken back, so that the run can be saved as it stood. If one
+        fails to begin its next episode, this step is whole, and the next one raises what happened.
+        """
+        self.send(actions)
+        return self.receive(finished)
+
+    def send(self, actions: np.ndarray) -> None:
+        """Hand out `actions` `[S, A]`: environments in processes begin their step, those here have it in `receive`."""
+        if self.fault is not None:
+            raise self.fault
+        self._actions = actions
+        if self.crew is not None:
+            self.crew.send(actions)
+
+    def receive(self, finished: Callable[[int, dict[str, Any]], None]) -> tuple[dict[str, Any], np.ndarray]:
+        """Return what became of the actions that were sent, as `step` does."""
+        results = self._results()
+        rows = {
+            "observations": self.observations,
+            "actions": np.stack([result.action for result in results]),
+            "rewards": np.asarray([result.reward for result in results], np.float32),
+            "masks": np.asarray([1.0 - result.terminated for result in results], np.float32),
+            "next_observations": stack([result.next_observation for result in results]),
+            "ends": np.asarray([result.ended for result in results], np.float32),
+        }
+        if self.waits:
+            rows["mc_returns"] = np.zeros(len(results), np.float32)
+        ended = np.asarray([result.ended for result in results])
+        self.intervened = np.asarray([result.intervened for result in results])
+        for member, result in enumerate(results):
+            self.waiting[member].append((result.reward, 1.0 - result.terminated))
+            if result.ended:
+                finished(member, self.slots[member].row(result.terminated))
+        try:
+            self._reset(np.flatnonzero(ended).tolist())
+        except Exception as error:  # the transitions that were played are not lost by it
+            self.fault = error
+        self.observations = stack([slot.observation for slot in self.slots])
+        return rows, ended
+
+    def outdated(self, carry: Carry, ended: np.ndarray) -> np.ndarray:
+        """Return where the `carry` is to be cleared, `[S]`, after the step in which these episodes `ended`."""
+        return outdated(carry, ended, self.intervened)
+
+    def _results(self) -> list[Step]:
+        """Return every member's step; if one fails, all are as they were before."""
+        actions, self._actions = self._actions, None
+        assert actions is not None
+        results: list[Step] = []
+        before = [dict(vars(slot)) for slot in self.slots]
+        try:
+            here = (slot.env.step(action) for slot, action in zip(self.slots, actions, strict=True))
+            outcomes = here if self.crew is None else self.crew.receive()
+            for slot, action, outcome in zip(self.slots, actions, outcomes, strict=True):
+                results.append(slot.played(action, outcome))
+        except Exception:
+            for slot, old in zip(self.slots, before, strict=True):
+                vars(slot).update(old)
+            for slot in self.slots[: len(results)]:
+                slot.actions.pop()
+            raise
+        return results
+
+    def take_returns(
+        self, members: np.ndarray, discount: float, failure: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the waiting rows' returns-to-go (Cal-QL) of these members, `[S, L]` padded, and their counts `[S]`.
+
+        L is a power of two, so that few shapes are compiled; members that are not named have a count of 0.
+        """
+        longest = max((len(self.waiting[member]) for member in members), default=0)
+        returns = np.zeros((len(self.slots), 1 << max(longest - 1, 0).bit_length()), np.float32)
+        counts = np.zeros(len(self.slots), np.int32)
+        for member in members:
+            rewards, masks = np.asarray(self.waiting[member], np.float32).reshape(-1, 2).T
+            ends = np.zeros(len(rewards), np.float32)
+            ends[-1:] = 1.0
+            counts[member] = len(rewards)
+            returns[member, : len(rewards)] = monte_carlo_returns(rewards, masks, ends, discount, failure)
+            self.waiting[member] = []
+        return returns, counts
+
+    def forget(self, members: np.ndarray) -> None:
+        """Drop the waiting rewards of these members (nothing waits for them)."""
+        for member in members:
+            self.waiting[member] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `restore` needs, JSON-able."""
+        return {"slots": [slot.snapshot() for slot in self.slots], "waiting": self.waiting if self.waits else []}
+
+    def restore(self, snapshot: dict[str, Any], observations: Any) -> list[bool]:
+        """Put every environment back; which of them stand exactly where they stood."""
+
+        def restore(member: int) -> bool:
+            seen = jax.tree.map(lambda leaf: np.asarray(leaf[member]), observations)
+            return self.slots[member].restore(snapshot["slots"][member], seen)
+
+        if self.crew is None:
+            same = [restore(member) for member in range(len(self.slots))]
+        else:
+            with ThreadPoolExecutor(len(self.crew.shares)) as pool:  # a thread waits for the answers of its process
+                parts = pool.map(lambda share: [restore(member) for member in share], self.crew.shares)
+                same = [stands for part in parts for stands in part]
+        if self.waits:
+            self.waiting = [[(reward, mask) for reward, mask in rows] for rows in snapshot["waiting"]]
+        self.observations = stack([slot.observation for slot in self.slots])
+        return same
+
+    def close(self) -> None:
+        """Close the environments, every one."""
+        with ExitStack() as closing:
+            for slot in self.slots:
+                closing.callback(slot.env.close)
+            if self.crew is not None:
+                closing.callback(self.crew.close)

@@ -1,0 +1,397 @@
+"""Benchmark bookkeeping and reports, on row files whose numbers are known."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from o2o.errors import CheckpointError, ConfigError, RunError
+from o2o.report.jobs import jobs, pending, run_suite
+from o2o.report.suite import BenchTask, Published, Suite, Variant, load_suite
+from o2o.report.suite_report import write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+PEN, DOOR = "demo/pen-v0", "demo/door-v0"
+
+
+@pytest.fixture
+def suite():
+    return Suite(
+        name="tiny",
+        description="Two tasks, two methods.",
+        tasks=(BenchTask(PEN, (("binary", True),)), BenchTask(DOOR)),
+        variants=(Variant("wsrl", "wsrl"), Variant("sac", "wsrl", (("online.warmup_steps", 0),))),
+        seeds=3,
+        offline_steps=1000,
+        online_steps=500,
+        published={
+            (PEN, "wsrl"): Published(0.9, "success", "Paper A, table 1", same_data=True),
+            (DOOR, "wsrl"): Published(0.5, "success", "Paper B, figure 2"),
+        },
+    )
+
+
+def offset(label):
+    return 0.0 if label == "wsrl" else -0.1
+
+
+def write_run(cell, run, status="finished"):
+    """Write what a run leaves: ten episodes per seed and evaluation, success .4/.4/.2/.7 plus .1 per seed."""
+    run.mkdir(parents=True, exist_ok=True)
+    stages = [
+        ("offline", 0, 1000, 0.4),
+        ("warmup", 50, 1000, 0.4),
+        ("online", 300, 2000, 0.2),
+        ("online", 500, 2800, 0.7),
+    ]
+    rows = []
+    for phase, env_steps, gradient_steps, share in stages:
+        for member in range(cell.seeds):
+            hits = round(10 * (share + 0.1 * (cell.seed + member) + offset(cell.label)))
+            for episode in range(10):
+                row = {"phase": phase, "env_steps": env_steps, "gradient_steps": gradient_steps, "seed": member}
+                rows.append({**row, "episode": episode, "return": 100.0 * hits, "success": episode < hits})
+    (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"success": 0.42, "return": 250.0}
+    (run / "config.json").write_text(
+        json.dumps({"versions": {"machine": "test bench x 2"}, "dataset_summary": summary})
+    )
+    (run / "metrics.jsonl").write_text("")
+    set_status(run, status)
+
+
+def begin(cell, run, status, **more):
+    """Leave a run folder with its status and, beside it, the cell that it began as."""
+    set_status(run, status, **more)
+    run.with_name(f"{run.name}.json").write_text(json.dumps(asdict(cell)))
+
+
+def set_status(run, status, **more):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "status.json").write_text(json.dumps({"status": status, **more}))
+
+
+class Runner:
+    """Stands in for the command line's `train` and `resume`: records the calls and writes the files of a run."""
+
+    def __init__(self, tmp_path, **status):
+        self.calls, self.status, self.said = [], status, []
+        self.dirs = {"results_dir": tmp_path / "results", "runs_dir": tmp_path / "runs"}
+
+    def train(self, cell, run):
+        self.calls.append(("train", cell.name))
+        write_run(cell, run, self.status.get(cell.name, "finished"))
+
+    def resume(self, run):
+        self.calls.append(("resume", run.name))
+        write_run(next(job.cell for job in jobs(self.suite, self.suite.cells(), **self.dirs) if job.run == run), run)
+
+    def __call__(self, suite, train=None, **kwargs):
+        """Run the suite and return the states of all its cells."""
+        self.calls.clear()
+        self.suite = suite
+        out, runs = self.dirs["results_dir"], self.dirs["runs_dir"]
+        run_suite(suite, train or self.train, self.resume, out=out, runs=runs, say=self.said.append, **kwargs)
+        return [job.state for job in jobs(suite, suite.cells(), **self.dirs)]
+
+    def report(self, suite):
+        """Write the report and return its text."""
+        return write_report(suite, self.dirs["results_dir"], self.dirs["runs_dir"]).read_text()
+
+
+def names(*parts):
+    return [f"demo-{task}-v0--{label}--seeds{seeds}" for task, label, seeds in parts]
+
+
+ALL = names(("pen", "wsrl", "0-2"), ("pen", "sac", "0-2"), ("door", "wsrl", "0-2"), ("door", "sac", "0-2"))
+
+
+def test_a_cell_runs_once(suite, tmp_path):
+    runner = Runner(tmp_path)
+    assert len(pending(suite, **runner.dirs)) == 4
+    assert run_suite(suite, lambda *_: None, lambda *_: None, out=tmp_path, runs=tmp_path, say=lambda _: None) == 1
+    done = runner(suite)
+    assert runner.calls == [("train", name) for name in ALL]
+    assert done == ["finished"] * 4
+    kept = sorted(path.name for path in (tmp_path / "results/tiny" / ALL[0]).iterdir())
+    assert kept == ["cell.json", "config.json", "episodes.jsonl", "metrics.jsonl", "status.json"]
+    assert pending(suite, **runner.dirs) == []
+    out, runs = runner.dirs["results_dir"], runner.dirs["runs_dir"]
+    assert run_suite(suite, runner.train, runner.resume, out=out, runs=runs, say=runner.said.append) == 0
+    assert len(runner.calls) == 4, "no further call"
+    assert runner.said[-1].endswith("finished already")
+
+
+def test_results_alone_are_enough_to_be_finished(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"])
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    runner(suite, agents=["wsrl"])
+    assert runner.calls == []
+
+
+def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runs, cells = tmp_path / "runs/tiny", suite.cells()
+    for cell, status in zip(cells, ("running", "", "failed", "finished"), strict=True):
+        begin(cell, runs / cell.name, status)
+    (runs / ALL[1] / "status.json").rename(runs / ALL[1] / "config.json")  # killed before its first status
+    write_run(cells[3], runs / ALL[3])  # killed before its rows were copied
+    done = runner(suite)
+    assert runner.calls == [("resume", name) for name in ALL[:3]]
+    assert done == ["finished"] * 4
+    copied = runs / ALL[3]
+    assert runner.said[-1] == f"[4/4] {ALL[3]}: copied from {copied}, which has the same settings"
+    kept = json.loads((tmp_path / "results/tiny" / ALL[3] / "cell.json").read_text())
+    assert kept == json.loads(json.dumps(asdict(cells[3])))
+
+
+def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
+    runner = Runner(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        run = tmp_path / "runs/tiny" / ALL[0]
+        begin(suite.cells()[0], run, "running", pid=other.pid, host=socket.gethostname())
+        states = runner(suite, agents=["wsrl"], tasks=[PEN])[:1]
+        other.communicate(b"\n")
+    assert states == ["active"] and runner.calls == []
+    set_status(run, "running", pid=other.pid, host=socket.gethostname())
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    assert runner.calls == [("resume", ALL[0])], "its process is gone"
+    assert os.getpid() != other.pid
+
+
+def test_a_stopped_cell_stops_the_suite(suite, tmp_path):
+    runner = Runner(tmp_path, **{ALL[1]: "stopped"})
+    done = runner(suite)
+    assert runner.calls == [("train", name) for name in ALL[:2]]
+    assert done == ["finished", "interrupted", "missing", "missing"]
+    runner(suite)
+    assert runner.calls == [("resume", ALL[1]), ("train", ALL[2]), ("train", ALL[3])]
+
+
+def test_a_failing_cell_does_not_keep_the_others_from_running(suite, tmp_path):
+    runner = Runner(tmp_path)
+
+    def train(cell, run):
+        if cell.name == ALL[0]:
+            set_status(run, "failed")
+            raise CheckpointError("disk full")
+        runner.train(cell, run)
+
+    done = runner(suite, train)
+    assert done == ["interrupted", "finished", "finished", "finished"]
+    assert any(line.endswith("failed: disk full") for line in runner.said)
+
+
+def test_more_seeds_are_added_to_those_already_run(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN], seeds=1)
+    runner(suite, agents=["wsrl"], tasks=[PEN], seeds=4)
+    assert runner.calls == [("train", names(("pen", "wsrl", "1-3"))[0])]
+    planned = jobs(suite, suite.cells(seeds=6), **runner.dirs)
+    assert [(job.cell.seed, job.cell.seeds, job.state) for job in planned[:3]] == [
+        (0, 1, "finished"),
+        (1, 3, "finished"),
+        (4, 2, "missing"),
+    ]
+    # seeds 0..3 score .4 .5 .6 .7 offline: mean .55
+    assert "| 4 | 55 % [" in runner.report(suite)
+
+
+@pytest.mark.parametrize("order", [(3, 5), (5, 3)])
+def test_a_report_has_all_seeds_in_whichever_order_they_were_run(order, suite, tmp_path):
+    runner = Runner(tmp_path)
+    for seeds in order:
+        runner(suite, agents=["wsrl"], tasks=[PEN], seeds=seeds)
+    text = runner.report(suite)
+    # seeds 0..4 score .4 .5 .6 .7 .8 offline; sac, not run, is listed with the suite's own three
+    assert "| `demo/pen-v0` | 42 % | wsrl | 5 | 60 % [" in text and f"- `{ALL[1]}` (missing)" in text
+
+
+def test_results_of_other_settings_are_never_mixed(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["sac"], tasks=[PEN])
+    changed = replace(suite, online_steps=900)
+    with pytest.raises(RunError, match="online_steps: 500 then, 900 now"):
+        runner(changed)
+    with pytest.raises(RunError, match="other settings"):
+        runner.report(changed)
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+def test_a_run_of_other_settings_is_neither_collected_nor_resumed(status, suite, tmp_path):
+    runner = Runner(tmp_path, **{ALL[0]: status})
+    one = {"agents": ["wsrl"], "tasks": [PEN]}
+    runner(suite, **one)
+    shutil.rmtree(tmp_path / "results", ignore_errors=True)
+    with pytest.raises(RunError, match=r"begun with other settings \(online_steps: 500 then, 900 now\); .* remove it"):
+        runner(replace(suite, online_steps=900), **one)
+    assert runner.calls == [] and not (tmp_path / "results").exists()
+    record = (tmp_path / "runs/tiny" / ALL[0]).with_name(f"{ALL[0]}.json")
+    kept = record.rename(tmp_path / "kept.json")
+    with pytest.raises(RunError, match="settings that are not on record"):
+        runner(suite, **one)
+    shutil.rmtree(tmp_path / "runs/tiny" / ALL[0])
+    kept.rename(record)
+    runner.status.clear()
+    assert runner(replace(suite, online_steps=900), **one)[0] == "finished", "the record of a run that is gone is void"
+    assert json.loads(record.read_text())["online_steps"] == 900
+
+
+def test_measuring_again_into_another_folder_trains_again(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = Runner(tmp_path)
+    for out, root in ((None, "runs/bench"), (Path("benchmarks/results/"), None), (Path("again"), "again/runs")):
+        runner.calls.clear()
+        assert run_suite(suite, runner.train, runner.resume, out=out, say=runner.said.append) == 0
+        assert runner.calls == ([("train", name) for name in ALL] if root else [])
+        assert root is None or Path(root, "tiny", ALL[0], "status.json").exists()
+    assert Path("benchmarks/results/tiny", ALL[0], "status.json").exists()
+    assert "Not run" not in write_report(suite, Path("again")).read_text()
+
+
+def test_a_report_says_what_the_rows_say(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    runner(suite, agents=["sac"], tasks=[PEN])
+    text = runner.report(suite)
+    head, pen_wsrl, pen_sac, door_wsrl, door_sac = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("## Success rate")[1].split("##")[0].splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    assert head[:4] == ["dataset", "dataset's mean", "method", "n"]
+    assert head[4:] == ["offline", "end of warm-up", "after the first 1000 updates", "end", "published, same data"]
+    # Seeds 0..2 score .4 .5 .6 offline; the interval over three seeds is their range.
+    assert pen_wsrl[:4] == ["`demo/pen-v0`", "42 %", "wsrl", "3"]
+    assert pen_wsrl[4:8] == ["50 % [40 %, 60 %]", "50 % [40 %, 60 %]", "30 % [20 %, 40 %]", "80 % [70 %, 90 %]"]
+    assert pen_wsrl[8] == "90 % (Paper A, table 1)"
+    assert pen_sac[2:5] == ["sac", "3", "40 % [30 %, 50 %]"] and pen_sac[8] == ""
+    assert door_wsrl[2:5] == ["wsrl", "0", "not run"] and door_sac[4] == "not run"
+    returns = text.split("## Return")[1]
+    assert "| 250 | wsrl | 3 | 500 [400, 600] |" in returns and "published" not in returns.split("##")[0]
+    assert "Machine: test bench x 2." in text
+    assert (
+        "- demo/door-v0, wsrl: 50 % (success rate; Paper B, figure 2)"
+        in text.split("## Published figures on other data")[1]
+    )
+    assert f"- `{ALL[2]}` (missing)" in text.split("## Not run")[1]
+    folder = tmp_path / "results/tiny"
+    assert (folder / "README.md").read_text() == text
+    assert (folder / "demo-pen-v0.png").stat().st_size > 10_000 and "(demo-pen-v0.png)" in text
+
+
+def table(text, title):
+    """Return the cells of a section's table, head first."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [[c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("|") and "---" not in x]
+
+
+def test_methods_are_compared_with_the_first_and_over_the_tasks(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite)
+    rows = tmp_path / "results/tiny" / ALL[2] / "episodes.jsonl"  # wsrl on door: every seed always succeeds
+    rows.write_text(rows.read_text().replace('"success": false', '"success": true'))
+    text = runner.report(suite)
+    wsrl, sac = [row for row in table(text, "Success rate") if row[0] == "2 tasks"]
+    # pen .4 .5 .6, door 1: resampled within pen alone, whose seeds are half of all
+    assert wsrl[:5] == ["2 tasks", "-", "wsrl", "6", "75 % [70 %, 80 %]"] and wsrl[8] == ""
+    assert sac[2:5] == ["sac", "6", "40 % [33 %, 47 %]"], "1.96 standard errors of six seeds are 6.5 %"
+    assert "2 tasks" not in text.split("## Return")[1].split("##")[0], "returns of two tasks have no unit in common"
+    assert "2 tasks: `demo/pen-v0`, `demo/door-v0`; their seeds together" in text
+    head, pen, door, both = table(text, "Probability of improvement on wsrl")
+    assert head == ["dataset", "metric", "method", "n", "n of the first", "probability"]
+    # at the end sac .6 .7 .8 against wsrl .7 .8 .9: one pair won, two ties, of nine
+    assert pen[:5] == ["`demo/pen-v0`", "success rate", "sac", "3", "3"] and pen[5].startswith("0.22 [0.00, ")
+    assert door[0] == "`demo/door-v0`" and door[5] == "0.00 [0.00, 0.00]"
+    assert both[:5] == ["2 tasks", "success rate", "sac", "6", "6"] and both[5].startswith("0.11 [0.00, ")
+
+
+def test_what_does_not_compare_is_left_out(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, seeds=1)
+    text = runner.report(replace(suite, seeds=1))
+    assert table(text, "Success rate")[-1][:5] == ["2 tasks", "-", "sac", "2", "30 %"], "no interval of one seed"
+    runner(suite, agents=["sac"], seeds=3)
+    assert "Probability" not in runner.report(suite), "one seed of the first"
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    assert [row[0] for row in table(runner.report(suite), "Probability of improvement on wsrl")[1:]] == [f"`{PEN}`"]
+
+
+def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
+    runner = Runner(tmp_path)
+    offline = replace(suite, online_steps=0, published={})
+    text = runner.report(offline)
+    assert "warm-up" not in text and "Machine" not in text and text.count("(missing)") == 4
+
+
+def test_rows_that_lack_seeds_are_refused(suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    path = tmp_path / "results/tiny" / ALL[0] / "episodes.jsonl"
+    path.write_text("".join(line for line in path.open() if json.loads(line)["seed"] < 2))
+    with pytest.raises(RunError, match="2 seeds in episodes.jsonl, expected 3"):
+        runner.report(suite)
+
+
+def test_unknown_names_are_suggested(suite, tmp_path):
+    with pytest.raises(ConfigError, match="no method 'wsrll'; did you mean 'wsrl'"):
+        suite.cells(agents=["wsrll"])
+    with pytest.raises(ConfigError, match="no dataset"):
+        suite.cells(tasks=["other/data-v0"])
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        suite.cells(seeds=0)
+    with pytest.raises(ConfigError, match="did you mean 'offline'"):
+        load_suite("ofline", ROOT / "benchmarks")
+    with pytest.raises(ConfigError, match="run from a checkout"):
+        load_suite("wsrl", tmp_path)
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "script.py").write_text("import no_such_thing  # SUITE\n")
+    with pytest.raises(ConfigError, match=r"script.py' cannot be imported \(ModuleNotFoundError: No module named"):
+        load_suite("script", tmp_path)
+    with pytest.raises(ConfigError, match="defines no `SUITE`"):
+        load_suite("empty", tmp_path)
+
+
+SUITES = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "SUITE" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_every_suite_loads_and_its_cells_are_distinct(path):
+    suite = load_suite(path.stem, ROOT / "benchmarks")
+    assert suite.name == path.stem
+    cells = suite.cells()
+    each = sum(suite.seeds if variant.base else 1 for variant in suite.variants)  # a base's seeds run one by one
+    assert len({cell.name for cell in cells}) == len(cells) == len(suite.tasks) * each
+    assert all(published is None or published.source for published in suite.published.values())
+
+
+def test_a_base_of_an_earlier_variant_gives_one_run_per_seed(suite, tmp_path):
+    corrected = replace(suite, variants=(Variant("bc", "bc"), Variant("residual", "residual", base="bc")), seeds=3)
+    cells = corrected.cells(tasks=[PEN])
+    assert [(cell.label, cell.seed, cell.seeds) for cell in cells] == [
+        ("bc", 0, 3), ("residual", 0, 1), ("residual", 1, 1), ("residual", 2, 1),
+    ]  # fmt: skip
+    root = tmp_path / "tiny"
+    with pytest.raises(RunError, match="corrects bc, whose seed 1 has no finished run .* o2o bench run tiny"):
+        cells[2].base_of(root / cells[2].name)
+    write_run(cells[0], root / cells[0].name, status="running")
+    with pytest.raises(RunError, match="no finished run"):
+        cells[2].base_of(root / cells[2].name)
+    set_status(root / cells[0].name, "finished")
+    assert cells[2].base_of(root / cells[2].name) == (str(root / cells[0].name), 1)
+    other = replace(cells[2], suite="other", base="tiny/bc")
+    assert other.base_of(tmp_path / "other" / other.name) == (str(root / cells[0].name), 1)
+    assert cells[0].base_of(root / cells[0].name) is None
+
+
+def test_a_base_that_is_no_variant_serves_all_seeds_in_one_run(suite, tmp_path):
+    for base in ("robot:act", "policy.onnx"):
+        (cell,) = replace(suite, variants=(Variant("residual", "residual", base=base),)).cells(tasks=[PEN])
+        assert cell.seeds == 3 and cell.base_of(tmp_path / cell.name) == (base, 0)

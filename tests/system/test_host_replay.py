@@ -1,0 +1,308 @@
+"""Observations in host memory: the same draws, the same updates, bit for bit, whatever the prefetch thread does."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from o2o.data.normalizer import Normalizer
+from o2o.errors import CheckpointError, ConfigError, RunError
+from o2o.replay import host as host_replay
+from o2o.replay.buffer import OfflineData
+from o2o.replay.host import HostData, HostReplay
+from o2o.replay.row_store import ON_HOST, RowStore
+from o2o.runs import session
+from o2o.train import checkpoint
+from o2o.train import programs as dispatch
+from o2o.train.programs import OnlineMode
+from o2o.train.schedule import LoopConfig
+
+ROWS, BATCH, CAPACITY = 30, 4, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    batch_size: int = BATCH
+
+
+class Toy(struct.PyTreeNode):
+    """Remembers what it was shown: a weighted sum of every leaf of every batch, in order."""
+
+    memory: jax.Array
+    window: int = struct.field(pytree_node=False, default=1)
+    needs: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    config: ToyConfig = struct.field(pytree_node=False, default=ToyConfig())
+
+    def update(self, batch):
+        memory = 0.9 * self.memory
+        valid = batch["valid"] if self.window > 1 else jnp.ones_like(batch["rewards"])
+        for i, leaf in enumerate(jax.tree.leaves(batch)):
+            leaf = leaf * valid.reshape(valid.shape + (1,) * (leaf.ndim - valid.ndim))
+            weights = jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape)
+            memory = memory + jnp.sum(leaf.astype(jnp.float32) * weights)
+        return self.replace(memory=memory), {"toy/memory": memory}
+
+    def sample_actions(self, observations, carry, rng, deterministic=False):
+        seen = jnp.mean(observations["camera"].astype(jnp.float32), axis=(1, 2, 3))[:, None] / 255.0
+        return jnp.tanh(seen + 0.01 * self.memory + jax.random.normal(rng, (len(seen), 2))), carry
+
+    def initial_carry(self, batch_shape):
+        return None
+
+    def online(self):
+        return self
+
+
+def rows_of(count, seed=0, ends=7):
+    rng = np.random.default_rng(seed)
+    observe = lambda: {  # noqa: E731
+        "state": rng.normal(size=(count, 3)).astype(np.float32),
+        "camera": rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8),
+    }
+    return {
+        "observations": observe(),
+        "actions": rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        "rewards": rng.normal(size=count).astype(np.float32),
+        "masks": np.ones(count, np.float32),
+        "next_observations": observe(),
+        "mc_returns": np.zeros(count, np.float32),
+        "ends": (np.arange(count) % ends == ends - 1),
+    }
+
+
+SOURCES = [(0, 10, 0.7), (10, 20, 0.3)]
+
+
+def equal(one, two):
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+            left, right = jax.random.key_data(left), jax.random.key_data(right)
+        np.testing.assert_array_equal(left, right)
+
+
+def agents(seeds, **fields):
+    return Toy(memory=jnp.zeros(seeds), **fields)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_dataset_on_the_host_is_drawn_as_on_the_device(window):
+    rows = rows_of(ROWS)
+    device, host = (kind.create(rows, ("ends",), SOURCES) for kind in (OfflineData, HostData))
+    for seed in range(3):
+        wanted = device.draw(jax.random.key(seed), (2, 5), window)
+        light = host.light.draw(jax.random.key(seed), (2, 5), window)
+        assert light["observations"].shape == wanted["rewards"].shape
+        equal({**light, **host.read(np.asarray(light["observations"]))}, wanted)
+    shapes = host.batch_shapes((2, 5), window)
+    assert shapes == device.batch_shapes((2, 5), window) == jax.eval_shape(lambda: wanted)
+    again = HostData.take(device)
+    equal(again.light, host.light)
+    equal(again.heavy, host.heavy)
+    assert host.size == ROWS and host.rows["observations"]["camera"] is rows["observations"]["camera"]
+
+
+def test_the_device_holds_no_observation():
+    host = HostData.create(rows_of(ROWS), ("ends",))
+    assert host_replay.row_bytes(host.light.rows) < 40
+    assert host_replay.row_bytes(host.rows) > 2 * 4 * 4 * 3
+
+
+@pytest.mark.parametrize(("seeds", "window"), [(1, 1), (2, 3)])
+def test_offline_updates_are_the_same(seeds, window):
+    rows, key = rows_of(ROWS), jax.random.split(jax.random.key(0), seeds)
+    device, host = (kind.create(rows, ("ends",), SOURCES) for kind in (OfflineData, HostData))
+    replay = HostReplay()
+    options = {"seeds": seeds, "batch_size": BATCH}
+    wanted = dispatch.offline_updates(agents(seeds, window=window), jnp.copy(key), device, jnp.asarray(5), **options)
+    got = replay.offline_updates(agents(seeds, window=window), key, host, jnp.asarray(5), **options)
+    equal(got, wanted)
+    replay.close()
+
+
+def play(
+    programs, data, *, seeds=1, steps=24, window=1, replay="mixed", pending=False, normalizer=None, initial=0,
+    overlap=False,
+):  # fmt: skip
+    """Drive the programs through a made-up environment and return all that they gave."""
+    needs = ("mc_returns",) if pending else ()
+    agent = agents(seeds, window=window, needs=needs)
+    capacity = CAPACITY + (ROWS if replay == "append" else 0)
+    keys = jax.random.split(jax.random.key(1), seeds)
+    state = programs.fresh_online_state(agent, keys, data, capacity, replay == "append")
+    world = rows_of(steps * seeds, seed=5, ends=6)
+    world = jax.tree.map(lambda leaf: leaf.reshape(steps, seeds, *leaf.shape[1:]), world)
+    if not pending:
+        del world["mc_returns"]
+    states, episode = [], 0
+    for step in range(steps):
+        rows = jax.tree.map(lambda leaf, s=step: leaf[s], world)
+        rows["ends"] = rows["ends"].astype(np.float32)
+        episode += 1
+        mode = OnlineMode(
+            seeds=seeds, update=step >= 6, random=step < 6, pending=pending, utd_ratio=2, batch_size=BATCH,
+            offline_ratio=0.5 if replay == "mixed" else 0.0, window=window, overlap=overlap,
+        )  # fmt: skip
+        offline = data if replay == "mixed" else None
+        if step == 6 and initial:
+            state = programs.initial_updates(state, offline, jnp.asarray(initial), mode=mode)
+        state, action = programs.online_step(
+            state, offline, normalizer, rows, rows["next_observations"], rows["ends"] > 0, mode=mode
+        )
+        if pending and step % 6 == 5:
+            returns = jnp.ones((seeds, 8)) * step
+            buffer = programs.commit_episodes(state.buffer, returns, jnp.full(seeds, 6), seeds=seeds)
+            state = state._replace(buffer=buffer)
+        rng = jax.random.key_data(state.rng)
+        states.append(jax.tree.map(np.asarray, (state.agent.memory, action, state.totals, rng)))
+    return states
+
+
+CASES = {
+    "mixed, normalised, with first updates": {"initial": 4, "normalizer": True},
+    "windows of two seeds": {"replay": "online", "window": 3, "seeds": 2},
+    "append": {"replay": "append"},
+    "learning while environments step": {"overlap": True},
+    "waiting for returns": {"pending": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_online_steps_are_the_same_bit_for_bit(case):
+    rows, options = rows_of(ROWS), dict(CASES[case])
+    needs = ("mc_returns", "ends")
+    if options.pop("normalizer", False):
+        options["normalizer"] = Normalizer.fit(rows["observations"])
+    wanted = play(dispatch, OfflineData.create(rows, needs, SOURCES), **options)
+    replay = HostReplay(slack=1)
+    got = play(replay, HostData.create(rows, needs, SOURCES), **options)
+    for step, (one, two) in enumerate(zip(got, wanted, strict=True)):
+        for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            np.testing.assert_array_equal(left, right, err_msg=f"step {step}")
+    assert np.abs(got[-1][0]).max() > 0
+    replay.close()
+
+
+def test_the_rows_ahead_are_mostly_right_and_their_timing_does_not_matter(monkeypatch):
+    rows = rows_of(ROWS)
+    data = HostData.create(rows, ("ends",), SOURCES)
+    read, calls, rng = RowStore.read, [], np.random.default_rng(0)
+
+    def slow(store, handles, dataset, until):
+        calls.append((handles.shape, until == store.total))
+        time.sleep(rng.uniform(0, 0.01))
+        return read(store, handles, dataset, until)
+
+    plain, late = HostReplay(), HostReplay()
+    wanted = play(plain, data)
+    plain.close()  # its thread may still be reading
+    monkeypatch.setattr(RowStore, "read", slow)
+    got = play(late, data)
+    for one, two in zip(got, wanted, strict=True):
+        equal(one, two)
+    whole = [shape for shape, _ in calls if len(shape) == 3]
+    assert len(whole) in (18, 19)  # one for each of 18 updates, perhaps one ahead of the last; none was fetched anew
+    late.close()
+
+
+def example(seeds=2):
+    rows = rows_of(3)
+    return jax.tree.map(lambda leaf: leaf[:seeds], {key: rows[key] for key in ON_HOST})
+
+
+def test_a_store_gives_back_what_it_was_given_to_each_seed(tmp_path):
+    store = RowStore(tmp_path / "replay", example(), 3, 2)
+    world = [rows_of(2, seed=i) for i in range(5)]
+    handles = [store.add(rows) for rows in world]
+    np.testing.assert_array_equal(handles, [[i, i] for i in range(5)])
+    asked = np.asarray([[4, 0, -2], [3, 4, -1]], np.int32)
+    data = rows_of(6, seed=9)
+    got = store.read(asked, data, store.total)
+    for key in ("observations", "next_observations"):
+        for part in ("state", "camera"):
+            for seed, row in np.ndindex(2, 3):
+                handle = asked[seed, row]
+                wanted = data[key][part][-1 - handle] if handle < 0 else world[handle][key][part][seed]
+                np.testing.assert_array_equal(got[key][part][seed, row], wanted)
+    assert got["observations"]["camera"].dtype == np.uint8
+
+
+def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path):
+    store = RowStore(tmp_path, example(), 3, 2)
+    world = [rows_of(2, seed=i) for i in range(9)]
+    for rows in world[:7]:
+        store.add(rows)
+    again = RowStore(tmp_path, example(), 3, 2)
+    again.total = 5  # a checkpoint behind which two rows were written
+    got = again.read(np.asarray([[2, 3, 4]] * 2), rows_of(1), again.total)
+    for i, row in enumerate((2, 3, 4)):
+        np.testing.assert_array_equal(got["observations"]["camera"][1, i], world[row]["observations"]["camera"][1])
+    with pytest.raises(CheckpointError, match="resume from the latest"):
+        again.read(np.asarray([[1, 3]] * 2), rows_of(1), again.total)
+    with pytest.raises(RunError, match=r"room for 5 transitions, expected 10: .*checkpoint_every"):
+        RowStore(tmp_path, example(), 8, 2)
+    kept = RowStore(tmp_path, example(), 3, 2).read(np.asarray([[4]] * 2), rows_of(1), 5)
+    np.testing.assert_array_equal(kept["observations"]["camera"][0, 0], world[4]["observations"]["camera"][0])
+
+
+def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path, monkeypatch):
+    done, written, fsync, save = [], [], os.fsync, checkpoint.save
+
+    def syncing(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def saving(folder, step, *rest):
+        before = [*done, step]
+        save(folder, step, *rest)
+        files = {path.name for path in (folder / str(step)).rglob("*")}
+        written.append(files and {*files, str(step), "checkpoints"} <= set(done[len(before) - 1 :]))
+        done[:] = before  # without what the checkpoint itself writes
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(checkpoint, "save", saving)
+    loop = LoopConfig(eval_every=0, eval_episodes=1, checkpoint_every=20, updates_per_dispatch=10, device_bytes=0)
+    assert session.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
+    steps = [at for at, name in enumerate(done) if isinstance(name, int)]
+    assert {done[at] for at in steps} == {10, 30, 50} and written == [True] * 3
+    rows = ["metrics.jsonl", "episodes.jsonl", "next_observations.bin", "observations.bin", "serials.bin"]
+    assert all(done[at - 5 : at] == rows for at in steps if done[at] > 10)
+
+
+def test_too_small_a_disk_is_refused_before_any_step(tmp_path):
+    with pytest.raises(ConfigError, match=r"needs .* GiB in .*replay_capacity"):
+        RowStore(tmp_path, example(), 10**13, 1)
+
+
+def test_a_temporary_store_removes_its_files():
+    store = RowStore(None, example(), 3, 1)
+    folder = store.folder
+    assert folder.is_dir()
+    del store
+    assert not folder.exists()
+
+
+def test_the_limit_is_the_given_one_or_what_the_back_end_suggests():
+    assert host_replay.device_limit(0) == 0 and host_replay.device_limit(5) == 5
+    assert host_replay.device_limit(None) >= 2**30
+
+
+def test_a_run_that_is_only_looked_at_keeps_its_rows(tiny_run, tmp_path):
+    loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=0)
+    assert session.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()}
+    files = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}  # noqa: E731
+    times = files()
+    _, trainer = session.open_run(tmp_path / "run")
+    session.load_policy(tmp_path / "run")
+    assert files() == times, "who only looks needs no right to write"
+    with pytest.raises(RunError, match="opened to be looked at.*o2o resume"):
+        trainer.online(60)
+    trainer.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()} == before

@@ -1,0 +1,162 @@
+"""The command line as a user meets it: exit codes, one clear line for bad input, the whole way on a tiny run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from o2o import cli
+from o2o.report.plots import read_rows
+from o2o.runs import session
+from o2o.runs.folder import read_status
+
+TINY = [
+    *("--preset", "small", "--offline-steps", "20", "--online-steps", "40", "--loop.eval-episodes", "1"),
+    *("--config.actor-hidden-dims", "8", "8", "--config.critic-hidden-dims", "8", "8", "--config.batch-size", "8"),
+    *("--config.online.warmup-steps", "10", "--config.online.min-rows", "0"),
+]
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    return int(ended.value.code or 0)
+
+
+def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 0
+    path = tmp_path / "one"
+    assert read_status(path) == "finished" and (path / "curve.png").stat().st_size > 5_000
+    assert {row["phase"] for row in read_rows(path / "episodes.jsonl")} == {"offline", "warmup", "online"}
+    config = session.load_config(path)
+    assert config.config.actor_hidden_dims == (8, 8) and config.online_steps == 40 and config.preset == "small"
+    capsys.readouterr()
+    assert run("eval", str(path), "--episodes", "2") == 0
+    assert re.search(r"return .*\(n=1\).* 2 ", capsys.readouterr().out)
+    assert run("plot", str(path), "--out", str(tmp_path / "p.png")) == 0
+    assert (tmp_path / "p.png").stat().st_size > 5_000
+    assert run("resume", str(path)) == 0
+    assert run("resume", str(path), "--online-steps", "30") == 2
+    assert "has made 40 environment steps" in capsys.readouterr().err
+    assert run("resume", str(path), "--online-steps", "45") == 0
+    assert read_rows(path / "episodes.jsonl")[-1]["env_steps"] == 45
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
+    assert "exists already" in capsys.readouterr().err
+    for args, words in (
+        (["eval", str(path), "--checkpoint", "bset"], "no checkpoint 'bset'; give latest, best or a step"),
+        (["eval", str(path), "--checkpoint", "7"], "no checkpoint 7"),
+        (["eval", str(path), "--seed", "-1"], "seed is -1; expected at least 0"),
+        (["play", str(path), "--seed", "-1", "--out", str(tmp_path / "play.gif")], "seed is -1; expected at least 0"),
+        (["play", str(path), "--member", "1", "--out", str(tmp_path / "play.gif")], "no member 1"),
+        (["play", str(path), "--out", str(tmp_path / "x.avi")], "has no known suffix"),
+        (["data", "export", str(path)], "no recorded episode: train with --record"),
+    ):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    (path / "episodes.jsonl").write_text("")
+    assert run("resume", str(path)) == 0, "a run that has nothing to draw has finished all the same"
+    assert "no curve drawn: no evaluation" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").write_text("mine")
+    assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
+    error = capsys.readouterr().err
+    assert "one is a file, where a run needs a folder: choose another --name" in error and error.count("\n") == 1
+    assert (tmp_path / "one").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "wsrll"], "did you mean 'wsrl'"),
+        (["train", "wsrl"], "no --dataset"),
+        (
+            ["train", "wsrl", "--dataset", "o2o/embeded/pointmaze-umaze-v0"],
+            "did you mean o2o/embedded/pointmaze-umaze-v0",
+        ),
+        (["data", "describe", "no/such-v0"], "no/such-v0"),
+        (["data", "make", "nothing"], "pointmaze-umaze"),
+        (["data", "lst"], "did you mean 'list'"),
+        (["bench", "run", "nothing"], "nothing"),
+        (["resume", "runs/absent"], "no run folder"),
+        (["resume", __file__], "test_cli.py is no run folder"),
+        (["eval", __file__], "test_cli.py is no run folder"),
+        (["play", __file__, "--out", "x.mp4"], "test_cli.py is no run folder"),
+        (["balance", __file__], "test_cli.py is no run folder"),
+        (["data", "make", "pointmaze-umaze", "--root", __file__], "test_cli.py is a file, expected a folder"),
+        (["eval", "runs/absent"], "no run folder"),
+        (["play", "runs/absent", "--out", "x.mp4"], "no run folder"),
+        (["data", "export", "runs/absent"], "no run folder"),
+        (["resume"], "Missing from o2o resume"),
+        (["eval", "runs/absent", "--episodes", "many"], "--episodes: invalid literal"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    args: list[str], words: str, embedded: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("o2o: error: ") and error.count("\n") == 1 and words in error
+
+
+def test_an_unknown_field_is_refused_with_the_near_one(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "wsrl", "--dataset", embedded, "--config.online.utd-ration", "3") == 2
+    error = capsys.readouterr().err
+    assert "did you mean --config.online.utd-ratio?" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("agent", ["bc", "iql", "cql", "calql", "sac", "rlpd", "wsrl"])
+def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", agent, "--help") == 0
+    text = capsys.readouterr().out
+    for option in ("--config.discount", "--config.online.utd-ratio", "--dataset", "--seeds"):
+        assert option in text
+    assert "0.99" in text
+
+
+def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "list") == 0
+    assert "PointMaze" in capsys.readouterr().out
+    assert run("data", "describe", embedded) == 0
+    assert "PointMaze_UMaze-v3" in capsys.readouterr().out
+    assert run("data", "check", embedded) == 0
+    assert "ok" in capsys.readouterr().out
+
+
+def test_what_a_dataset_says_of_itself_is_no_markup(
+    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "see [/bold] and [red]this[/red] :warning:"
+    shutil.copytree(embedded_root, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("metadata.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "description": words}))
+    assert run("data", "describe", str(path.parent.parent)) == 0
+    assert f"description: {words}\n" in capsys.readouterr().out
+
+
+def test_a_broken_dataset_is_listed_as_such(
+    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(embedded_root, tmp_path / "data")
+    for name, text in (("cut", '{"dataset_id": "cut'), ("other", "[1]")):
+        (tmp_path / "data" / name / "data").mkdir(parents=True)
+        (tmp_path / "data" / name / "data" / "metadata.json").write_text(text)
+    assert run("data", "list", "--root", str(tmp_path / "data")) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("broken:") == 2 and "PointMaze_UMaze-v3" in shown
+
+
+def test_module_runs_as_a_program(embedded: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-m", "o2o.cli", "--version"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0 and re.match(r"o2o \d+\.\d+", done.stdout)

@@ -1,0 +1,22 @@
+"""What the shared types promise."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from o2o.agents import AGENTS
+from o2o.types import AgentNode
+from tests.helpers.contract import Case
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agents_structure_tells_its_class(name: str) -> None:
+    """Of equal structures, `jax.jit` may run the program of one class on the other."""
+    base: Any = AGENTS[name]
+    agent = jax.eval_shape(Case(name, "offline").make, jax.random.key(0))
+    parts = {field.name: getattr(agent, field.name) for field in dataclasses.fields(agent)}
+    same, derived = base(**parts), type("Derived", (base,), {})(**parts)
+    assert isinstance(agent, AgentNode) and jax.tree.leaves(derived) == jax.tree.leaves(agent) != []
+    assert jax.tree.structure(same) == jax.tree.structure(agent) != jax.tree.structure(derived)
