@@ -9,16 +9,14 @@ Where we differ
 - Kernels start as in CORL, uniform within 1 / sqrt(inputs); biases at zero, where CORL draws them as well.
 - The exponent is capped instead of its exponential: the same weights, without overflow for a small lambda.
 - The policy's samples are clipped to [-1, 1] when they are played, as well as in the losses.
-- `run_settings` turns the run's `normalize` on, as CORL does: states over std + 1e-3, frozen online.
+- The presets turn the run's `normalize` on, as CORL does: states over std + 1e-3, frozen online.
 - Rewards: r - 1 on mazes (CORL), -1/0 on Adroit, where CORL keeps the dense reward, otherwise the task's own.
 - "pointmaze" follows AntMaze; "kitchen" takes Adroit's lambda; "other" follows locomotion.
 - The online buffer is a ring: once the run's replay capacity is full, the oldest rows, the dataset's, go first.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +27,11 @@ from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model
 from o2o.rl import losses
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class AWACConfig:
+class AWACConfig(AgentConfig):
     """Settings of AWAC."""
 
     temperature: float = 1.0
@@ -56,10 +54,6 @@ class AWACConfig:
     """Adam's rate of the critics."""
     tau: float = 0.005
     """Weight of the new parameters in the target critics' average, after every update."""
-    discount: float = 0.99
-    """Discount factor per step."""
-    batch_size: int = 256
-    """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
@@ -75,7 +69,7 @@ class AWACConfig:
 _DEFAULT = AWACConfig()
 
 
-class AWAC(AgentNode):
+class AWAC(Agent):
     """Advantage-weighted actor-critic."""
 
     actor: Model
@@ -83,8 +77,6 @@ class AWAC(AgentNode):
     target_critic: Params
     rng: Array
     config: AWACConfig = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
-    run_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({"normalize": True})
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: AWACConfig = _DEFAULT) -> Self:
@@ -167,14 +159,6 @@ class AWAC(AgentNode):
             return jnp.clip(self.actor(observations).mode(), -1.0, 1.0), carry
         return self.play(observations, rng), carry
 
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
-
-    def online(self) -> Self:
-        """Return the agent unchanged: the same losses go on online."""
-        return self
-
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
@@ -188,9 +172,9 @@ class AWAC(AgentNode):
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         config = AWACConfig(temperature=temperature)
         if size == "paper":
-            return Preset(config, 1_000_000, 1_000_000, reward)
+            return Preset(config, 1_000_000, 1_000_000, reward, run={"normalize": True})
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         if family == "locomotion":
             config = replace(config, temperature=10.0)
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
-        return Preset(small, 10_000, 10_000, reward)
+        return Preset(small, 10_000, 10_000, reward, run={"normalize": True})

@@ -8,7 +8,7 @@ Where we differ
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from flax import struct
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, GaussianActor, Init, Model
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
 """Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
 
 
 @dataclass(frozen=True)
-class BCConfig:
+class BCConfig(AgentConfig):
     """Settings of behaviour cloning."""
 
     loss: Literal["nll", "mse"] = "nll"
@@ -47,10 +47,6 @@ class BCConfig:
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]. The likelihood has no maximum without a floor."""
     actor_lr: float = 3e-4
     """Adam rate."""
-    discount: float = 0.99
-    """Discount factor, which every agent's settings have; cloning does not use it."""
-    batch_size: int = 256
-    """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="none")
     """Online phase: act and store, never update."""
 
@@ -63,13 +59,12 @@ class BCConfig:
 _DEFAULT = BCConfig()
 
 
-class BC(AgentNode):
+class BC(Agent):
     """Behaviour cloning."""
 
     actor: Model
     rng: Array
     config: BCConfig = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: BCConfig = _DEFAULT) -> Self:
@@ -120,14 +115,6 @@ class BC(AgentNode):
         dist = self.actor(observations)
         actions = dist.mode() if deterministic or self.config.loss == "mse" else dist.sample(rng)
         return jnp.clip(actions, -1.0, 1.0), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
-
-    def online(self) -> Self:
-        """Return the agent unchanged."""
-        return self
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -36,7 +36,7 @@ from o2o.errors import ConfigError, DatasetError
 from o2o.nn.kernels import piece_rows, sum_in_pieces
 from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
-from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ class CQLConfig(SACConfig):
 class CalQLConfig(CQLConfig):
     """Settings of Cal-QL: CQL's."""
 
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(keys=("mc_returns",))
+
 
 class CQL(SAC):
     """Conservative Q-learning."""
@@ -173,7 +178,7 @@ class CQL(SAC):
             members = sample_members(member_rng, module.num, subset, replace=True)
             module, params, q = module.clone(num=subset), take_members(params, members), q[members]
         actions, log_prob = self.sampled_actions(batch, action_rng)
-        rows = {key: batch[key] for key in ("observations", *self.needs)}
+        rows = {key: batch[key] for key in ("observations", *self.needs.keys)}
         return module, params, q, {**rows, "actions": jnp.swapaxes(actions, 0, 1), "log_prob": log_prob.T}
 
     def row_gaps(self, module: Any, params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
@@ -245,7 +250,6 @@ class CQL(SAC):
 class CalQL(CQL):
     """Calibrated CQL; batches carry `mc_returns [utd, B]`."""
 
-    needs: ClassVar[tuple[str, ...]] = ("mc_returns",)
     calibrated: ClassVar[bool] = True
 
     @classmethod

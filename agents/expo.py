@@ -31,7 +31,7 @@ entropy target and in the edits' log-density.
 """
 
 from math import log
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,13 @@ from o2o.nn.encoders import augment, create_encoder, encode
 from o2o.nn.generative import Denoiser
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model, draw_members
 from o2o.rl import losses
-from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = EXPOConfig()
 __all__ = ["EXPO", "EXPOConfig"]
 
 
-class EXPO(AgentNode):
+class EXPO(Agent):
     """Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns."""
 
     base: Model
@@ -66,7 +66,6 @@ class EXPO(AgentNode):
     rng: Array
     config: EXPOConfig = struct.field(pytree_node=False)
     phase: Literal["offline", "online"] = struct.field(pytree_node=False, default="offline")
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Any, actions: Array, config: EXPOConfig = _DEFAULT) -> Self:
@@ -250,10 +249,6 @@ class EXPO(AgentNode):
         """Return on-the-fly actions `[..., A]` in [-1, 1] with the averaged base; `deterministic` changes nothing."""
         choice = self.choose(encode(self.encoder, observations), self.target_base, rng)
         return jnp.clip(choice.actions, -1.0, 1.0), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
 
     def online(self) -> Self:
         """Return the agent whose updates train everything; nothing is reset, and nothing else changes."""

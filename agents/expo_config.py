@@ -14,7 +14,7 @@ from o2o.agents.expo_policy import Selection
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig
 from o2o.nn.generative import Diffusion, Flow
-from o2o.types import OnlineConfig, Preset
+from o2o.types import AgentConfig, OnlineConfig, Preset
 
 PAPER_DECAY = 3_000_000
 CHOICES = {
@@ -26,13 +26,9 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class EXPOConfig:
+class EXPOConfig(AgentConfig):
     """Settings of EXPO; the defaults are the paper's for manipulation, online with prior data."""
 
-    batch_size: int = 256
-    """Rows of one minibatch."""
-    discount: float = 0.99
-    """Discount factor per step."""
     online: OnlineConfig = OnlineConfig(utd_ratio=20, random_steps=5000, replay="mixed", offline_ratio=0.5)
     """Schedule of the online phase; after pre-training the paper has no random steps."""
     base: Literal["diffusion", "flow"] = "diffusion"

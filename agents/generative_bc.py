@@ -24,7 +24,7 @@ Where we differ
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,11 @@ from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, Model
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Phase, Preset
 
 
 @dataclass(frozen=True)
-class GenerativeBCConfig:
+class GenerativeBCConfig(AgentConfig):
     """What both have in common."""
 
     horizon: int = 1
@@ -65,10 +65,6 @@ class GenerativeBCConfig:
     """AdamW's decay."""
     ema_rate: float = 0.001
     """Share of the trained network in the acting average's step; 1 acts with the trained network itself."""
-    discount: float = 0.99
-    """Discount factor, which every agent's settings have; cloning does not use it."""
-    batch_size: int = 256
-    """Chunks per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="none")
     """Online phase: act and store, never update."""
 
@@ -83,6 +79,11 @@ class GenerativeBCConfig:
             raise ConfigError(f"{name}.ema_rate is {self.ema_rate}; expected above 0 and at most 1.")
         if self.network not in ("residual", "mlp"):
             raise ConfigError(f"{name}.network is {self.network!r}; expected residual or mlp.")
+
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(window=self.horizon)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class FlowBCConfig(GenerativeBCConfig):
     """Euler steps."""
 
 
-class GenerativeBC(AgentNode):
+class GenerativeBC(Agent):
     """The part that both share; `config.model` is all that tells them apart."""
 
     actor: Model
@@ -110,7 +111,6 @@ class GenerativeBC(AgentNode):
     rng: Array
     config: Any = struct.field(pytree_node=False)
     action_dim: int = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: Any) -> Self:
@@ -131,19 +131,14 @@ class GenerativeBC(AgentNode):
         agent = cls(actor=actor, average=average, rng=rng, config=config, action_dim=actions.shape[-1])
         return jax.tree.map(jnp.asarray, agent)
 
-    @property
-    def window(self) -> int:
-        """Rows in a row that a minibatch's leaves have: `[utd, B, W, ...]`; 1 for none of that axis."""
-        return self.config.horizon
-
     def chunks(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Return first observations `[B, D]`, chunks `[B, H A]`, and 1 where an entry is of the episode, `[B, H A]`."""
         observations, actions = batch["observations"], batch["actions"]
-        if self.window == 1:
+        if self.needs.window == 1:
             return observations, actions, jnp.ones_like(actions)
         valid = batch["valid"]
         last = jnp.maximum(valid.sum(axis=-1, keepdims=True).astype(jnp.int32) - 1, 0)
-        index = jnp.minimum(jnp.arange(self.window), last)
+        index = jnp.minimum(jnp.arange(self.needs.window), last)
         filled = jnp.take_along_axis(actions, index[..., None], axis=-2)
         return observations[:, 0], filled.reshape(filled.shape[0], -1), jnp.repeat(valid, self.action_dim, axis=-1)
 
@@ -197,19 +192,16 @@ class GenerativeBC(AgentNode):
         """Return empty queues `[*batch_shape, h, A]`; `None` where every action is predicted anew."""
         return None if self.execute == 1 else empty_queue(batch_shape, self.execute, self.action_dim)
 
-    def online(self) -> Self:
-        """Return the agent unchanged."""
-        return self
-
-    def remark(self, steps: int) -> str | None:
-        """Return what to know before a pre-training of so many steps: that the rate is 0 for the rest of them."""
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        """Return one phase, with a note if the learning rate reaches 0 before its end."""
         decay = self.config.decay_steps
         if decay is None or steps <= decay:
-            return None
-        return (
+            return (Phase("offline", steps),)
+        note = (
             f"the learning rate falls to 0 by step {decay} of {steps} and nothing is learnt from there on; set "
             f"config.decay_steps to {steps} as well"
         )
+        return (Phase("offline", steps, note=note),)
 
 
 class DiffusionBC(GenerativeBC):

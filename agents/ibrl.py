@@ -38,7 +38,7 @@ from o2o.agents.td3 import TD3, TD3Config
 from o2o.errors import ConfigError
 from o2o.nn.modules import CriticEnsemble, draw_members
 from o2o.rl import losses
-from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 WIDE = (1024, 1024, 1024)
 
@@ -108,6 +108,11 @@ class IBRLConfig(TD3Config):
         if self.n_step < 1:
             raise ConfigError(f"IBRLConfig.n_step is {self.n_step}; expected at least 1.")
 
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(window=max(self.n_step, 2))  # two at least: only windows say where an episode ended
+
 
 _DEFAULT = IBRLConfig()
 
@@ -138,11 +143,6 @@ class IBRL(TD3):
             init_scheme=config.init_scheme, actor_lr=config.clone_lr, batch_size=config.batch_size,
         )  # fmt: skip
         return agent.replace(reference=BC.create(clone_rng, observations, actions, cloning))
-
-    @property
-    def window(self) -> int:
-        """Rows in a row that the agent learns from; two at least, as only windows say where an episode ended."""
-        return max(self.config.n_step, 2)
 
     def cloned_actions(self, observations: Array) -> Array:
         """Return the cloned policy's actions `[..., A]`; it draws nothing."""
@@ -207,7 +207,7 @@ class IBRL(TD3):
             return actions, carry
         return self.choose(observations, actions, choice_rng, deterministic).actions, carry
 
-    def random_actions(self, observations: Array, rng: Array) -> Array:
+    def random_actions(self, observations: Array, rng: Array, action_dim: int) -> Array:
         """Return the clone's actions `[..., A]`, which are those of the warm-up."""
         return self.cloned_actions(observations)
 

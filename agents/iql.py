@@ -15,7 +15,7 @@ Where we differ
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ from o2o.errors import ConfigError
 from o2o.nn.distributions import Normal, TanhNormal
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
 from o2o.rl.losses import advantage_weights, critic_loss, expectile_loss, td_target
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
 """Actions of the data are clipped to this before a squashed actor's log-density, which is infinite at 1."""
 
 
 @dataclass(frozen=True)
-class IQLConfig:
+class IQLConfig(AgentConfig):
     """Settings of IQL."""
 
     expectile: float = 0.7
@@ -84,10 +84,6 @@ class IQLConfig:
     """Cosine decay of the actor's rate to 0 over this many updates, offline only; `None` for a constant rate."""
     tau: float = 0.005
     """Weight of the new parameters in the target critics' average, after every update."""
-    discount: float = 0.99
-    """Discount factor."""
-    batch_size: int = 256
-    """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(utd_ratio=1, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
@@ -105,7 +101,7 @@ class IQLConfig:
 _DEFAULT = IQLConfig()
 
 
-class IQL(AgentNode):
+class IQL(Agent):
     """Implicit Q-learning."""
 
     actor: Model
@@ -114,7 +110,6 @@ class IQL(AgentNode):
     value: Model
     rng: Array
     config: IQLConfig = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: IQLConfig = _DEFAULT) -> Self:
@@ -224,10 +219,6 @@ class IQL(AgentNode):
         dist = self.actor(observations)
         actions = dist.mode() if deterministic else dist.sample(rng)
         return jnp.clip(actions, -1.0, 1.0), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
 
     def online(self) -> Self:
         """Return the agent with the actor's rate constant: the same losses, moments kept, decay off."""

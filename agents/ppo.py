@@ -17,7 +17,7 @@ Where we differ
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,11 @@ from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Activation, Adam, BoundedGaussianActor, Init, Model, Value
 from o2o.rl.losses import clipped_surrogate, generalised_advantages
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
     actor_hidden_dims: tuple[int, ...] = (256, 256, 256)
@@ -66,8 +66,6 @@ class PPOConfig:
     """Gradients of each network are scaled down to this norm."""
     reward_scale: float = 1.0
     """Factor of all rewards that the agent sees, offline and online (0.1: Uni-O4's "number")."""
-    discount: float = 0.99
-    """Discount factor."""
     batch_size: int = 128
     """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="rollout", num_envs=8, rollout_steps=2048)
@@ -85,6 +83,11 @@ class PPOConfig:
             raise ConfigError(f"online.replay is {self.online.replay!r}; an on-policy agent needs 'rollout'")
         self.online.check_rollout()
 
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(keys=("mc_returns",))
+
 
 _DEFAULT = PPOConfig()
 
@@ -94,7 +97,7 @@ def fresh(model: Model, optimizer: Adam) -> Model:
     return model.replace(optimizer=optimizer, opt_state=optimizer.build().init(model.params))
 
 
-class PPO(AgentNode):
+class PPO(Agent):
     """Proximal policy optimisation."""
 
     actor: Model
@@ -108,7 +111,6 @@ class PPO(AgentNode):
     rng: Array
     config: PPOConfig = struct.field(pytree_node=False)
     is_online: bool = struct.field(pytree_node=False, default=False)
-    needs: ClassVar[tuple[str, ...]] = ("mc_returns",)
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: PPOConfig = _DEFAULT) -> Self:
@@ -247,10 +249,6 @@ class PPO(AgentNode):
         dist = self.actor(self.scaled(observations))
         actions = dist.mode() if deterministic else dist.sample(rng)
         return jnp.clip(actions, -1.0, 1.0), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
 
     def online(self) -> Self:
         """Return the agent ready for rollouts: fresh optimisers at the online rates, everything else kept."""

@@ -24,7 +24,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -38,11 +38,11 @@ from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.losses import td_target
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class QCConfig:
+class QCConfig(AgentConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
     chunk: int = 5
@@ -71,10 +71,6 @@ class QCConfig:
     """Adam's rate of the critics."""
     tau: float = 0.005
     """Weight of the new parameters in the target's average, after every update."""
-    discount: float = 0.99
-    """Discount factor per step."""
-    batch_size: int = 256
-    """Windows per minibatch."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
 
@@ -89,6 +85,11 @@ class QCConfig:
             raise ConfigError(f"QCConfig.aggregate is {self.aggregate!r}; expected 'mean' or 'min'.")
         if self.alpha < 0:
             raise ConfigError(f"QCConfig.alpha is {self.alpha}; expected 0 or more, such as 100.")
+
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(window=self.chunk)
 
 
 _DEFAULT = QCConfig()
@@ -150,7 +151,7 @@ def cut(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
     )
 
 
-class QC(AgentNode):
+class QC(Agent):
     """Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one."""
 
     actor: Model
@@ -160,7 +161,6 @@ class QC(AgentNode):
     rng: Array
     config: QCConfig = struct.field(pytree_node=False)
     action_dim: int = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: QCConfig = _DEFAULT) -> Self:
@@ -189,11 +189,6 @@ class QC(AgentNode):
             action_dim=actions.shape[-1],
         )
         return jax.tree.map(jnp.asarray, agent)
-
-    @property
-    def window(self) -> int:
-        """Rows in a row that a minibatch's leaves have: `[utd, B, h, ...]`; plain transitions with h = 1."""
-        return self.config.chunk
 
     def flow_chunks(self, observations: Array, noise: Array) -> Array:
         """Return the flow's chunks `[..., n]` from `noise [..., n]`; leading axes broadcast."""
@@ -272,7 +267,7 @@ class QC(AgentNode):
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run one step per leading row of the leaves, `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics."""
-        if self.window == 1:
+        if self.needs.window == 1:
             batch = {**batch, "valid": jnp.ones_like(batch["rewards"])}
             batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
@@ -281,7 +276,7 @@ class QC(AgentNode):
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
         """Return the next actions `[..., A]` of the chunks under way, or of new ones, and the queues behind them."""
-        if self.window == 1:
+        if self.needs.window == 1:
             return self.propose(observations, rng, deterministic), carry
 
         def chunks() -> Array:
@@ -292,11 +287,7 @@ class QC(AgentNode):
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
         """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        return None if self.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
-
-    def online(self) -> Self:
-        """Return the agent unchanged: the same losses go on online."""
-        return self
+        return None if self.needs.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

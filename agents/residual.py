@@ -31,8 +31,7 @@ Where we differ
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ from o2o.errors import ConfigError
 from o2o.nn.encoders import create_encoder, shift_observations
 from o2o.nn.kernels import branch
 from o2o.nn.modules import Adam, CriticEnsemble, Model, draw_members
-from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, Info, Params, Preset
 
 _DEFAULT = ResidualConfig()
 ACTION_LIMIT = 1.0 - 1e-6
@@ -105,7 +104,7 @@ def critic_loss(q: Array, targets: Array, kind: str) -> Array:
     return jnp.mean(jnp.square(jnp.mean(jnp.abs(q - targets), axis=0)))
 
 
-class Residual(AgentNode):
+class Residual(Agent):
     """Residual policy and critics on top of a base policy that acts outside."""
 
     actor: Model
@@ -119,11 +118,6 @@ class Residual(AgentNode):
     """Critic steps of the present phase, int32."""
     rng: Array
     config: ResidualConfig = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
-    needs_base: ClassVar[bool] = True
-    run_settings: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"normalize": True, "std_floor": 0.1, "action_range": "data"}
-    )
 
     @classmethod
     def create(cls, rng: Array, observations: Any, actions: Array, config: ResidualConfig = _DEFAULT) -> Self:
@@ -154,11 +148,6 @@ class Residual(AgentNode):
         parts: dict[str, Any] = {"actor": actor, "critic": critic, "encoder": encoder, "trunk": trunk, **copies}
         agent = cls(**parts, updates=jnp.zeros((), jnp.int32), rng=rng, config=config)
         return jax.tree.map(jnp.asarray, agent)
-
-    @property
-    def window(self) -> int:
-        """Rows in a row that the agent learns from; two at least, as only windows say where an episode ended."""
-        return max(self.config.n_step, 2)
 
     def see(self, observations: Any, encoder_params: Params = None) -> Seen:
         """Return what the networks see of observations `[..., D]`."""
@@ -259,17 +248,13 @@ class Residual(AgentNode):
             residual = jnp.clip(residual + noise, -ACTION_LIMIT, ACTION_LIMIT)
         return self.combine(observed, residual), carry
 
-    def random_actions(self, observations: Any, rng: Array) -> Array:
+    def random_actions(self, observations: Any, rng: Array, action_dim: int) -> Array:
         """Return the actions `[..., A]` of the environment warm-up."""
         base = self.see(observations).base
         if self.config.warmup_actions == "uniform":
             return jax.random.uniform(rng, base.shape, minval=-1.0, maxval=1.0)
         bound = self.config.warmup_noise
         return jnp.clip(base + jax.random.uniform(rng, base.shape, minval=-bound, maxval=bound), -1.0, 1.0)
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the memory is the base's, which acts outside."""
-        return None
 
     def online(self) -> Self:
         """Return the agent with its count of updates at 0: the critic warm-up is still to come."""

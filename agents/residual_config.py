@@ -13,11 +13,11 @@ from typing import Literal
 
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig
-from o2o.types import OnlineConfig, Preset
+from o2o.types import AgentConfig, Needs, OnlineConfig, Preset
 
 
 @dataclass(frozen=True)
-class ResidualConfig:
+class ResidualConfig(AgentConfig):
     """Settings of residual RL; the defaults are the paper's for robomimic Can and Square."""
 
     residual_scale: float = 0.1
@@ -39,10 +39,6 @@ class ResidualConfig:
         utd_ratio=4, random_steps=10_000, replay="mixed", offline_ratio=0.5, initial_updates=10_000
     )
     """Schedule: `random_steps` is the environment warm-up, `initial_updates` the critic warm-up."""
-    batch_size: int = 256
-    """Windows per minibatch, dataset and online together."""
-    discount: float = 0.99
-    """Discount factor per step."""
     actor_hidden_dims: tuple[int, ...] = (1024, 1024)
     """Widths of the residual actor's hidden layers."""
     critic_hidden_dims: tuple[int, ...] = (1024, 1024)
@@ -97,9 +93,16 @@ class ResidualConfig:
             raise ConfigError(f"ResidualConfig.target_clip is {self.target_clip}; expected (low, high)")
 
     @property
-    def action_margin(self) -> float:
-        """Headroom beyond the dataset's actions, relative to their half range: a full residual fits on each of them."""
-        return self.residual_scale
+    def needs(self) -> Needs:
+        """A base policy, windows (two rows at least: only they say where an episode ended), room for a residual.
+
+        The room lets a full residual fit on every action of the dataset.
+        """
+        return Needs(window=max(self.n_step, 2), base_policy=True, action_margin=self.residual_scale)
+
+
+RUN = {"normalize": True, "std_floor": 0.1, "action_range": "data"}
+"""What the method asks of its run: normalised states, and [-1, 1] for the range of the dataset's actions."""
 
 
 def residual_preset(family: str, size: Literal["paper", "small"]) -> Preset:
@@ -112,8 +115,8 @@ def residual_preset(family: str, size: Literal["paper", "small"]) -> Preset:
     elif family in ("kitchen", "locomotion"):
         config = replace(config, timeouts="bootstrap")
     if size == "small":
-        return Preset(_small(config), 0, 10_000, reward)
-    return Preset(config, 0, steps, reward)
+        return Preset(_small(config), 0, 10_000, reward, run=RUN)
+    return Preset(config, 0, steps, reward, run=RUN)
 
 
 def _small(config: ResidualConfig) -> ResidualConfig:

@@ -17,7 +17,7 @@ Where we differ
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,15 @@ from o2o.agents.minibatches import check_counts, check_flat, minibatches_in
 from o2o.errors import ConfigError
 from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.rl import losses
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]
 
 
 @dataclass(frozen=True)
-class SACConfig:
+class SACConfig(AgentConfig):
     """Settings of SAC; the defaults are standard SAC, other agents of this family change them."""
 
-    batch_size: int = 256
-    """Rows of one minibatch."""
-    discount: float = 0.99
-    """Discount factor per step."""
     online: OnlineConfig = OnlineConfig(random_steps=100)
     """Schedule of the online phase."""
     actor_hidden_dims: tuple[int, ...] = (256, 256)
@@ -165,7 +161,7 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
     )  # fmt: skip
 
 
-class SAC(AgentNode):
+class SAC(Agent):
     """Soft actor-critic with a critic ensemble."""
 
     actor: Model
@@ -174,7 +170,6 @@ class SAC(AgentNode):
     temperature: Model
     rng: Array
     config: SACConfig = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = SACConfig()) -> Self:
@@ -287,14 +282,6 @@ class SAC(AgentNode):
         """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`: a sample, or tanh of the mean."""
         policy = self.actor(observations)
         return policy.mode() if deterministic else policy.sample(rng), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
-
-    def online(self) -> Self:
-        """Return the agent unchanged: the same losses go on online."""
-        return self
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -9,7 +9,7 @@ means over the actor's steps.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -22,17 +22,13 @@ from o2o.errors import ConfigError
 from o2o.nn.kernels import branch
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
 from o2o.rl import losses
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params
 
 
 @dataclass(frozen=True)
-class TD3Config:
+class TD3Config(AgentConfig):
     """Settings of the TD3 step; the defaults are those of its authors' later code (TD3+BC's)."""
 
-    batch_size: int = 256
-    """Rows per minibatch."""
-    discount: float = 0.99
-    """Discount factor per step."""
     online: OnlineConfig = OnlineConfig()
     """Schedule of the online phase."""
     actor_hidden_dims: tuple[int, ...] = (256, 256)
@@ -90,7 +86,7 @@ class DeterministicActor(nn.Module):
         return jnp.tanh(nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme))(x))
 
 
-class TD3(AgentNode):
+class TD3(Agent):
     """Deterministic actor, critic ensemble, slow copies of both."""
 
     actor: Model
@@ -101,7 +97,6 @@ class TD3(AgentNode):
     """Critic steps of the present phase, int32."""
     rng: Array
     config: Any = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: Any) -> Self:

@@ -3,7 +3,7 @@
 The actor climbs Q, scaled by alpha over its own mean size so that alpha means the same on every task, minus its squared
 distance to the logged action. That is the whole difference to TD3.
 
-States must be normalised: `run_settings` turns the run's `normalize` on (std + 1e-3, statistics of the dataset, frozen
+States must be normalised: The presets turn the run's `normalize` on (std + 1e-3, statistics of the dataset, frozen
 online). Where a run is made by hand, give `Normalizer.fit(observations)` to the trainer.
 
 Online (a choice of ours, the paper ends offline): exploration noise of 0.1, one buffer that starts with the dataset,
@@ -16,10 +16,8 @@ Where we differ
 - Rewards: -1/0 on mazes and Adroit, otherwise the task's own; the paper is about locomotion only.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +58,6 @@ class TD3BC(TD3):
     """TD3 with a cloning term."""
 
     fine_tuning: bool = struct.field(pytree_node=False, default=False)
-    run_settings: ClassVar[Mapping[str, Any]] = MappingProxyType({"normalize": True})
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: TD3BCConfig = _DEFAULT) -> Self:
@@ -100,7 +97,7 @@ class TD3BC(TD3):
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            return Preset(TD3BCConfig(), 1_000_000, 1_000_000, reward)
+            return Preset(TD3BCConfig(), 1_000_000, 1_000_000, reward, run={"normalize": True})
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(TD3BCConfig(), **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
-        return Preset(small, 10_000, 10_000, reward)
+        return Preset(small, 10_000, 10_000, reward, run={"normalize": True})

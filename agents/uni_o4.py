@@ -31,7 +31,7 @@ Where we differ
 - `update` (for use without stages) takes one step of critic and cloning on given minibatches.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from o2o.nn.dynamics import Dynamics, holdout_rows
 from o2o.nn.modules import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
 from o2o.nn.terminations import RULES
 from o2o.rl.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
-from o2o.types import AgentNode, Array, Batch, Carry, Info, Params, Preset, Stage
+from o2o.types import Agent, Array, Batch, Carry, Info, Params, Phase, Preset
 
 LOWEST = float(np.finfo(np.float32).min)
 FAR, LOST = 100.0, 0.1
@@ -58,7 +58,7 @@ FAR, LOST = 100.0, 0.1
 _DEFAULT = UniO4Config()
 
 
-class UniO4(AgentNode):
+class UniO4(Agent):
     """Uni-O4 before the switch; `online()` returns a `PPO`."""
 
     value: Model
@@ -85,9 +85,6 @@ class UniO4(AgentNode):
     """Member that acts; -1: the one with the best score."""
     rng: Array
     config: UniO4Config = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
-    raw_observations: ClassVar[bool] = True
-    """It normalises states itself: termination rules and the dynamics model want them raw."""
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: UniO4Config = _DEFAULT) -> Self:
@@ -126,54 +123,80 @@ class UniO4(AgentNode):
         )  # fmt: skip
         return jax.tree.map(jnp.asarray, agent)
 
-    @staticmethod
-    def check_data(data: Any) -> None:
-        """Raise `DatasetError` for a dataset with too few rows to hold some out."""
-        holdout_rows(data.size)
-
-    def stages(self, steps: int) -> tuple[Stage, ...]:
+    def phases(self, steps: int) -> tuple[Phase, ...]:
         """Return critic, dynamics, cloning and improvement, stretched to `steps` gradient steps in all."""
-        config = self.config
+        config, kind = self.config, type(self)
         own = (config.critic_steps, config.dynamics_steps, config.clone_steps, config.improve_steps)
-        parts = [part * steps // sum(own) for part in own[:3]]
-        every = (0, config.validate_every, 0, config.judge_every)
-        names = ("critic", "dynamics", "clone", "improve")
-        return tuple(Stage(*part) for part in zip(names, [*parts, steps - sum(parts)], every, strict=True))
+        critic, dynamics, clone = (part * steps // sum(own) for part in own[:3])
+        return (
+            Phase("critic", critic, kind.fit_critic, enter=kind.take_statistics),
+            Phase(
+                "dynamics", dynamics, kind.fit_dynamics, enter=kind.begin_dynamics, check=kind.validate_dynamics,
+                check_every=config.validate_every,
+            ),
+            Phase("clone", clone, kind.fit_clones),
+            Phase(
+                "improve", steps - critic - dynamics - clone, kind.improve, enter=kind.begin_improvement,
+                check=kind.judge, check_every=config.judge_every,
+            ),
+        )  # fmt: skip
 
-    def prepare(self, data: Any, stage: str) -> Self:
-        """Return the agent ready for a stage of pre-training on `data`; statistics are taken before the first."""
-        if stage == "critic" and self.config.normalize_states:
-            statistics = Normalizer.fit(data.rows["observations"])
-            return self.replace(mean=statistics.mean, std=statistics.std)
-        if stage == "dynamics":
-            return self.replace(dynamics=self.dynamics.prepare(data))
-        if stage == "improve":
-            copies = jax.tree.map(jnp.copy, self.policies.params)
-            fresh = jax.tree.map(jnp.zeros_like, self.policies.opt_state)
-            agent = self.replace(reference=copies, policies=self.policies.replace(opt_state=fresh))
-            scores, lost = jax.jit(lambda a: a.amq(a.policies.params, data))(agent)
-            scores = jnp.where(lost, LOWEST, scores)
-            return agent.replace(best=scores, scores=jnp.copy(scores))
-        return self
+    def take_statistics(self, data: Any) -> Self:
+        """Return the agent with the mean and standard deviation of the dataset's states, if it standardises them.
 
-    def pretrain(self, data: Any, stage: str, progress: Array) -> tuple[Self, Info]:
-        """Run one gradient step of a stage, at `progress` `[]` in [0, 1) of it."""
+        Raises `DatasetError` for a dataset with too few rows to hold some out.
+        """
+        holdout_rows(data.size)
+        if not self.config.normalize_states:
+            return self
+        statistics = Normalizer.fit(data.rows["observations"])
+        return self.replace(mean=statistics.mean, std=statistics.std)
+
+    def fit_critic(self, data: Any, progress: Array) -> tuple[Self, Info]:
+        """Run one gradient step of V and Q on rows of the dataset."""
+        agent, batch, _ = self._drawn(data)
+        return agent.critic_step(batch)
+
+    def begin_dynamics(self, data: Any) -> Self:
+        """Return the agent whose dynamics models know the dataset's statistics and hold-out rows."""
+        return self.replace(dynamics=self.dynamics.prepare(data))
+
+    def fit_dynamics(self, data: Any, progress: Array) -> tuple[Self, Info]:
+        """Run one gradient step of the dynamics models."""
+        rng, key, _ = jax.random.split(self.rng, 3)
+        dynamics, info = self.dynamics.train_step(data, key)
+        return self.replace(rng=rng, dynamics=dynamics), {**info, "dynamics/best": self.dynamics.best_error.mean()}
+
+    def validate_dynamics(self, data: Any) -> Self:
+        """Return the agent with the best weights that its dynamics models had on the hold-out rows."""
+        return self.replace(dynamics=self.dynamics.validate(data))
+
+    def fit_clones(self, data: Any, progress: Array) -> tuple[Self, Info]:
+        """Run one gradient step of every clone on rows of the dataset."""
+        agent, batch, key = self._drawn(data)
+        return agent.clone_step(batch, key)
+
+    def begin_improvement(self, data: Any) -> Self:
+        """Return the agent whose clones are their own references, scored, with fresh optimisers."""
+        copies = jax.tree.map(jnp.copy, self.policies.params)
+        fresh = jax.tree.map(jnp.zeros_like, self.policies.opt_state)
+        agent = self.replace(reference=copies, policies=self.policies.replace(opt_state=fresh))
+        scores, lost = jax.jit(lambda a: a.amq(a.policies.params, data))(agent)
+        scores = jnp.where(lost, LOWEST, scores)
+        return agent.replace(best=scores, scores=jnp.copy(scores))
+
+    def improve(self, data: Any, progress: Array) -> tuple[Self, Info]:
+        """Run one policy-gradient step of every policy, at `progress` `[]` in [0, 1) of the phase."""
+        agent, batch, key = self._drawn(data)
+        return agent.improve_step(batch, key, progress)
+
+    def _drawn(self, data: Any) -> tuple[Self, Batch, Array]:
+        """Return the agent with its next key, rows `[B, ...]` of the dataset, and a key for their step."""
         rng, key, step_key = jax.random.split(self.rng, 3)
-        agent = self.replace(rng=rng)
-        if stage == "dynamics":
-            dynamics, info = self.dynamics.train_step(data, key)
-            return agent.replace(dynamics=dynamics), {**info, "dynamics/best": self.dynamics.best_error.mean()}
-        batch = data.sample(key, (self.config.offline_batch_size,))
-        if stage == "critic":
-            return agent.critic_step(batch)
-        if stage == "clone":
-            return agent.clone_step(batch, step_key)
-        return agent.improve_step(batch, step_key, progress)
+        return self.replace(rng=rng), data.sample(key, (self.config.offline_batch_size,)), step_key
 
-    def judge(self, data: Any, stage: str) -> Self:
-        """Validate the dynamics models; or score the policies, promote the better ones, put lost ones back."""
-        if stage == "dynamics":
-            return self.replace(dynamics=self.dynamics.validate(data))
+    def judge(self, data: Any) -> Self:
+        """Score the policies, promote the better ones, put lost ones back."""
         scores, lost = self.amq(self.policies.params, data)
         better = (scores > self.best) & ~lost
         agent = self.replace(
@@ -306,7 +329,7 @@ class UniO4(AgentNode):
         """How many policies may be tried in the environment before the online phase."""
         return self.config.candidates
 
-    def choose(self, rank: Array) -> Self:
+    def take_candidate(self, rank: Array) -> Self:
         """Return the agent with the policy of the `rank`-th best last score, 0 the best, acting and going online."""
         return self.replace(chosen=jnp.argsort(-self.scores)[rank].astype(jnp.int32))
 
@@ -323,10 +346,6 @@ class UniO4(AgentNode):
         dist = self.policy(self.acting, self.scaled(observations))
         actions = dist.mode() if deterministic else dist.sample(rng)
         return jnp.clip(actions, -1.0, 1.0), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
 
     def online(self) -> PPO:
         """Return PPO with the chosen policy, the offline V and the dataset's statistics, optimisers anew."""

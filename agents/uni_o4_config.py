@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from o2o.agents.ppo import PPOConfig
 from o2o.errors import ConfigError
 from o2o.nn.terminations import Termination
-from o2o.types import OnlineConfig, Preset
+from o2o.types import Needs, OnlineConfig, Preset
 
 Diversity = Literal["none", "code_heuristic", "analytic_kl", "sampled_kl"]
 
@@ -102,6 +102,11 @@ class UniO4Config(PPOConfig):
         for name, known in (("diversity", get_args(Diversity)), ("termination", ("auto", *get_args(Termination)))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"UniO4Config.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
+
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(raw_observations=True)
 
 
 def preset(family: str, size: Literal["paper", "small"]) -> Preset:

@@ -22,7 +22,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from o2o.agents.minibatches import check_counts
 from o2o.agents.sac import RLPD, SAC, SACConfig
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.modules import Model
-from o2o.types import AgentNode, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]
 Learner = SAC | CQL | CalQL | IQL | BC
@@ -69,20 +69,22 @@ class WSRLConfig(CQLConfig):
         if self.pretrain not in ("calql", "cql", "iql", "bc", "sac"):
             raise ConfigError(f"WSRLConfig.pretrain is {self.pretrain!r}; expected calql, cql, iql, bc or sac")
 
-
-class _Needs:
-    """`needs` of an agent: its learner's; of the class: all that any pre-trainer asks for."""
-
-    def __get__(self, agent: "WSRL | None", owner: type) -> tuple[str, ...]:
-        return CalQL.needs if agent is None else agent.learner.needs
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return pretrainer(self)[1].needs
 
 
-class WSRL(AgentNode):
+class WSRL(Agent):
     """An offline agent that becomes SAC at `online()`; `learner` is the one at work."""
 
     learner: Learner
     config: WSRLConfig = struct.field(pytree_node=False)
-    needs: ClassVar[_Needs] = _Needs()
+
+    @property
+    def needs(self) -> Needs:
+        """What the learner at work needs: online, plain SAC, nothing beyond transitions."""
+        return Needs() if type(self.learner) is SAC else self.learner.needs
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: WSRLConfig = WSRLConfig()) -> Self:
@@ -140,10 +142,6 @@ class WSRL(AgentNode):
     ) -> tuple[Array, Carry]:
         """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`."""
         return self.learner.sample_actions(observations, carry, rng, deterministic)
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None
 
     def online(self) -> Self:
         """Return the agent whose learner is SAC with the pre-trained networks and Adam moments; the dual is dropped."""

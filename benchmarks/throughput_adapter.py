@@ -27,7 +27,7 @@ from o2o.errors import ConfigError
 from o2o.train import programs as dispatch
 from o2o.train.on_policy import trainer_class
 from o2o.train.schedule import LoopConfig
-from o2o.types import stages_of, window_of
+from o2o.types import Phase
 
 NEVER = 10**9
 SHAPES = {"pen": ("adroit", "AdroitHandPen-v1"), "cheetah": ("locomotion", "HalfCheetah-v5")}
@@ -140,7 +140,7 @@ class Adapter:
         `changes` are fields of `LoopConfig`.
         """
         kind: Any = AGENTS[name]
-        based = getattr(kind, "needs_base", False)
+        based = kind.preset("other", "small").config.needs.base_policy
         env, self.note = make_env(shape, based)
         loop = LoopConfig(eval_every=NEVER, checkpoint_every=NEVER, eval_episodes=1, replay_capacity=capacity or rows)
         loop = dataclasses.replace(loop, **changes)
@@ -153,23 +153,24 @@ class Adapter:
         self.recorder = Recorder(self.trainer.programs)
         if config.online.replay != "rollout":
             self.trainer.programs = self.recorder
-        self.stage = ""
+        self.phase: Phase | None = None
 
     def stages(self) -> list[str]:
         """Return the names of the agent's stages of pre-training, one empty one for most."""
-        return [stage.name for stage in stages_of(self.trainer.agent_of(0), NEVER)]
+        return ["" if phase.update is None else phase.name for phase in self.trainer.agent_of(0).phases(NEVER)]
 
     def prepare(self, stage: str) -> None:
         """Make the agents ready for a stage."""
-        data, self.stage = self.trainer.offline_data, stage
-        if stage:
-            self.trainer.agent = dispatch.each_seed(lambda agent: agent.prepare(data, stage), self.trainer.agent)
+        data, phases = self.trainer.offline_data, self.trainer.agent_of(0).phases(NEVER)
+        self.phase = next((phase for phase in phases if phase.name == stage), None)
+        if self.phase is not None and (enter := self.phase.enter) is not None:
+            self.trainer.agent = dispatch.each_seed(lambda agent: enter(agent, data), self.trainer.agent)
 
     def updates(self, count: int) -> None:
         """Run so many offline updates in one dispatch."""
         t, about = self.trainer, {}
-        if self.stage:
-            about = {"stage": self.stage, "begin": jnp.zeros(()), "length": jnp.asarray(float(NEVER))}
+        if self.phase is not None and self.phase.update is not None:
+            about = {"phase": self.phase, "begin": jnp.zeros(()), "length": jnp.asarray(float(NEVER))}
         number, size = jnp.asarray(count, jnp.int32), self.config.batch_size
         t.agent, t.rng, _ = t.programs.offline_updates(
             t.agent, t.rng, t.offline_data, number, seeds=self.seeds, batch_size=size, **about
@@ -237,14 +238,14 @@ class Adapter:
     def traced(self, utd: int) -> tuple[Any, int]:
         """Return the traced update of one seed, and how many updates that is."""
         agent, data, state = self.trainer.agent_of(0), self.trainer.offline_data, self.trainer.online_state
-        if self.stage:
-            return jax.jit(lambda a: a.pretrain(data, self.stage, jnp.zeros(()))).trace(agent), max(utd, 1)
+        if self.phase is not None and (step := self.phase.update) is not None:
+            return jax.jit(lambda a: step(a, data, jnp.zeros(()))).trace(agent), max(utd, 1)
         if state is not None and self.online.replay == "rollout":
             rounds = agent.rollout_updates
             batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.buffer)
         else:
             rounds = max(utd, 1)
-            batch = data.batch_shapes((rounds, self.config.batch_size), window_of(agent))
+            batch = data.batch_shapes((rounds, self.config.batch_size), agent.needs.window)
         return jax.jit(lambda a, b: a.update(b)).trace(agent, batch), rounds
 
     def flops(self, utd: int) -> tuple[float, float | None]:

@@ -1,7 +1,8 @@
 """Shared types: batches, metrics, the agent protocol and the schedule that an agent asks the online loop for."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import jax
 from flax import struct
@@ -81,51 +82,70 @@ class OnlineConfig:
                 )
 
 
-@runtime_checkable
-class Agent(Protocol):
-    """What the loops need of an agent: a pytree (derive it from `AgentNode`), pure methods, a frozen config.
+@dataclass(frozen=True)
+class Needs:
+    """What an agent needs of its dataset, its replay and its run."""
 
-    `batch_size` rows per minibatch and `online` (an `OnlineConfig`) are read from `config`. Optional parts:
-    `window: int`, the rows in a row that it learns from (`window_of`); `random_actions(observations, rng)`, which
-    returns the actions `[..., A]` of `online.random_steps` in place of uniform ones; `stages`, pre-training in several
-    parts (`Staged`); `check_data(data)`, which raises `DatasetError` for a dataset that it cannot learn from;
-    `remark(steps)`, a line to print before a pre-training of so many gradient steps, or None. With `online.replay`
-    "rollout" the leaves of an online `update` are `[T, num_envs, ...]`, in order of time, with `ends`.
+    keys: tuple[str, ...] = ()
+    """Batch keys beyond the usual five: `mc_returns`, `next_actions`, `ends`."""
+    window: int = 1
+    """Rows in a row that every entry of a minibatch holds; 1 for plain transitions."""
+    base_policy: bool = False
+    """Observations carry the action of a frozen base policy."""
+    raw_observations: bool = False
+    """The agent standardises observations itself, so the run must not normalise them."""
+    action_margin: float = 0.0
+    """Room beyond the range of the dataset's actions, relative to its half width (with `action_range="data"`)."""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The settings that every agent has; each agent's own config derives from it."""
+
+    batch_size: int = 256
+    """Rows (or windows of rows) of one minibatch."""
+    discount: float = 0.99
+    """Discount factor per step."""
+    online: OnlineConfig = OnlineConfig()
+    """Schedule of the online phase."""
+
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of an agent's pre-training on its dataset.
+
+    The functions are plain functions or methods of the agent's class; each gets one seed's agent. `data` has `rows`,
+    leaves `[N, ...]`, and `sample(rng, shape)`.
     """
 
-    config: Any
-    needs: ClassVar[tuple[str, ...]]
-    """Batch keys beyond the usual five."""
-
-    @classmethod
-    def create(cls, rng: Array, observations: Any, actions: Any, config: Any = ...) -> Self:
-        """Initialise from a key and one example batch: observations `[B, D]`, actions `[B, A]` (only shapes matter)."""
-        ...
-
-    def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run the updates of one call on leaves `[utd, B, ...]`."""
-        ...
-
-    def sample_actions(
-        self, observations: Any, carry: Carry, rng: Array, deterministic: bool = False
-    ) -> tuple[Array, Carry]:
-        """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`, and the next carry."""
-        ...
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None` if the policy has no memory."""
-        ...
-
-    def online(self) -> Self:
-        """Return the agent for the online phase: all that changes at the switch happens here."""
-        ...
+    name: str
+    """Shown as the phase in metrics and progress."""
+    steps: int
+    """Gradient steps."""
+    update: Callable[[Any, Any, Array], tuple[Any, Info]] | None = None
+    """One gradient step `(agent, data, progress)` that draws its own rows, `progress` `[]` in [0, 1) of the phase.
+    None: `Agent.update` on minibatches that the loop draws."""
+    enter: Callable[[Any, Any], Any] | None = None
+    """Called once as `(agent, data)` before the first step, not traced: fit statistics, switch networks."""
+    check: Callable[[Any, Any], Any] | None = None
+    """Called as `(agent, data)` every `check_every` steps and at the end: validate, promote, put back."""
+    check_every: int = 0
+    """Gradient steps between two calls of `check`; 0 for none."""
+    note: str = ""
+    """A line to show before the first step; empty for none."""
 
 
-class AgentNode(struct.PyTreeNode):
-    """The base class of agents: a frozen pytree whose structure tells its class.
+class Agent(struct.PyTreeNode):
+    """The base class of agents: a frozen pytree of arrays, pure methods, a static config.
 
-    JAX's registered dataclasses do not: the structures of two classes compare equal if only their fields agree, and
-    `jax.jit` may then run the program of one on the other (JAX 0.10; seen with a class and a subclass of it).
+    An agent of your own defines its fields, `create`, `update`, `sample_actions` and `preset`; everything else has a
+    default here. The structure of the pytree tells the class: JAX compares the fields of registered dataclasses only,
+    so `jax.jit` could otherwise run the program of one class on another with equal fields.
     """
 
     agent_class: Any = struct.field(pytree_node=False, default=None, kw_only=True, repr=False)
@@ -134,36 +154,69 @@ class AgentNode(struct.PyTreeNode):
     def __post_init__(self) -> None:
         object.__setattr__(self, "agent_class", type(self))
 
+    @property
+    def needs(self) -> Needs:
+        """What the agent in its present form needs; that of its config unless the agent says otherwise."""
+        return self.config.needs  # pyright: ignore[reportAttributeAccessIssue]
 
-class Stage(NamedTuple):
-    """One part of a pre-training that has several."""
+    @classmethod
+    def create(cls, rng: Array, observations: Any, actions: Array, config: Any) -> Self:
+        """Initialise from a key and one example batch: observations `[B, D]`, actions `[B, A]` (only shapes matter)."""
+        raise NotImplementedError
 
-    name: str
-    """What the agent knows it by; empty where the whole pre-training is `update`."""
-    steps: int
-    """Its gradient steps."""
-    every: int = 0
-    """Gradient steps between two calls of `Staged.judge`; 0 for none."""
+    @classmethod
+    def from_agent(cls, agent: Any, config: Any) -> Self:
+        """Return an agent that starts from the networks of a pre-trained one (`init_from`).
 
+        Raises `ConfigError`: agents start from their own pre-training unless they override this.
+        """
+        raise ConfigError(f"{cls.__name__} cannot start from another run; `init_from` is for wsrl")
 
-class Staged(Protocol):
-    """An agent that pre-trains in stages, each with batches of its own making."""
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run the updates of one call on leaves `[utd, B, ...]`, on a rollout on leaves `[T, num_envs, ...]`."""
+        raise NotImplementedError
 
-    def stages(self, steps: int) -> tuple[Stage, ...]:
-        """Return the stages of a pre-training of `steps` gradient steps, which theirs add up to."""
-        ...
+    def sample_actions(
+        self, observations: Any, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`, and the next carry."""
+        raise NotImplementedError
 
-    def prepare(self, data: Any, stage: str) -> Self:
-        """Return the agent ready for a stage; runs once before it, not traced. `data` has `rows`, leaves `[N, ...]`."""
-        ...
+    def random_actions(self, observations: Any, rng: Array, action_dim: int) -> Array:
+        """Return the actions `[..., A]` of `online.random_steps`: uniform in [-1, 1] by default."""
+        shape = jax.tree.leaves(observations)[0].shape[:1]
+        return jax.random.uniform(rng, (*shape, action_dim), minval=-1.0, maxval=1.0)
 
-    def pretrain(self, data: Any, stage: str, progress: Array) -> tuple[Self, Info]:
-        """Run one gradient step of a stage, at `progress` `[]` in [0, 1) of it."""
-        ...
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
+        """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None`: the policy has no memory."""
+        return None
 
-    def judge(self, data: Any, stage: str) -> Self:
-        """Look at what the stage has made so far, every `Stage.every` steps and at its end."""
-        ...
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        """Return the phases of a pre-training of `steps` gradient steps; theirs add up to it."""
+        return (Phase("offline", steps),)
+
+    def online(self) -> "Agent":
+        """Return the agent for the online phase: all that changes at the switch happens here."""
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """Policies to try in the environment before the online phase; the best one goes online."""
+        return 1
+
+    def take_candidate(self, rank: Array) -> Self:
+        """Return the agent with candidate `rank` `[]` acting and going online."""
+        return self
+
+    @property
+    def rollout_updates(self) -> int:
+        """Gradient steps that one call of `update` on a rollout is worth."""
+        return 1
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> "Preset":
+        """Return the settings for a family of tasks: the paper's, or small ones for a laptop."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -182,13 +235,5 @@ class Preset:
     """Whether this agent's paper leaves episodes without success out of a binary task's dataset."""
     normalize_returns: float | None = None
     """Distance of the dataset's best and worst return once rewards are scaled; `None` leaves them."""
-
-
-def window_of(agent: Any) -> int:
-    """Return how many rows in a row the agent's batches hold; 1 for plain transitions."""
-    return int(getattr(agent, "window", 1))
-
-
-def stages_of(agent: Any, steps: int) -> tuple[Stage, ...]:
-    """Return the stages of a pre-training of `steps` gradient steps: one without a name for most agents."""
-    return agent.stages(steps) if hasattr(agent, "stages") else (Stage("", steps),)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the run's settings that the method needs, such as `{"normalize": True}`."""

@@ -9,7 +9,6 @@ import numpy as np
 from o2o.data import datasets
 from o2o.data.task import Task
 from o2o.errors import ConfigError
-from o2o.types import window_of
 
 
 def summary(data: datasets.Dataset) -> dict[str, float | None]:
@@ -25,14 +24,13 @@ def check_data(agent: Any, data: datasets.Dataset, normalize: bool) -> None:
 
     `normalize`: whether the run normalises observations; some agents want them raw.
     """
-    if normalize and getattr(agent, "raw_observations", False):
+    if normalize and agent.needs.raw_observations:
         raise ConfigError("this agent standardises observations itself and wants them raw: leave out --normalize")
-    getattr(agent, "check_data", lambda _: None)(data)
     ends = np.flatnonzero(data.arrays["ends"])
     longest = int(np.diff(ends, prepend=-1).max()) if len(ends) else data.size
-    if window_of(agent) > longest:
+    if agent.needs.window > longest:
         raise ConfigError(
-            f"the agent learns from {window_of(agent)} steps in a row, but the longest episode of dataset "
+            f"the agent learns from {agent.needs.window} steps in a row, but the longest episode of dataset "
             f"{data.info.name} has {longest}; shorten its horizon"
         )
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from o2o.errors import ConfigError, DatasetError
-from o2o.types import Array, Batch, window_of
+from o2o.types import Array, Batch
 
 TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
 
@@ -124,9 +124,9 @@ def capacity_for(steps: int, most: int) -> int:
 
 def check_window(agent: Any, rows: int, place: str) -> None:
     """Raise `ConfigError` if `place` can hold fewer `rows` than the agent wants in a row."""
-    if window_of(agent) > rows:
+    if agent.needs.window > rows:
         raise ConfigError(
-            f"the agent learns from {window_of(agent)} steps in a row, {place} holds {rows}; shorten its chunk or "
+            f"the agent learns from {agent.needs.window} steps in a row, {place} holds {rows}; shorten its chunk or "
             "horizon, or give it more data"
         )
 

@@ -27,7 +27,7 @@ from o2o.replay.row_store import ON_HOST, Handles, RowStore, begin_reading
 from o2o.rl.chunks import planned_in_turn
 from o2o.train import programs as dispatch
 from o2o.train.programs import OnlineMode, OnlineState, over_seeds
-from o2o.types import Array, Batch, Info, window_of
+from o2o.types import Array, Batch, Info
 
 if TYPE_CHECKING:
     from o2o.train.trainer import Trainer
@@ -264,7 +264,7 @@ class HostReplay:
         self, agent: Any, rng: Array, data: HostData, num_updates: Any, *, seeds: int, batch_size: int
     ) -> tuple[Any, Array, Info]:
         """Like `dispatch.offline_updates`."""
-        count, window = int(num_updates), window_of(agent)
+        count, window = int(num_updates), agent.needs.window
         zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data), seeds)(agent)
         draw = partial(_draw_offline, data=data.light, seeds=seeds, batch_size=batch_size, window=window)
         agent, rng, totals = self._updates(agent, rng, zeros, count, seeds, draw, data.read)

@@ -13,6 +13,7 @@ from o2o.errors import ConfigError
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
 from o2o.train.schedule import LoopConfig
+from o2o.types import Needs
 
 
 def agent_class(name: str) -> Any:
@@ -28,6 +29,11 @@ def agent_class(name: str) -> Any:
 def config_class(name: str) -> Any:
     """Return the config dataclass of an agent."""
     return type(agent_class(name).preset("other", "small").config)
+
+
+def config_needs(name: str) -> Needs:
+    """Return what an agent needs with its default settings."""
+    return agent_class(name).preset("other", "small").config.needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Chosen:
         preset = kind.preset("other", "small" if self.preset == "small" else "paper")
         return RunConfig(
             agent=agent, config=preset.config, dataset=("DATASET",), preset=self.preset, task=self.task,
-            offline_steps=preset.offline_steps, online_steps=preset.online_steps, **getattr(kind, "run_settings", {}),
+            offline_steps=preset.offline_steps, online_steps=preset.online_steps, **preset.run,
         )  # fmt: skip
 
 
@@ -56,7 +62,7 @@ def preset_run(
 ) -> RunConfig:
     """Return the run that the agent's preset makes of a dataset; `changes` are fields of `RunConfig`.
 
-    What else an agent asks of its run stands in its `run_settings`.
+    What else a method asks of its run stands in `Preset.run`.
     """
     ids = (dataset,) if isinstance(dataset, str) else tuple(dataset)
     if size not in ("paper", "small"):
@@ -86,7 +92,7 @@ def preset_run(
         "offline_steps": preset.offline_steps,
         "online_steps": preset.online_steps,
         "loop": loop,
-        **getattr(agent_class(agent), "run_settings", {}),
+        **preset.run,
     }
     return RunConfig(agent=agent, dataset=ids, env=env, task=task_config, preset=size, **{**defaults, **changes})
 

@@ -25,7 +25,7 @@ from o2o.policies.trained import TrainedPolicy
 from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
-from o2o.runs.presets import agent_class, cell_run, config_class, preset_run
+from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.fleet import BESIDE
@@ -66,7 +66,7 @@ def _check_scale(config: RunConfig) -> None:
 
 def base_of(config: RunConfig) -> Source | None:
     """Return the base policy of a run, None if there is none; raises `ConfigError` unless its agent needs one."""
-    takers = [name for name, agent in AGENTS.items() if getattr(agent, "needs_base", False)]
+    takers = [name for name in AGENTS if config_needs(name).base_policy]
     agent_class(config.agent)
     if config.base is None and config.agent in takers:
         raise ConfigError(
@@ -87,16 +87,16 @@ def load_data(config: RunConfig, base: Source | None = None) -> datasets.Dataset
         raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
     if config.config.batch_size < 1:
         raise ConfigError(f"config.batch_size is {config.config.batch_size}; expected at least 1")
-    base, needs = base or base_of(config), agent_class(config.agent).needs
+    base, needs = base or base_of(config), config.config.needs
     data = datasets.load(
         config.dataset,
         task=task_of(config),
         weights=config.weights or None,
-        discount=config.config.discount if "mc_returns" in needs else None,
+        discount=config.config.discount if "mc_returns" in needs.keys else None,
         achieved_goal=config.task.achieved_goal,
         clip_actions=config.clip_actions,
         action_range=config.action_range,
-        action_margin=getattr(config.config, "action_margin", 0.0),
+        action_margin=needs.action_margin,
     )
     if base is None:
         return with_history(data, config.history)
@@ -166,8 +166,6 @@ def build(
 def _start_from(trainer: Trainer, config: RunConfig) -> None:
     """Put the pre-trained agents of another run into the trainer, in place of its own pre-training."""
     target = agent_class(config.agent)
-    if not hasattr(target, "from_agent"):
-        raise ConfigError(f"agent {config.agent} cannot start from another run; `init_from` is for wsrl")
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
     source = build(_to_look_at(source_config), folder=Path(str(config.init_from)), begins=False)

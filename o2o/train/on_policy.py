@@ -100,18 +100,18 @@ class RolloutTrainer(Trainer):
 
         False, and nothing is chosen, if a stop was asked for before.
         """
-        count = int(getattr(self.agent, "candidates", 0))
+        count = self.agent.candidates
         if count < 2:
             return True
         scores = np.zeros((count, self.seeds))
         for index in range(count):
-            agent = jax.jit(jax.vmap(lambda a, i=index: a.choose(jnp.asarray(i))))(self.agent)
+            agent = jax.jit(jax.vmap(lambda a, i=index: a.take_candidate(jnp.asarray(i))))(self.agent)
             rows = self.evaluator.until_stopped(agent, self.normalizer, self.counters.offline_steps)
             if rows is None:
                 return False
             for member in range(self.seeds):
                 scores[index, member] = np.mean([row["score"] for row in rows if row["seed"] == member])
-        self.agent = jax.jit(jax.vmap(lambda a, i: a.choose(i)))(self.agent, jnp.asarray(scores.argmax(axis=0)))
+        self.agent = jax.jit(jax.vmap(lambda a, i: a.take_candidate(i)))(self.agent, jnp.asarray(scores.argmax(axis=0)))
         return True
 
     def _act(self, rows: Batch | None, ended: np.ndarray) -> None:
@@ -146,7 +146,7 @@ class RolloutTrainer(Trainer):
         self.visible = [0 if full else at + 1] * self.seeds
         counters.env_steps += online.num_envs
         if full:
-            counters.gradient_steps += int(getattr(self.online_state.agent, "rollout_updates", 1))
+            counters.gradient_steps += self.online_state.agent.rollout_updates
             counters.online_updates += 1
             self.updates_since_log += 1
 

@@ -16,7 +16,7 @@ from o2o.nn.kernels import seeds_in_turn
 from o2o.nn.modules import where_leading
 from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, sample_minibatches
 from o2o.rl.chunks import planned_in_turn
-from o2o.types import Array, Batch, Carry, Info, window_of
+from o2o.types import Array, Batch, Carry, Info, Phase
 
 
 class Placed(Protocol):
@@ -72,17 +72,18 @@ def to_online(agent: Any) -> Any:
     return agent.online()
 
 
-def metric_zeros(agent: Any, data: Placed, stage: str = "") -> Info:
-    """Return zeros shaped like the metrics of one seed's update, in a `stage` (they depend on no batch size)."""
-    if stage:
-        infos = jax.eval_shape(lambda a, d: a.pretrain(d, stage, jnp.zeros(()))[1], agent, data)
+def metric_zeros(agent: Any, data: Placed, phase: Phase | None = None) -> Info:
+    """Return zeros shaped like the metrics of one seed's update, in a `phase` (they depend on no batch size)."""
+    if phase is not None and phase.update is not None:
+        step = phase.update
+        infos = jax.eval_shape(lambda a, d: step(a, d, jnp.zeros(()))[1], agent, data)
     else:
-        batch = data.batch_shapes((1, agent.config.batch_size), window_of(agent))
+        batch = data.batch_shapes((1, agent.config.batch_size), agent.needs.window)
         infos = jax.eval_shape(lambda a, b: a.update(b)[1], agent, batch)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), infos)
 
 
-@partial(jax.jit, static_argnames=("seeds", "batch_size", "stage"), donate_argnames=("agent", "rng"))
+@partial(jax.jit, static_argnames=("seeds", "batch_size", "phase"), donate_argnames=("agent", "rng"))
 def offline_updates(
     agent: Any,
     rng: Array,
@@ -91,36 +92,38 @@ def offline_updates(
     *,
     seeds: int,
     batch_size: int,
-    stage: str = "",
+    phase: Phase | None = None,
     begin: Array | float = 0.0,
     length: Array | float = 1.0,
 ) -> tuple[Any, Array, Info]:
     """Run `num_updates` (traced: no recompile) updates on dataset minibatches; metrics are means, `[S]` each.
 
-    With a `stage`: updates of it, of which `begin` of `length` (traced) are done.
+    With a `phase` that has an `update` of its own: its updates, of which `begin` of `length` (traced) are done.
     """
+
+    step = None if phase is None else phase.update
 
     def one_seed(agent: Any, rng: Array) -> tuple[Any, Array, Info]:
         def body(i: int, state: tuple[Any, Array, Info]) -> tuple[Any, Array, Info]:
             agent, rng, totals = state
-            if stage:
-                agent, info = agent.pretrain(data, stage, (begin + i) / length)
+            if step is not None:
+                agent, info = step(agent, data, jnp.asarray((begin + i) / length))
             else:
                 rng, key = jax.random.split(rng)
-                agent, info = agent.update(data.draw(key, (1, batch_size), window_of(agent)))
+                agent, info = agent.update(data.draw(key, (1, batch_size), agent.needs.window))
             return agent, rng, jax.tree.map(jnp.add, totals, info)
 
-        start = (agent, rng, metric_zeros(agent, data, stage))
+        start = (agent, rng, metric_zeros(agent, data, phase))
         agent, rng, totals = jax.lax.fori_loop(0, num_updates, body, start)
         return agent, rng, jax.tree.map(lambda total: total / num_updates, totals)
 
     return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, rng)
 
 
-@partial(jax.jit, static_argnames=("seeds", "stage"), donate_argnames="agent")
-def judge(agent: Any, data: OfflineData, *, seeds: int, stage: str) -> Any:
-    """Let every agent look at what a stage of its pre-training has made so far."""
-    return over_seeds(lambda a: a.judge(data, stage), seeds)(agent)
+@partial(jax.jit, static_argnames=("seeds", "check"), donate_argnames="agent")
+def check_phase(agent: Any, data: OfflineData, *, seeds: int, check: Callable[[Any, Any], Any]) -> Any:
+    """Let every agent look at what a phase of its pre-training has made so far (`Phase.check`)."""
+    return over_seeds(lambda a: check(a, data), seeds)(agent)
 
 
 class OnlineState(NamedTuple):
@@ -160,7 +163,7 @@ class OnlineMode(NamedTuple):
 def fresh_online_state(agent: Any, rng: Array, offline: Placed, capacity: int, append: bool) -> OnlineState:
     """Return the state at the switch: agents `[S]` in online form, replay empty or (`append`) holding the dataset."""
     seeds = rng.shape[0]
-    rows = {key: offline.light.rows[key] for key in (*TRANSITION_KEYS, *agent.needs, "ends")}
+    rows = {key: offline.light.rows[key] for key in (*TRANSITION_KEYS, *agent.needs.keys, "ends")}
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
     buffer = buffer.extend(rows) if append else buffer
     buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (seeds, *leaf.shape)).copy(), buffer)
@@ -173,12 +176,9 @@ def choose(
     agent: Any, normalizer: Normalizer | None, observation: Any, carry: Carry, rng: Array, random: bool, action_dim: int
 ) -> tuple[Array, Carry]:
     """Return one observation's action `[A]`, at random where the phase wants it, and the next carry."""
-    explore = getattr(agent, "random_actions", None)
-    if random and explore is None:
-        return jax.random.uniform(rng, (action_dim,), minval=-1.0, maxval=1.0), carry
     batched = jax.tree.map(lambda leaf: leaf[None], normalize(normalizer, observation))
-    if random and explore is not None:
-        return explore(batched, rng)[0], carry
+    if random:
+        return agent.random_actions(batched, rng, action_dim)[0], carry
     actions, carry = agent.sample_actions(batched, carry, rng, False)
     return actions[0], carry
 

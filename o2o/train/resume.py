@@ -10,7 +10,7 @@ import numpy as np
 from o2o.closing import Closing
 from o2o.replay.host import HostReplay
 from o2o.train import programs as dispatch
-from o2o.train.pretraining import stage_at
+from o2o.train.pretraining import phase_at
 from o2o.train.programs import OnlineState, over_seeds
 from o2o.train.schedule import Counters
 
@@ -73,8 +73,8 @@ def restore(
         targets["loop"]["action"] = jnp.zeros((*trainer.slots_shape, *data.rows["actions"].shape[1:]))
     elif state["counters"]["offline_steps"] != state["counters"]["logged_at"]:
         steps = state["counters"].get("offline_total", 0)
-        stage = stage_at(trainer.agent, steps, state["counters"]["offline_steps"])
-        zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data, stage), trainer.seeds)
+        phase = phase_at(trainer.agent, steps, state["counters"]["offline_steps"])
+        zeros = over_seeds(lambda agent: dispatch.metric_zeros(agent, data, phase), trainer.seeds)
         targets["loop"]["totals"] = zeros(trainer.agent)
     loaded = load(targets)
     trainer.counters = Counters(**state["counters"])
@@ -109,7 +109,7 @@ def _restore_fleet(trainer: "Trainer", snapshot: dict[str, Any], observations: A
     assert trainer.online_state is not None
     if trainer.fleet is None:
         online = trainer.online_config
-        waits = online.replay != "rollout" and "mc_returns" in trainer.online_state.agent.needs
+        waits = online.replay != "rollout" and "mc_returns" in trainer.online_state.agent.needs.keys
         trainer.make_fleet(waits, online.num_envs if online.replay == "rollout" else 1)
     fleet, trainer.fleet = trainer.fleet, None
     assert fleet is not None

@@ -29,7 +29,7 @@ from o2o.train.fleet import Fleet
 from o2o.train.programs import OnlineMode, OnlineState
 from o2o.train.remote_evaluation import evaluator_of
 from o2o.train.schedule import Counters, Hooks, LoopConfig, evaluation_steps
-from o2o.types import OnlineConfig, window_of
+from o2o.types import OnlineConfig
 
 
 class Trainer:
@@ -69,7 +69,7 @@ class Trainer:
         sources = [(source.start, source.size, source.weight) for source in data.sources]
         self.programs: Any = dispatch
         self.storage = storage
-        self._place(host_replay.place(rows, (*self.agent.needs, "ends"), sources, self.loop.device_bytes))
+        self._place(host_replay.place(rows, (*self.agent.needs.keys, "ends"), sources, self.loop.device_bytes))
         check_window(self.agent, self.offline_data.size, "the dataset")
         self.rng = jax.random.split(keys[seeds], seeds)
         self.counters = Counters(episodes=[0] * seeds)
@@ -120,7 +120,7 @@ class Trainer:
             return
         wanted = self.online_config
         agent = dispatch.each_seed(dispatch.to_online, self.agent)
-        if "mc_returns" in agent.needs and wanted.replay == "append":
+        if "mc_returns" in agent.needs.keys and wanted.replay == "append":
             raise ConfigError(
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
             )
@@ -130,7 +130,7 @@ class Trainer:
         if wanted.replay == "mixed":
             check_window(agent, self.offline_data.size, "the dataset")
         if play:
-            self.make_fleet("mc_returns" in agent.needs)
+            self.make_fleet("mc_returns" in agent.needs.keys)
         self._place(host_replay.make_room(self.offline_data, capacity * self.seeds, self.loop.device_bytes, host))
         self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
         self.visible, self.planned = [rows] * self.seeds, steps
@@ -231,7 +231,7 @@ class Trainer:
         assert self.online_state is not None and self.fleet is not None
         counters, online = self.counters, self.online_config
         rows, ended = self.fleet.step(self.finite_actions(), self._episode_finished)
-        waits, window = self.fleet.waits, window_of(self.online_state.agent)
+        waits, window = self.fleet.waits, self.online_state.agent.needs.window
         update = self._may_update(window)
         mode = OnlineMode(
             seeds=self.seeds,

@@ -163,4 +163,4 @@ def test_presets_follow_corl() -> None:
     assert (paper.offline_steps, paper.online_steps, paper.reward) == (1_000_000, 1_000_000, (1.0, -1.0))
     assert (paper.config.actor_lr, paper.config.tau, paper.config.weight_cap) == (3e-4, 0.005, 100.0)
     assert small.config.critic_hidden_dims == (128, 128) and small.offline_steps == small.online_steps == 10_000
-    assert AWAC.preset("locomotion", "small").config.temperature == 10.0 and AWAC.run_settings["normalize"]
+    assert AWAC.preset("locomotion", "small").config.temperature == 10.0 and AWAC.preset("locomotion").run["normalize"]

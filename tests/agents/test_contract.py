@@ -9,7 +9,7 @@ import pytest
 
 from o2o.agents import AGENTS
 from o2o.errors import ConfigError, DatasetError, O2OError
-from o2o.types import OnlineConfig, Preset, window_of
+from o2o.types import OnlineConfig, Preset
 from tests.helpers.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
 from tests.helpers.tiny import forget_many_programs
 
@@ -53,19 +53,19 @@ def test_image_observations_are_refused(name: str) -> None:
 def test_a_missing_needed_key_is_named(name: str) -> None:
     case = make_case(name, "offline")
     agent = case.agent
-    for key in agent.needs:
+    for key in agent.needs.keys:
         batch = case.batch(1)
         del batch[key]
         with pytest.raises(O2OError, match=key):
             agent.update(batch)
     extra = set(case.batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
-    assert set(agent.needs) <= extra
+    assert set(agent.needs.keys) <= extra
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name not in WINDOWED])
 def test_a_minibatch_without_its_leading_axis_is_refused(name: str) -> None:
     case = make_case(name, "offline")
-    assert window_of(case.agent) == 1  # in windows, their axis would stand where the rows' does
+    assert case.agent.needs.needs.window == 1  # in windows, their axis would stand where the rows' does
     rows = jax.tree.map(lambda leaf: leaf[0], case.batch(1))
     with pytest.raises(DatasetError, match=r"\[utd, B, A\]: give one minibatch as leaf\[None\]"):
         case.agent.update(rows)

@@ -39,7 +39,7 @@ def test_an_extreme_base_action_with_a_full_residual_is_the_edge_of_the_widened_
     agent = test_residual.set_config(test_residual.make(), residual_scale=scale)
     bounds = ActionMap.from_space(spaces.Box(-10.0, 10.0, (2,), np.float32))
     actions = np.asarray([[-2.0, 1.0], [4.0, 3.0], [1.0, 2.0]], np.float32)
-    fitted = bounds.fitted(actions, agent.config.action_margin)
+    fitted = bounds.fitted(actions, agent.config.needs.action_margin)
     base = jnp.asarray(fitted.from_env(actions))
     observed = Seen(jnp.zeros((3, 3)), base, None)
     np.testing.assert_array_equal(agent.combine(observed, scale * jnp.sign(base))[:2], jnp.sign(base[:2]))

@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_valid_entries_and_the_gap_repeats_the_last_ac
 
 def test_without_chunks_plain_rows_are_learnt_from() -> None:
     agent = create(dataclasses.replace(FLOW, horizon=1))
-    assert agent.window == 1 and agent.initial_carry((3,)) is None
+    assert agent.needs.window == 1 and agent.initial_carry((3,)) is None
     observations, chunks, valid = agent.chunks({"observations": jnp.ones((5, 3)), "actions": jnp.ones((5, 2))})
     assert observations.shape == (5, 3) and chunks.shape == (5, 2) and float(valid.min()) == 1.0
 

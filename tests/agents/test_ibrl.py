@@ -316,5 +316,5 @@ def test_presets_follow_the_release() -> None:
     assert (config.exploration_noise, config.target_noise, config.noise_clip) == (0.1, 0.1, 0.3)
     assert config.online == OnlineConfig(utd_ratio=2, random_steps=5000, replay="append")
     assert (preset.reward, preset.online_steps) == ((1.0, 1.0), 200_000)
-    assert IBRL.preset("locomotion").config.choice == "hard" and create(IBRL, CONFIG).window == 3
+    assert IBRL.preset("locomotion").config.choice == "hard" and create(IBRL, CONFIG).needs.window == 3
     assert IBRL.preset("antmaze", "small").config.actor_hidden_dims == (128, 128)

@@ -40,7 +40,7 @@ from tests.helpers.toy_qc import (
 @pytest.mark.parametrize("config", [BASE, DISTILLED], ids=["best_of_n", "distilled"])
 def test_a_chunk_of_one_is_fql_or_best_of_n_on_plain_transitions(config: QCConfig) -> None:
     agent = create(QC, replace(config, chunk=1, alpha=2.0))
-    assert agent.window == 1 and agent.initial_carry((4,)) is None
+    assert agent.needs.window == 1 and agent.initial_carry((4,)) is None
     batch = make_batch(utd=1, seed=4)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     chunks = cut({**jax.tree.map(lambda x: x[:, None], rows), "valid": jnp.ones((8, 1))}, DISCOUNT, True)

@@ -16,7 +16,7 @@ from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig
 from o2o.nn.modules import Adam
 from o2o.replay.buffer import OfflineData, ReplayBuffer, sample_minibatches
-from o2o.types import Batch, OnlineConfig, window_of
+from o2o.types import Batch, OnlineConfig
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import constant_critic, largest_difference, moved, set_config, steps
 
@@ -267,7 +267,7 @@ def test_every_minibatch_is_half_demonstrations() -> None:
     offline = OfflineData.create(flat, ("ends",))
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], flat), 64)
     buffer = buffer.extend({**jax.tree.map(jnp.asarray, flat), "rewards": jnp.zeros(40)})
-    batch = sample_minibatches(jax.random.key(0), offline, buffer, 4, 8, 0.5, window_of(make()))
+    batch = sample_minibatches(jax.random.key(0), offline, buffer, 4, 8, 0.5, make().needs.window)
     np.testing.assert_array_equal(np.asarray(batch["rewards"]).mean(axis=-1), [[1, 1, 1, 1, 0, 0, 0, 0]] * 4)
     assert batch["observations"]["base_action"].shape == (4, 8, 3, ACTION)
 
@@ -309,7 +309,11 @@ def test_joined_histories_use_the_last_base_action() -> None:
 
 
 def test_windows_are_two_rows_at_least() -> None:
-    assert make().window == 3 and set_config(make(), n_step=1).window == 2 and set_config(make(), n_step=5).window == 5
+    assert (
+        make().needs.window == 3
+        and set_config(make(), n_step=1).needs.window == 2
+        and set_config(make(), n_step=5).needs.window == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -346,5 +350,5 @@ def test_presets_have_the_papers_numbers() -> None:
     assert can.online_steps == 300_000 and can.offline_steps == door.offline_steps == 0
     assert (door.config.residual_scale, door.config.actor_lr, door.reward) == (0.2, 5e-6, (1.0, 1.0))
     assert Residual.preset("kitchen", "paper").config.timeouts == "bootstrap"
-    assert dict(Residual.run_settings) == {"normalize": True, "std_floor": 0.1, "action_range": "data"}
-    assert door.config.action_margin == 0.2
+    assert Residual.preset("adroit").run == {"normalize": True, "std_floor": 0.1, "action_range": "data"}
+    assert door.config.needs.action_margin == 0.2

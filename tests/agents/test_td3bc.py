@@ -181,5 +181,5 @@ def test_presets_follow_the_paper() -> None:
     assert (config.target_noise, config.noise_clip, config.policy_delay, config.tau) == (0.2, 0.5, 2, 0.005)
     assert config.delayed_targets and config.num_critics == 2 and not config.critic_layer_norm
     assert config.online.replay == "append" and preset.reward is None and preset.offline_steps == 1_000_000
-    assert TD3BC.run_settings["normalize"] and TD3BC.preset("antmaze").reward == (1.0, -1.0)
+    assert TD3BC.preset("locomotion").run["normalize"] and TD3BC.preset("antmaze").reward == (1.0, -1.0)
     assert TD3BC.preset("adroit", "small").config.critic_hidden_dims == (128, 128)

@@ -38,7 +38,7 @@ from o2o.agents import (
 )
 from o2o.nn.generative import Diffusion, Flow
 from o2o.nn.modules import Model
-from o2o.types import Agent, Batch, Info, OnlineConfig, window_of
+from o2o.types import Agent, Batch, Info, Needs, OnlineConfig
 
 OBSERVATION_DIM, ACTION_DIM, ROWS = 3, 2, 8
 QUICK = {"xla_backend_optimization_level": 0}
@@ -143,7 +143,7 @@ def fresh_carry(agent: Any, observations: Any) -> Any:
 
 def observed(name: str, states: jax.Array) -> Any:
     """Return the observations that an agent takes, made of states `[..., OBSERVATION_DIM]`."""
-    if not getattr(AGENTS[name], "needs_base", False):
+    if not AGENTS[name].preset("other", "small").config.needs.base_policy:
         return states
     return {"state": states, "base_action": jnp.tanh(states[..., :ACTION_DIM])}
 
@@ -204,7 +204,7 @@ class Case:
 
     def batch(self, utd: int, seed: int = 0) -> Batch:
         """Return random minibatches of what the agent learns from."""
-        batch = make_batch(utd, seed, window_of(self.agent))
+        batch = make_batch(utd, seed, self.agent.needs.window)
         if self.phase == "online" and self.agent.config.online.replay == "rollout":
             batch["ends"] = 1.0 - batch["masks"]
         keys = ("observations", "next_observations")
@@ -230,7 +230,7 @@ class Case:
 def check_protocol(case: Case) -> None:
     """It is an `Agent` whose config is static, hashable and complete, and whose leaves are distinct device arrays."""
     agent = case.agent
-    assert isinstance(agent, Agent) and isinstance(agent.needs, tuple)
+    assert isinstance(agent, Agent) and isinstance(agent.needs, Needs)
     assert hash(agent.config) == hash(replace(agent.config))
     assert agent.config.batch_size == ROWS and agent.config.discount == 0.99
     assert agent.config.online.utd_ratio >= 1
@@ -384,7 +384,7 @@ def check_terminal_rows_have_the_reward_as_target(case: Case) -> None:
     if "critic/target" not in info:
         assert not any("critic" in name and case.learns(name) for name in models(case.agent))
         return
-    if window_of(case.agent) > 1:
+    if case.agent.needs.window > 1:
         for mask, bootstraps in ((0.0, False), (1.0, True)):
             rows = {**batch, "masks": jnp.full_like(batch["masks"], mask), "valid": jnp.ones_like(batch["valid"])}
             elsewhere = {**rows, "next_observations": jax.tree.map(lambda leaf: leaf + 1.0, rows["next_observations"])}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import gymnasium
 import jax
@@ -23,7 +23,7 @@ from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.schedule import Hooks, LoopConfig
 from o2o.train.trainer import Trainer
-from o2o.types import AgentNode, OnlineConfig, window_of
+from o2o.types import Agent, AgentConfig, Needs, OnlineConfig
 
 Maker = Callable[..., RunConfig]
 KEY = jax.random.key(11)
@@ -34,35 +34,33 @@ PLACES, LIMIT = 4, 6
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(AgentConfig):
     """Settings of the probe."""
 
     batch_size: int = 8
-    discount: float = 0.99
     window: int = PLACES
     online: OnlineConfig = OnlineConfig(warmup_steps=10_000)
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.window)
 
-class Probe(AgentNode):
+
+class Probe(Agent):
     """Plays chunks of 0.0, 0.1, 0.2, 0.3 and counts its updates; its metrics say what the batches were."""
 
     updates: jax.Array
     rng: jax.Array
     config: Any = struct.field(pytree_node=False)
     action_dim: int = struct.field(pytree_node=False)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Any, observations: Any, actions: Any, config: ProbeConfig = ProbeConfig()) -> Self:
         return cls(updates=jnp.zeros((), jnp.int32), rng=rng, config=config, action_dim=actions.shape[-1])
 
-    @property
-    def window(self) -> int:
-        return self.config.window
-
     def update(self, batch: Any) -> tuple[Self, Any]:
         size = jnp.asarray(batch["rewards"].size, jnp.float32)
-        valid = batch["valid"].mean() if self.window > 1 else jnp.ones(())
+        valid = batch["valid"].mean() if self.config.window > 1 else jnp.ones(())
         return self.replace(updates=self.updates + batch["rewards"].shape[0]), {"a/rows": size, "a/valid": valid}
 
     def sample_actions(self, observations: Any, carry: Any, rng: Any, deterministic: bool = False) -> Any:
@@ -72,14 +70,11 @@ class Probe(AgentNode):
     def initial_carry(self, batch_shape: Any) -> Any:
         return empty_queue(batch_shape, PLACES, self.action_dim)
 
-    def online(self) -> Self:
-        return self
-
 
 class Exploring(Probe):
     """The same, with random actions of its own."""
 
-    def random_actions(self, observations: Any, rng: Any) -> Any:
+    def random_actions(self, observations: Any, rng: Any, action_dim: int) -> Any:
         return jnp.full((*observations.shape[:-1], self.action_dim), -0.7)
 
 
@@ -318,4 +313,4 @@ def test_a_run_of_qc_reports_its_phases(tiny_run: Maker, tmp_path: Path) -> None
 
 
 def test_every_agent_without_a_window_learns_from_plain_rows() -> None:
-    assert window_of(object()) == 1 and window_of(Probe.create(KEY, None, jnp.zeros((1, 2)))) == PLACES
+    assert AgentConfig().needs.window == 1 and Probe.create(KEY, None, jnp.zeros((1, 2))).needs.window == PLACES

@@ -1,6 +1,6 @@
 """Evaluation: rows, determinism, the shares of slots, and carries cleared at every end, in real MuJoCo."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import gymnasium
 import jax
@@ -13,17 +13,16 @@ from o2o import envs
 from o2o.data.normalizer import Normalizer
 from o2o.errors import ConfigError
 from o2o.train.evaluation import EnvFn, Evaluator, clear_carry, evaluate
-from o2o.types import Agent, AgentNode, Array, Batch, Carry, Info
+from o2o.types import Agent, Array, Batch, Carry, Info
 
 LIMIT = 12
 
 
-class Pendulum(AgentNode):
+class Pendulum(Agent):
     """A linear controller of the inverted pendulum, with noise where asked for."""
 
     gains: Array
     config: Any = struct.field(pytree_node=False, default=None)
-    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def create(cls, rng: Array, observations: Any, actions: Any, config: Any = None) -> Self:

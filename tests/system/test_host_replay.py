@@ -22,6 +22,7 @@ from o2o.train import checkpoint
 from o2o.train import programs as dispatch
 from o2o.train.programs import OnlineMode
 from o2o.train.schedule import LoopConfig
+from o2o.types import Agent, Needs
 
 ROWS, BATCH, CAPACITY = 30, 4, 12
 
@@ -31,13 +32,17 @@ class ToyConfig:
     batch_size: int = BATCH
 
 
-class Toy(struct.PyTreeNode):
+class Toy(Agent):
     """Remembers what it was shown: a weighted sum of every leaf of every batch, in order."""
 
     memory: jax.Array
     window: int = struct.field(pytree_node=False, default=1)
-    needs: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    keys: tuple[str, ...] = struct.field(pytree_node=False, default=())
     config: ToyConfig = struct.field(pytree_node=False, default=ToyConfig())
+
+    @property
+    def needs(self):
+        return Needs(self.keys, self.window)
 
     def update(self, batch):
         memory = 0.9 * self.memory
@@ -51,12 +56,6 @@ class Toy(struct.PyTreeNode):
     def sample_actions(self, observations, carry, rng, deterministic=False):
         seen = jnp.mean(observations["camera"].astype(jnp.float32), axis=(1, 2, 3))[:, None] / 255.0
         return jnp.tanh(seen + 0.01 * self.memory + jax.random.normal(rng, (len(seen), 2))), carry
-
-    def initial_carry(self, batch_shape):
-        return None
-
-    def online(self):
-        return self
 
 
 def rows_of(count, seed=0, ends=7):
@@ -132,7 +131,7 @@ def play(
 ):  # fmt: skip
     """Drive the programs through a made-up environment and return all that they gave."""
     needs = ("mc_returns",) if pending else ()
-    agent = agents(seeds, window=window, needs=needs)
+    agent = agents(seeds, window=window, keys=needs)
     capacity = CAPACITY + (ROWS if replay == "append" else 0)
     keys = jax.random.split(jax.random.key(1), seeds)
     state = programs.fresh_online_state(agent, keys, data, capacity, replay == "append")

@@ -14,10 +14,10 @@ from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.session import RunConfig
 from o2o.train.on_policy import RolloutTrainer, rollout_step, trainer_class
-from o2o.train.pretraining import plan, stage_at
+from o2o.train.pretraining import phase_at, plan
 from o2o.train.schedule import LoopConfig, evaluation_steps
 from o2o.train.trainer import Trainer
-from o2o.types import OnlineConfig, Stage
+from o2o.types import Agent, OnlineConfig, Phase
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
 Maker = Callable[..., RunConfig]
@@ -118,17 +118,20 @@ def test_a_run_that_cannot_be_replayed_cuts_the_episode_in_the_rollout(ppo: Roll
     ppo.close()
 
 
-class Staged:
-    """Three stages, one of them empty."""
+class Staged(Agent):
+    """Three phases, one of them empty."""
 
-    def stages(self, steps: int) -> tuple[Stage, ...]:
-        return Stage("first", 4), Stage("none", 0), Stage("last", 6, 2)
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        return FIRST, Phase("none", 0), LAST
+
+
+FIRST, LAST = Phase("first", 4), Phase("last", 6, check_every=2)
 
 
 def test_the_stage_of_a_step() -> None:
-    assert plan(Staged(), 10) == [(Stage("first", 4), 0), (Stage("last", 6, 2), 4)]
-    assert [stage_at(Staged(), 10, at) for at in (0, 1, 4, 5, 10)] == ["first", "first", "first", "last", "last"]
-    assert plan(object(), 7) == [(Stage("", 7), 0)] and stage_at(object(), 7, 3) == ""
+    assert plan(Staged(), 10) == [(FIRST, 0), (LAST, 4)]
+    assert [phase_at(Staged(), 10, at) for at in (0, 1, 4, 5, 10)] == [FIRST, FIRST, FIRST, LAST, LAST]
+    assert plan(Agent(), 7) == [(Phase("offline", 7), 0)] and phase_at(Agent(), 7, 3) == Phase("offline", 7)
     with pytest.raises(ConfigError, match="take 10 gradient steps, offline_steps is 11"):
         plan(Staged(), 11)
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from o2o.agents import AGENTS
-from o2o.types import AgentNode
+from o2o.types import Agent
 from tests.helpers.contract import Case
 
 
@@ -18,5 +18,5 @@ def test_an_agents_structure_tells_its_class(name: str) -> None:
     agent = jax.eval_shape(Case(name, "offline").make, jax.random.key(0))
     parts = {field.name: getattr(agent, field.name) for field in dataclasses.fields(agent)}
     same, derived = base(**parts), type("Derived", (base,), {})(**parts)
-    assert isinstance(agent, AgentNode) and jax.tree.leaves(derived) == jax.tree.leaves(agent) != []
+    assert isinstance(agent, Agent) and jax.tree.leaves(derived) == jax.tree.leaves(agent) != []
     assert jax.tree.structure(same) == jax.tree.structure(agent) != jax.tree.structure(derived)
