@@ -2,14 +2,16 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv demo test lint format build clean
+.PHONY: help venv demo check test lint format build clean
 
 help:
 	@echo "make venv    create .venv and install o2o for development (once)"
 	@echo "make demo    pre-train on recorded data, fine-tune in MuJoCo, show the difference"
-	@echo "make test    lint, types and tests"
-	@echo "make lint    ruff and pyright only"
+	@echo "make check   lint, types, import contracts and the quick tests (tests/unit)"
+	@echo "make test    make check and all other tests"
+	@echo "make lint    ruff, pyright and import contracts only"
 	@echo "make format  let ruff mend imports and layout"
 	@echo "make build   wheel and sdist in dist/"
 	@echo "make clean   remove .venv, builds and caches (runs/ stays)"
@@ -34,9 +36,14 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+
+# One thread a worker: two workers fill two cores.
+check: lint
+	$(PYTEST) tests/unit
 
 test: lint
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST)
 
 format: venv
 	$(BIN)/ruff check --fix .

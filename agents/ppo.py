@@ -132,7 +132,7 @@ class PPO(Agent):
         return jax.tree.map(jnp.asarray, agent)
 
     @property
-    def rollout_updates(self) -> int:
+    def updates_per_call(self) -> int:
         """Gradient steps that one rollout is worth."""
         return self.config.epochs * -(-self.config.online.rollout_steps // self.config.batch_size)
 

@@ -21,12 +21,12 @@ from throughput_machine import program_flops, seconds
 
 from o2o import envs
 from o2o.agents import AGENTS
+from o2o.config import LoopConfig
 from o2o.data.datasets import Dataset, DatasetInfo, Source
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.errors import ConfigError
 from o2o.train import programs as dispatch
 from o2o.train.on_policy import trainer_class
-from o2o.train.schedule import LoopConfig
 from o2o.types import Phase
 
 NEVER = 10**9

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from o2o.runs import session
 from o2o.runs.folder import versions
-from o2o.train.schedule import Hooks
+from o2o.train.state import Hooks
 
 RESULTS = Path(__file__).parent / "results" / "uni_o4_models"
 DATASET = "o2o/hopper/medium-v0"

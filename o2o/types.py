@@ -209,9 +209,9 @@ class Agent(struct.PyTreeNode):
         return self
 
     @property
-    def rollout_updates(self) -> int:
-        """Gradient steps that one call of `update` on a rollout is worth."""
-        return 1
+    def updates_per_call(self) -> int:
+        """Gradient steps that one online call of `update` is worth."""
+        return self.config.online.utd_ratio  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> "Preset":

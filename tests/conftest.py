@@ -16,11 +16,11 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.fin
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
 from o2o.runs import session
-from o2o.train.schedule import LoopConfig
 from tests.helpers.tiny import forget_many_programs
 from tests.helpers.toy_world import make_world
 

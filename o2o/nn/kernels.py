@@ -225,3 +225,31 @@ def _unit_backward(_: float, saved: tuple[Array, Array, Array], g: Array) -> tup
 
 
 unit_rows.defvjp(_unit_forward, _unit_backward)
+
+
+def over_seeds(function: Callable[..., Any], seeds: int, in_axes: Any = 0, in_turn: bool = False) -> Callable[..., Any]:
+    """Map `function` over the leading seed axis of its arguments (those with in_axes 0).
+
+    `in_turn`: one seed after the other, all arguments per seed and copied; not for a replay buffer.
+    """
+    if seeds > 1 and in_turn:
+        return lambda *args: jax.lax.map(lambda each: function(*each), args)
+    if seeds > 1:
+        return jax.vmap(function, in_axes=in_axes)
+
+    def single(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        stripped = [jax.tree.map(lambda leaf: leaf[0], a) if ax == 0 else a for a, ax in zip(args, axes, strict=True)]
+        return jax.tree.map(lambda leaf: leaf[None], function(*stripped))
+
+    return single
+
+
+def each_seed(function: Callable[[Any], Any], stacked: Any) -> Any:
+    """Apply `function` to one seed after the other and stack the results; for initialisation.
+
+    Not `vmap`: batched orthogonal initialisers can deadlock on XLA's CPU back end (jaxlib 0.10.2, 2 cores).
+    """
+    seeds = jax.tree.leaves(stacked)[0].shape[0]
+    results = [function(jax.tree.map(lambda leaf, m=member: leaf[m], stacked)) for member in range(seeds)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)

@@ -73,15 +73,6 @@ class OfflineData(struct.PyTreeNode):
         """Number of rows N."""
         return self.rows["rewards"].shape[0]
 
-    @property
-    def light(self) -> Self:
-        """What of it is on the device: everything (`o2o.replay.host` keeps observations elsewhere)."""
-        return self
-
-    def batch_shapes(self, shape: tuple[int, ...], window: int = 1) -> Batch:
-        """Return the shapes and types of what a draw of `shape` gives an agent with this `window`."""
-        return jax.eval_shape(lambda: self.draw(jax.random.key(0), shape, window))
-
     def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
         """Draw rows uniformly with replacement (within a source drawn by weight); leaves `[*shape, ...]`."""
         if self.starts.shape[0] == 1:

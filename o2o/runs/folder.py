@@ -26,7 +26,7 @@ from typing import IO, Any, Self
 from o2o import __version__
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.files import JsonLines, write_atomically
-from o2o.replay.host import HostReplay, missing_rows
+from o2o.replay.buffer import capacity_for
 from o2o.train import checkpoint
 from o2o.train.trainer import Trainer
 
@@ -203,12 +203,11 @@ class RunFolder:
 
     def save(self, trainer: Trainer) -> None:
         """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
-        state, counters = trainer.state(), trainer.counters  # which may write the rows of an evaluation
+        (arrays, state), counters = trainer.save(), trainer.counters  # which may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
-        if isinstance(trainer.programs, HostReplay):
-            trainer.programs.sync()
+        trainer.replay.sync()
         score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
-        checkpoint.save(self.checkpoints, counters.point, trainer.arrays(), state, score, self.keep_last)
+        checkpoint.save(self.checkpoints, counters.point, arrays, state, score, self.keep_last)
 
     def scored(self, step: int, score: float) -> None:
         """Add the score of an evaluation to checkpoint `step`, if that was taken without waiting for it."""
@@ -232,12 +231,10 @@ class RunFolder:
         if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that begins anew
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
-        trainer.restore(state, load, online_steps, play=go_on)
+        trainer.load(state, load, online_steps, play=go_on)
         if go_on:
             self.metrics.truncate(state["files"]["metrics"])
             self.episodes.truncate(state["files"]["episodes"])
-        elif isinstance(trainer.programs, HostReplay):
-            trainer.programs.read_only = True
         return step
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:
@@ -245,10 +242,12 @@ class RunFolder:
         if not self.saved:
             return
         state = checkpoint.load_state(self.checkpoints)[1]
-        made, planned = state["counters"]["env_steps"], state.get("planned")
+        replay = state.get("replay", {})
+        made, planned = state["counters"]["env_steps"], replay.get("planned")
         if online_steps < made:
             raise ConfigError(f"run {self.path} has made {made} environment steps; expected online_steps from there on")
-        if state.get("host") and planned and missing_rows(planned, online_steps, replay_capacity):
+        short = planned and capacity_for(planned, replay_capacity) < capacity_for(online_steps, replay_capacity)
+        if replay.get("kind") == "host" and short:
             raise ConfigError(
                 f"run {self.path} was begun for {planned} environment steps, and its replay, which is on disk "
                 f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without --online-steps, or begin a "

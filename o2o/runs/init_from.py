@@ -55,19 +55,18 @@ def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig)
             f"{config.init_from} saw observations {have[0]} and took actions {have[1]}, this run's dataset has "
             f"{want[0]} and {want[1]}: start from a run on such data"
         )
-    agent = _trained(source)
-    taken = jax.vmap(lambda a: target.from_agent(a, config.config))(agent)
+    taken = jax.vmap(lambda a: target.from_agent(a, config.config))(source.agent)
     if config.config.online.replay in ("mixed", "append") and not _alike(source.normalizer, trainer.normalizer):
         raise CheckpointError(
             f"{config.init_from} normalises observations as its own dataset is spread, and this run's dataset, which "
             "online batches come from, is spread otherwise: use that dataset, or config.online.replay online"
         )
-    trainer.agent, trainer.normalizer = taken, source.normalizer
+    trainer.start_from(taken, source.normalizer)
 
 
 def check_values(source: Trainer, trainer: Trainer, path: str) -> None:
     """Raise `CheckpointError`, with the flags that mend it, where values learnt by `source` mean other rewards here."""
-    if not hasattr(getattr(_trained(source), "learner", _trained(source)), "critic"):
+    if not hasattr(getattr(source.agent, "learner", source.agent), "critic"):
         return
     theirs, ours = source.data.task, trainer.data.task
     names = ("reward_scale", "reward_bias", "binary", "terminate_on_success")
@@ -83,10 +82,6 @@ def check_values(source: Trainer, trainer: Trainer, path: str) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {have[name]}" for name in dict.fromkeys([*given, *other]))
     described = ", ".join(f"{name} {have[name]} (this run: {want[name]})" for name in other)
     raise CheckpointError(f"the critics of {path} learnt with {described}: give {flags}")
-
-
-def _trained(source: Trainer) -> Any:
-    return source.agent if source.online_state is None else source.online_state.agent
 
 
 def _alike(one: Any, other: Any) -> bool:

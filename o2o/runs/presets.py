@@ -7,12 +7,11 @@ from typing import Any
 
 from o2o import envs
 from o2o.agents import AGENTS
-from o2o.config import RunConfig, TaskConfig, with_fields
+from o2o.config import LoopConfig, RunConfig, TaskConfig, with_fields
 from o2o.data import datasets
 from o2o.errors import ConfigError
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
-from o2o.train.schedule import LoopConfig
 from o2o.types import Needs
 
 

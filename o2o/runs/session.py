@@ -26,11 +26,10 @@ from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
+from o2o.train.collect import BESIDE
 from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import Evaluator
-from o2o.train.fleet import BESIDE
-from o2o.train.on_policy import trainer_class
-from o2o.train.schedule import Hooks
+from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.train.workers import EnvMaker
 
@@ -151,7 +150,7 @@ def build(
         recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
     env_fn = env_maker(config, found, base, recorder)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
-    trainer = trainer_class(config.config.online)(
+    trainer = Trainer(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
         normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY,
     )  # fmt: skip
@@ -366,12 +365,11 @@ def evaluate_run(
     """Evaluate every seed of a run anew; one row per episode."""
     _check_seed(seed)
     _, trainer = open_run(path, which)
-    agent = trainer.agent if trainer.online_state is None else trainer.online_state.agent
     evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
     with Closing() as closing:
         closing.callback(trainer.close)
         closing.callback(evaluator.close)
-        return evaluator(agent, trainer.normalizer, 0, deterministic)
+        return evaluator(trainer.agent, trainer.normalizer, 0, deterministic)
 
 
 def play_run(

@@ -12,9 +12,10 @@ import numpy as np
 from o2o.closing import Closing
 from o2o.data.normalizer import Normalizer, normalize
 from o2o.errors import ConfigError
+from o2o.nn.kernels import over_seeds
 from o2o.rl.chunks import outdated, planned_in_turn
 from o2o.train.episode import EVAL_STREAM, EnvSlot, reset_seed
-from o2o.train.programs import clear_carry, over_seeds
+from o2o.train.programs import clear_carry
 from o2o.types import Array, Carry
 
 EnvFn = Callable[[bool], gymnasium.Env]

@@ -21,11 +21,11 @@ import jax
 import numpy as np
 
 from o2o.closing import Closing
+from o2o.config import LoopConfig
 from o2o.data.normalizer import Normalizer
 from o2o.errors import O2OError
 from o2o.train.evaluation import EnvFn, Evaluator
 from o2o.train.processes import Child, answer, loaded, packed
-from o2o.train.schedule import LoopConfig
 
 MOST_IN_FLIGHT = 2
 """One evaluation is played, one waits; who asks for a third waits for the first."""

@@ -1,14 +1,16 @@
-"""The two training loops, offline and online, for every agent and any number of seeds side by side.
+"""Training, top to bottom: pre-training on a dataset, the switch, fine-tuning in the environments.
 
-`Trainer` holds the state of a run (agents, replay, environments, counters) and knows no agent by name: what differs is
-read from `agent.config.online` and `agent.needs`. Gradient steps (critic updates), environment steps (per seed) and
-episodes are three counters; environment steps are counted per seed (five seeds of 1000 steps each stand at 1000).
+`Trainer` knows no agent by name. What differs between agents is read from their `needs`, `phases` and `config.online`.
+Gradient steps (critic updates), environment steps and episodes are three counters. Environment steps are counted per
+seed: five seeds of 1000 steps each stand at 1000.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,20 +18,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o2o.closing import Closing
+from o2o.config import LoopConfig
 from o2o.data.datasets import Dataset
 from o2o.data.normalizer import Normalizer, normalized_rows
 from o2o.errors import ConfigError, DivergenceError
-from o2o.replay import host as host_replay
-from o2o.replay.buffer import OfflineData, capacity_for, check_window
-from o2o.replay.host import HostData, HostReplay
-from o2o.train import pretraining, resume
-from o2o.train import programs as dispatch
-from o2o.train.evaluation import EnvFn, Evaluator
-from o2o.train.fleet import Fleet
-from o2o.train.programs import OnlineMode, OnlineState
+from o2o.keys import seed_keys
+from o2o.nn.kernels import each_seed
+from o2o.replay.buffer import capacity_for, check_window
+from o2o.replay.device import Returns
+from o2o.replay.host import HostReplay
+from o2o.replay.place import Place, Replay
+from o2o.replay.rollout import Rollout
+from o2o.replay.source import Sampling
+from o2o.rl.chunks import outdated
+from o2o.train import programs
+from o2o.train.collect import Fleet
+from o2o.train.evaluation import EnvFn
 from o2o.train.remote_evaluation import evaluator_of
-from o2o.train.schedule import Counters, Hooks, LoopConfig, evaluation_steps
-from o2o.types import OnlineConfig
+from o2o.train.state import Counters, Hooks, RunState, evaluation_steps
+from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
+
+log = logging.getLogger("o2o")
 
 
 class Trainer:
@@ -37,8 +47,8 @@ class Trainer:
 
     def __init__(
         self,
-        agent_class: Any,
-        config: Any,
+        agent_class: type[Agent],
+        config: AgentConfig,
         data: Dataset,
         env_fn: EnvFn,
         *,
@@ -57,33 +67,21 @@ class Trainer:
         """
         if seeds < 1 or seed < 0:
             raise ConfigError(f"seeds is {seeds} and seed {seed}; expected seeds >= 1 and seed >= 0")
+        if config.online.replay == "rollout":
+            config.online.check_rollout()
         self.config, self.data, self.env_fn, self.loop = config, data, env_fn, loop or LoopConfig()
         self.seed, self.seeds, self.hooks = seed, seeds, hooks or Hooks()
-        self.normalizer, rows = normalizer, normalized_rows(normalizer, data.arrays)
-        example = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), {k: rows[k] for k in ("observations", "actions")})
-        keys = jax.random.split(jax.random.key(seed), seeds + 1)
-        make = partial(dispatch.create_agent, agent_class=agent_class, config=config)
-        self.agent = dispatch.each_seed(
-            lambda key: make(key, example["observations"], example["actions"]), keys[:seeds]
-        )
+        self.keys = seed_keys(seed, seeds)
+        rows = normalized_rows(normalizer, data.arrays)
+        observations, actions = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), (rows["observations"], rows["actions"]))
+        create = partial(programs.create_agent, agent_class=agent_class, config=config)
+        self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
+        self.state.counters.episodes = [0] * seeds
+        self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
         sources = [(source.start, source.size, source.weight) for source in data.sources]
-        self.programs: Any = dispatch
-        self.storage = storage
-        self._place(host_replay.place(rows, (*self.agent.needs.keys, "ends"), sources, self.loop.device_bytes))
-        check_window(self.agent, self.offline_data.size, "the dataset")
-        self.rng = jax.random.split(keys[seeds], seeds)
-        self.counters = Counters(episodes=[0] * seeds)
-        self.online_state: OnlineState | None = None
+        self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.keys, "ends"), sources, seeds)
+        check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | None = None
-        self.action: jax.Array | None = None
-        self.visible = [0] * seeds
-        self.planned = 0  # environment steps that the replay buffer was allocated for
-        self.exact_resume = True
-        self.stood: tuple[dict[str, Any], Any] | None = None  # where the environments are to be put back
-        self.moved = False  # by an evaluation that had the robot
-        self.offline_totals: dict[str, Any] = {}
-        self.updates_since_log = 0
-        self.unscored: int | None = None  # where the last evaluation was asked for, until its rows are there
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
@@ -92,85 +90,205 @@ class Trainer:
         return None if score is None else float(score)
 
     @property
+    def agent(self) -> Any:
+        """The agents of all seeds, leaves `[S, ...]`."""
+        return self.state.agent
+
+    @property
+    def counters(self) -> Counters:
+        """Where the run stands."""
+        return self.state.counters
+
+    @property
+    def normalizer(self) -> Normalizer | None:
+        """What stands between raw observations and the agents."""
+        return self.state.normalizer
+
+    @property
     def online_config(self) -> OnlineConfig:
         """The schedule that the agent asks for."""
         return self.config.online
 
-    def agent_of(self, member: int = 0) -> Any:
-        """Return one seed's agent without the leading seed axis."""
-        agent = self.agent if self.online_state is None else self.online_state.agent
-        return jax.tree.map(lambda leaf: leaf[member], agent)
+    @property
+    def envs_per_seed(self) -> int:
+        """Environments that are stepped together for each seed, N."""
+        return self.online_config.num_envs if self.online_config.replay == "rollout" else 1
+
+    def agent_of(self, index: int = 0) -> Any:
+        """Return the agent of one seed, without the leading seed axis."""
+        return jax.tree.map(lambda leaf: leaf[index], self.agent)
+
+    def start_from(self, agent: Any, normalizer: Normalizer | None) -> None:
+        """Take over agents `[S, ...]` that were pre-trained elsewhere, with the normaliser that they know."""
+        self.state.agent, self.state.normalizer = agent, normalizer
+
+    # Offline: gradient steps on the dataset, hundreds per dispatch
 
     def offline(self, steps: int) -> bool:
-        """Pre-train until `steps` gradient steps in all; False if a stop was asked for before."""
-        return self._evaluate_again() and pretraining.pretrain(self, steps)
+        """Pre-train until `steps` gradient steps; False if a stop was asked for before."""
+        if not self._evaluate_again():
+            return False
+        counters, loop = self.counters, self.loop
+        counters.offline_total = steps
+        clock = Clock(counters)
+        eval_every = loop.offline_eval_every or steps
+        for phase, begin in plan(self.agent, steps):
+            end = begin + phase.steps
+            if phase.note and counters.offline_steps < end:
+                log.warning(phase.note)
+            if phase.update is not None and isinstance(self.replay, HostReplay):
+                raise ConfigError(
+                    "an agent that draws its own rows needs the dataset on the device: raise device_bytes"
+                )
+            while counters.offline_steps < end:
+                at = counters.offline_steps
+                if at == begin and phase.enter is not None:
+                    self.state.agent = each_seed(partial(_enter, phase, self.replay.data), self.agent)
+                if at == begin:
+                    self.state.totals = {}  # every phase has metrics of its own
+                marks = [at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every)]
+                if phase.check_every:
+                    marks.append(at + phase.check_every - (at - begin) % phase.check_every)
+                self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch))
+                at = counters.offline_steps
+                if phase.check is not None and ((at - begin) % phase.check_every == 0 or at == end):
+                    self.state.agent = programs.check_phase(self.agent, self.replay.data, check=phase.check)
+                if at % loop.log_every == 0 or at == end:
+                    clock.read()
+                    self._log()
+                if at % eval_every == 0 or at == steps:
+                    self.evaluate(wait=False)
+                clock.read()
+                self.hooks.progress(phase.name, at, steps, {})
+                stop = self.hooks.should_stop()
+                self.take_evaluations(wait=stop or at == steps)
+                if at % loop.checkpoint_every == 0 or at == steps or stop:
+                    self.hooks.checkpoint(self)
+                if stop and (at < steps or self.broken_off()):
+                    return False
+        self.take_evaluations(wait=True)
+        return True
 
-    def _place(self, data: OfflineData | HostData) -> None:
-        """Take the dataset as it is placed, and the programs that go with it."""
-        self.offline_data = data
-        if isinstance(data, HostData) and not isinstance(self.programs, HostReplay):
-            self.programs = HostReplay(self.storage, self.loop.checkpoint_every)
+    def _offline_updates(self, phase: Phase, begin: int, count: int) -> None:
+        """Run `count` gradient steps of a phase; metrics stay on the device."""
+        assert not isinstance(self.replay, Rollout)
+        state, counters = self.state, self.counters
+        sampling = Sampling(self.config.batch_size, window=self.agent.needs.window)
+        state.totals = state.totals or self._zeros(phase)
+        own = phase if phase.update is not None else None
+        for source, part in self.replay.dataset(self.keys, counters.gradient_steps, count, sampling):
+            jax.block_until_ready(state.totals)  # one dispatch under way, one batch in waiting: no more on the device
+            state.agent, state.totals = programs.updates(
+                state.agent, state.totals, source, self.keys, counters.gradient_steps, part,
+                sampling=programs.OWN if own else sampling, phase=own, begin=begin,
+            )  # fmt: skip
+            counters.gradient_steps += part
+        counters.offline_steps += count
+        counters.unlogged_updates += count
 
-    def begin_online(self, steps: int, host: bool | None = None, play: bool = True) -> None:
-        """Switch the agents to their online form, allocate the replay buffer, reset the environments.
+    def _zeros(self, phase: Phase | None) -> Any:
+        """Return zeros `[S]` for the sums of the metrics of a phase; None: of the online phase."""
+        if phase is not None and phase.update is not None:
+            return programs.zeros_of(phase.update, self.agent, self.replay.data, jnp.zeros(()))
+        shapes = self.replay.batch_shapes(self._sampling() if phase is None else self._sampling(utd_ratio=1))
+        return programs.zeros_of(lambda agent, batch: agent.update(batch), self.agent, shapes)
 
-        `host`: whether observations stay in host memory; None: if the device is too small. Not to `play`: none is made.
+    # The switch
+
+    def begin_online(self, steps: int, kind: str | None = None, play: bool = True) -> bool:
+        """Switch the agents to their online form, make room for what they will see, make and reset the environments.
+
+        Does nothing if that was done. False if a stop was asked for while candidates were tried: nothing is changed.
+        `kind`: where observations are kept, as a checkpoint had it; None: on the device if they fit.
+        `play` False creates no environments.
         """
-        if self.online_state is not None:
-            return
+        if self.counters.phase == "online":
+            return True
         wanted = self.online_config
-        agent = dispatch.each_seed(dispatch.to_online, self.agent)
-        if "mc_returns" in agent.needs.keys and wanted.replay == "append":
+        if kind is None and not self._choose_candidates():
+            return False
+        agent = each_seed(programs.to_online, self.agent)
+        keys = agent.needs.keys
+        if "mc_returns" in keys and wanted.replay == "append":
             raise ConfigError(
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
             )
-        rows = self.offline_data.size if wanted.replay == "append" else 0
-        capacity = capacity_for(steps, self.loop.replay_capacity) + rows
-        check_window(agent, capacity, "the replay buffer")
+        assert not isinstance(self.replay, Rollout)
+        appended = self.replay.data.size if wanted.replay == "append" else 0
+        if wanted.replay != "rollout":
+            check_window(agent, capacity_for(steps, self.loop.replay_capacity) + appended, "the replay buffer")
         if wanted.replay == "mixed":
-            check_window(agent, self.offline_data.size, "the dataset")
+            check_window(agent, self.replay.data.size, "the dataset")
         if play:
-            self.make_fleet("mc_returns" in agent.needs.keys)
-        self._place(host_replay.make_room(self.offline_data, capacity * self.seeds, self.loop.device_bytes, host))
-        self.online_state = self.programs.fresh_online_state(agent, self.rng, self.offline_data, capacity, rows > 0)
-        self.visible, self.planned = [rows] * self.seeds, steps
-        self.counters.phase, self.counters.logged_at = "online", 0
+            self._make_fleet()
+        if wanted.replay == "rollout":
+            length = wanted.rollout_steps // wanted.num_envs
+            self.replay = Rollout(self.replay.data, self.seeds, length, wanted.num_envs)
+        else:
+            waits = "mc_returns" in keys
+            returns = Returns(self.config.discount, self.data.task.failure_reward) if waits else None
+            self.replay = self.place.online(self.replay, steps, appended, kind)
+            self.replay.begin(keys, steps, wanted.replay, returns)
+        self.state.agent, self.state.totals = agent, {}
+        self.state.carry = jax.vmap(lambda a: a.initial_carry((self.envs_per_seed,)))(agent)
+        self.counters.phase, self.counters.logged_at, self.counters.unlogged_updates = "online", 0, 0
+        return True
 
-    def make_fleet(self, waits: bool = False, per_seed: int = 1) -> None:
+    def _choose_candidates(self) -> bool:
+        """Evaluate the policies that the agent offers for the online phase; each seed's agent takes its best one.
+
+        False, and nothing is chosen, if a stop was asked for before.
+        """
+        if self.agent.candidates < 2:
+            return True
+        scores = np.zeros((self.agent.candidates, self.seeds))
+        for rank in range(self.agent.candidates):
+            agent = jax.jit(jax.vmap(lambda a, i=rank: a.take_candidate(jnp.asarray(i))))(self.agent)
+            rows = self.evaluator.until_stopped(agent, self.normalizer, self.counters.offline_steps)
+            if rows is None:
+                return False
+            for seed in range(self.seeds):
+                scores[rank, seed] = np.mean([row["score"] for row in rows if row["seed"] == seed])
+        take = jax.jit(jax.vmap(lambda a, i: a.take_candidate(i)))
+        self.state.agent = take(self.agent, jnp.asarray(scores.argmax(axis=0)))
+        return True
+
+    def _make_fleet(self) -> Fleet:
         """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
-        fleet = Fleet(self.env_fn, self.seed, self.seeds, waits, per_seed, self.loop.env_processes)
-        self.fleet = fleet.must_fit(self.offline_data.rows, self.loop.eval_process)
+        fleet = Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
+        self.fleet = fleet.must_fit(self.replay.data.rows, self.loop.eval_process)
+        return self.fleet
+
+    # Online: one environment step, one update call, the next actions
 
     def online(self, steps: int) -> bool:
         """Warm up and fine-tune until `steps` environment steps per seed; False if a stop was asked for before.
 
-        Called again for more steps than before, the replay buffer grows.
+        Called again for more steps than before, the replay grows.
         """
         if not self._evaluate_again():
             return False
-        unknown = self.unscored is None and self.counters.scored_at is None
-        if self.online_state is None and self.counters.offline_steps == 0 and unknown:
+        counters, loop = self.counters, self.loop
+        if counters.phase == "offline" and counters.offline_steps == 0 and counters.asked_at is None:
             self.evaluate(wait=False)
-        if not self.broken_off():
-            self.begin_online(steps)
-        if self.online_state is None:  # stopped before the switch
+        if self.broken_off() or not self.begin_online(steps):
             self.hooks.checkpoint(self)
             return False
-        host_replay.extend_room(self, steps)
-        resume.put_back(self)
-        counters, loop = self.counters, self.loop
-        started = time.perf_counter() - counters.elapsed
+        self.replay.grow(steps)
+        self.put_back()
+        clock = Clock(counters)
         eval_steps = evaluation_steps(loop, self.online_config, steps)
-        if self.action is None:
-            self.first_actions()
+        if self.state.action is None:
+            self.choose_actions()
         at = counters.env_steps
         while at < steps:
-            resume.put_back(self)
-            self._online_step()
-            before, at, counters.elapsed = at, counters.env_steps, time.perf_counter() - started
-            due = lambda every, since=before, now=at: now // every > since // every or now >= steps  # noqa: E731
+            self.put_back()
+            self.step()
+            before, at = at, counters.env_steps
+            clock.read()
+            due = partial(_passed, before, at, steps)
             if due(loop.log_every):
-                self._log_online()
+                self._log()
             if any(before < point <= at for point in eval_steps):
                 self.evaluate(wait=False)
             if due(20):
@@ -178,48 +296,84 @@ class Trainer:
             stop = self.hooks.should_stop()
             self.take_evaluations(wait=stop or at >= steps)
             if due(loop.checkpoint_every) or stop:
-                counters.elapsed = time.perf_counter() - started
+                clock.read()
                 self.hooks.checkpoint(self)
             if stop and (at < steps or self.broken_off()):
                 return False
         self.take_evaluations(wait=True)
         return True
 
-    def broken_off(self) -> bool:
-        """Whether a stop was asked for before an evaluation was played to its end."""
-        return self.unscored is not None and self.hooks.should_stop()
-
-    def first_actions(self) -> None:
-        """Choose the actions for the observations at which the environments stand."""
-        assert self.online_state is not None and self.fleet is not None
-        self.online_state, self.action = self.programs.first_actions(
-            self.online_state,
-            self.normalizer,
-            self.fleet.observations,
-            seeds=self.seeds,
-            random=self.counters.env_steps < self.online_config.random_steps,
-        )
-
-    @property
-    def phase_name(self) -> str:
-        """`offline`, `warmup` (the first update online is still to come) or `online`."""
-        if self.counters.phase == "offline":
-            return "offline"
-        return "online" if self.counters.online_updates or self.online_config.replay == "none" else "warmup"
-
-    def _may_update(self, window: int) -> bool:
-        """Whether this step ends with an update: its time has come, and enough rows are stored to cut a window."""
+    def step(self) -> None:
+        """Play the chosen actions, store what came of them, update if an update is due, choose the next actions."""
         assert self.fleet is not None
-        online, counters = self.online_config, self.counters
-        if online.replay == "none" or counters.env_steps < online.first_update():
-            return False
-        appended = self.offline_data.size if online.replay == "append" else 0
-        stored = self.visible if self.fleet.waits else [appended + counters.env_steps]
-        return min(stored) >= window
+        state, counters, online = self.state, self.counters, self.online_config
+        actions = self._finite_actions()
+        rows, ended = self.fleet.step(actions.reshape(-1, actions.shape[-1]), self._episode_finished)
+        over = outdated(state.carry, ended, self.fleet.intervened)
+        update = self._update_is_due()
+        if update and online.initial_updates and not counters.online_updates:
+            self._initial_updates()
+        self.replay.add(rows, self.normalizer)
+        counters.env_steps += self.envs_per_seed
+        self._learn_and_act(update, over)
+        self.replay.reveal(ended)
+        if update:
+            counters.gradient_steps += self.agent.updates_per_call
+            counters.online_updates += 1
+            counters.unlogged_updates += 1
 
-    def finite_actions(self) -> np.ndarray:
-        """Return the chosen actions on the host; raises `DivergenceError` if one is not finite."""
-        actions = np.asarray(self.action)
+    def _sampling(self, utd_ratio: int | None = None) -> Sampling:
+        online = self.online_config
+        ratio = online.offline_ratio if online.replay == "mixed" else 0.0
+        return Sampling(self.config.batch_size, utd_ratio or online.utd_ratio, ratio, self.agent.needs.window)
+
+    def _update_is_due(self) -> bool:
+        """Whether the environment step under way ends with an update call."""
+        online, counters = self.online_config, self.counters
+        if online.replay == "none":
+            return False
+        return self.replay.due(counters.env_steps, online.first_update(), self.agent.needs.window)
+
+    def _initial_updates(self) -> None:
+        """Run the updates that come in one go before the first online one (`OnlineConfig.initial_updates`)."""
+        assert not isinstance(self.replay, Rollout)
+        state, counters, count = self.state, self.counters, self.online_config.initial_updates
+        sampling = self._sampling(utd_ratio=1)
+        state.totals = state.totals or self._zeros(None)
+        for source, part in self.replay.burst(self.keys, counters.gradient_steps, count, sampling):
+            jax.block_until_ready(state.totals)
+            state.agent, state.totals = programs.updates(
+                state.agent, state.totals, source, self.keys, counters.gradient_steps, part, sampling=sampling
+            )
+            counters.gradient_steps += part
+        counters.unlogged_updates += count
+
+    def _learn_and_act(self, update: bool, over: np.ndarray) -> None:
+        """Run the update call, if one is due, and choose the next actions; `over` `[S * N]` clears the carry."""
+        assert self.fleet is not None
+        state, counters, sampling = self.state, self.counters, self._sampling()
+        places = (self.seeds, self.envs_per_seed)
+        state.totals = state.totals or self._zeros(None)
+        source = self.replay.source(self.keys, counters.gradient_steps, sampling) if update else None
+        at = counters.gradient_steps
+        state.agent, state.totals, state.carry, state.action = programs.learn_and_act(
+            state.agent, state.totals, state.carry, None if self.loop.overlap else source, state.normalizer, self.keys,
+            at, jax.tree.map(lambda o: o.reshape(*places, *o.shape[1:]), self.fleet.observations), over.reshape(places),
+            counters.env_steps, sampling=sampling, action_dim=self.replay.data.rows["actions"].shape[-1],
+            random=counters.env_steps < self.online_config.random_steps,
+        )  # fmt: skip
+        if source is not None and self.loop.overlap:  # the update runs while the environments step
+            state.agent, state.totals = programs.learn(
+                state.agent, state.totals, source, self.keys, at, sampling=sampling
+            )
+
+    def choose_actions(self) -> None:
+        """Choose the actions for the observations at which the environments stand."""
+        self._learn_and_act(False, np.zeros(self.seeds * self.envs_per_seed, bool))
+
+    def _finite_actions(self) -> np.ndarray:
+        """Return the chosen actions `[S, N, A]` on the host; raises `DivergenceError` if one is not finite."""
+        actions = np.asarray(self.state.action)
         if not np.isfinite(actions).all():
             raise DivergenceError(
                 f"the policy's action at online step {self.counters.env_steps} is not finite: the learner diverged; "
@@ -227,80 +381,51 @@ class Trainer:
             )
         return actions
 
-    def _online_step(self) -> None:
-        assert self.online_state is not None and self.fleet is not None
-        counters, online = self.counters, self.online_config
-        rows, ended = self.fleet.step(self.finite_actions(), self._episode_finished)
-        waits, window = self.fleet.waits, self.online_state.agent.needs.window
-        update = self._may_update(window)
-        mode = OnlineMode(
-            seeds=self.seeds,
-            update=update,
-            random=counters.env_steps + 1 < online.random_steps,
-            pending=waits,
-            utd_ratio=online.utd_ratio,
-            batch_size=self.config.batch_size,
-            offline_ratio=online.offline_ratio if online.replay == "mixed" else 0.0,
-            window=window,
-            overlap=self.loop.overlap,
+    @property
+    def phase_name(self) -> str:
+        """`offline`, `warmup` (the first update online is still to come) or `online`."""
+        if self.counters.phase == "offline":
+            return "offline"
+        return (
+            "online" if self.counters.online_updates or self.online_config.replay in ("none", "rollout") else "warmup"
         )
-        offline = self.offline_data if online.replay == "mixed" else None
-        over = self.fleet.outdated(self.online_state.carry, ended)
-        if update and online.initial_updates and not counters.online_updates:
-            self._initial_updates(offline, mode)
-        self.online_state, self.action = self.programs.online_step(
-            self.online_state, offline, self.normalizer, rows, self.fleet.observations, over, mode=mode
-        )
-        if waits:
-            self.commit(np.flatnonzero(ended))
-        else:
-            self.fleet.forget(np.flatnonzero(ended))
-        counters.env_steps += 1
-        counters.gradient_steps += online.utd_ratio if update else 0
-        counters.online_updates += int(update)
-        self.updates_since_log += int(update)
 
-    def _initial_updates(self, offline: OfflineData | HostData | None, mode: OnlineMode) -> None:
-        """Run the updates that come in one go before the first online one (`OnlineConfig.initial_updates`)."""
-        assert self.online_state is not None
-        count = self.online_config.initial_updates
-        self.online_state = self.programs.initial_updates(
-            self.online_state, offline, jnp.asarray(count, jnp.int32), mode=mode
-        )
-        self.counters.gradient_steps += count
-        self.updates_since_log += count
+    # Environments that stand elsewhere than the run
 
-    def commit(self, members: np.ndarray) -> None:
-        """Fill in the returns-to-go of these members' waiting rows and let them be sampled."""
-        assert self.online_state is not None and self.fleet is not None
-        failure = self.data.task.failure_reward
-        returns, counts = self.fleet.take_returns(members, self.config.discount, failure)
-        if not counts.any():
+    def put_back(self) -> None:
+        """Put the environments where they are to stand: those of a restored run, a robot after an evaluation.
+
+        If one stands elsewhere, its half episode ends as by a time limit, and its policy begins afresh.
+        """
+        state = self.state
+        if state.environments is not None:
+            fleet = self.fleet or self._make_fleet()
+            self.fleet = None
+            with Closing() as closing:
+                closing.callback(fleet.close)
+                same = np.asarray(fleet.restore(state.environments, state.observations))
+                closing.pop_all()
+            self.fleet, state.environments, state.observations = fleet, None, None
+            self._begin_anew(same)
+        elif self.fleet is not None and self.fleet.displaced:
+            self.fleet.begin_anew()
+            self._begin_anew(np.zeros(len(self.fleet.slots), bool))
+
+    def _begin_anew(self, same: np.ndarray) -> None:
+        """End the half episodes of environments that are not the `same` `[S * N]` as before, and act anew there."""
+        if same.all():
             return
-        if counts.max() > self.online_state.buffer.capacity:
-            raise ConfigError(
-                f"an episode of {counts.max()} steps does not fit the replay buffer; raise replay_capacity"
-            )
-        self.visible = [seen + int(count) for seen, count in zip(self.visible, counts, strict=True)]
-        buffer = self.programs.commit_episodes(self.online_state.buffer, returns, counts, seeds=self.seeds)
-        self.online_state = self.online_state._replace(buffer=buffer)
+        state, places = self.state, (self.seeds, self.envs_per_seed)
+        self.replay.mark_ends(~same)
+        self.replay.reveal(~same)
+        before, action, stays = state.carry, state.action, same.reshape(places)
+        kept = jax.tree.map(jnp.copy, before)  # the program that chooses takes its carry over
+        self._learn_and_act(False, ~same)
+        state.carry = programs.clear_carry(state.carry, kept, stays)
+        if action is not None and state.action is not None:
+            state.action = jnp.where(stays[..., None], action, state.action)
 
-    def _episode_finished(self, member: int, row: dict[str, Any]) -> None:
-        counters, keys = self.counters, ("return", "length", "success", "intervention")
-        counters.episodes[member] += 1
-        metrics = {f"train/{key}": float(row[key]) for key in keys if row[key] is not None}
-        position = {"env_steps": counters.env_steps + 1, "gradient_steps": counters.gradient_steps}
-        numbers = {"seed": member, "episodes": counters.episodes[member], **metrics}
-        self.hooks.metrics({"phase": self.phase_name, **position, **numbers})
-
-    def _log_online(self) -> None:
-        assert self.online_state is not None
-        updates, counters = self.updates_since_log, self.counters
-        metrics = {key: value / updates for key, value in self.online_state.totals.items()} if updates else {}
-        zeros = jax.tree.map(jnp.zeros_like, self.online_state.totals)
-        self.online_state = self.online_state._replace(totals=zeros)
-        self.write_metrics(metrics, {"time/log_steps": float(counters.env_steps - counters.logged_at)})
-        self.updates_since_log, counters.logged_at = 0, counters.env_steps
+    # Evaluation
 
     def evaluate(self, wait: bool = True) -> list[dict[str, Any]]:
         """Evaluate all seeds in their own environments, report and return one row per episode.
@@ -308,16 +433,17 @@ class Trainer:
         Without `wait`, an evaluation in another process is reported by `take_evaluations` when it is finished.
         """
         counters = self.counters
-        agent = self.agent if self.online_state is None else self.online_state.agent
         about = {
             "point": counters.point,
             "phase": self.phase_name,
             "env_steps": counters.env_steps,
             "gradient_steps": counters.gradient_steps,
         }
-        self.unscored = counters.point
-        self.moved = resume.may_move(self)
-        self.evaluator.ask(agent, self.normalizer, counters.point, self.loop.deterministic_eval, about)
+        counters.asked_at = counters.point
+        counters.scored_at = None if counters.scored_at == counters.point else counters.scored_at
+        if self.fleet is not None:
+            self.fleet.may_move()
+        self.evaluator.ask(self.agent, self.normalizer, counters.point, self.loop.deterministic_eval, about)
         return self.take_evaluations(wait)
 
     def take_evaluations(self, wait: bool = False, leave: int = 0) -> list[dict[str, Any]]:
@@ -328,74 +454,182 @@ class Trainer:
             last = [{**position, **row} for row in rows]
             self.counters.score = float(np.mean([row["score"] for row in last]))
             self.counters.scored_at = about["point"]
-            self.unscored = None if about["point"] == self.unscored else self.unscored
             self.hooks.episodes(last)
             self.hooks.scored(about["point"], self.counters.score)
         return last
 
-    def take_earlier_evaluations(self) -> bool:
-        """Report the evaluations of earlier steps; return whether this step's is under way, or has failed."""
-        point = self.counters.point
-        here = [about for about in self.evaluator.under_way() if about and about["point"] == point]
+    def take_earlier_evaluations(self) -> None:
+        """Report the evaluations of earlier steps; one of this step may still be under way, or have failed."""
+        here = [about for about in self.evaluator.under_way() if about and about["point"] == self.counters.point]
         self.take_evaluations(wait=True, leave=len(here))
-        return self.unscored == point
+
+    def broken_off(self) -> bool:
+        """Whether a stop was asked for before an evaluation was played to its end."""
+        return self.counters.unscored and self.hooks.should_stop()
 
     def _evaluate_again(self) -> bool:
         """Play the evaluation that was under way, or failed, when the state was taken; False if stopped again."""
-        if self.unscored == self.counters.point and not self.evaluator.under_way():
+        here = self.counters.unscored and self.counters.asked_at == self.counters.point
+        if here and not self.evaluator.under_way():
             self.evaluate(wait=False)
         return not self.broken_off()
 
-    def write_metrics(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
-        """Report one row per seed: metrics `[S]` each, and what all seeds share."""
-        counters = self.counters
-        host = jax.device_get(metrics)
-        for member in range(self.seeds):
-            values = {key: float(value[member]) for key, value in host.items()}
-            position = {"env_steps": counters.env_steps, "gradient_steps": counters.gradient_steps}
-            row = {"phase": self.phase_name, **position, "time_s": round(counters.elapsed, 3), "seed": member}
-            self.hooks.metrics({**row, **values, **extra})
+    # Metrics
 
-    @property
-    def slots_shape(self) -> tuple[int, ...]:
-        """The axes of the training environments: `[S]`."""
-        return (self.seeds,)
+    def _episode_finished(self, index: int, row: dict[str, Any]) -> None:
+        counters, seed = self.counters, index // self.envs_per_seed
+        counters.episodes[seed] += 1
+        numbers = {key: row[key] for key in ("return", "length", "success", "intervention") if row[key] is not None}
+        self.hooks.metrics(
+            {
+                "phase": self.phase_name,
+                "env_steps": counters.env_steps + 1,
+                "gradient_steps": counters.gradient_steps,
+                "seed": seed,
+                "episodes": counters.episodes[seed],
+                **{f"train/{key}": float(value) for key, value in numbers.items()},
+            }
+        )
 
-    def mark_ends(self, where: np.ndarray) -> None:
-        """Make the newest row the last of its episode where `where` `[S]` is true."""
-        assert self.online_state is not None
-        self.online_state = self.online_state._replace(buffer=self.online_state.buffer.mark_ends(where))
+    def _log(self) -> None:
+        """Report the mean metrics since the last row, one row per seed."""
+        counters, state = self.counters, self.state
+        updates, online = counters.unlogged_updates, counters.phase == "online"
+        at = counters.env_steps if online else counters.offline_steps
+        if updates or online:
+            host = jax.device_get(state.totals) if updates else {}
+            extra = {"time/log_steps": float(at - counters.logged_at)} if online else {}
+            for seed in range(self.seeds):
+                self.hooks.metrics(
+                    {
+                        "phase": self.phase_name,
+                        "env_steps": counters.env_steps,
+                        "gradient_steps": counters.gradient_steps,
+                        "time_s": round(counters.elapsed, 3),
+                        "seed": seed,
+                        **{key: float(value[seed]) / updates for key, value in host.items()},
+                        **extra,
+                    }
+                )
+        state.totals = jax.tree.map(jnp.zeros_like, state.totals)
+        counters.unlogged_updates, counters.logged_at = 0, at
 
-    def placed(self, buffer: Any) -> Any:
-        """Return a loaded replay buffer as the programs want it."""
-        if isinstance(self.programs, HostReplay):
-            self.programs.stand_at(buffer)
-        return buffer
+    # Checkpoints
+
+    def save(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (arrays, values): named device arrays and JSON-able host values, all that a checkpoint holds.
+
+        Evaluations of earlier steps are waited for and reported. One of this step may be under way or have failed: who
+        goes on from here plays it again.
+        """
+        self.take_earlier_evaluations()
+        state, counters = self.state, self.counters
+        arrays: dict[str, Any] = {"agent": state.agent}
+        if state.normalizer is not None:
+            arrays["normalizer"] = state.normalizer
+        loop: dict[str, Any] = {"keys": self.keys, "totals": state.totals if counters.unlogged_updates else {}}
+        values: dict[str, Any] = {"counters": dict(vars(counters))}
+        if counters.phase == "online":
+            arrays |= self.replay.arrays()
+            loop |= {"observations": self._observations()}
+            loop |= {} if state.action is None else {"action": state.action}
+            loop |= {} if state.carry is None else {"carry": state.carry}
+            values["replay"] = self.replay.state()
+            values["environments"] = state.environments if self.fleet is None else self.fleet.snapshot()
+        return {**arrays, "loop": loop}, values
+
+    def _observations(self) -> Any:
+        """Return what the policies see next, leaves `[S * N, ...]`; zeros where no environment was made yet."""
+        if self.fleet is not None:
+            return self.fleet.observations
+        if self.state.observations is not None:
+            return self.state.observations
+        rows, count = self.replay.data.rows["observations"], self.seeds * self.envs_per_seed
+        return jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), rows)
+
+    def load(
+        self,
+        values: dict[str, Any],
+        read: Callable[[dict[str, Any]], dict[str, Any]],
+        online_steps: int,
+        play: bool = True,
+    ) -> Self:
+        """Go on where `values` of `save` say; `read(targets)` returns arrays of a given structure.
+
+        `online_steps` sizes the replay if the checkpoint does not say for how many steps it was made. `play` False:
+        environments are made when `online` goes on, and nothing is stored: the run is looked at.
+        """
+        saved = Counters(**values["counters"])
+        if saved.phase == "online":
+            replay = values["replay"]
+            self.begin_online(replay.get("planned") or online_steps, replay["kind"], play=False)
+        targets, _ = self.save()
+        loop = targets["loop"]
+        if saved.phase == "online":
+            shape = (self.seeds, self.envs_per_seed, *self.replay.data.rows["actions"].shape[1:])
+            loop["action"] = jnp.zeros(shape)
+        if saved.unlogged_updates:
+            online = saved.phase == "online"
+            loop["totals"] = self._zeros(
+                None if online else phase_at(self.agent, saved.offline_total, saved.offline_steps)
+            )
+        arrays = read(targets)
+        state, loop = self.state, arrays["loop"]
+        state.agent, state.counters, state.totals = arrays["agent"], saved, loop["totals"]
+        state.normalizer = arrays.get("normalizer", state.normalizer)
+        if saved.phase == "online":
+            self.replay.restore(arrays, values["replay"])
+            state.carry, state.action = loop.get("carry"), loop["action"]
+            state.environments, state.observations = values["environments"], loop["observations"]
+        if play:
+            self.put_back()
+        else:
+            self.replay.look_only()
+        return self
 
     def close(self) -> None:
         """Close all environments, and the files of a replay in host memory."""
         with ExitStack() as closing:  # each of them, whatever the others raise
-            for part in (self.programs, self.fleet, self.evaluator):
-                if isinstance(part, HostReplay | Fleet | Evaluator):
+            for part in (self.replay, self.fleet, self.evaluator):
+                if part is not None:
                     closing.callback(part.close)
 
-    def arrays(self) -> dict[str, Any]:
-        """Return every device array of the run, by name (o2o.train.checkpoint)."""
-        return resume.arrays(self)
 
-    def state(self) -> dict[str, Any]:
-        """Return every host value of the run, JSON-able; reports the evaluations of earlier steps, waiting for them."""
-        return resume.state(self)
+class Clock:
+    """Counts the seconds of training on, from those that a run has behind it."""
 
-    def restore(
-        self,
-        state: dict[str, Any],
-        load: Callable[[dict[str, Any]], dict[str, Any]],
-        online_steps: int,
-        play: bool = True,
-    ) -> Self:
-        """Put the run where `state` says (`resume.restore`); not to `play`: environments only when `online` goes on."""
-        resume.restore(self, state, load, online_steps)
-        if play:
-            resume.put_back(self)
-        return self
+    def __init__(self, counters: Counters) -> None:
+        """Start now."""
+        self._counters, self._started = counters, time.perf_counter() - counters.elapsed
+
+    def read(self) -> None:
+        """Write the seconds so far into the counters."""
+        self._counters.elapsed = time.perf_counter() - self._started
+
+
+def _enter(phase: Phase, data: Any, agent: Agent) -> Agent:
+    assert phase.enter is not None
+    return phase.enter(agent, data)
+
+
+def _passed(before: int, at: int, last: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, at], or the `last` step is reached."""
+    return at // every > before // every or at >= last
+
+
+def plan(agent: Agent, steps: int) -> list[tuple[Phase, int]]:
+    """Return the phases of a pre-training of `steps` gradient steps, each with the step at which it begins.
+
+    Raises `ConfigError` if they do not add up to `steps`.
+    """
+    phases = [phase for phase in agent.phases(steps) if phase.steps]
+    begins = [sum(phase.steps for phase in phases[:i]) for i in range(len(phases) + 1)]
+    if begins[-1] != steps:
+        raise ConfigError(f"the phases of this agent take {begins[-1]} gradient steps, offline_steps is {steps}")
+    return [(phase, begin) for phase, (begin, _) in zip(phases, pairwise(begins), strict=True)]
+
+
+def phase_at(agent: Agent, steps: int, at: int) -> Phase | None:
+    """Return the phase that the last of `at` gradient steps, of `steps`, was in; None if there is none."""
+    phases = [phase for phase, begin in plan(agent, steps) if begin < max(at, 1)]
+    return phases[-1] if phases else None

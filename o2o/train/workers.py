@@ -1,6 +1,6 @@
 """Training environments in processes of their own (`LoopConfig.env_processes`): shared memory, one signal each way.
 
-The processes hold environments only; the episodes under way in them are kept by the fleet (`o2o.train.fleet`), to
+The processes hold environments only; the episodes under way in them are kept by the fleet (`o2o.train.collect`), to
 which an environment is the same wherever it is. Resets and single steps (a resume plays episodes again) go as
 messages; a step of all environments goes through the memory. Of a step's `info` only `executed_action`, `intervened`,
 `raw_reward` and `success` come back. The processes import no JAX, unless what makes their environments does.

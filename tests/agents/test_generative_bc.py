@@ -13,12 +13,12 @@ import pytest
 
 from o2o import cli
 from o2o.agents import DiffusionBC, DiffusionBCConfig, FlowBC, FlowBCConfig
+from o2o.config import LoopConfig
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.generative import Diffusion, Flow
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import read_status
-from o2o.train.schedule import LoopConfig
 from o2o.types import Batch
 from tests.system.test_runs import StopAt, untimed
 
@@ -212,10 +212,10 @@ def test_a_stopped_run_with_chunks_and_history_equals_one_that_never_stopped(
     assert not session.train(run, tmp_path / "parts") and stop.fired
     assert read_status(tmp_path / "parts") == "stopped"
     config, trainer = session.open_run(tmp_path / "parts")
-    assert trainer.online_state is not None and config.history == 2
-    assert trainer.offline_data.rows["observations"].shape[-1] == 2 * trainer.data.observation_spec.state_dim
-    left = np.asarray(trainer.online_state.carry.left)
-    assert left.shape == (2, 1) and left.min() > 0 and float(jnp.abs(trainer.online_state.carry.actions).max()) > 0
+    assert trainer.counters.phase == "online" and config.history == 2
+    assert trainer.replay.data.rows["observations"].shape[-1] == 2 * trainer.data.observation_spec.state_dim
+    left = np.asarray(trainer.state.carry.left)
+    assert left.shape == (2, 1) and left.min() > 0 and float(jnp.abs(trainer.state.carry.actions).max()) > 0
     trainer.close()
     assert session.resume(tmp_path / "parts")
     for name in ("metrics.jsonl", "episodes.jsonl"):
@@ -224,7 +224,7 @@ def test_a_stopped_run_with_chunks_and_history_equals_one_that_never_stopped(
     states = []
     for name in ("whole", "parts"):
         _, trainer = session.open_run(tmp_path / name)
-        states.append(jax.tree.leaves(trainer.arrays()))
+        states.append(jax.tree.leaves(trainer.save()[0]))
         trainer.close()
     for ours, theirs in zip(*states, strict=True):
         if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):

@@ -12,6 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
@@ -22,7 +23,6 @@ from o2o.policies.base import Base, base_labels, load_base
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.train.episode import EVAL_STREAM, EnvSlot
-from o2o.train.schedule import LoopConfig
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
 
@@ -127,7 +127,7 @@ def test_a_residual_run_resumes_exactly_and_starts_at_its_bases_level(
     assert rows[0]["phase"] == "warmup" and rows[-1]["actor/residual"] > 0
     config, trainer = session.open_run(tmp_path / "whole")
     assert config.base == str(chunked_run) and trainer.normalizer is not None
-    stored = trainer.online_state.buffer.rows  # pyright: ignore[reportOptionalMemberAccess]
+    stored = trainer.replay.buffer.rows  # pyright: ignore[reportOptionalMemberAccess]
     b, a = (np.asarray(leaf[0, :20]) for leaf in (stored["observations"]["base_action"], stored["actions"]))
     assert np.abs(a - b).max() <= 0.2 + 1e-5 and np.abs(a - b).mean() > 0.03  # base and noise in the warm-up
     after = np.asarray(stored["next_observations"]["base_action"][0, :19])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError
 from o2o.policies import video
 from o2o.report.plots import read_rows
@@ -21,7 +22,7 @@ from o2o.runs import session
 from o2o.runs.session import RunConfig
 from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import Evaluator
-from o2o.train.schedule import Hooks, LoopConfig
+from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.types import Agent, AgentConfig, Needs, OnlineConfig
 
@@ -130,7 +131,7 @@ def test_queues_are_cleared_at_time_limits_in_training(probe: Any, seeds: int) -
     trainer.online(20)
     played = whole(trainer.episodes)
     assert len(played) == 3 * seeds and played == [WHOLE] * (3 * seeds)
-    buffer = trainer.online_state.buffer
+    buffer = trainer.replay.buffer
     np.testing.assert_allclose(buffer.rows["actions"][0, :LIMIT, 0], WHOLE, atol=1e-6)
     trainer.close()
 
@@ -158,9 +159,9 @@ def test_queues_are_cleared_at_time_limits_in_play(probe: Any) -> None:
 def test_the_first_update_waits_until_a_window_is_stored(probe: Any) -> None:
     trainer = probe(online=OnlineConfig())
     trainer.online(PLACES)
-    assert int(trainer.online_state.agent.updates[0]) == 0 and trainer.phase_name == "warmup"
+    assert int(trainer.agent.updates[0]) == 0 and trainer.phase_name == "warmup"
     trainer.online(PLACES + 1)
-    assert int(trainer.online_state.agent.updates[0]) == 1 and trainer.phase_name == "online"
+    assert int(trainer.agent.updates[0]) == 1 and trainer.phase_name == "online"
     assert trainer.counters.gradient_steps == trainer.counters.online_updates == 1
     trainer.close()
 
@@ -170,14 +171,14 @@ def test_initial_updates_run_once_before_the_first_online_update(probe: Any, rep
     wanted = OnlineConfig(utd_ratio=2, warmup_steps=5, initial_updates=7, replay=replay, offline_ratio=0.5)
     trainer = probe(seeds=2, online=wanted)
     trainer.online(6)
-    assert trainer.online_state.agent.updates.tolist() == [0, 0] and trainer.phase_name == "warmup"
+    assert trainer.agent.updates.tolist() == [0, 0] and trainer.phase_name == "warmup"
     trainer.online(7)
-    assert trainer.online_state.agent.updates.tolist() == [9, 9]
+    assert trainer.agent.updates.tolist() == [9, 9]
     assert trainer.counters.gradient_steps == 9 and trainer.counters.online_updates == 1
     mean_rows = [row["a/rows"] for row in trainer.metrics if "a/rows" in row]
     assert mean_rows == [8 * PLACES * (7 * 1 + 2) / 8] * 2, "seven calls of one update and one of two"
     trainer.online(8)
-    assert trainer.online_state.agent.updates.tolist() == [11, 11]
+    assert trainer.agent.updates.tolist() == [11, 11]
     trainer.close()
 
 
@@ -185,10 +186,11 @@ def test_initial_updates_are_not_repeated_after_a_resume(probe: Any) -> None:
     wanted = OnlineConfig(warmup_steps=3, initial_updates=5)
     first, second = probe(online=wanted), probe(online=wanted)
     first.online(6)
-    second.restore(json.loads(json.dumps(first.state())), lambda _: jax.tree.map(jnp.copy, first.arrays()), 20)
+    arrays, state = first.save()
+    second.load(json.loads(json.dumps(state)), lambda _: jax.tree.map(jnp.copy, arrays), 20)
     for trainer in (first, second):
         trainer.online(8)
-        assert int(trainer.online_state.agent.updates[0]) == 5 + 4
+        assert int(trainer.agent.updates[0]) == 5 + 4
         trainer.close()
 
 
@@ -196,7 +198,7 @@ def test_an_agents_own_random_actions_replace_uniform_ones(probe: Any) -> None:
     uniform, own = (probe(kind, online=OnlineConfig(random_steps=5)) for kind in (Probe, Exploring))
     for trainer in (uniform, own):
         trainer.online(9)
-    actions = [np.asarray(t.online_state.buffer.rows["actions"][0, :9, 0]) for t in (uniform, own)]
+    actions = [np.asarray(t.replay.buffer.rows["actions"][0, :9, 0]) for t in (uniform, own)]
     np.testing.assert_allclose(actions[1][:5], -0.7, atol=1e-6)
     assert len(set(actions[0][:5].tolist())) == 5
     for taken in actions:
@@ -236,7 +238,8 @@ def test_waiting_for_the_first_finished_episode_is_warm_up(tiny_run: Maker) -> N
 def test_a_policy_whose_environment_is_lost_begins_a_new_chunk_and_the_others_go_on(probe: Any) -> None:
     first, second = probe(seeds=2), probe(seeds=2)
     first.online(2)
-    state, arrays = json.loads(json.dumps(first.state())), first.arrays()
+    arrays, state = first.save()
+    state = json.loads(json.dumps(state))
     made = second.env_fn
     built: list[Any] = []
 
@@ -247,13 +250,13 @@ def test_a_policy_whose_environment_is_lost_begins_a_new_chunk_and_the_others_go
         return env
 
     second.env_fn = env_fn
-    second.restore(state, lambda _: arrays, 20)
-    assert not second.exact_resume
-    assert second.online_state.carry.left[:, 0].tolist() == [3, 1], "member 0 has a new chunk, member 1 the old one"
-    np.testing.assert_allclose(second.action[:, 0], [0.0, 0.2], atol=1e-6)
+    second.load(state, lambda _: arrays, 20)
+    assert not all(slot.exact for slot in second.fleet.slots)
+    assert second.state.carry.left[:, 0].tolist() == [3, 1], "member 0 has a new chunk, member 1 the old one"
+    np.testing.assert_allclose(second.state.action[:, 0, 0], [0.0, 0.2], atol=1e-6)
     second.online(3)
-    np.testing.assert_allclose(second.online_state.buffer.rows["actions"][:, 2, 0], [0.0, 0.2], atol=1e-6)
-    assert second.online_state.buffer.rows["ends"][:, 1].tolist() == [1.0, 0.0]
+    np.testing.assert_allclose(second.replay.buffer.rows["actions"][:, 2, 0], [0.0, 0.2], atol=1e-6)
+    assert second.replay.buffer.rows["ends"][:, 1].tolist() == [1.0, 0.0]
     first.close()
     second.close()
 
@@ -273,14 +276,14 @@ def test_qc_stopped_with_actions_in_its_queue_goes_on_as_if_it_had_not(
             elif phase == "online":
                 trainer.offline(20)
                 trainer.online(step)
-                left = trainer.online_state.carry.left  # type: ignore[union-attr]
+                left = trainer.state.carry.left  # type: ignore[union-attr]
                 assert (np.asarray(left) > 0).all(), "a queue with actions in it"
             else:
                 trainer.offline(20)
                 trainer.online(40)
                 break
             trainer = reopened(trainer, run, tmp_path / phase)
-        ends.append(trainer.arrays())
+        ends.append(trainer.save()[0])
         assert trainer.counters.gradient_steps == 20 + 40 - 13
         trainer.close()
     for ours, theirs in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
@@ -293,12 +296,12 @@ def reopened(trainer: Trainer, run: RunConfig, folder: Path) -> Trainer:
     """Save the trainer to the disk, close it, and return another one that stands at the same point."""
     from o2o.train import checkpoint
 
-    checkpoint.save(folder, 1, trainer.arrays(), trainer.state(), None, 1)
+    checkpoint.save(folder, 1, *trainer.save(), None, 1)
     trainer.close()
     fresh = session.build(run)
     step, state, _ = checkpoint.load_state(folder)
-    fresh.restore(state, lambda targets: checkpoint.load_arrays(folder, step, targets), run.online_steps)
-    assert fresh.exact_resume
+    fresh.load(state, lambda targets: checkpoint.load_arrays(folder, step, targets), run.online_steps)
+    assert fresh.fleet is None or all(slot.exact for slot in fresh.fleet.slots)
     return fresh
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from o2o.agents.expo import EXPO
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig
 from o2o.nn.generative import Diffusion, Flow
 from o2o.report.plots import read_rows
 from o2o.runs import session
-from o2o.train.schedule import LoopConfig
 from tests.helpers.tiny import ACTION_DIM, ROWS, make_batch, moved, steps
 from tests.helpers.toy_expo import KEY, TINY, N, act, base_step, changed, critic_step, edit_step, fresh, quick, update
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted

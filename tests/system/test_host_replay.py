@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 from flax import struct
 
+from o2o.config import LoopConfig
 from o2o.data.normalizer import Normalizer
 from o2o.errors import CheckpointError, ConfigError, RunError
-from o2o.replay import host as host_replay
 from o2o.replay.buffer import OfflineData
+from o2o.replay.device import Returns
 from o2o.replay.host import HostData, HostReplay
+from o2o.replay.place import Place, row_bytes
 from o2o.replay.row_store import ON_HOST, RowStore
+from o2o.replay.source import Sampling
 from o2o.runs import session
-from o2o.train import checkpoint
-from o2o.train import programs as dispatch
-from o2o.train.programs import OnlineMode
-from o2o.train.schedule import LoopConfig
-from o2o.types import Agent, Needs
+from o2o.train import checkpoint, programs
+from o2o.types import Agent, AgentConfig, Needs
 
 ROWS, BATCH, CAPACITY = 30, 4, 12
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyConfig:
+class ToyConfig(AgentConfig):
     batch_size: int = BATCH
 
 
@@ -99,8 +99,9 @@ def test_a_dataset_on_the_host_is_drawn_as_on_the_device(window):
         light = host.light.draw(jax.random.key(seed), (2, 5), window)
         assert light["observations"].shape == wanted["rewards"].shape
         equal({**light, **host.read(np.asarray(light["observations"]))}, wanted)
-    shapes = host.batch_shapes((2, 5), window)
-    assert shapes == device.batch_shapes((2, 5), window) == jax.eval_shape(lambda: wanted)
+    sampling = Sampling(5, 2, window=window)
+    shapes = [replay.batch_shapes(sampling) for replay in replays(rows, ("ends",), 1)]
+    assert shapes[0] == shapes[1] == jax.eval_shape(lambda: wanted)
     again = HostData.take(device)
     equal(again.light, host.light)
     equal(again.heavy, host.heavy)
@@ -109,64 +110,76 @@ def test_a_dataset_on_the_host_is_drawn_as_on_the_device(window):
 
 def test_the_device_holds_no_observation():
     host = HostData.create(rows_of(ROWS), ("ends",))
-    assert host_replay.row_bytes(host.light.rows) < 40
-    assert host_replay.row_bytes(host.rows) > 2 * 4 * 4 * 3
+    assert row_bytes(host.light.rows) < 40
+    assert row_bytes(host.rows) > 2 * 4 * 4 * 3
+
+
+def replays(rows, keys, seeds, most=CAPACITY):
+    """Return two replays of a dataset: on the device, and with its observations in host memory."""
+    places = (Place(device_bytes, most) for device_bytes in (2**30, 0))
+    return [place.dataset(rows, keys, SOURCES, seeds) for place in places]
+
+
+def keys_of(seeds):
+    return jax.random.split(jax.random.key(1), seeds)
 
 
 @pytest.mark.parametrize(("seeds", "window"), [(1, 1), (2, 3)])
 def test_offline_updates_are_the_same(seeds, window):
-    rows, key = rows_of(ROWS), jax.random.split(jax.random.key(0), seeds)
-    device, host = (kind.create(rows, ("ends",), SOURCES) for kind in (OfflineData, HostData))
-    replay = HostReplay()
-    options = {"seeds": seeds, "batch_size": BATCH}
-    wanted = dispatch.offline_updates(agents(seeds, window=window), jnp.copy(key), device, jnp.asarray(5), **options)
-    got = replay.offline_updates(agents(seeds, window=window), key, host, jnp.asarray(5), **options)
-    equal(got, wanted)
-    replay.close()
+    found, sampling = [], Sampling(BATCH, window=window)
+    for replay in replays(rows_of(ROWS), ("ends",), seeds):
+        agent, totals, at = agents(seeds, window=window), {"toy/memory": jnp.zeros(seeds)}, 0
+        for source, count in replay.dataset(keys_of(seeds), 0, 5, sampling):
+            agent, totals = programs.updates(agent, totals, source, keys_of(seeds), at, count, sampling=sampling)
+            at += count
+        assert at == 5
+        found.append((agent, totals))
+        replay.close()
+    equal(*found)
+    assert np.abs(found[0][0].memory).min() > 0
 
 
 def play(
-    programs, data, *, seeds=1, steps=24, window=1, replay="mixed", pending=False, normalizer=None, initial=0,
-    overlap=False,
-):  # fmt: skip
+    replay, *, seeds=1, steps=24, window=1, kind="mixed", pending=False, normalizer=None, initial=0, overlap=False
+):
     """Drive the programs through a made-up environment and return all that they gave."""
-    needs = ("mc_returns",) if pending else ()
-    agent = agents(seeds, window=window, keys=needs)
-    capacity = CAPACITY + (ROWS if replay == "append" else 0)
-    keys = jax.random.split(jax.random.key(1), seeds)
-    state = programs.fresh_online_state(agent, keys, data, capacity, replay == "append")
+    needs, keys = ("mc_returns",) if pending else (), keys_of(seeds)
+    agent, carry, totals = agents(seeds, window=window, keys=needs), None, {"toy/memory": jnp.zeros(seeds)}
+    replay.begin(needs, CAPACITY, kind, Returns(0.9, None) if pending else None)
     world = rows_of(steps * seeds, seed=5, ends=6)
+    del world["mc_returns"]
     world = jax.tree.map(lambda leaf: leaf.reshape(steps, seeds, *leaf.shape[1:]), world)
-    if not pending:
-        del world["mc_returns"]
-    states, episode = [], 0
+    sampling = Sampling(BATCH, 2, 0.5 if kind == "mixed" else 0.0, window)
+    states, at = [], 0
     for step in range(steps):
         rows = jax.tree.map(lambda leaf, s=step: leaf[s], world)
+        ended = rows["ends"] > 0
         rows["ends"] = rows["ends"].astype(np.float32)
-        episode += 1
-        mode = OnlineMode(
-            seeds=seeds, update=step >= 6, random=step < 6, pending=pending, utd_ratio=2, batch_size=BATCH,
-            offline_ratio=0.5 if replay == "mixed" else 0.0, window=window, overlap=overlap,
-        )  # fmt: skip
-        offline = data if replay == "mixed" else None
+        update = step >= 6
         if step == 6 and initial:
-            state = programs.initial_updates(state, offline, jnp.asarray(initial), mode=mode)
-        state, action = programs.online_step(
-            state, offline, normalizer, rows, rows["next_observations"], rows["ends"] > 0, mode=mode
-        )
-        if pending and step % 6 == 5:
-            returns = jnp.ones((seeds, 8)) * step
-            buffer = programs.commit_episodes(state.buffer, returns, jnp.full(seeds, 6), seeds=seeds)
-            state = state._replace(buffer=buffer)
-        rng = jax.random.key_data(state.rng)
-        states.append(jax.tree.map(np.asarray, (state.agent.memory, action, state.totals, rng)))
+            single = sampling._replace(utd_ratio=1)
+            for source, count in replay.burst(keys, at, initial, single):
+                agent, totals = programs.updates(agent, totals, source, keys, at, count, sampling=single)
+                at += count
+        replay.add(rows, normalizer)
+        source = replay.source(keys, at, sampling) if update else None
+        seen = jax.tree.map(lambda leaf: leaf[:, None], rows["next_observations"])
+        agent, totals, carry, action = programs.learn_and_act(
+            agent, totals, carry, None if overlap else source, normalizer, keys, at, seen, ended[:, None], step + 1,
+            sampling=sampling, action_dim=2, random=not update,
+        )  # fmt: skip
+        if overlap and source is not None:
+            agent, totals = programs.learn(agent, totals, source, keys, at, sampling=sampling)
+        at += 2 * update
+        replay.reveal(ended)
+        states.append(jax.tree.map(np.asarray, (agent.memory, action, totals)))
     return states
 
 
 CASES = {
     "mixed, normalised, with first updates": {"initial": 4, "normalizer": True},
-    "windows of two seeds": {"replay": "online", "window": 3, "seeds": 2},
-    "append": {"replay": "append"},
+    "windows of two seeds": {"kind": "online", "window": 3, "seeds": 2},
+    "append": {"kind": "append"},
     "learning while environments step": {"overlap": True},
     "waiting for returns": {"pending": True},
 }
@@ -178,19 +191,16 @@ def test_online_steps_are_the_same_bit_for_bit(case):
     needs = ("mc_returns", "ends")
     if options.pop("normalizer", False):
         options["normalizer"] = Normalizer.fit(rows["observations"])
-    wanted = play(dispatch, OfflineData.create(rows, needs, SOURCES), **options)
-    replay = HostReplay(slack=1)
-    got = play(replay, HostData.create(rows, needs, SOURCES), **options)
+    device, host = replays(rows, needs, options.get("seeds", 1))
+    wanted, got = play(device, **options), play(host, **options)
     for step, (one, two) in enumerate(zip(got, wanted, strict=True)):
         for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
             np.testing.assert_array_equal(left, right, err_msg=f"step {step}")
     assert np.abs(got[-1][0]).max() > 0
-    replay.close()
+    host.close()
 
 
 def test_the_rows_ahead_are_mostly_right_and_their_timing_does_not_matter(monkeypatch):
-    rows = rows_of(ROWS)
-    data = HostData.create(rows, ("ends",), SOURCES)
     read, calls, rng = RowStore.read, [], np.random.default_rng(0)
 
     def slow(store, handles, dataset, until):
@@ -198,11 +208,12 @@ def test_the_rows_ahead_are_mostly_right_and_their_timing_does_not_matter(monkey
         time.sleep(rng.uniform(0, 0.01))
         return read(store, handles, dataset, until)
 
-    plain, late = HostReplay(), HostReplay()
-    wanted = play(plain, data)
+    plain, late = (replays(rows_of(ROWS), ("ends",), 1)[1] for _ in range(2))
+    assert isinstance(plain, HostReplay)
+    wanted = play(plain)
     plain.close()  # its thread may still be reading
     monkeypatch.setattr(RowStore, "read", slow)
-    got = play(late, data)
+    got = play(late)
     for one, two in zip(got, wanted, strict=True):
         equal(one, two)
     whole = [shape for shape, _ in calls if len(shape) == 3]
@@ -288,8 +299,8 @@ def test_a_temporary_store_removes_its_files():
 
 
 def test_the_limit_is_the_given_one_or_what_the_back_end_suggests():
-    assert host_replay.device_limit(0) == 0 and host_replay.device_limit(5) == 5
-    assert host_replay.device_limit(None) >= 2**30
+    assert Place(0).limit() == 0 and Place(5).limit() == 5
+    assert Place().limit() >= 2**30
 
 
 def test_a_run_that_is_only_looked_at_keeps_its_rows(tiny_run, tmp_path):

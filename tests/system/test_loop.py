@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError, DivergenceError, EnvironmentMismatchError
+from o2o.replay.device import insert
 from o2o.runs import session
 from o2o.runs.session import RunConfig
-from o2o.train.programs import insert, learn_and_choose, offline_updates
-from o2o.train.schedule import Hooks, LoopConfig, evaluation_steps
+from o2o.train.programs import learn_and_act, updates
+from o2o.train.state import Hooks, evaluation_steps
 from o2o.train.trainer import Trainer
 from o2o.types import OnlineConfig
 
@@ -56,19 +58,19 @@ def test_wsrl_warm_up_moves_nothing_and_keeps_only_its_own_rows(tiny_run: Maker)
     trainer.offline(40)
     before = networks(trainer.agent)
     trainer.online(20)
-    assert trainer.online_state is not None
-    assert equal(networks(trainer.online_state.agent), before)
-    assert int(trainer.online_state.buffer.size[0]) == 20
+    assert trainer.counters.phase == "online"
+    assert equal(networks(trainer.agent), before)
+    assert int(trainer.replay.buffer.size[0]) == 20
     assert trainer.counters.gradient_steps == 40
-    stored = np.asarray(trainer.online_state.buffer.rows["observations"][0, :20])
-    offline = np.asarray(trainer.offline_data.rows["observations"])
+    stored = np.asarray(trainer.replay.buffer.rows["observations"][0, :20])
+    offline = np.asarray(trainer.replay.data.rows["observations"])
     assert not (stored[:, None] == offline[None]).all(-1).any()
     mode = trainer.agent_of().sample_actions(stored, None, jax.random.key(0), True)[0]
-    assert not np.allclose(mode, trainer.online_state.buffer.rows["actions"][0, :20], atol=1e-3)
+    assert not np.allclose(mode, trainer.replay.buffer.rows["actions"][0, :20], atol=1e-3)
     trainer.online(21)
-    assert equal(networks(trainer.online_state.agent), before)
+    assert equal(networks(trainer.agent), before)
     trainer.online(22)
-    assert not equal(networks(trainer.online_state.agent), before)
+    assert not equal(networks(trainer.agent), before)
     assert trainer.counters.gradient_steps == 40 + trainer.config.online.utd_ratio
     trainer.close()
 
@@ -77,24 +79,24 @@ def test_rlpd_random_phase_is_uniform_and_moves_nothing(tiny_run: Maker) -> None
     trainer = trainer_of(tiny_run("rlpd", [("online.random_steps", 300)]))
     before = networks(trainer.agent)
     trainer.online(300)
-    assert trainer.online_state is not None
-    assert equal(networks(trainer.online_state.agent), before)
-    actions = np.asarray(trainer.online_state.buffer.rows["actions"][0, :300])
+    assert trainer.counters.phase == "online"
+    assert equal(networks(trainer.agent), before)
+    actions = np.asarray(trainer.replay.buffer.rows["actions"][0, :300])
     for column in actions.T:
         assert stats.kstest(column, stats.uniform(-1, 2).cdf).pvalue > 0.01
     trainer.online(301)
-    assert not equal(networks(trainer.online_state.agent), before)
+    assert not equal(networks(trainer.agent), before)
     trainer.close()
 
 
 def test_append_starts_with_the_dataset(tiny_run: Maker) -> None:
     trainer = trainer_of(tiny_run("iql"))
     trainer.begin_online(30)
-    assert trainer.online_state is not None
-    rows = trainer.offline_data.size
-    assert int(trainer.online_state.buffer.size[0]) == rows
+    assert trainer.counters.phase == "online"
+    rows = trainer.replay.data.size
+    assert int(trainer.replay.buffer.size[0]) == rows
     trainer.online(30)
-    assert int(trainer.online_state.buffer.size[0]) == rows + 30
+    assert int(trainer.replay.buffer.size[0]) == rows + 30
     trainer.close()
 
 
@@ -103,8 +105,8 @@ def test_bc_acts_online_without_learning(tiny_run: Maker) -> None:
     trainer.offline(20)
     before = trainer.agent.actor
     trainer.online(30)
-    assert trainer.online_state is not None
-    assert equal(trainer.online_state.agent.actor, before)
+    assert trainer.counters.phase == "online"
+    assert equal(trainer.agent.actor, before)
     assert trainer.counters.gradient_steps == 20 and trainer.counters.env_steps == 30
     trainer.close()
 
@@ -113,12 +115,12 @@ def test_calql_samples_only_finished_episodes_with_their_returns(tiny_run: Maker
     trainer = trainer_of(tiny_run("calql"))
     trainer.offline(20)
     trainer.online(100)
-    assert trainer.online_state is not None and trainer.fleet is not None
+    assert trainer.counters.phase == "online" and trainer.fleet is not None
     length = len(trainer.fleet.slots[0].actions)
-    assert int(trainer.online_state.buffer.pending[0]) == length
+    assert int(trainer.replay.buffer.pending[0]) == length
     steps = 400
     trainer.online(steps)
-    buffer, finished = trainer.online_state.buffer, trainer.counters.episodes[0]
+    buffer, finished = trainer.replay.buffer, trainer.counters.episodes[0]
     assert finished >= 1
     visible = int(buffer.size[0] - buffer.pending[0])
     rewards, masks, ends, returns = (
@@ -143,8 +145,8 @@ def test_calql_samples_only_finished_episodes_with_their_returns(tiny_run: Maker
 def test_time_limit_bootstraps_and_the_last_observation_is_kept(tiny_run: Maker) -> None:
     trainer = trainer_of(tiny_run("wsrl", [("online.warmup_steps", 10_000)]))
     trainer.online(400)
-    assert trainer.online_state is not None
-    rows = {k: np.asarray(v[0, :400]) for k, v in trainer.online_state.buffer.rows.items()}
+    assert trainer.counters.phase == "online"
+    rows = {k: np.asarray(v[0, :400]) for k, v in trainer.replay.buffer.rows.items()}
     ends = np.flatnonzero(rows["ends"])
     assert len(ends) >= 1
     for end in ends:
@@ -159,16 +161,16 @@ def test_time_limit_bootstraps_and_the_last_observation_is_kept(tiny_run: Maker)
 
 
 def test_one_program_per_kind_of_step(tiny_run: Maker) -> None:
-    offline_updates.clear_cache()
+    updates.clear_cache()
     insert.clear_cache()
-    learn_and_choose.clear_cache()
+    learn_and_act.clear_cache()
     trainer = trainer_of(tiny_run("wsrl"))
     trainer.offline(40)
     trainer.offline(57)
-    assert offline_updates._cache_size() == 1
+    assert updates._cache_size() == 1
     trainer.online(60)
     assert insert._cache_size() == 1
-    assert learn_and_choose._cache_size() == 2, "one for the warm-up, one for learning"
+    assert learn_and_act._cache_size() == 2, "one for the warm-up, one for learning"
     trainer.close()
 
 
@@ -186,10 +188,10 @@ def test_several_seeds_differ_and_count_apart(tiny_run: Maker) -> None:
     trainer = trainer_of(tiny_run("wsrl", seeds=2), metrics=rows.append)
     trainer.offline(20)
     trainer.online(40)
-    assert trainer.online_state is not None
+    assert trainer.counters.phase == "online"
     first, second = (leaves(networks(trainer.agent_of(member))) for member in range(2))
     assert any(not np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    observations = np.asarray(trainer.online_state.buffer.rows["observations"])
+    observations = np.asarray(trainer.replay.buffer.rows["observations"])
     assert not np.array_equal(observations[0], observations[1])
     assert {row["seed"] for row in rows} == {0, 1}
     assert trainer.counters.env_steps == 40
@@ -214,11 +216,11 @@ def test_normalisation_is_frozen_and_travels_with_the_run(tiny_run: Maker) -> No
     raw = trainer.data.arrays["observations"]
     assert trainer.normalizer is not None
     np.testing.assert_allclose(trainer.normalizer.mean, raw.mean(0), atol=1e-4)
-    np.testing.assert_allclose(np.asarray(trainer.offline_data.rows["observations"]).mean(0), 0.0, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(trainer.replay.data.rows["observations"]).mean(0), 0.0, atol=1e-3)
     before = trainer.normalizer
     trainer.online(30)
-    assert trainer.online_state is not None
-    stored = np.asarray(trainer.online_state.buffer.rows["observations"][0, 0])
+    assert trainer.counters.phase == "online"
+    stored = np.asarray(trainer.replay.buffer.rows["observations"][0, 0])
     assert trainer.fleet is not None and equal(trainer.normalizer, before)
     first = trainer.fleet.slots[0]
     first.reset(0)
@@ -228,9 +230,10 @@ def test_normalisation_is_frozen_and_travels_with_the_run(tiny_run: Maker) -> No
 
 def test_a_policy_that_is_not_finite_is_named(tiny_run: Maker) -> None:
     trainer = trainer_of(tiny_run("wsrl"))
-    trainer.agent = jax.tree.map(
+    broken = jax.tree.map(
         lambda leaf: leaf * np.nan if jax.numpy.issubdtype(leaf.dtype, np.floating) else leaf, trainer.agent
     )
+    trainer.start_from(broken, trainer.normalizer)
     with pytest.raises(DivergenceError, match="online step 0 is not finite"):
         trainer.begin_online(10)
         trainer.online(10)
@@ -257,7 +260,8 @@ def test_an_environment_that_cannot_be_replayed_begins_a_new_episode(agent: str,
     run = tiny_run(agent)
     first = trainer_of(run)
     first.online(30)
-    state, arrays = json.loads(json.dumps(first.state())), first.arrays()
+    arrays, state = first.save()
+    state = json.loads(json.dumps(state))
     second = trainer_of(run)
     made = second.env_fn
 
@@ -267,12 +271,12 @@ def test_an_environment_that_cannot_be_replayed_begins_a_new_episode(agent: str,
         return env
 
     second.env_fn = robot
-    second.restore(state, lambda _: arrays, 80)
-    assert not second.exact_resume
-    assert second.online_state is not None and second.fleet is not None
-    assert second.online_state.buffer.rows["ends"][0, 29] == 1.0 and int(second.online_state.buffer.pending[0]) == 0
+    second.load(state, lambda _: arrays, 80)
+    assert not all(slot.exact for slot in second.fleet.slots)
+    assert second.counters.phase == "online" and second.fleet is not None
+    assert second.replay.buffer.rows["ends"][0, 29] == 1.0 and int(second.replay.buffer.pending[0]) == 0
     assert second.fleet.slots[0].actions == [] and second.fleet.slots[0].episode == 1
     second.online(40)
-    assert second.counters.env_steps == 40 and int(second.online_state.buffer.size[0]) == 40
+    assert second.counters.env_steps == 40 and int(second.replay.buffer.size[0]) == 40
     first.close()
     second.close()

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from o2o.keys import ACT, key_at
+from o2o.replay.device import insert
 from o2o.runs import session
 from o2o.runs.session import RunConfig
-from o2o.train.programs import insert, learn, learn_and_choose
+from o2o.train.programs import learn, learn_and_act
 from o2o.train.trainer import Trainer
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
@@ -30,9 +32,9 @@ def at_step(run: RunConfig, steps: int) -> Trainer:
 
 def stepped(trainer: Trainer) -> tuple[Any, np.ndarray]:
     """Take one more step; return the agent and the actions chosen, `[S, A]`."""
-    trainer._online_step()
-    assert trainer.online_state is not None
-    return trainer.online_state.agent, np.asarray(trainer.action)
+    trainer.step()
+    assert trainer.counters.phase == "online"
+    return trainer.agent, np.asarray(trainer.state.action)[:, 0]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -40,14 +42,14 @@ def test_a_step_learns_the_same_and_acts_by_the_policy_of_one_update_before(tiny
     run = tiny_run("rlpd", seeds=seeds, offline_steps=0)
     strict, beside = at_step(run, 30), at_step(run, 30)
     beside.loop = dataclasses.replace(beside.loop, overlap=True)
-    assert strict.online_state is not None
-    before, rng = jax.tree.map(np.asarray, strict.online_state.agent.actor.params), strict.online_state.rng
+    assert strict.counters.phase == "online"
+    before = jax.tree.map(np.asarray, strict.agent.actor.params)
     (learnt, after), (learnt_too, earlier) = stepped(strict), stepped(beside)
     for one, two in zip(jax.tree.leaves(learnt.critic), jax.tree.leaves(learnt_too.critic), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
     assert strict.fleet is not None and beside.fleet is not None
     for member in range(seeds):
-        _, _, key = jax.random.split(rng[member], 3)
+        key = key_at(jax.random.key(run.seed + member), ACT, strict.counters.env_steps)
         agent = jax.tree.map(lambda leaf, m=member: leaf[m], learnt)
         old = agent.replace(actor=agent.actor.replace(params=jax.tree.map(lambda leaf, m=member: leaf[m], before)))
         seen = strict.fleet.observations[member][None]
@@ -61,22 +63,22 @@ def test_a_step_learns_the_same_and_acts_by_the_policy_of_one_update_before(tiny
 def test_before_the_first_update_nothing_differs(tiny_run: Maker) -> None:
     run = tiny_run("wsrl", offline_steps=0)
     strict, beside = at_step(run, 22), at_step(overlapped(run), 22)
-    assert strict.online_state is not None and beside.online_state is not None
-    for key, rows in strict.online_state.buffer.rows.items():
-        np.testing.assert_array_equal(rows[0, :22], beside.online_state.buffer.rows[key][0, :22])
+    assert strict.counters.phase == "online" and beside.counters.phase == "online"
+    for key, rows in strict.replay.buffer.rows.items():
+        np.testing.assert_array_equal(rows[0, :22], beside.replay.buffer.rows[key][0, :22])
     strict.online(60)
     beside.online(60)
-    assert not np.array_equal(strict.online_state.buffer.rows["actions"], beside.online_state.buffer.rows["actions"])
+    assert not np.array_equal(strict.replay.buffer.rows["actions"], beside.replay.buffer.rows["actions"])
     assert strict.counters.gradient_steps == beside.counters.gradient_steps > 0
     strict.close()
     beside.close()
 
 
 def test_one_program_to_choose_and_one_to_learn(tiny_run: Maker) -> None:
-    for program in (insert, learn, learn_and_choose):
+    for program in (insert, learn, learn_and_act):
         program.clear_cache()
     trainer = at_step(overlapped(tiny_run("wsrl", offline_steps=0)), 60)
-    assert [program._cache_size() for program in (insert, learn, learn_and_choose)] == [1, 1, 1]
+    assert [program._cache_size() for program in (insert, learn, learn_and_act)] == [1, 1, 1]
     trainer.close()
 
 

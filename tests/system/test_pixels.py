@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.nn.encoders import EncoderConfig
 from o2o.replay.host import HostReplay
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import read_status
-from o2o.train.schedule import LoopConfig
 
 TINY: dict[str, Any] = {
     "batch_size": 6,
@@ -51,11 +51,11 @@ def numbers(path: Path) -> list[dict[str, Any]]:
 
 def agent_of(path: Path) -> tuple[list[np.ndarray], Any]:
     _, trainer = session.open_run(path)
-    assert trainer.online_state is not None
-    found, programs = jax.tree.leaves(trainer.online_state.agent), trainer.programs
+    assert trainer.counters.phase == "online"
+    found, replay = jax.tree.leaves(trainer.agent), trainer.replay
     trainer.close()
     data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
-    return [np.asarray(data(leaf)) for leaf in found], programs
+    return [np.asarray(data(leaf)) for leaf in found], replay
 
 
 def test_pre_trained_and_fine_tuned_on_images_killed_resumed_and_evaluated(

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets, recorder
 from o2o.data.recorder import EPISODES, Recorder, export, forget
 from o2o.data.task import Task
@@ -23,7 +24,6 @@ from o2o.errors import DatasetError, RunError
 from o2o.runs import session
 from o2o.runs.session import RunConfig
 from o2o.train.episode import EnvSlot
-from o2o.train.schedule import LoopConfig
 from o2o.train.trainer import Trainer
 
 Maker = Callable[..., RunConfig]
@@ -219,8 +219,8 @@ def test_a_run_stopped_and_resumed_records_what_its_buffer_holds(
     data = datasets.load(folder, task=session.task_of(run), cache=False)
     finished = trainer.counters.episodes
     assert data.info.episodes == sum(finished) and min(finished) >= 2
-    assert trainer.online_state is not None
-    buffer, start = trainer.online_state.buffer.rows, 0
+    assert trainer.counters.phase == "online"
+    buffer, start = trainer.replay.buffer.rows, 0
     for member in range(2):
         count = int(np.flatnonzero(buffer["ends"][member, :320])[-1]) + 1
         part = slice(start, start + count)

@@ -26,7 +26,7 @@ from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
 from o2o.train.evaluation import EnvFn, Evaluator
 from o2o.train.remote_evaluation import MOST_IN_FLIGHT, RemoteEvaluator
-from o2o.train.schedule import Hooks
+from o2o.train.state import Hooks
 from tests.system.test_evaluate import STEADY, STILL, Counting, Pendulum, stack
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.recorder import EPISODES, Recorder
 from o2o.errors import ConfigError, EnvironmentFaultError, RunError
@@ -19,7 +20,7 @@ from o2o.runs import session
 from o2o.runs.folder import RunFolder
 from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
-from o2o.train.schedule import LoopConfig, evaluation_steps
+from o2o.train.state import evaluation_steps
 from o2o.types import OnlineConfig
 
 Maker = Callable[..., RunConfig]
@@ -70,25 +71,26 @@ def test_a_failing_reset_costs_no_transition(
             first.online(600)
         with pytest.raises(EnvironmentFaultError, match="homing failed on reset"):
             first.online(600)
-    steps, state, ended = first.counters.env_steps, first.online_state, 0
-    assert state is not None and first.fleet is not None and first.counters.episodes == [1, 0] and steps == 41
-    buffer = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :steps], state.buffer.rows)
+    steps, replay, ended = first.counters.env_steps, first.replay, 0
+    assert first.fleet is not None and first.counters.episodes == [1, 0] and steps == 41
+    buffer = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :steps], replay.buffer.rows)
     assert done.count("step") == 2 * steps and buffer["ends"][:, :-1].sum() == 0
     assert buffer["ends"][ended, -1] == 1 and buffer["ends"][1 - ended, -1] == 0
     if agent == "calql":
-        assert state.buffer.pending.tolist() == [0 if member == ended else steps for member in (0, 1)]
-        assert [len(rows) for rows in first.fleet.waiting] == state.buffer.pending.tolist()
+        assert replay.buffer.pending.tolist() == [0 if member == ended else steps for member in (0, 1)]
+        assert [len(rows) for rows in replay.waiting] == replay.buffer.pending.tolist()
         failure = first.data.task.failure_reward
         own = {key: buffer[key][ended] for key in ("rewards", "masks", "ends")}
         returns = datasets.monte_carlo_returns(*own.values(), run.config.discount, failure)
         np.testing.assert_allclose(buffer["mc_returns"][ended], returns, rtol=1e-5)
 
     second = session.build(run)
-    second.restore(json.loads(json.dumps(first.state())), lambda _: first.arrays(), 600)
-    assert second.fleet is not None and second.online_state is not None
+    arrays, state = first.save()
+    second.load(json.loads(json.dumps(state)), lambda _: arrays, 600)
+    assert second.fleet is not None and second.counters.phase == "online"
     assert [len(slot.actions) for slot in second.fleet.slots] == [0 if member == ended else steps for member in (0, 1)]
     np.testing.assert_array_equal(second.fleet.slots[1 - ended].observation, first.fleet.slots[1 - ended].observation)
-    after = np.asarray(second.online_state.buffer.rows["ends"])[:, :steps]
+    after = np.asarray(second.replay.buffer.rows["ends"])[:, :steps]
     np.testing.assert_array_equal(after, buffer["ends"])
     second.online(steps + 5)
     assert second.counters.env_steps == steps + 5
@@ -110,7 +112,7 @@ def test_a_first_reset_that_fails_leaves_the_trainer_before_the_switch(
         patch.setattr(body[0], "reset", dead)
         with pytest.raises(EnvironmentFaultError, match="no power on reset"):
             trainer.online(10)
-    assert trainer.state()["counters"]["phase"] == "offline" and "buffer" not in trainer.arrays()
+    assert trainer.save()[1]["counters"]["phase"] == "offline" and "buffer" not in trainer.save()[0]
     assert trainer.online(10) and trainer.counters.env_steps == 10
     trainer.close()
 
@@ -127,10 +129,10 @@ def test_only_who_trains_a_run_moves_its_environments(
     done.clear()
     _, trainer = session.open_run(tmp_path / "run")
     assert done == [] and trainer.fleet is None
-    assert trainer.state()["fleet"]["slots"][0]["episode"] == 0  # it could be saved again as it is
+    assert trainer.save()[1]["environments"]["slots"][0]["episode"] == 0  # it could be saved again as it is
     trainer.online(60)
-    assert done.count("step") >= 40 + 20 and trainer.exact_resume and whole.online_state and trainer.online_state
-    for ours, theirs in zip(*(jax.tree.leaves(t.online_state.buffer) for t in (trainer, whole)), strict=True):
+    assert done.count("step") >= 40 + 20 and all(slot.exact for slot in trainer.fleet.slots)
+    for ours, theirs in zip(*(jax.tree.leaves(t.replay.buffer) for t in (trainer, whole)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     trainer.close()
     whole.close()
@@ -157,9 +159,10 @@ def test_where_the_reset_differs_no_action_is_played(
     monkeypatch.setattr(kind, "reset", elsewhere)
     second = session.build(run)
     done.clear()
-    second.restore(json.loads(json.dumps(first.state())), lambda _: first.arrays(), 60)
-    assert "step" not in done and not second.exact_resume
-    assert second.online_state is not None and second.online_state.buffer.rows["ends"][0, 29] == 1.0
+    arrays, state = first.save()
+    second.load(json.loads(json.dumps(state)), lambda _: arrays, 60)
+    assert "step" not in done and not all(slot.exact for slot in second.fleet.slots)
+    assert second.counters.phase == "online" and second.replay.buffer.rows["ends"][0, 29] == 1.0
     second.online(40)
     assert second.counters.env_steps == 40
     first.close()
@@ -220,8 +223,8 @@ def test_evaluation_ends_the_episode_that_it_would_spoil(
     assert len(made) == 1, "an evaluation of three episodes in one environment"
     made.clear()
     trainer.online(60)
-    assert len(made) == 1 and trainer.online_state is not None and trainer.fleet is not None
-    buffer = jax.tree.map(lambda leaf: np.asarray(leaf)[0, :60], trainer.online_state.buffer.rows)
+    assert len(made) == 1 and trainer.counters.phase == "online" and trainer.fleet is not None
+    buffer = jax.tree.map(lambda leaf: np.asarray(leaf)[0, :60], trainer.replay.buffer.rows)
     points = sorted(evaluation_steps(loop, run.config.online, 60))
     assert np.flatnonzero(buffer["ends"]).tolist() == [point - 1 for point in points if point < 60]
     joined = np.all(buffer["next_observations"][:-1] == buffer["observations"][1:], axis=-1)
@@ -231,7 +234,7 @@ def test_evaluation_ends_the_episode_that_it_would_spoil(
     )
     trainer.evaluate()  # by hand, and at the end of `online` before: the next step begins an episode
     trainer.online(70)
-    after = jax.tree.map(lambda leaf: np.asarray(leaf)[0, 59:70], trainer.online_state.buffer.rows)
+    after = jax.tree.map(lambda leaf: np.asarray(leaf)[0, 59:70], trainer.replay.buffer.rows)
     assert after["ends"].tolist() == [1.0] + [0.0] * 10
     joined = np.all(after["next_observations"][:-1] == after["observations"][1:], axis=-1)
     assert joined.tolist() == [False] + [True] * 9 and len(trainer.fleet.slots[0].actions) == 10
@@ -256,7 +259,8 @@ def test_a_robot_that_cannot_be_put_back_is_not_moved_on(
     first.offline(10)
     first.online(15)
     second = session.build(run)
-    second.restore(json.loads(json.dumps(first.state())), lambda _: first.arrays(), 60, play=False)
+    arrays, state = first.save()
+    second.load(json.loads(json.dumps(state)), lambda _: arrays, 60, play=False)
     done.clear()
     reset = kind.reset  # type: ignore[attr-defined]
 
@@ -271,9 +275,7 @@ def test_a_robot_that_cannot_be_put_back_is_not_moved_on(
             second.online(18)
     assert second.fleet is None and "step" not in done
     second.online(18)
-    assert second.online_state is not None and np.flatnonzero(second.online_state.buffer.rows["ends"][0]).tolist() == [
-        14
-    ]
+    assert second.counters.phase == "online" and np.flatnonzero(second.replay.buffer.rows["ends"][0]).tolist() == [14]
     first.close()
     second.close()
 

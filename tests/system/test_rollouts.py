@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError, DatasetError
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.session import RunConfig
-from o2o.train.on_policy import RolloutTrainer, rollout_step, trainer_class
-from o2o.train.pretraining import phase_at, plan
-from o2o.train.schedule import LoopConfig, evaluation_steps
-from o2o.train.trainer import Trainer
+from o2o.train.programs import learn_and_act
+from o2o.train.state import evaluation_steps
+from o2o.train.trainer import Trainer, phase_at, plan
 from o2o.types import Agent, OnlineConfig, Phase
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
@@ -30,43 +30,43 @@ STAGED = (
 
 
 @pytest.fixture
-def ppo(tiny_run: Maker) -> RolloutTrainer:
+def ppo(tiny_run: Maker) -> Trainer:
     """Return a trainer of two PPO seeds, two environments each, with rollouts of 24 steps."""
     trainer = session.build(tiny_run("ppo", SMALL, seeds=2, offline_steps=0))
-    assert isinstance(trainer, RolloutTrainer)
+    assert isinstance(trainer, Trainer)
     return trainer
 
 
-def test_a_rollout_is_in_order_of_time_and_joins_no_episodes(ppo: RolloutTrainer) -> None:
+def test_a_rollout_is_in_order_of_time_and_joins_no_episodes(ppo: Trainer) -> None:
     """11 vector steps of an unfinished rollout: each next observation is the next row's, but at an episode's end."""
     ppo.loop = replace(ppo.loop, eval_every=1_000)
     ppo.begin_online(22)
-    ppo.first_actions()
+    ppo.choose_actions()
     for _ in range(11):
-        ppo._online_step()
-    assert ppo.online_state is not None
-    rows = {key: np.asarray(leaf) for key, leaf in ppo.online_state.buffer.items()}  # type: ignore[attr-defined]
+        ppo.step()
+    assert ppo.counters.phase == "online"
+    rows = {key: np.asarray(leaf) for key, leaf in ppo.replay.rows.items()}
     assert rows["observations"].shape[:3] == (2, 12, 2) and rows["rewards"].shape == (2, 12, 2)
     joined = np.all(rows["next_observations"][:, :10] == rows["observations"][:, 1:11], axis=-1)
     np.testing.assert_array_equal(joined, rows["ends"][:, :10] == 0)
     flat = rows["observations"][:, 0].reshape(4, -1)
     assert len({tuple(row) for row in flat.tolist()}) == 4, "every environment has a start of its own"
-    assert not rows["observations"][:, 11].any() and ppo.visible == [11, 11]
+    assert not rows["observations"][:, 11].any() and ppo.replay.at == 11
     assert ppo.phase_name == "online", "there is no warm-up"
     ppo.close()
 
 
-def test_counters_updates_and_compilations(ppo: RolloutTrainer, tiny_run: Maker) -> None:
+def test_counters_updates_and_compilations(ppo: Trainer, tiny_run: Maker) -> None:
     """60 steps are two rollouts of 24 and a rest; each is worth 2 epochs of 2 minibatches; two programs in all."""
-    rollout_step.clear_cache()  # type: ignore[attr-defined]
+    learn_and_act.clear_cache()
     first = jax.tree.leaves(ppo.agent.actor.params)[0].copy()
     assert ppo.online(60)
     counters = ppo.counters
     assert (counters.env_steps, counters.online_updates, counters.gradient_steps) == (60, 2, 8)
-    assert ppo.phase_name == "online" and ppo.visible == [6, 6] and ppo.online_state is not None
-    assert np.all(np.asarray(ppo.online_state.agent.seen) == 48)
-    assert np.any(np.asarray(jax.tree.leaves(ppo.online_state.agent.actor.params)[0]) != np.asarray(first))
-    assert rollout_step._cache_size() == 2  # type: ignore[attr-defined]
+    assert ppo.phase_name == "online" and ppo.replay.at == 6
+    assert np.all(np.asarray(ppo.agent.seen) == 48)
+    assert np.any(np.asarray(jax.tree.leaves(ppo.agent.actor.params)[0]) != np.asarray(first))
+    assert learn_and_act._cache_size() == 2
     ppo.close()
 
 
@@ -104,15 +104,15 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert session.evaluate_run(tmp_path / "parts", episodes=1)[0]["length"] > 0
 
 
-def test_a_run_that_cannot_be_replayed_cuts_the_episode_in_the_rollout(ppo: RolloutTrainer) -> None:
+def test_a_run_that_cannot_be_replayed_cuts_the_episode_in_the_rollout(ppo: Trainer) -> None:
     ppo.begin_online(40)
-    ppo.first_actions()
+    ppo.choose_actions()
     for _ in range(3):
-        ppo._online_step()
-    assert ppo.online_state is not None
-    ends = ppo.online_state.buffer["ends"]  # type: ignore[index]
+        ppo.step()
+    assert ppo.counters.phase == "online"
+    ends = ppo.replay.rows["ends"]
     assert not ends.any()
-    ppo.mark_ends(np.asarray([False, True, False, False]))
+    ppo.replay.mark_ends(np.asarray([False, True, False, False]))
     np.testing.assert_array_equal(ends[:, 2], [[0.0, 1.0], [0.0, 0.0]])
     assert ends.sum() == 1.0
     ppo.close()
@@ -149,11 +149,12 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
 
     monkeypatch.setattr(trainer.evaluator, "until_stopped", play)
     ranks = np.asarray([[0.0, 1.0], [0.0, 1.0]], np.float32)
-    trainer.agent = trainer.agent.replace(scores=jax.numpy.asarray(ranks))
-    assert isinstance(trainer, RolloutTrainer)
-    assert trainer.choose_candidates()
+    trainer.start_from(trainer.agent.replace(scores=jax.numpy.asarray(ranks)), None)
+    gone: list[np.ndarray] = []
+    monkeypatch.setattr("o2o.train.programs.to_online", lambda agent: gone.append(np.asarray(agent.chosen)) or agent)
+    assert trainer.begin_online(40)
     np.testing.assert_array_equal(np.stack(played), [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(trainer.agent.chosen, [0, 1])
+    np.testing.assert_array_equal(np.stack(gone), [0, 1])
 
 
 def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Path) -> None:
@@ -161,8 +162,6 @@ def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Pa
     for agent in ("ppo", "uni_o4"):
         with pytest.raises(ConfigError, match=uneven):
             tiny_run(agent, (("online.num_envs", 5), ("online.rollout_steps", 24)))
-    with pytest.raises(ConfigError, match=uneven):  # of an agent of one's own
-        trainer_class(OnlineConfig(replay="rollout", num_envs=5, rollout_steps=24))
     with pytest.raises(ConfigError, match="wants them raw: leave out --normalize"):
         session.train(tiny_run("uni_o4", STAGED, offline_steps=45, normalize=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -172,11 +171,7 @@ def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Pa
     short = session.load_data(tiny_run("ppo", SMALL))
     few = replace(short, arrays={key: jax.tree.map(lambda leaf: leaf[:40], v) for key, v in short.arrays.items()})
     with pytest.raises(DatasetError, match="has 40 transitions"):
-        session.build(tiny_run("uni_o4", STAGED), few)
-
-
-def test_the_trainer_follows_from_the_agents_schedule(tiny_run: Maker) -> None:
-    assert type(session.build(tiny_run("bc"))) is Trainer
+        session.build(tiny_run("uni_o4", STAGED), few).offline(45)
 
 
 def test_ppo_learns_the_same_from_a_dataset_in_host_memory(tiny_run: Maker) -> None:
@@ -186,7 +181,7 @@ def test_ppo_learns_the_same_from_a_dataset_in_host_memory(tiny_run: Maker) -> N
         trainer = session.build(tiny_run("ppo", SMALL, loop=loop))
         trainer.offline(20)
         trainer.online(48)
-        assert (type(trainer.offline_data).__name__ == "HostData") == (device_bytes == 0)
+        assert (type(trainer.replay.data).__name__ == "HostData") == (device_bytes == 0)
         agents.append(jax.tree.leaves(trainer.agent_of(0).actor.params))
         trainer.close()
     for device, host in zip(*agents, strict=True):

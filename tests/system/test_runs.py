@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from o2o import __version__
+from o2o.config import LoopConfig
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
 from o2o.report.plots import read_rows
 from o2o.runs import session
@@ -26,7 +27,6 @@ from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
 from o2o.train.evaluation import Evaluator
 from o2o.train.remote_evaluation import RemoteEvaluator
-from o2o.train.schedule import LoopConfig
 from o2o.types import OnlineConfig
 
 Maker = Callable[..., RunConfig]
@@ -38,8 +38,8 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def agent_leaves(path: Path) -> list[np.ndarray]:
     _, trainer = session.open_run(path)
-    assert trainer.online_state is not None
-    agent = trainer.online_state.agent
+    assert trainer.counters.phase == "online"
+    agent = trainer.agent
     trainer.close()
     data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
     return [np.asarray(data(leaf)) for leaf in jax.tree.leaves(agent)]

@@ -11,11 +11,11 @@ import pytest
 from gymnasium import spaces
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.task import Task
 from o2o.errors import DatasetError
 from o2o.runs import session
-from o2o.train.schedule import LoopConfig
 
 ARM = "SparseArm-v0"
 TASK = Task(
@@ -98,8 +98,8 @@ def test_online_episodes_have_the_same_returns(arm: str) -> None:
     trainer = session.build(replace(run, config=config))
     trainer.offline(5)
     trainer.online(12)
-    assert trainer.online_state is not None
-    buffer = trainer.online_state.buffer
+    assert trainer.counters.phase == "online"
+    buffer = trainer.replay.buffer
     assert int(buffer.pending[0]) == 2 and trainer.counters.episodes == [3]
     np.testing.assert_allclose(buffer.rows["mc_returns"][0, :10], [*SOLVED, *FAILED, *SOLVED], rtol=1e-5)
     trainer.close()

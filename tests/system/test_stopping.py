@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.recorder import EPISODES
 from o2o.errors import CheckpointError, ConfigError, DivergenceError
@@ -24,7 +25,6 @@ from o2o.runs import session
 from o2o.runs.folder import RunFolder, read_status
 from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
-from o2o.train.schedule import LoopConfig
 from o2o.train.trainer import Trainer
 from tests.system.test_rollouts import STAGED
 
@@ -102,14 +102,17 @@ def test_a_signal_ends_the_choice_of_candidates_and_a_resume_makes_it_anew(
     assert not session.train(run, tmp_path / "run")
     assert steps["made"] == steps["at"] and read_status(tmp_path / "run") == "stopped"
     _, stopped = session.open_run(tmp_path / "run")
-    assert stopped.online_state is None and (stopped.phase_name, stopped.counters.offline_steps) == ("offline", 45)
+    assert stopped.counters.phase == "offline" and (stopped.phase_name, stopped.counters.offline_steps) == (
+        "offline",
+        45,
+    )
     stopped.close()
     steps["at"] = 0
     assert session.resume(tmp_path / "run") and read_status(tmp_path / "run") == "finished"
     assert written(tmp_path / "run") == written(tmp_path / "whole")
     (_, ours), (_, theirs) = (session.open_run(tmp_path / name) for name in ("run", "whole"))
-    assert ours.online_state is not None and theirs.online_state is not None
-    same(ours.online_state.agent, theirs.online_state.agent)
+    assert ours.counters.phase == "online" and theirs.counters.phase == "online"
+    same(ours.agent, theirs.agent)
     ours.close()
     theirs.close()
 
@@ -150,11 +153,11 @@ def test_the_replay_buffer_grows_with_the_run(agent: str, tiny_run: Maker, monke
         monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: [])
         trainer.offline(10)
         assert all(trainer.online(until) for until in parts)
-    grown, whole = (trainer.online_state for trainer in trainers)
-    assert grown is not None and whole is not None
-    rows = trainers[0].offline_data.size if agent == "iql" else 0
-    assert grown.buffer.capacity == whole.buffer.capacity == rows + 70 and int(grown.buffer.size[0]) == rows + 70
-    same([grown.agent, grown.buffer], [whole.agent, whole.buffer])
+    grown, whole = trainers
+    rows = trainers[0].replay.data.size if agent == "iql" else 0
+    capacities = [trainer.replay.buffer.capacity for trainer in trainers]
+    assert capacities == [rows + 70] * 2 and int(grown.replay.buffer.size[0]) == rows + 70
+    same([grown.agent, grown.replay.buffer], [whole.agent, whole.replay.buffer])
     for trainer in trainers:
         trainer.close()
 
@@ -192,8 +195,8 @@ def test_a_finished_run_goes_on_for_longer(tiny_run: Maker, tmp_path: Path, monk
     changed = json.loads((tmp_path / "run" / "config.json").read_text())
     assert changed == {**json.loads(config), "online_steps": 70}
     (_, ours), (_, theirs) = (session.open_run(tmp_path / name) for name in ("run", "whole"))
-    assert ours.online_state is not None and theirs.online_state is not None
-    same([ours.online_state.agent, ours.online_state.buffer], [theirs.online_state.agent, theirs.online_state.buffer])
+    assert ours.counters.phase == "online" and theirs.counters.phase == "online"
+    same([ours.agent, ours.replay.buffer], [theirs.agent, theirs.replay.buffer])
     assert [row["env_steps"] for row in read_rows(tmp_path / "run" / "episodes.jsonl")][-1] == 70
     ours.close()
     theirs.close()
@@ -220,14 +223,14 @@ def test_a_replay_on_disk_that_cannot_grow_is_refused_before_anything_is_changed
 
 def test_what_diverged_is_not_saved(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = LoopConfig(eval_every=0, eval_episodes=1, log_every=20, checkpoint_every=20, updates_per_dispatch=10)
-    finite = Trainer.finite_actions
+    step = Trainer.step
 
-    def diverging(self: Trainer) -> np.ndarray:
+    def diverging(self: Trainer) -> None:
         if self.counters.env_steps == 30:
-            self.action = jnp.full_like(self.action, jnp.nan)
-        return finite(self)
+            self.state.action = jnp.full_like(self.state.action, jnp.nan)
+        step(self)
 
-    monkeypatch.setattr(Trainer, "finite_actions", diverging)
+    monkeypatch.setattr(Trainer, "step", diverging)
     with pytest.raises(DivergenceError, match="online step 30"):
         session.train(tiny_run("bc", offline_steps=10, online_steps=60, loop=loop), tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10, 30] and read_status(tmp_path / "run") == "failed"

@@ -13,6 +13,7 @@ from minari.dataset.minari_storage import MinariStorage
 
 from o2o import envs
 from o2o.agents.jsrl import Episode
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.datasets import Dataset
 from o2o.data.spaces import ActionMap
@@ -22,10 +23,10 @@ from o2o.policies import video
 from o2o.policies.base import Base, RunSource, load_base
 from o2o.policies.trained import TrainedPolicy
 from o2o.rl.chunks import empty_queue, outdated
+from o2o.train.collect import Fleet
 from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import EnvFn, evaluate
-from o2o.train.fleet import Fleet
-from o2o.train.schedule import Hooks, LoopConfig
+from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from tests.system.test_chunk_loops import Probe, ProbeConfig
 from tests.system.test_evaluate import Counting, Pendulum
@@ -162,8 +163,8 @@ def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) ->
     trainer.evaluate = lambda wait=True: []  # type: ignore[method-assign]
     trainer.begin_online(2 * LIMIT, host=where == "host")
     trainer.online(2 * LIMIT)
-    assert trainer.online_state is not None
-    executed = 2.0 * np.asarray(trainer.online_state.buffer.rows["actions"])[:, : 2 * LIMIT, 0]
+    assert trainer.counters.phase == "online"
+    executed = 2.0 * np.asarray(trainer.replay.buffer.rows["actions"])[:, : 2 * LIMIT, 0]
     np.testing.assert_allclose(executed, [EXECUTED * 2] * 2, atol=1e-6)
     trainer.close()
     assert [row["train/intervention"] for row in told if "train/return" in row] == [len(HUMAN) / LIMIT] * 4

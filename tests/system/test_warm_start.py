@@ -13,11 +13,11 @@ import pytest
 
 from o2o.agents import AGENTS, WSRL
 from o2o.agents.wsrl import SOURCES
+from o2o.config import LoopConfig
 from o2o.errors import CheckpointError, ConfigError
 from o2o.runs import session
 from o2o.runs.folder import RunFolder, read_config
 from o2o.runs.session import RunConfig, TaskConfig
-from o2o.train.schedule import LoopConfig
 from tests.helpers.contract import Case
 
 Maker = Callable[..., RunConfig]

@@ -16,8 +16,8 @@ import pytest
 
 from o2o import envs
 from o2o.errors import ConfigError, EnvironmentFaultError, EnvironmentMismatchError
+from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn
-from o2o.train.fleet import Fleet
 from o2o.train.workers import Board, Crew, Layout
 
 MEMBERS = 3

@@ -16,8 +16,8 @@ from o2o.data.recorder import EPISODES, RECORDED
 from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError, RunError
 from o2o.runs import session
 from o2o.runs.session import RunConfig
+from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn, evaluate
-from o2o.train.fleet import Fleet
 from tests.system.test_evaluate import Pendulum
 from tests.system.test_takeovers import TASK, Arm
 

@@ -9,8 +9,10 @@ import pytest
 
 from o2o.nn import kernels as layout
 from o2o.nn.modules import CriticEnsemble, EnsembleDense, take_members
-from o2o.replay.buffer import OfflineData
-from o2o.train import programs as dispatch
+from o2o.replay.buffer import OfflineData, ReplayBuffer
+from o2o.replay.device import DeviceReplay, insert
+from o2o.replay.source import Ring, Sampling, batch_shapes
+from o2o.train import programs
 from o2o.types import Array
 from tests.helpers.contract import QUICK, ROWS, Case, make_batch
 from tests.helpers.tiny import forget_many_programs
@@ -166,14 +168,17 @@ def stacked(seeds: int) -> tuple[Any, OfflineData]:
 def test_seeds_that_follow_one_another_learn_what_batched_ones_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, data = stacked(2)
     keys = jax.random.split(KEY, 2)
-    state = dispatch.fresh_online_state(agent, keys, data, 16, append=True)
-    mode = dispatch.OnlineMode(2, True, False, False, 2, 4, 0.0)
+    replay, sampling = DeviceReplay(data, 2, 16), Sampling(4, 2)
+    replay.begin((), 16, "append", None)
+    totals = programs.zeros_of(lambda a, b: a.update(b), agent, replay.batch_shapes(sampling))
+    (source, _), *_ = replay.dataset(keys, 0, 3, sampling)
+    ring = replay.source(keys, 0, sampling)
 
-    def offline(agent: Any, rng: Any) -> Any:
-        return dispatch.offline_updates(agent, rng, data, jnp.asarray(3), seeds=2, batch_size=4)
+    def offline(agent: Any, keys: Any) -> Any:
+        return programs.updates(agent, totals, source, keys, 0, 3, sampling=sampling)
 
-    def online(agent: Any, rng: Any) -> Any:
-        return dispatch.learned(agent, state.totals, rng, state.buffer, None, mode)
+    def online(agent: Any, keys: Any) -> Any:
+        return programs.learn(agent, totals, ring, keys, 0, sampling=sampling)
 
     for program in (offline, online):
         jax.clear_caches()  # what is compiled does not know the threshold
@@ -223,18 +228,28 @@ def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer(
     jax.clear_caches()
     agent, data = stacked(seeds)
     keys = jax.random.split(KEY, seeds)
-    state = jax.eval_shape(lambda a: dispatch.fresh_online_state(a, keys, data, 1_000_000, append=False), agent)
+    sampling = Sampling(ROWS)
+
+    def begin() -> ReplayBuffer:
+        replay = DeviceReplay(data, seeds, 1_000_000)
+        replay.begin((), 1_000_000, "online", None)
+        assert replay.buffer is not None
+        return replay.buffer
+
+    buffer = jax.eval_shape(begin)
+    ring = Ring(buffer, None)
+    totals = programs.zeros_of(lambda a, b: a.update(b), agent, batch_shapes(ring, seeds, sampling))
     one = {key: jax.ShapeDtypeStruct((seeds, *leaf.shape[1:]), leaf.dtype) for key, leaf in data.rows.items()}
-    mode = dispatch.OnlineMode(seeds, True, False, False, 1, ROWS, 0.0)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.buffer))
-    ended = jax.ShapeDtypeStruct((seeds,), bool)
-    insert = dispatch.insert.lower(state.buffer, None, one, seeds=seeds, pending=False)
-    learn = dispatch.learn_and_choose.lower(
-        state.agent, state.carry, state.rng, state.totals, state.buffer, None, None, one["observations"], ended,
-        mode=mode,
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
+    over = jax.ShapeDtypeStruct((seeds, 1), bool)
+    seen = jax.ShapeDtypeStruct((seeds, 1, *one["observations"].shape[1:]), jnp.float32)
+    stored = insert.lower(buffer, None, one, pending=False)
+    learnt = programs.learn_and_act.lower(
+        agent, totals, None, ring, None, keys, 0, seen, over, 0,
+        sampling=sampling, action_dim=one["actions"].shape[-1], random=False,
     )  # fmt: skip
     assert size > seeds * 40e6
-    for lowered in (insert, learn):
+    for lowered in (stored, learnt):
         memory: Any = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.02 * size
     assert insert.compile().memory_analysis().alias_size_in_bytes > 0.9 * size  # type: ignore[union-attr]

@@ -11,13 +11,13 @@ from gymnasium import spaces
 from rich.console import Console
 
 from o2o import envs
+from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.report.plots import judged_by, plot_runs
 from o2o.report.suite import load_suite
 from o2o.report.suite_report import Method, _metrics
 from o2o.report.tables import print_rows
 from o2o.train.evaluation import evaluate
-from o2o.train.schedule import LoopConfig
 from o2o.train.trainer import Trainer
 from tests.system.test_chunk_loops import Probe, ProbeConfig
 

@@ -1,4 +1,4 @@
-"""The training environments of a run, stepped side by side, and the episodes under way in them."""
+"""From environments to transitions: the training environments, stepped side by side, and the episodes in them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from o2o.closing import Closing
-from o2o.data.datasets import monte_carlo_returns
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.rl.chunks import outdated
 from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
@@ -29,25 +28,21 @@ def stack(observations: Sequence[Any]) -> Any:
 
 
 class Fleet:
-    """Environments of `seeds` members; knows rewards waiting for their episode's end where `mc_returns` are wanted."""
+    """The training environments of all seeds: S * N of them, seed-major (N = `per_seed`)."""
 
-    def __init__(
-        self, env_fn: EnvFn, seed: int, seeds: int, waits: bool, per_seed: int = 1, processes: int = 0
-    ) -> None:
-        """Make and reset the environments, `per_seed` in a row for each seed: all of them are "members" here, `[S]`.
+    def __init__(self, env_fn: EnvFn, seed: int, seeds: int, per_seed: int = 1, processes: int = 0) -> None:
+        """Make and reset `per_seed` environments for each seed; `processes` above 0 hold them (`o2o.train.workers`).
 
-        `waits`: the agent needs Monte-Carlo returns of what it samples. `processes` other than 0 hold them
-        (`o2o.train.workers`), which changes no number.
+        Resets are seeded by (`seed` + k, stream, environment, episode), so seed k plays what a run of it alone would.
         """
-        names = [(member,) if per_seed == 1 else (member, k) for member in range(seeds) for k in range(per_seed)]
+        names = [(seed + k, TRAIN_STREAM, n) for k in range(seeds) for n in range(per_seed)]
         self.crew = Crew(env_fn, len(names), processes) if processes else None
         envs = [env_fn(False) for _ in names] if self.crew is None else self.crew.envs
-        self.slots = [EnvSlot(env, (seed, TRAIN_STREAM, *name)) for env, name in zip(envs, names, strict=True)]
-        self.waits = waits
-        self.waiting: list[list[tuple[float, float]]] = [[] for _ in names]
-        """(reward, mask) of the episode under way, per member."""
+        self.slots = [EnvSlot(env, name) for env, name in zip(envs, names, strict=True)]
         self.intervened = np.zeros(len(names), bool)
-        """Where a human took over in the newest step, `[S]`."""
+        """Where a human took over in the newest step, `[S * N]`."""
+        self.displaced = False
+        """Whether an evaluation moved what training stands on (hardware), so that its episodes must begin anew."""
         self._actions: np.ndarray | None = None
         self.fault: Exception | None = None
         """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
@@ -83,8 +78,17 @@ class Fleet:
         """Whether every environment can play an episode again; else it is hardware, which evaluation moves as well."""
         return all(slot.replayable for slot in self.slots)
 
+    def may_move(self) -> None:
+        """Note that an evaluation is about to move hardware; raises the fault that keeps it from being moved at all."""
+        if self.replayable:
+            return
+        if self.fault is not None:
+            raise self.fault
+        self.displaced = True
+
     def begin_anew(self) -> None:
-        """Break off all episodes and begin the next ones; what waits for an episode's end goes on waiting."""
+        """Break off all episodes and begin the next ones."""
+        self.displaced = False
         try:
             self._reset(range(len(self.slots)))
         except Exception as error:
@@ -92,22 +96,22 @@ class Fleet:
             raise
         self.observations = stack([slot.observation for slot in self.slots])
 
-    def _reset(self, members: Sequence[int]) -> None:
-        """Begin the next episode of these members."""
-        seeds = {member: self.slots[member].begin() for member in members}
+    def _reset(self, indices: Sequence[int]) -> None:
+        """Begin the next episode of these indices."""
+        seeds = {index: self.slots[index].begin() for index in indices}
         if self.crew is None:
-            for member, seed in seeds.items():
-                self.slots[member].began(self.slots[member].env.reset(seed=seed)[0])
+            for index, seed in seeds.items():
+                self.slots[index].began(self.slots[index].env.reset(seed=seed)[0])
             return
-        for member, observation in self.crew.reset(seeds).items():
-            self.slots[member].began(observation)
+        for index, observation in self.crew.reset(seeds).items():
+            self.slots[index].began(observation)
 
     def step(
         self, actions: np.ndarray, finished: Callable[[int, dict[str, Any]], None]
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Play `actions` `[S, A]`; return the transitions, leaves `[S, ...]`, and which episodes ended `[S]`.
 
-        Ended episodes are reported to `finished(member, row)` and reset; transitions keep the true last observation.
+        Ended episodes are reported to `finished(index, row)` and reset; transitions keep the true last observation.
         If an environment fails, the others' steps are taken back, so that the run can be saved as it stood. If one
         fails to begin its next episode, this step is whole, and the next one raises what happened.
         """
@@ -133,14 +137,11 @@ class Fleet:
             "next_observations": stack([result.next_observation for result in results]),
             "ends": np.asarray([result.ended for result in results], np.float32),
         }
-        if self.waits:
-            rows["mc_returns"] = np.zeros(len(results), np.float32)
         ended = np.asarray([result.ended for result in results])
         self.intervened = np.asarray([result.intervened for result in results])
-        for member, result in enumerate(results):
-            self.waiting[member].append((result.reward, 1.0 - result.terminated))
+        for index, result in enumerate(results):
             if result.ended:
-                finished(member, self.slots[member].row(result.terminated))
+                finished(index, self.slots[index].row(result.terminated))
         try:
             self._reset(np.flatnonzero(ended).tolist())
         except Exception as error:  # the transitions that were played are not lost by it
@@ -153,7 +154,7 @@ class Fleet:
         return outdated(carry, ended, self.intervened)
 
     def _results(self) -> list[Step]:
-        """Return every member's step; if one fails, all are as they were before."""
+        """Return every index's step; if one fails, all are as they were before."""
         actions, self._actions = self._actions, None
         assert actions is not None
         results: list[Step] = []
@@ -171,49 +172,23 @@ class Fleet:
             raise
         return results
 
-    def take_returns(
-        self, members: np.ndarray, discount: float, failure: float | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the waiting rows' returns-to-go (Cal-QL) of these members, `[S, L]` padded, and their counts `[S]`.
-
-        L is a power of two, so that few shapes are compiled; members that are not named have a count of 0.
-        """
-        longest = max((len(self.waiting[member]) for member in members), default=0)
-        returns = np.zeros((len(self.slots), 1 << max(longest - 1, 0).bit_length()), np.float32)
-        counts = np.zeros(len(self.slots), np.int32)
-        for member in members:
-            rewards, masks = np.asarray(self.waiting[member], np.float32).reshape(-1, 2).T
-            ends = np.zeros(len(rewards), np.float32)
-            ends[-1:] = 1.0
-            counts[member] = len(rewards)
-            returns[member, : len(rewards)] = monte_carlo_returns(rewards, masks, ends, discount, failure)
-            self.waiting[member] = []
-        return returns, counts
-
-    def forget(self, members: np.ndarray) -> None:
-        """Drop the waiting rewards of these members (nothing waits for them)."""
-        for member in members:
-            self.waiting[member] = []
-
     def snapshot(self) -> dict[str, Any]:
         """Return what `restore` needs, JSON-able."""
-        return {"slots": [slot.snapshot() for slot in self.slots], "waiting": self.waiting if self.waits else []}
+        return {"slots": [slot.snapshot() for slot in self.slots]}
 
     def restore(self, snapshot: dict[str, Any], observations: Any) -> list[bool]:
         """Put every environment back; which of them stand exactly where they stood."""
 
-        def restore(member: int) -> bool:
-            seen = jax.tree.map(lambda leaf: np.asarray(leaf[member]), observations)
-            return self.slots[member].restore(snapshot["slots"][member], seen)
+        def restore(index: int) -> bool:
+            seen = jax.tree.map(lambda leaf: np.asarray(leaf[index]), observations)
+            return self.slots[index].restore(snapshot["slots"][index], seen)
 
         if self.crew is None:
-            same = [restore(member) for member in range(len(self.slots))]
+            same = [restore(index) for index in range(len(self.slots))]
         else:
             with ThreadPoolExecutor(len(self.crew.shares)) as pool:  # a thread waits for the answers of its process
-                parts = pool.map(lambda share: [restore(member) for member in share], self.crew.shares)
+                parts = pool.map(lambda share: [restore(index) for index in share], self.crew.shares)
                 same = [stands for part in parts for stands in part]
-        if self.waits:
-            self.waiting = [[(reward, mask) for reward, mask in rows] for rows in snapshot["waiting"]]
         self.observations = stack([slot.observation for slot in self.slots])
         return same
 

@@ -1,0 +1,23 @@
+"""Random keys of a run. Everything derives from `seed + k` by `fold_in`, so seed k does not depend on how many run.
+
+A key is a function of (seed, stream, index): the index is a counter that a checkpoint holds anyway. So no chain of
+splits has to be stored, and the key of a later draw is known before the earlier ones were made.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from o2o.types import Array
+
+INIT, DATA, ACT, EVALUATE = range(4)
+"""Streams: initialisation, minibatches (index: gradient step), acting (index: environment step), evaluation."""
+
+
+def seed_keys(seed: int, seeds: int) -> Array:
+    """Return the keys `[S]` of seeds `seed`, `seed + 1`, ..."""
+    return jnp.stack([jax.random.key(seed + k) for k in range(seeds)])
+
+
+def key_at(key: Array, stream: int, index: Array | int = 0) -> Array:
+    """Return the key of draw number `index` in a stream, for one seed's `key`."""
+    return jax.random.fold_in(jax.random.fold_in(key, stream), index)

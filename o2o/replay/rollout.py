@@ -1,0 +1,85 @@
+"""The rows of one rollout of an on-policy agent, in host memory until it is full."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from o2o.data.normalizer import Normalizer
+from o2o.replay.buffer import TRANSITION_KEYS, OfflineData
+from o2o.replay.host import HostData
+from o2o.replay.source import RolloutRows, Sampling
+from o2o.types import Array, Batch
+
+
+class Rollout:
+    """Rows `[S, T, N, ...]` in order of time, of N environments per seed; learnt from once, then written over."""
+
+    kind = "rollout"
+
+    def __init__(self, data: OfflineData | HostData, seeds: int, length: int, num_envs: int) -> None:
+        """Make room for `length` steps of `num_envs` environments per seed, for rows like those of `data`."""
+        self.data, self.length, self.places = data, length, (seeds, num_envs)
+        rows = {key: data.rows[key] for key in (*TRANSITION_KEYS, "ends")}
+        shape = (seeds, length, num_envs)
+        self.rows: Batch = jax.tree.map(lambda leaf: np.zeros((*shape, *leaf.shape[1:]), leaf.dtype), rows)
+        self.rows["ends"] = self.rows["ends"].astype(np.float32)
+        self.at = 0
+        """Steps stored since the last update."""
+        self._normalizer: Normalizer | None = None
+
+    def add(self, rows: Batch, normalizer: Normalizer | None) -> None:
+        """Store one raw transition per environment, leaves `[S * N, ...]`."""
+        if self.at == self.length:
+            self.at = 0
+
+        def store(leaf: np.ndarray, row: np.ndarray) -> None:
+            leaf[:, self.at] = np.reshape(row, (*self.places, *row.shape[1:]))
+
+        jax.tree.map(store, self.rows, {key: rows[key] for key in self.rows})
+        self.at, self._normalizer = self.at + 1, normalizer
+
+    def reveal(self, ended: np.ndarray) -> None:
+        """Do nothing: rows are learnt from when the rollout is full."""
+
+    def due(self, env_steps: int, first_update: int, window: int) -> bool:
+        """Whether the environment step under way fills the rollout."""
+        return self.at % self.length + 1 == self.length
+
+    def source(self, keys: Array, at: int, sampling: Sampling) -> RolloutRows:
+        """Return the rollout, to be learnt from as a whole."""
+        return RolloutRows(self.rows, self._normalizer)
+
+    def batch_shapes(self, sampling: Sampling) -> Batch:
+        """Return shapes and types of one seed's rollout, leaves `[T, N, ...]`."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.rows)
+
+    def mark_ends(self, where: np.ndarray) -> None:
+        """Make the newest row the last of its episode where `where` `[S * N]` is true."""
+        if self.at % self.length:
+            ends = self.rows["ends"][:, self.at - 1]
+            np.maximum(ends, np.reshape(where, self.places), out=ends)
+
+    def grow(self, steps: int) -> None:
+        """Do nothing: a rollout is as long as it is."""
+
+    def arrays(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the rollout, by name."""
+        return {"buffer": self.rows}
+
+    def state(self) -> dict[str, Any]:
+        """Return the host values that go with `arrays`, JSON-able."""
+        return {"kind": self.kind, "at": self.at}
+
+    def restore(self, arrays: dict[str, Any], state: dict[str, Any]) -> None:
+        """Go on from the `arrays` and the `state` of a checkpoint."""
+        self.rows, self.at = jax.tree.map(np.array, arrays["buffer"]), state["at"]
+
+    def look_only(self) -> None:
+        """Do nothing: nothing is on disk."""
+
+    def sync(self) -> None:
+        """Do nothing: nothing is on disk."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
