@@ -252,4 +252,4 @@ def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer(
     for lowered in (stored, learnt):
         memory: Any = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.02 * size
-    assert insert.compile().memory_analysis().alias_size_in_bytes > 0.9 * size  # type: ignore[union-attr]
+    assert stored.compile().memory_analysis().alias_size_in_bytes > 0.9 * size  # type: ignore[union-attr]
