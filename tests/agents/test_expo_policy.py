@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o2o.agents.expo_policy import Choice, on_the_fly, select
+from o2o.agents.expo import Choice, on_the_fly, select
 from tests.helpers.tiny import ACTION_DIM, ROWS, moved
 from tests.helpers.toy_expo import EDITS, KEY, N
 
@@ -52,15 +52,16 @@ def test_a_single_sample_is_neither_edited_nor_scored() -> None:
     assert not choice.place.any() and not choice.entropy.any()
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_the_first_samples_are_edited_within_the_scale(clip: bool) -> None:
-    choice = choice_of(scale=0.7, clip=clip)
+def test_the_first_samples_are_edited_within_the_scale_and_the_box() -> None:
+    choice = choice_of(scale=0.7)
     assert choice.candidates.shape == (N + EDITS, ROWS, ACTION_DIM)
     np.testing.assert_array_equal(choice.candidates[:N], SAMPLES)
     edits = np.abs(choice.candidates[N:] - SAMPLES[:EDITS])
     assert 0.0 < edits.min() and 0.35 < edits.max() <= 0.7
-    inside = float(jnp.abs(choice.candidates).max()) <= 1.0
-    assert inside == clip
+    assert float(jnp.abs(choice.candidates).max()) == 1.0, "some edits reach beyond the box and are clipped"
+    inner = SAMPLES[:EDITS] + 0.7 * fixed_edit(jax.random.split(KEY, 3)[0], SAMPLES[:EDITS])
+    np.testing.assert_allclose(choice.candidates[N:], jnp.clip(inner, -1.0, 1.0), atol=1e-6)
+    np.testing.assert_array_equal(choice.scores, fixed_score(jax.random.split(KEY, 3)[1], choice.candidates))
 
 
 def test_the_chosen_score_is_the_highest_of_all_candidates() -> None:

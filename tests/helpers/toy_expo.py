@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from o2o.agents.expo import EXPO
-from o2o.agents.expo_config import EXPOConfig
+from o2o.agents import EXPO, EXPOConfig
 from o2o.nn.generative import Diffusion, Flow
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import ACTION_DIM, OBSERVATION_DIM, ROWS, moved, set_config
@@ -15,9 +14,18 @@ from tests.helpers.tiny import ACTION_DIM, OBSERVATION_DIM, ROWS, moved, set_con
 KEY = jax.random.key(4)
 N, EDITS, MEMBERS = 4, 3, 4
 TINY = EXPOConfig(
-    base_width=16, base_blocks=1, edit_hidden_dims=(16, 16), critic_hidden_dims=(16, 16), num_critics=MEMBERS,
-    batch_size=ROWS, n_samples=N, n_edits=EDITS, diffusion=Diffusion(steps=3), flow=Flow(steps=3), edit_scale=0.3,
-)  # fmt: skip
+    base_width=16,
+    base_blocks=1,
+    edit_hidden_dims=(16, 16),
+    critic_hidden_dims=(16, 16),
+    num_critics=MEMBERS,
+    batch_size=ROWS,
+    n_samples=N,
+    n_edits=EDITS,
+    diffusion=Diffusion(steps=3),
+    flow=Flow(steps=3),
+    edit_scale=0.3,
+)
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 update = quick(lambda agent, batch: agent.update(batch))
