@@ -13,12 +13,10 @@ from o2o.agents.jsrl import JSRL, JSRLConfig
 from o2o.agents.pex import PEX, PEXConfig
 from o2o.agents.ppo import PPO, PPOConfig
 from o2o.agents.qc import QC, QCConfig
-from o2o.agents.residual import Residual
-from o2o.agents.residual_config import ResidualConfig
+from o2o.agents.residual import Residual, ResidualConfig
 from o2o.agents.sac import RLPD, SAC, RLPDConfig, SACConfig
 from o2o.agents.td3bc import TD3BC, TD3BCConfig
-from o2o.agents.uni_o4 import UniO4
-from o2o.agents.uni_o4_config import UniO4Config
+from o2o.agents.uni_o4 import UniO4, UniO4Config
 from o2o.agents.wsrl import WSRL, WSRLConfig
 
 AGENTS: dict[str, type] = {"bc": BC, "iql": IQL, "cql": CQL, "calql": CalQL, "sac": SAC, "rlpd": RLPD, "wsrl": WSRL}

@@ -1,25 +1,27 @@
-"""DiffusionBC and FlowBC: behaviour cloning by a generative model of action chunks, agents and bases of others.
+"""DiffusionBC and FlowBC: behaviour cloning by a generative model of action chunks.
 
-A chunk of `horizon` actions is one vector, modelled given the observation at its start: by diffusion (DDPM or DDIM;
-arXiv 2006.11239, 2010.02502, as policies in 2303.04137 and 2409.00588), or by flow matching (2210.02747, as in FQL,
-2502.02538). The first `execute` actions of a chunk are played open loop; then another is drawn. The acting policy is an
-exponential moving average of the trained network. It collects online but learns nothing there.
+Both are agents of their own and serve as base policies of others. A chunk of `horizon` actions is one vector, modelled
+given the observation at its start. DiffusionBC uses a diffusion (DDPM or DDIM; arXiv 2006.11239, 2010.02502, as
+policies in 2303.04137 and 2409.00588), FlowBC flow matching (2210.02747, as in FQL, 2502.02538). The first `execute`
+actions of a chunk are played open loop; then another chunk is drawn. An exponential moving average of the trained
+network acts. Online the policy collects but learns nothing.
 
 `deterministic` acting starts the deterministic sampler (DDIM for both diffusion samplers) at zero noise. For one action
-coordinate that is the median of the learned distribution, which lies in the larger of two modes, and between two modes
-of equal weight. The papers evaluate samples: `deterministic_eval` False in the run's loop, `--sample` in `o2o eval`.
+coordinate that is the median of the learned distribution. The median lies in the larger of two modes, and between two
+modes of equal weight. The papers evaluate samples: `deterministic_eval` False in the run's loop, `--sample` in
+`o2o eval`.
 
 Where we differ
-- DPPO's networks (plain or residual MLPs, time in 16 or 32 sinusoids): `residual` is EXPO's, `mlp` FQL's.
+- Networks: `residual` is EXPO's, `mlp` is FQL's. DPPO has plain or residual MLPs with time in 16 or 32 sinusoids.
 - DPPO's AdamW rate falls to a tenth (1e-3 on hopper, 1e-4 on square), ours from 3e-4 to zero. Its average takes 0.005
   every tenth step from epoch 20 on, ours `ema_rate` at every step.
-- States are taken as they are, or by mean and std (the run's `normalize`), and [-1, 1] is the action space (the data's
-  range: `action_range`); DPPO maps the ranges of both to [-1, 1].
-- DDIM takes all the steps of the diffusion; DPPO and DSRL a part of them.
+- States are taken as they are, or by mean and std (the run's `normalize`). [-1, 1] is the action space, or the data's
+  range (`action_range`). DPPO maps the ranges of both to [-1, 1].
+- DDIM takes all steps of the diffusion; DPPO and DSRL take some of them.
 - The flow's layers start from flax's default draw, FQL's from Xavier's.
-- A chunk that reaches behind its episode's end repeats the last action there, and those entries have no loss; DPPO cuts
-  no such chunk, FQL's authors count the entries as zeros in the mean (QC).
-- FQL has neither a moving average nor chunks: `ema_rate` 1, `horizon` 1 are its presets.
+- A chunk that reaches behind its episode's end repeats the last action there, and those entries have no loss. DPPO cuts
+  no such chunk. FQL's authors count the entries as zeros in the mean (QC).
+- FQL has neither a moving average nor chunks: its presets have `ema_rate` 1 and `horizon` 1.
 - Cloning only: fine-tuning by DPPO, DSRL or DiWA (2508.03645) is left out.
 """
 
@@ -36,12 +38,13 @@ from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, Model
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
+from o2o.rl.windows import flat_chunk, repeat_last
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Phase, Preset
 
 
 @dataclass(frozen=True)
 class GenerativeBCConfig(AgentConfig):
-    """What both have in common."""
+    """Settings of both agents."""
 
     horizon: int = 1
     """Actions predicted at once."""
@@ -64,12 +67,12 @@ class GenerativeBCConfig(AgentConfig):
     weight_decay: float = 1e-6
     """AdamW's decay."""
     ema_rate: float = 0.001
-    """Share of the trained network in the acting average's step; 1 acts with the trained network itself."""
+    """Weight of the new parameters in the average that acts; 1 acts with the trained network itself."""
     online: OnlineConfig = OnlineConfig(replay="none")
     """Online phase: act and store, never update."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         name = type(self).__name__
         if self.horizon < 1:
             raise ConfigError(f"{name}.horizon is {self.horizon}; expected at least 1 action per prediction.")
@@ -82,7 +85,7 @@ class GenerativeBCConfig(AgentConfig):
 
     @property
     def needs(self) -> Needs:
-        """What an agent with these settings needs of its data and its run."""
+        """Windows of one chunk."""
         return Needs(window=self.horizon)
 
 
@@ -103,7 +106,7 @@ class FlowBCConfig(GenerativeBCConfig):
 
 
 class GenerativeBC(Agent):
-    """The part that both share; `config.model` is all that tells them apart."""
+    """Cloning of chunks by the generative model `config.model`."""
 
     actor: Model
     average: Params
@@ -136,11 +139,8 @@ class GenerativeBC(Agent):
         observations, actions = batch["observations"], batch["actions"]
         if self.needs.window == 1:
             return observations, actions, jnp.ones_like(actions)
-        valid = batch["valid"]
-        last = jnp.maximum(valid.sum(axis=-1, keepdims=True).astype(jnp.int32) - 1, 0)
-        index = jnp.minimum(jnp.arange(self.needs.window), last)
-        filled = jnp.take_along_axis(actions, index[..., None], axis=-2)
-        return observations[:, 0], filled.reshape(filled.shape[0], -1), jnp.repeat(valid, self.action_dim, axis=-1)
+        chunks, valid = flat_chunk(repeat_last(actions, batch["valid"]), batch["valid"])
+        return observations[:, 0], chunks, valid
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
         """Return the model's squared error, a mean over the entries within episodes, and metrics."""
@@ -155,6 +155,7 @@ class GenerativeBC(Agent):
         return loss, {"actor/loss": loss, "actor/valid": jnp.mean(valid)}
 
     def _step(self, batch: Batch) -> tuple[Self, Info]:
+        """Step the network on one minibatch, then move its average."""
         rng, loss_rng = jax.random.split(self.rng)
         grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, loss_rng)
         actor = self.actor.apply_gradients(grads)
@@ -162,7 +163,7 @@ class GenerativeBC(Agent):
         return self.replace(actor=actor, average=average, rng=rng), info
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one step per leading row of the leaves `[utd, B, ...]`, with chunks `[utd, B, W, ...]`; mean metrics."""
+        """Take one step per minibatch of the leaves `[utd, B, ...]`, with chunks `[utd, B, W, ...]`; mean metrics."""
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_chunks(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
@@ -172,7 +173,11 @@ class GenerativeBC(Agent):
         noise_rng, step_rng = jax.random.split(rng)
         noise = jnp.zeros(shape) if deterministic else jax.random.normal(noise_rng, shape)
         model = config.model.deterministic() if deterministic else config.model
-        chunks = model.sample(lambda x, t: self.actor(observations, x, t, params=self.average), noise, step_rng)
+
+        def denoise(x: Array, t: Array) -> Array:
+            return self.actor(observations, x, t, params=self.average)
+
+        chunks = model.sample(denoise, noise, step_rng)
         return chunks.reshape(*lead, config.horizon, self.action_dim)
 
     @property
@@ -183,7 +188,10 @@ class GenerativeBC(Agent):
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
-        """Return the next actions `[..., A]` of the chunks under way, or of new ones, and the queues behind them."""
+        """Return the next actions `[..., A]` of the chunks being played, and the queues without them.
+
+        A new chunk is drawn where a queue is empty.
+        """
         if self.execute == 1:
             return self.sample_chunks(observations, rng, deterministic)[..., 0, :], carry
         return next_action(carry, lambda: self.sample_chunks(observations, rng, deterministic), self.execute)
@@ -193,7 +201,7 @@ class GenerativeBC(Agent):
         return None if self.execute == 1 else empty_queue(batch_shape, self.execute, self.action_dim)
 
     def phases(self, steps: int) -> tuple[Phase, ...]:
-        """Return one phase, with a note if the learning rate reaches 0 before its end."""
+        """Return one phase, with a note if the learning rate falls to 0 before its end."""
         decay = self.config.decay_steps
         if decay is None or steps <= decay:
             return (Phase("offline", steps),)
@@ -218,15 +226,21 @@ class DiffusionBC(GenerativeBC):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks; no online steps.
 
-        `paper`: DPPO's 20 cosine steps, chunks of 4, AdamW at 3e-4 with cosine decay, EXPO's network and its budgets
-        of pre-training (500k updates on mazes, as on its AntMaze; else 200k, as on its robomimic square). `small`:
-        EXPO's 10 steps, 2 blocks of 128, batch 128, 10k updates at 1e-3.
+        `paper`: DPPO's 20 cosine steps, chunks of 4, AdamW at 3e-4 with cosine decay. Network and budgets are EXPO's:
+        500k updates on mazes, as on its AntMaze; else 200k, as on its robomimic square. `small`: EXPO's 10 steps,
+        2 blocks of 128, batch 128, 10k updates at 1e-3.
         """
         if size == "small":
             config = DiffusionBCConfig(
-                model=Diffusion(10, "vp", clip="prediction"), horizon=4, width=128, blocks=2, actor_lr=1e-3,
-                decay_steps=10_000, ema_rate=0.005, batch_size=128,
-            )  # fmt: skip
+                model=Diffusion(10, "vp", clip="prediction"),
+                horizon=4,
+                width=128,
+                blocks=2,
+                actor_lr=1e-3,
+                decay_steps=10_000,
+                ema_rate=0.005,
+                batch_size=128,
+            )
             return Preset(config, offline_steps=10_000, online_steps=0)
         steps = 500_000 if family in ("antmaze", "pointmaze") else 200_000
         return Preset(DiffusionBCConfig(horizon=4, decay_steps=steps), offline_steps=steps, online_steps=0)
@@ -249,9 +263,14 @@ class FlowBC(GenerativeBC):
         """
         if size == "small":
             config = FlowBCConfig(
-                network="mlp", actor_hidden_dims=(128, 128), actor_lr=1e-3, decay_steps=10_000, ema_rate=0.005,
-                batch_size=128, weight_decay=0.0,
-            )  # fmt: skip
+                network="mlp",
+                actor_hidden_dims=(128, 128),
+                actor_lr=1e-3,
+                decay_steps=10_000,
+                ema_rate=0.005,
+                batch_size=128,
+                weight_decay=0.0,
+            )
             return Preset(config, offline_steps=10_000, online_steps=0)
         steps = 500_000 if family in ("antmaze", "adroit") else 1_000_000
         config = FlowBCConfig(network="mlp", ema_rate=1.0, weight_decay=0.0)

@@ -1,27 +1,28 @@
 """IBRL: imitation-bootstrapped reinforcement learning (arXiv 2311.02198).
 
-A cloned policy, frozen, is a second opinion wherever the learner's policy has one: at every step, and at every
-bootstrap, the action is chosen between the two by the target critics. So imitation guides exploration and lifts the
-targets from the start, and never holds the learner back later. The learner is TD3 with n-step returns.
+A frozen cloned policy proposes a second action wherever the learner's policy proposes one: at every step, and in every
+bootstrap. The target critics choose between the two. So imitation guides exploration and lifts the targets from the
+start, and does not hold the learner back later. The learner is TD3 with n-step returns.
 
-Offline the agent is the cloning (squared error, `BC`); actor and critics do not move. `online()` freezes the clone and
-starts the learner from scratch, so the policy changes at the switch; the warm-up (`random_steps`) is the clone's alone.
-`ibrl/reference_share` is the share of its actions in the targets; it falls as the learner overtakes it.
+Offline only the clone learns (squared error, `BC`); actor and critics do not move. `online()` freezes the clone and
+starts the learner from scratch, so the policy changes at the switch. The clone alone plays the warm-up
+(`random_steps`). `ibrl/reference_share` is the share of the clone's actions in the targets; it falls as the learner
+overtakes the clone.
 
 Where we differ
 - State observations only, one at a time; the code stacks three (the run's `history`). Numbers are those of Can from
-  states; "hard" (Meta-World's rule) where rewards are not 0/1.
-- The whole dataset is preloaded, not ten demonstrations, and cloned; the replay is one ring that starts with it.
-- A warm-up of 5000 steps, counted among the environment steps, stands for the 40 episodes, which are not; `utd_ratio`
-  2 and an actor step per 5 critic steps stand for a block of 5 and 1 every 2 environment steps.
-- A deterministic action takes the best by the minimum over all target critics; the released code draws a subset there
-  too, and with the soft rule samples the choice, but reports the hard one beside it.
+  states. Where rewards are not 0/1 the choice is "hard" (Meta-World's rule).
+- The whole dataset is cloned and preloaded, not ten demonstrations. The replay is one ring that starts with it.
+- The warm-up is 5000 environment steps and counts; the code plays 40 episodes that do not count. `utd_ratio` 2 and an
+  actor step per 5 critic steps stand for the code's block of 5 and 1 every 2 environment steps.
+- A deterministic action is the best by the minimum over all target critics. The code draws a subset there too, and
+  with the soft rule samples the choice, but reports the hard one beside it.
 - Each critic has its own LayerNorm; in the code they share its scale and bias. Biases start at zero.
-- Actions are clipped to [-1, 1], not to 1 - 1e-6 within; the clone's gradient is not clipped (100 in the code).
-- A window that a true terminal cuts short ends there; time limits bootstrap (`timeouts`). n-step returns are not
-  corrected for the actions in between, as published.
+- Actions are clipped to [-1, 1]; the code clips to 1 - 1e-6. The clone's gradient is not clipped (100 in the code).
+- A window that a true terminal cuts short ends there; time limits bootstrap (`timeouts`). As published, n-step returns
+  are not corrected for the actions in between.
 - Left out: "RFT" (the actor pre-trained and held to demonstrations), epsilon-greedy choice, a decaying noise.
-- Families of tasks: none is in the paper; rewards are 0/1 on mazes and Adroit, else the task's own.
+- None of our families of tasks is in the paper. Rewards are 0/1 on mazes and Adroit, else the task's own.
 """
 
 import math
@@ -33,11 +34,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.bc import BC, BCConfig
-from o2o.agents.residual import n_step_rows
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.errors import ConfigError
 from o2o.nn.modules import CriticEnsemble, draw_members
 from o2o.rl import losses
+from o2o.rl.windows import Timeouts, n_step_rows
 from o2o.types import Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 WIDE = (1024, 1024, 1024)
@@ -48,15 +49,15 @@ class IBRLConfig(TD3Config):
     """Settings of IBRL; the defaults are the released ones for Can from states."""
 
     choice: Literal["soft", "hard"] = "soft"
-    """`hard`: the action with the higher value; `soft`: drawn from the soft maximum of the values."""
+    """`hard`: the action with the higher value; `soft`: a draw from the softmax of the values."""
     inverse_temperature: float = 10.0
     """Of the soft rule, on the scale of Q: 10 is for rewards of 0 and 1."""
     target_subset: int | None = 2
-    """Target critics, drawn anew for each choice and each target, whose minimum counts; `None` for all."""
+    """Target critics drawn for each choice and each target; their minimum counts. `None`: all critics."""
     n_step: int = 3
     """Rewards summed before the target bootstraps."""
-    timeouts: Literal["terminal", "bootstrap"] = "bootstrap"
-    """Whether a time limit ends the return like a terminal, or bootstraps."""
+    timeouts: Timeouts = "bootstrap"
+    """What a time limit does to the target: end it like a terminal, or bootstrap."""
     clone_hidden_dims: tuple[int, ...] = WIDE
     """Widths of the cloned policy's hidden layers."""
     clone_dropout: float = 0.5
@@ -70,13 +71,13 @@ class IBRLConfig(TD3Config):
     critic_layer_norm: bool = True
     """LayerNorm before each activation of the critics."""
     actor_dropout: float = 0.5
-    """Dropout in the actor's hidden layers, on in every loss and, deliberately, in the targets; off when it acts."""
+    """Dropout in the actor's hidden layers: on in every loss and, as published, in the targets; off when it acts."""
     num_critics: int = 5
-    """Members of the critic ensemble."""
+    """Critics in the ensemble."""
     policy_delay: int = 5
     """Critic steps per actor step."""
     delayed_targets: bool = False
-    """The critics' targets move with the actor's, every `policy_delay` steps; otherwise after every critic step."""
+    """True: the critics' targets move with the actor's. False: they move after every critic step."""
     target_noise: float = 0.1
     """Standard deviation of the noise on the actor's action, in the targets and in its own loss."""
     noise_clip: float = 0.3
@@ -88,10 +89,10 @@ class IBRLConfig(TD3Config):
     tau: float = 0.01
     """Weight of the new parameters in the targets' averages."""
     online: OnlineConfig = OnlineConfig(utd_ratio=2, random_steps=5000, replay="append")
-    """Online phase: one buffer that starts with the dataset; `random_steps`, before any update, are the clone's."""
+    """Online phase: one buffer that starts with the dataset; the clone plays `random_steps` before any update."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         super().__post_init__()
         for name, known in (("choice", ("soft", "hard")), ("timeouts", ("terminal", "bootstrap"))):
             if getattr(self, name) not in known:
@@ -110,8 +111,8 @@ class IBRLConfig(TD3Config):
 
     @property
     def needs(self) -> Needs:
-        """What an agent with these settings needs of its data and its run."""
-        return Needs(window=max(self.n_step, 2))  # two at least: only windows say where an episode ended
+        """Windows of at least two rows: one row cannot say where an episode ended."""
+        return Needs(window=max(self.n_step, 2))
 
 
 _DEFAULT = IBRLConfig()
@@ -121,13 +122,13 @@ class Choice(NamedTuple):
     """A choice between the clone's action and another at observations `[..., D]`."""
 
     actions: Array
-    """The chosen ones, `[..., A]`."""
+    """The chosen actions, `[..., A]`."""
     cloned: Array
-    """Whether they are the clone's, bool `[...]`."""
+    """Whether the clone's action was chosen, bool `[...]`."""
 
 
 class IBRL(TD3):
-    """TD3 with a second opinion; `reference` is the cloned policy."""
+    """TD3 with a second proposal; `reference` is the cloned policy."""
 
     reference: Any = None
     """A `BC` agent: learning offline, frozen online."""
@@ -139,9 +140,13 @@ class IBRL(TD3):
         rng, clone_rng = jax.random.split(rng)
         agent = super().create(rng, observations, actions, config)
         cloning = BCConfig(
-            loss="mse", actor_hidden_dims=config.clone_hidden_dims, dropout=config.clone_dropout,
-            init_scheme=config.init_scheme, actor_lr=config.clone_lr, batch_size=config.batch_size,
-        )  # fmt: skip
+            loss="mse",
+            actor_hidden_dims=config.clone_hidden_dims,
+            dropout=config.clone_dropout,
+            init_scheme=config.init_scheme,
+            actor_lr=config.clone_lr,
+            batch_size=config.batch_size,
+        )
         return agent.replace(reference=BC.create(clone_rng, observations, actions, cloning))
 
     def cloned_actions(self, observations: Array) -> Array:
@@ -150,11 +155,9 @@ class IBRL(TD3):
 
     def lowest_target(self, observations: Array, actions: Array, rng: Array, subset: int | None) -> Array:
         """Return the minimum `[...]` over `subset` randomly drawn target critics; over all of them with `None`."""
-        critics: Any = self.critic.module
-        assert isinstance(critics, CriticEnsemble)
-        critics, params = draw_members(critics, self.target_critic, rng, subset)
-        q: Any = critics.apply(params, observations, actions)
-        return q.min(axis=0)
+        assert isinstance(self.critic.module, CriticEnsemble)
+        critics, params = draw_members(self.critic.module, self.target_critic, rng, subset)
+        return jnp.min(jnp.asarray(critics.apply(params, observations, actions)), axis=0)
 
     def choose(self, observations: Array, actions: Array, rng: Array, deterministic: bool = False) -> Choice:
         """Choose between the clone's actions and `actions` `[..., A]`, by the target critics."""
@@ -170,10 +173,11 @@ class IBRL(TD3):
 
     def targets(self, batch: Batch, rng: Array) -> tuple[Array, Info]:
         """Return y = R + gamma^k m Q'(s_k, a') `[B]` of rows from `n_step_rows`, and the clone's share of a'."""
-        behind = batch["next_observations"]
+        next_observations = batch["next_observations"]
         action_rng, choice_rng, member_rng = jax.random.split(rng, 3)
-        choice = self.choose(behind, self.noisy_actions(behind, self.target_actor, action_rng), choice_rng)
-        values = self.lowest_target(behind, choice.actions, member_rng, self.config.target_subset)
+        own = self.noisy_actions(next_observations, self.target_actor, action_rng)
+        choice = self.choose(next_observations, own, choice_rng)
+        values = self.lowest_target(next_observations, choice.actions, member_rng, self.config.target_subset)
         targets = losses.td_target(batch["rewards"], batch["masks"], values, 1.0)  # the masks hold gamma^k
         return targets, {"ibrl/reference_share": choice.cloned.mean()}
 
@@ -184,9 +188,10 @@ class IBRL(TD3):
         return loss, {"actor/loss": loss}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one step per leading row of windows `[utd, B, W, ...]`: cloning offline, the learner's online."""
+        """Take one step per minibatch of windows `[utd, B, W, ...]`: of the clone offline, of the learner online."""
+        config = self.config
         if self.fine_tuning:
-            return super().update(jax.vmap(lambda rows: n_step_rows(rows, self.config))(batch))
+            return super().update(n_step_rows(batch, config.n_step, config.discount, config.timeouts))
         first = {key: batch[key][:, :, 0] for key in ("observations", "actions")}
         reference, info = self.reference.update(first)
         rng, _ = jax.random.split(self.rng)
@@ -196,9 +201,9 @@ class IBRL(TD3):
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
-        """Return actions `[..., A]` in [-1, 1]: the clone's offline, else the chosen ones; noise is the actor's only.
+        """Return actions `[..., A]` in [-1, 1]: the clone's offline, the chosen ones online.
 
-        Offline a sample is the clone's action with exploration noise.
+        Unless `deterministic` there is exploration noise, online on the learner's own action only.
         """
         noise_rng, choice_rng = jax.random.split(rng)
         own = self.actor(observations) if self.fine_tuning else self.cloned_actions(observations)
@@ -208,11 +213,11 @@ class IBRL(TD3):
         return self.choose(observations, actions, choice_rng, deterministic).actions, carry
 
     def random_actions(self, observations: Array, rng: Array, action_dim: int) -> Array:
-        """Return the clone's actions `[..., A]`, which are those of the warm-up."""
+        """Return the actions `[..., A]` of the warm-up: the clone's."""
         return self.cloned_actions(observations)
 
     def online(self) -> Self:
-        """Return the agent with the clone frozen and the learner, as it was initialised, at work."""
+        """Return the agent with the clone frozen; from here on the learner trains, as it was initialised."""
         return self.replace(fine_tuning=True)
 
     @classmethod
@@ -228,8 +233,18 @@ class IBRL(TD3):
             return Preset(config, 100_000, 200_000, reward)
         width = (128, 128)
         config = replace(
-            config, actor_hidden_dims=width, critic_hidden_dims=width, clone_hidden_dims=width, num_critics=4,
-            batch_size=128, actor_dropout=0.0, clone_dropout=0.0, actor_lr=3e-4, critic_lr=1e-3, clone_lr=1e-3,
-            policy_delay=2, online=replace(config.online, random_steps=1000),
-        )  # fmt: skip
+            config,
+            actor_hidden_dims=width,
+            critic_hidden_dims=width,
+            clone_hidden_dims=width,
+            num_critics=4,
+            batch_size=128,
+            actor_dropout=0.0,
+            clone_dropout=0.0,
+            actor_lr=3e-4,
+            critic_lr=1e-3,
+            clone_lr=1e-3,
+            policy_delay=2,
+            online=replace(config.online, random_steps=1000),
+        )
         return Preset(config, 5_000, 10_000, reward)

@@ -1,30 +1,34 @@
 """QC: Q-learning on chunks of actions, tied to the data by a flow model of behaviour ("Q-chunking", arXiv 2507.07969).
 
-The critic judges h actions in a row, played open loop, so its h-step target needs no correction for off-policy actions;
-chunks come from a flow fitted to the data. `best_of_n` plays the best of N flow samples; `distilled` (QC-FQL) trains a
-one-step policy on the critic while holding it to the flow, noise for noise. A chunk of 1 is FQL (2502.02538) or its
-best-of-N form: plain transitions, no queue.
+The critic judges h actions in a row that are played open loop. So its h-step target needs no correction for off-policy
+actions. Chunks come from a flow fitted to the data. `best_of_n` (QC) plays the best of N flow samples. `distilled`
+(QC-FQL) trains a one-step policy on the critic and holds it to the flow, noise for noise. With h = 1 it is FQL
+(2502.02538) or its best-of-N form: plain transitions, no queue.
 
-Deterministic acting starts from fixed noise: zero (distilled), or zero and N - 1 fixed draws (best of N), the same for
-every observation. The paper evaluates samples: `deterministic_eval` False in the run's loop.
+Deterministic acting starts from fixed noise: zero (`distilled`), or zero and N - 1 fixed draws (`best_of_n`), the same
+for every observation. The paper evaluates samples: set `deterministic_eval` of the run's loop to False.
+
+Settings that stand for the released code
+- `pad_terminal=False`: the code drops a window with a true terminal before its last step. The released results come
+  from it. But then a critic whose episodes end at success, as on Adroit or in mazes, never learns the last h - 1 states
+  of a success, although the policy asks it there and other windows bootstrap from them. With True, our default, such a
+  window counts: its last action is repeated for critic and flow, its reward ends there, nothing is bootstrapped.
+  A time limit inside a window drops it in both cases.
+- `aggregate="min"`: an option of the code; only the target takes the minimum, candidates are ranked by the mean.
 
 Where we differ
-- The targets move towards the critics' new parameters; the released code takes those from before the step.
-- One Adam for each network, where the code has one over the sum of the losses: the same steps.
-- `pad_terminal`, on by default: a window with a true terminal before its last step counts. Its last action is repeated,
-  for critic and flow, its reward ends there and nothing is bootstrapped. The code (off) drops it, so a critic whose
-  episodes end at success, as on Adroit or in mazes, never learns the last h - 1 states of a success, though the policy
-  queries it there and other windows bootstrap from them. Time limits inside a window drop it in both.
+- The target critics move towards the critics' new parameters; the code takes those from before the step.
+- Each network has its own Adam; the code has one over the sum of the losses: the same steps.
 - A window crosses neither an episode's end nor the ring's cursor nor two datasets; the code cuts by index alone.
-- The ring has room for the dataset and `loop.replay_capacity` own steps; the code's, max(2M, dataset + 1) rows for
-  both, overwrites the dataset.
-- The flow's layers start from flax's default draw (o2o.nn.generative), critic and one-step policy as in the code.
+- The ring has room for the dataset and `loop.replay_capacity` own steps. The code's ring, of max(2M, dataset + 1) rows
+  in all, overwrites the dataset.
+- The flow's layers start from flax's default draw (`o2o.nn.generative`), critic and one-step policy as in the code.
 - Left out: CO-RFT's prefix critic (2508.02219), n-step backups of one-step critics (FQL-n), QC on RLPD, and datasets
-  swapped file by file. Rewards: -1/0 as in the code's sparse tasks on mazes and Adroit, else the task's own.
+  swapped file by file.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import flax.linen as nn
 import jax
@@ -38,6 +42,7 @@ from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.losses import td_target
+from o2o.rl.windows import Chunks, chunk_rows
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
@@ -46,7 +51,7 @@ class QCConfig(AgentConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
     chunk: int = 5
-    """Actions h that are judged and played as one."""
+    """Actions h of a chunk."""
     policy: Literal["best_of_n", "distilled"] = "best_of_n"
     """`best_of_n` (QC): the best of the flow's samples; `distilled` (QC-FQL): a one-step policy that climbs Q."""
     num_samples: int = 32
@@ -56,9 +61,9 @@ class QCConfig(AgentConfig):
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics."""
     pad_terminal: bool = True
-    """Keep windows that a true terminal cuts short, the last action repeated; False drops them."""
+    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: int = 2
-    """Members of the critic ensemble."""
+    """Critics in the ensemble."""
     flow_steps: int = 10
     """Euler steps of the flow."""
     actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
@@ -75,7 +80,7 @@ class QCConfig(AgentConfig):
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         for name in ("chunk", "num_samples", "num_critics"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"QCConfig.{name} is {getattr(self, name)}; expected at least 1.")
@@ -88,11 +93,8 @@ class QCConfig(AgentConfig):
 
     @property
     def needs(self) -> Needs:
-        """What an agent with these settings needs of its data and its run."""
+        """Windows of one chunk."""
         return Needs(window=self.chunk)
-
-
-_DEFAULT = QCConfig()
 
 
 class OneStep(nn.Module):
@@ -109,46 +111,7 @@ class OneStep(nn.Module):
         return nn.Dense(noise.shape[-1], kernel_init=kernel_init("xavier"))(x)
 
 
-class Chunks(NamedTuple):
-    """What the losses see of a minibatch of windows; n = h A numbers per chunk."""
-
-    observations: Array
-    """At the chunk's first action, `[B, D]`."""
-    actions: Array
-    """`[B, n]`."""
-    entries: Array
-    """1 where a number of `actions` counts, `[B, n]`."""
-    returns: Array
-    """Discounted reward inside the window, up to its episode's end, `[B]`."""
-    masks: Array
-    """0 where the episode terminates in the window, `[B]`."""
-    valid: Array
-    """1 where the whole window counts for the critic, `[B]`."""
-    next_observations: Array
-    """Behind the last action, `[B, D]`."""
-
-
-def cut(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
-    """Return the chunks of windows, leaves `[B, h, ...]` with `valid`."""
-    valid, actions = batch["valid"], batch["actions"]
-    steps = jnp.arange(valid.shape[-1])
-    returns = jnp.sum(discount**steps * valid * batch["rewards"], axis=-1)
-    masks = jnp.min(jnp.where(valid > 0, batch["masks"], 1.0), axis=-1)
-    whole = valid[..., -1]
-    if pad_terminal:
-        last = jnp.maximum(jnp.sum(valid, axis=-1).astype(jnp.int32) - 1, 0)
-        actions = jnp.take_along_axis(actions, jnp.minimum(steps, last[..., None])[..., None], axis=-2)
-        whole = jnp.maximum(whole, 1.0 - masks)
-        valid = jnp.maximum(valid, (1.0 - masks)[..., None])
-    return Chunks(
-        observations=batch["observations"][..., 0, :],
-        actions=actions.reshape(*actions.shape[:-2], -1),
-        entries=jnp.repeat(valid, actions.shape[-1], axis=-1),
-        returns=returns,
-        masks=masks,
-        valid=whole,
-        next_observations=batch["next_observations"][..., -1, :],
-    )
+_DEFAULT = QCConfig()
 
 
 class QC(Agent):
@@ -169,11 +132,15 @@ class QC(Agent):
         rng, actor_rng, critic_rng, policy_rng = jax.random.split(rng, 4)
         chunks = jnp.tile(actions, config.chunk)
         flow = Denoiser("mlp", hidden_dims=config.actor_hidden_dims)
-        judges = CriticEnsemble(
-            config.critic_hidden_dims, config.num_critics, layer_norm=True, init_scheme="xavier", activation="gelu",
+        ensemble = CriticEnsemble(
+            config.critic_hidden_dims,
+            config.num_critics,
+            layer_norm=True,
+            init_scheme="xavier",
+            activation="gelu",
             norm_last=True,
-        )  # fmt: skip
-        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, chunks)
+        )
+        critic = Model.create(critic_rng, ensemble, Adam(config.critic_lr), observations, chunks)
         one_step = None
         if config.policy == "distilled":
             module = OneStep(config.actor_hidden_dims)
@@ -192,17 +159,19 @@ class QC(Agent):
 
     def flow_chunks(self, observations: Array, noise: Array) -> Array:
         """Return the flow's chunks `[..., n]` from `noise [..., n]`; leading axes broadcast."""
-        flow = Flow(self.config.flow_steps)
-        return flow.sample(lambda x, t: self.actor(observations, x, t), noise, self.rng)
+
+        def velocity(x: Array, t: Array) -> Array:
+            return self.actor(observations, x, t)
+
+        return Flow(self.config.flow_steps).sample(velocity, noise, self.rng)
 
     def propose(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return the chunks `[..., n]` in [-1, 1] that the policy plays at observations `[..., D]`."""
         count = 1 if self.one_step is not None else self.config.num_samples
-        size = self.config.chunk * self.action_dim
-        lead = observations.shape[:-1]
+        lead, size = observations.shape[:-1], self.config.chunk * self.action_dim
         if deterministic:
             fixed = jax.random.normal(jax.random.key(0), (count, size)).at[0].set(0.0)
-            noise = jnp.broadcast_to(fixed.reshape(count, *(1,) * len(lead), size), (count, *lead, size))
+            noise = jnp.broadcast_to(fixed.reshape(count, *[1] * len(lead), size), (count, *lead, size))
         else:
             noise = jax.random.normal(rng, (count, *lead, size))
         if self.one_step is not None:
@@ -213,25 +182,35 @@ class QC(Agent):
         return jnp.take_along_axis(candidates, best, axis=0)[0]
 
     def targets(self, chunks: Chunks, rng: Array) -> Array:
-        """Return y = R + discount^h m Q'(s_h, A') `[B]`, A' as the policy plays it there."""
-        actions = self.propose(chunks.next_observations, rng)
-        q = self.critic(chunks.next_observations, actions, params=self.target_critic)
+        """Return y = R + discount^h m Q'(s_h, A') `[B]`; A' is the chunk that the policy plays at s_h."""
+        next_chunks = self.propose(chunks.next_observations, rng)
+        q = self.critic(chunks.next_observations, next_chunks, params=self.target_critic)
         values = jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
         return td_target(chunks.returns, chunks.masks, values, self.config.discount**self.config.chunk)
 
     def critic_loss(self, params: Params, chunks: Chunks, targets: Array) -> tuple[Array, Info]:
-        """Return the mean over critics and windows of valid * (Q - y)^2, and metrics (means over what is valid)."""
+        """Return the mean over critics and windows of valid * (Q_i(s, A) - y)^2, and metrics of the valid windows."""
         q = self.critic(chunks.observations, chunks.actions, params=params)
         loss = jnp.mean(chunks.valid * jnp.square(q - targets))
-        count = jnp.maximum(jnp.sum(chunks.valid), 1.0)
-        known = {"critic/q": jnp.mean(q, axis=0), "critic/target": targets}
-        metrics = {name: jnp.sum(chunks.valid * value) / count for name, value in known.items()}
-        return loss, {"critic/loss": loss, **metrics, "critic/valid": jnp.mean(chunks.valid)}
+
+        def mean_of_valid(x: Array) -> Array:
+            return jnp.sum(chunks.valid * x) / jnp.maximum(jnp.sum(chunks.valid), 1.0)
+
+        return loss, {
+            "critic/loss": loss,
+            "critic/q": mean_of_valid(jnp.mean(q, axis=0)),
+            "critic/target": mean_of_valid(targets),
+            "critic/valid": jnp.mean(chunks.valid),
+        }
 
     def flow_loss(self, params: Params, chunks: Chunks, rng: Array) -> tuple[Array, Info]:
-        """Return the flow's squared error, a mean over all entries of which the invalid ones are zeros."""
-        apply = lambda x, t: self.actor(chunks.observations, x, t, params=params)  # noqa: E731
-        loss = jnp.mean(chunks.entries * Flow(self.config.flow_steps).loss(apply, chunks.actions, rng))
+        """Return the mean over all entries of the flow's squared error; invalid entries count as zeros."""
+
+        def velocity(x: Array, t: Array) -> Array:
+            return self.actor(chunks.observations, x, t, params=params)
+
+        errors = Flow(self.config.flow_steps).loss(velocity, chunks.actions, rng)
+        loss = jnp.mean(chunks.entries * errors)
         return loss, {"actor/loss": loss}
 
     def policy_loss(self, params: Params, chunks: Chunks, rng: Array) -> tuple[Array, Info]:
@@ -245,28 +224,29 @@ class QC(Agent):
         return self.config.alpha * distance - q, {"policy/distance": distance, "policy/q": q}
 
     def _step(self, batch: Batch) -> tuple[Self, Info]:
-        """Step all networks on one minibatch of windows `[B, h, ...]`, every loss at the present parameters."""
-        chunks = cut(batch, self.config.discount, self.config.pad_terminal)
+        """Step all networks on windows `[B, h, ...]`; every loss sees the parameters before the step."""
+        config = self.config
         rng, target_rng, flow_rng, policy_rng = jax.random.split(self.rng, 4)
+        chunks = chunk_rows(batch, config.discount, config.pad_terminal)
         targets = self.targets(chunks, target_rng)
-        critic_grads, critic_info = jax.grad(self.critic_loss, has_aux=True)(self.critic.params, chunks, targets)
-        flow_grads, info = jax.grad(self.flow_loss, has_aux=True)(self.actor.params, chunks, flow_rng)
-        one_step = self.one_step
-        if one_step is not None:
-            grads, policy_info = jax.grad(self.policy_loss, has_aux=True)(one_step.params, chunks, policy_rng)
-            one_step, info = one_step.apply_gradients(grads), {**info, **policy_info}
+        critic_grads, info = jax.grad(self.critic_loss, has_aux=True)(self.critic.params, chunks, targets)
+        flow_grads, flow_info = jax.grad(self.flow_loss, has_aux=True)(self.actor.params, chunks, flow_rng)
         critic = self.critic.apply_gradients(critic_grads)
         agent = self.replace(
             actor=self.actor.apply_gradients(flow_grads),
             critic=critic,
-            target_critic=optax.incremental_update(critic.params, self.target_critic, self.config.tau),
-            one_step=one_step,
+            target_critic=optax.incremental_update(critic.params, self.target_critic, config.tau),
             rng=rng,
         )
-        return agent, {**critic_info, **info}
+        info |= flow_info
+        if self.one_step is not None:
+            grads, policy_info = jax.grad(self.policy_loss, has_aux=True)(self.one_step.params, chunks, policy_rng)
+            agent = agent.replace(one_step=self.one_step.apply_gradients(grads))
+            info |= policy_info
+        return agent, info
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one step per leading row of the leaves, `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics."""
+        """Take one step per minibatch of the leaves `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics."""
         if self.needs.window == 1:
             batch = {**batch, "valid": jnp.ones_like(batch["rewards"])}
             batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
@@ -275,7 +255,10 @@ class QC(Agent):
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
-        """Return the next actions `[..., A]` of the chunks under way, or of new ones, and the queues behind them."""
+        """Return the next actions `[..., A]` of the chunks being played, and the queues without them.
+
+        A new chunk is chosen where a queue is empty.
+        """
         if self.needs.window == 1:
             return self.propose(observations, rng, deterministic), carry
 
@@ -293,14 +276,19 @@ class QC(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; it has none of these
+        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; the paper has none of these
         families. `small`: 2x128, batch 128, 8 samples, 10k updates and 10k environment steps, the first update at 1000.
+        Rewards are -1/0 on mazes and Adroit, as in the code's sparse tasks, else the task's own.
         """
-        reward = (1.0, -1.0) if family in ("antmaze", "pointmaze") else (1.0, 0.0) if family == "adroit" else None
+        reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
             return Preset(QCConfig(), 1_000_000, 1_000_000, reward)
         config = QCConfig(
-            num_samples=8, actor_hidden_dims=(128, 128), critic_hidden_dims=(128, 128), actor_lr=1e-3, batch_size=128,
-        )  # fmt: skip
-        config = replace(config, online=replace(config.online, warmup_steps=1000))
+            num_samples=8,
+            actor_hidden_dims=(128, 128),
+            critic_hidden_dims=(128, 128),
+            actor_lr=1e-3,
+            batch_size=128,
+            online=replace(QCConfig().online, warmup_steps=1000),
+        )
         return Preset(config, 10_000, 10_000, reward)

@@ -1,11 +1,11 @@
-"""TD3: twin delayed policy gradients (arXiv 1802.09477), the step that TD3+BC and IBRL share; no agent of its own.
+"""TD3: twin delayed deterministic policy gradients (arXiv 1802.09477), the step that TD3+BC and IBRL share.
 
-A deterministic actor climbs a critic ensemble; targets come from slow copies of both, with clipped noise on the next
-action; the actor steps once every `policy_delay` critic steps. An agent adds its own terms by overriding `targets` and
-`actor_loss`.
+A deterministic actor climbs a critic ensemble. Targets come from slow copies of both, with clipped noise on the next
+action. The actor steps once every `policy_delay` critic steps. TD3 is not an agent of its own; an agent overrides
+`targets` and `actor_loss` to add its terms.
 
-The actor's metrics are multiplied by `policy_delay` and are zero where it rests, so that means over many updates are
-means over the actor's steps.
+The actor's metrics are zero on critic steps without an actor step, and are multiplied by `policy_delay` on the others.
+So their mean over many critic steps is the mean over the actor's steps.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ class TD3Config(AgentConfig):
     init_scheme: Init = "linear"
     """Initialiser of every kernel."""
     num_critics: int = 2
-    """Members of the critic ensemble."""
+    """Critics in the ensemble."""
     policy_delay: int = 2
     """Critic steps per actor step."""
     delayed_targets: bool = True
-    """The critics' targets move with the actor's, every `policy_delay` steps; otherwise after every critic step."""
+    """True: the critics' targets move with the actor's, every `policy_delay` steps. False: after every critic step."""
     exploration_noise: float = 0.1
     """Standard deviation of the Gaussian noise on sampled actions."""
     target_noise: float = 0.2
@@ -61,7 +61,7 @@ class TD3Config(AgentConfig):
     """Weight of the new parameters in the targets' averages."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         name = type(self).__name__
         for field in ("num_critics", "policy_delay"):
             if getattr(self, field) < 1:
@@ -106,15 +106,20 @@ class TD3(Agent):
         policy = DeterministicActor(
             config.actor_hidden_dims, actions.shape[-1], config.actor_dropout, config.init_scheme
         )
-        judges = CriticEnsemble(
+        ensemble = CriticEnsemble(
             config.critic_hidden_dims, config.num_critics, config.critic_layer_norm, config.init_scheme
         )
         actor = Model.create(actor_rng, policy, Adam(config.actor_lr), observations)
-        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, actions)
-        copies = {
-            f"target_{name}": jax.tree.map(jnp.copy, m.params) for name, m in (("actor", actor), ("critic", critic))
-        }
-        agent = cls(actor=actor, critic=critic, **copies, updates=jnp.zeros((), jnp.int32), rng=rng, config=config)
+        critic = Model.create(critic_rng, ensemble, Adam(config.critic_lr), observations, actions)
+        agent = cls(
+            actor=actor,
+            target_actor=jax.tree.map(jnp.copy, actor.params),
+            critic=critic,
+            target_critic=jax.tree.map(jnp.copy, critic.params),
+            updates=jnp.zeros((), jnp.int32),
+            rng=rng,
+            config=config,
+        )
         return jax.tree.map(jnp.asarray, agent)
 
     def noisy_actions(self, observations: Array, params: Params, rng: Array) -> Array:
@@ -135,12 +140,12 @@ class TD3(Agent):
         return self.critic(next_observations, actions, params=self.target_critic).min(axis=0)
 
     def targets(self, batch: Batch, rng: Array) -> tuple[Array, Info]:
-        """Return y `[B]` of a minibatch `[B, ...]`, without gradient, and metrics of how it was made."""
+        """Return y = r + discount * m * v'(s') `[B]` of a minibatch `[B, ...]`, without gradient, and metrics."""
         values = self.next_values(batch["next_observations"], rng)
         return losses.td_target(batch["rewards"], batch["masks"], values, self.config.discount), {}
 
     def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
-        """Step the critics on one minibatch `[B, ...]` by the sum over them of their mean squared errors."""
+        """Step the critics on one minibatch `[B, ...]`; the loss is the sum over critics of mean (Q_i(s, a) - y)^2."""
         config = self.config
         targets, made = self.targets(batch, rng)
 
@@ -151,7 +156,7 @@ class TD3(Agent):
 
         grads, info = jax.grad(loss_of, has_aux=True)(self.critic.params)
         agent = self.replace(critic=self.critic.apply_gradients(grads), updates=self.updates + 1)
-        return agent if config.delayed_targets else agent.track("critic"), info
+        return agent if config.delayed_targets else agent.track_critic(), info
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
         """Return -mean Q_1(s, pi(s)) `[]` on leaves `[B, ...]`, and metrics."""
@@ -162,16 +167,21 @@ class TD3(Agent):
     def actor_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
         """Step the actor on one minibatch `[B, ...]`, then move its target, and with `delayed_targets` the critics'."""
         grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, rng)
-        agent = self.replace(actor=self.actor.apply_gradients(grads)).track("actor")
-        return agent.track("critic") if self.config.delayed_targets else agent, info
+        agent = self.replace(actor=self.actor.apply_gradients(grads)).track_actor()
+        return agent.track_critic() if self.config.delayed_targets else agent, info
 
-    def track(self, name: str) -> Self:
-        """Return the agent with the target of `actor` or `critic` moved by tau towards its parameters."""
-        target = f"target_{name}"
-        average = optax.incremental_update(getattr(self, name).params, getattr(self, target), self.config.tau)
-        return self.replace(**{target: average})
+    def track_critic(self) -> Self:
+        """Return the agent with the target critics moved by tau towards the critics."""
+        target = optax.incremental_update(self.critic.params, self.target_critic, self.config.tau)
+        return self.replace(target_critic=target)
+
+    def track_actor(self) -> Self:
+        """Return the agent with the target actor moved by tau towards the actor."""
+        target = optax.incremental_update(self.actor.params, self.target_actor, self.config.tau)
+        return self.replace(target_actor=target)
 
     def _step(self, batch: Batch) -> tuple[Self, Info]:
+        """Step the critics on one minibatch `[B, ...]`, and the actor if it is its turn."""
         rng, critic_rng, actor_rng = jax.random.split(self.rng, 3)
         agent, info = self.replace(rng=rng).critic_step(batch, critic_rng)
         shapes = jax.eval_shape(lambda: agent.actor_step(batch, actor_rng)[1])
@@ -188,7 +198,7 @@ class TD3(Agent):
         return agent, {**info, **actor_info}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one critic step per leading row of the leaves `[utd, B, ...]`, with the actor's in their turn."""
+        """Take one critic step per minibatch of the leaves `[utd, B, ...]`, and actor steps in their turn."""
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def explore(self, actions: Array, rng: Array) -> Array:
@@ -202,7 +212,3 @@ class TD3(Agent):
         """Return actions `[..., A]` in [-1, 1], with exploration noise unless `deterministic`, and the unused carry."""
         actions = self.actor(observations)
         return actions if deterministic else self.explore(actions, rng), carry
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
-        """Return `None`: the policy has no memory."""
-        return None

@@ -1,22 +1,22 @@
 """TD3+BC: TD3 whose actor is also pulled towards the data, "A Minimalist Approach to Offline RL" (arXiv 2106.06860).
 
-The actor climbs Q, scaled by alpha over its own mean size so that alpha means the same on every task, minus its squared
-distance to the logged action. That is the whole difference to TD3.
+The actor climbs alpha Q / mean |Q| minus its squared distance to the logged action. The division makes alpha mean the
+same on every task. That is the whole difference to TD3.
 
-States must be normalised: The presets turn the run's `normalize` on (std + 1e-3, statistics of the dataset, frozen
-online). Where a run is made by hand, give `Normalizer.fit(observations)` to the trainer.
+States must be normalised. The presets turn the run's `normalize` on (std + 1e-3, statistics of the dataset, frozen
+online). For a trainer made by hand, pass it `Normalizer.fit(observations)`.
 
-Online (a choice of ours, the paper ends offline): exploration noise of 0.1, one buffer that starts with the dataset,
-and the distance's weight either kept, which gains slowly, or faded over `bc_decay_steps` critic steps to `bc_final`.
+The paper ends offline; the online phase is our choice: exploration noise of 0.1, and one buffer that starts with the
+dataset. The distance's weight stays, which gains slowly, or falls to `bc_final` over `bc_decay_steps` critic steps.
 
 Where we differ
-- The size of Q that the actor's term is divided by is at least 1e-8.
-- Kernels start as in the authors' code, uniform within 1 / sqrt(inputs); biases at zero, where it draws them as well.
-- The actor steps with the parameters that the critics have just reached, on the same rows, as in the authors' code.
-- Rewards: -1/0 on mazes and Adroit, otherwise the task's own; the paper is about locomotion only.
+- The mean |Q| that the actor's term is divided by is at least 1e-8.
+- Kernels start as in the authors' code, uniform within 1 / sqrt(inputs). Biases start at zero; the code draws them too.
+- As in the authors' code, the actor's loss uses the critics after their step, on the same rows.
+- Rewards are -1/0 on mazes and Adroit, otherwise the task's own. The paper has locomotion only.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import jax
@@ -33,16 +33,16 @@ class TD3BCConfig(TD3Config):
     """Settings of TD3+BC."""
 
     alpha: float = 2.5
-    """Weight of Q, once divided by its mean size, against the squared distance to the data."""
+    """Weight of Q / mean |Q| against the squared distance to the data."""
     bc_decay_steps: int | None = None
     """Critic steps of the online phase over which the distance's weight falls linearly; `None` keeps it at 1."""
     bc_final: float = 0.0
-    """Where it falls to."""
+    """The weight that the distance falls to."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         super().__post_init__()
         for name in ("alpha", "bc_final"):
             if not getattr(self, name) >= 0.0:
@@ -83,7 +83,7 @@ class TD3BC(TD3):
         return loss, {"actor/loss": loss, "actor/mse": distance, "actor/bc_weight": weight, "actor/q_size": size}
 
     def online(self) -> Self:
-        """Return the agent for the online phase: networks, targets and moments stay; the count of updates restarts."""
+        """Return the agent for the online phase: only the count of updates restarts."""
         if self.fine_tuning:
             return self
         return self.replace(fine_tuning=True, updates=jnp.zeros((), jnp.int32))
@@ -98,6 +98,12 @@ class TD3BC(TD3):
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
             return Preset(TD3BCConfig(), 1_000_000, 1_000_000, reward, run={"normalize": True})
-        widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
-        small = replace(TD3BCConfig(), **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
+        small = TD3BCConfig(
+            actor_hidden_dims=(128, 128),
+            critic_hidden_dims=(128, 128),
+            batch_size=128,
+            actor_lr=1e-3,
+            critic_lr=1e-3,
+            tau=0.01,
+        )
         return Preset(small, 10_000, 10_000, reward, run={"normalize": True})

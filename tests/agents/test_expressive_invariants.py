@@ -11,10 +11,11 @@ from flax import struct
 from gymnasium import spaces
 
 from o2o.agents import QC
-from o2o.agents.qc import cut
-from o2o.agents.residual_networks import Seen
+from o2o.agents.residual import Seen
 from o2o.data.spaces import ActionMap
-from tests import test_expo, test_residual, toy_qc
+from o2o.rl.windows import chunk_rows
+from tests.agents import test_residual
+from tests.helpers import toy_expo, toy_qc
 from tests.helpers.tiny import OBSERVATION_DIM, create, largest_difference, make_batch
 
 KEY = jax.random.key(5)
@@ -24,11 +25,11 @@ def test_expo_with_edits_of_no_size_is_the_best_of_n_of_its_base() -> None:
     """The scale itself must be positive: ln(scale) is part of the edits' log-density."""
     observations = make_batch(rows=32)["observations"]
     best, edited = (
-        test_expo.choose(agent, observations, agent.target_base, KEY)
-        for agent in (test_expo.expo(n_edits=0), test_expo.expo(edit_scale=1e-12))
+        toy_expo.choose(agent, observations, agent.target_base, KEY)
+        for agent in (toy_expo.expo(n_edits=0), toy_expo.expo(edit_scale=1e-12))
     )
-    count = test_expo.N
-    np.testing.assert_allclose(edited.candidates[count:], edited.candidates[: test_expo.EDITS], atol=1e-9)
+    count = toy_expo.N
+    np.testing.assert_allclose(edited.candidates[count:], edited.candidates[: toy_expo.EDITS], atol=1e-9)
     np.testing.assert_allclose(edited.scores[:count], best.scores, atol=1e-5)
     np.testing.assert_allclose(edited.actions, best.actions, atol=1e-6)
     assert len(set(np.asarray(best.place).tolist())) > 1
@@ -77,7 +78,7 @@ def test_the_one_step_policy_without_a_tie_to_the_flow_plays_the_best_chunk() ->
     agent = create(QC, config)
     agent = agent.replace(critic=Peak(best))
     batch = toy_qc.windows(np.zeros((64, 2)), np.zeros((64, 2)), np.ones((64, 2)))
-    chunks = cut({**batch, "observations": jnp.zeros_like(batch["observations"])}, 0.99, True)
+    chunks = chunk_rows({**batch, "observations": jnp.zeros_like(batch["observations"])}, 0.99, True)
 
     def step(agent: Any, key: Any) -> tuple[Any, None]:
         grads = jax.grad(lambda params: agent.policy_loss(params, chunks, key)[0])(agent.one_step.params)

@@ -158,7 +158,7 @@ def test_two_modes_of_chunks_are_cloned_coherently_and_the_deterministic_action_
             "actions": jnp.tile(action, (1, 2, 2)),
             "valid": jnp.ones((128, 2)),
         }
-        return agent._step(batch)[0], None
+        return agent.update(jax.tree.map(lambda leaf: leaf[None], batch))[0], None
 
     agent = jax.jit(lambda agent, keys: jax.lax.scan(step, agent, keys)[0])(create(config), jax.random.split(KEY, 2000))
     sample = jax.jit(lambda agent, sign, deterministic: agent.sample_chunks(sign, KEY, deterministic), static_argnums=2)
@@ -274,9 +274,10 @@ def test_fewer_rows_than_a_chunk_are_refused(tiny_run: Maker) -> None:
     run = tiny_run("flow_bc", [("horizon", 8)])
     data = session.load_data(run)
     few = dataclasses.replace(
-        data, arrays={key: value[:5] for key, value in data.arrays.items()},
+        data,
+        arrays={key: value[:5] for key, value in data.arrays.items()},
         sources=(dataclasses.replace(data.sources[0], size=5),),
-    )  # fmt: skip
+    )
     with pytest.raises(ConfigError, match="learns from 8 steps in a row, the dataset holds 5"):
         session.build(run, few)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from o2o.agents import BC, IBRL, IBRLConfig
-from o2o.agents.residual import n_step_rows
 from o2o.agents.td3 import TD3
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam
+from o2o.rl.windows import n_step_rows
 from o2o.types import Batch, OnlineConfig
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import (
@@ -32,15 +32,30 @@ from tests.helpers.tiny import (
 KEY = jax.random.key(8)
 GAMMA = 0.99
 CONFIG = tiny(
-    IBRLConfig(), clone_hidden_dims=(16, 16), actor_dropout=0.0, clone_dropout=0.0, clone_lr=0.01, target_noise=0.0,
-    target_subset=None, choice="hard", policy_delay=2, tau=0.25, critic_lr=0.01,
-)  # fmt: skip
+    IBRLConfig(),
+    clone_hidden_dims=(16, 16),
+    actor_dropout=0.0,
+    clone_dropout=0.0,
+    clone_lr=0.01,
+    target_noise=0.0,
+    target_subset=None,
+    choice="hard",
+    policy_delay=2,
+    tau=0.25,
+    critic_lr=0.01,
+)
 STATES = jnp.asarray(np.random.default_rng(1).normal(size=(3000, OBSERVATION_DIM)), jnp.float32)
+
+
+def rows_of(batch: Batch, config: IBRLConfig) -> Batch:
+    """Return the n-step rows of windows `[rows, 3, ...]`."""
+    return n_step_rows(batch, config.n_step, config.discount, config.timeouts)
+
 
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 update = jit(lambda agent, batch: agent.update(batch))
 choose = jit(lambda agent, states, actions, rng: agent.choose(states, actions, rng))
-targets = jit(lambda agent, batch, rng: agent.targets(n_step_rows(batch, agent.config), rng))
+targets = jit(lambda agent, batch, rng: agent.targets(rows_of(batch, agent.config), rng))
 
 
 def windows(rows: Any = 8, **changes: Any) -> Batch:
@@ -97,7 +112,7 @@ def test_online_the_clone_is_frozen_and_plays_the_warm_up() -> None:
     assert not moved(after.reference.actor.params, before.reference.actor.params)
     assert (steps(after.reference.actor), steps(after.critic), steps(after.actor)) == (2, 2, 1)
     assert 0.0 <= float(info["ibrl/reference_share"]) <= 1.0
-    np.testing.assert_array_equal(after.random_actions(STATES, KEY), before.cloned_actions(STATES))
+    np.testing.assert_array_equal(after.random_actions(STATES, KEY, ACTION_DIM), before.cloned_actions(STATES))
     assert (IBRLConfig().online.random_steps, IBRLConfig().online.first_update()) == (5000, 5000)
 
 
@@ -176,7 +191,7 @@ class Echo(IBRL):
 def test_with_a_clone_that_agrees_it_is_n_step_td3() -> None:
     agent, batch = learner(), windows()
     echo = Echo(**{field.name: getattr(agent, field.name) for field in fields(agent)})
-    rows = n_step_rows(batch, agent.config)
+    rows = rows_of(batch, agent.config)
     plain = TD3.next_values(agent, rows["next_observations"], KEY)
     powers = GAMMA ** np.arange(3)
     expected = (powers * np.asarray(batch["rewards"])).sum(axis=1) + GAMMA**3 * np.asarray(plain)
@@ -235,7 +250,7 @@ def test_dropout_and_noise_are_on_in_the_target_and_off_when_it_acts() -> None:
 def test_actor_loss_by_hand_and_when_what_moves() -> None:
     """The lowest of all online critics; critics' targets follow every step, the actor's its own steps."""
     agent, batch = learner(), windows()
-    rows = n_step_rows(batch, agent.config)
+    rows = rows_of(batch, agent.config)
     loss, _ = agent.actor_loss(agent.actor.params, rows, KEY)
     q = np.asarray(agent.critic(rows["observations"], agent.actor(rows["observations"]))).min(axis=0)
     assert float(loss) == pytest.approx(-float(q.mean()), rel=1e-4)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from o2o.agents import QC, QCConfig
-from o2o.agents.qc import Chunks, cut
 from o2o.errors import ConfigError
+from o2o.rl.windows import Chunks, chunk_rows
 from tests.helpers.tiny import (
     ACTION_DIM,
     OBSERVATION_DIM,
@@ -43,7 +43,7 @@ def test_a_chunk_of_one_is_fql_or_best_of_n_on_plain_transitions(config: QCConfi
     assert agent.needs.window == 1 and agent.initial_carry((4,)) is None
     batch = make_batch(utd=1, seed=4)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
-    chunks = cut({**jax.tree.map(lambda x: x[:, None], rows), "valid": jnp.ones((8, 1))}, DISCOUNT, True)
+    chunks = chunk_rows({**jax.tree.map(lambda x: x[:, None], rows), "valid": jnp.ones((8, 1))}, DISCOUNT, True)
     rng, target_rng, flow_rng, policy_rng = jax.random.split(agent.rng, 4)
     # FQL's equations, written out on the plain rows.
     action = propose(agent, rows["next_observations"], target_rng, False)
@@ -60,7 +60,8 @@ def test_a_chunk_of_one_is_fql_or_best_of_n_on_plain_transitions(config: QCConfi
         gain = jnp.mean(agent.critic(rows["observations"], jnp.clip(played, -1, 1)))
         np.testing.assert_allclose(info["policy/distance"], distance, rtol=1e-4)
         np.testing.assert_allclose(info["policy/q"], gain, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(agent.policy_loss(agent.one_step.params, chunks, policy_rng)[0], 2 * distance - gain, rtol=1e-4)  # fmt: skip  # noqa: E501
+        loss, _ = agent.policy_loss(agent.one_step.params, chunks, policy_rng)
+        np.testing.assert_allclose(loss, 2 * distance - gain, rtol=1e-4)
     mixed = jax.tree.map(lambda new, old: 0.005 * new + 0.995 * old, stepped.critic.params, agent.target_critic)
     assert largest_difference(stepped.target_critic, mixed) < 1e-7, "the targets follow the new parameters"
     assert jnp.array_equal(jax.random.key_data(stepped.rng), jax.random.key_data(rng))
@@ -140,7 +141,7 @@ def test_the_queue_plays_the_chunk_in_order_and_a_new_one_is_chosen_where_it_end
 
 def test_each_loss_has_gradients_for_its_own_network_only() -> None:
     agent = create(QC, DISTILLED)
-    chunks = cut(jax.tree.map(lambda leaf: leaf[0], random_windows()), DISCOUNT, True)
+    chunks = chunk_rows(jax.tree.map(lambda leaf: leaf[0], random_windows()), DISCOUNT, True)
     parts = {name: getattr(agent, name).params for name in ("actor", "critic", "one_step")}
 
     def rebuilt(params: Any) -> Any:

@@ -10,8 +10,8 @@ import pytest
 from flax import struct
 
 from o2o.agents import QC
-from o2o.agents.qc import Chunks, cut
 from o2o.replay.buffer import OfflineData
+from o2o.rl.windows import Chunks, chunk_rows
 from tests.helpers.tiny import ACTION_DIM, OBSERVATION_DIM, constant_critic, create, largest_difference, set_config
 from tests.helpers.toy_qc import BASE, DISCOUNT, KEY, H, four_windows, quick, random_windows, targets, update, windows
 
@@ -20,7 +20,7 @@ def test_a_constant_reward_gives_the_geometric_chunk_return_and_the_bootstrap_fa
     agent = create(QC, BASE)
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 10.0))
     whole = windows(np.full((8, H), 0.5), np.zeros((8, H)), np.ones((8, H)))
-    chunks = cut(whole, DISCOUNT, True)
+    chunks = chunk_rows(whole, DISCOUNT, True)
     expected = 0.5 * (1 - DISCOUNT**H) / (1 - DISCOUNT)
     np.testing.assert_allclose(chunks.returns, expected, rtol=1e-6)
     np.testing.assert_allclose(targets(agent, chunks, KEY), expected + DISCOUNT**H * 10.0, rtol=1e-6)
@@ -30,19 +30,19 @@ def test_a_constant_reward_gives_the_geometric_chunk_return_and_the_bootstrap_fa
 
 
 def test_windows_over_an_end_are_dropped_and_one_that_ends_at_a_terminal_counts_without_bootstrap() -> None:
-    chunks = cut(four_windows(), DISCOUNT, False)
+    chunks = chunk_rows(four_windows(), DISCOUNT, False)
     np.testing.assert_array_equal(chunks.valid, [1, 0, 1, 0])
     np.testing.assert_array_equal(chunks.masks[jnp.asarray([0, 2])], [1, 0])
     np.testing.assert_array_equal(chunks.entries[:, ::ACTION_DIM], [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
     full = 1.0 + DISCOUNT * 2.0 + DISCOUNT**2 * 4.0
     np.testing.assert_allclose(chunks.returns[jnp.asarray([0, 2])], full, rtol=1e-6)
-    at_limit = cut(windows([[1.0] * 3], [[0, 0, 1]], [[1, 1, 1]]), DISCOUNT, False)
+    at_limit = chunk_rows(windows([[1.0] * 3], [[0, 0, 1]], [[1, 1, 1]]), DISCOUNT, False)
     assert float(at_limit.valid[0]) == 1.0 and float(at_limit.masks[0]) == 1.0
 
 
 def test_a_window_that_a_true_terminal_cuts_short_is_padded_and_one_over_a_time_limit_is_not() -> None:
     batch = four_windows()
-    chunks = cut(batch, DISCOUNT, True)
+    chunks = chunk_rows(batch, DISCOUNT, True)
     np.testing.assert_array_equal(chunks.valid, [1, 0, 1, 1])
     np.testing.assert_array_equal(chunks.masks, [1, 1, 0, 0])
     np.testing.assert_allclose(chunks.returns[3], 1.0 + DISCOUNT * 2.0, rtol=1e-6)
@@ -56,7 +56,7 @@ def test_an_invalid_window_contributes_exactly_nothing_to_the_critic() -> None:
     agent = create(QC, BASE)
     batch = four_windows()
     grads = quick(lambda chunks, y: jax.value_and_grad(agent.critic_loss, has_aux=True)(agent.critic.params, chunks, y))
-    chunks = cut(batch, DISCOUNT, True)
+    chunks = chunk_rows(batch, DISCOUNT, True)
     y = targets(agent, chunks, KEY)
     poisoned = chunks._replace(actions=chunks.actions.at[1].set(0.9), observations=chunks.observations.at[1].add(5.0))
     (loss, _), one = grads(chunks, y)
@@ -69,7 +69,7 @@ def test_an_invalid_window_contributes_exactly_nothing_to_the_critic() -> None:
 
 def test_invalid_entries_are_zeros_in_the_flows_mean() -> None:
     agent = create(QC, BASE)
-    chunks = cut(four_windows(), DISCOUNT, False)
+    chunks = chunk_rows(four_windows(), DISCOUNT, False)
     loss = quick(lambda chunks: agent.flow_loss(agent.actor.params, chunks, KEY)[0])
     behind = chunks._replace(actions=jnp.where(chunks.entries > 0, chunks.actions, 0.3))
     ones = chunks._replace(entries=jnp.ones_like(chunks.entries))
@@ -87,7 +87,7 @@ def test_the_target_judges_the_next_chunk_by_the_target_critics(aggregate: Any) 
     agent = set_config(create(QC, BASE), aggregate=aggregate)
     first = constant_critic(constant_critic(agent.target_critic, 2.0, member=0), 6.0, member=1)
     agent = agent.replace(target_critic=first)
-    chunks = cut(jax.tree.map(lambda leaf: leaf[0], random_windows()), DISCOUNT, True)
+    chunks = chunk_rows(jax.tree.map(lambda leaf: leaf[0], random_windows()), DISCOUNT, True)
     expected = {"mean": 4.0, "min": 2.0}[aggregate]
     np.testing.assert_allclose(targets(agent, chunks, KEY) - chunks.returns, DISCOUNT**H * expected, rtol=1e-5)
 
@@ -106,7 +106,7 @@ def test_windows_of_a_dataset_feed_the_update() -> None:
         "ends": np.isin(np.arange(12), (4, 11)),
     }
     data = OfflineData.create(rows, ("ends",))
-    chunks: Chunks = cut(data.sample_sequences(KEY, (200,), H), DISCOUNT, True)
+    chunks: Chunks = chunk_rows(data.sample_sequences(KEY, (200,), H), DISCOUNT, True)
     starts = np.asarray(chunks.returns)
     crossing = {float(s + DISCOUNT * (s + 1)) for s in (3,)} | {4.0}
     dropped = {round(float(r), 4) for r in starts[np.asarray(chunks.valid) == 0]}
@@ -123,7 +123,8 @@ class Table(struct.PyTreeNode):
     def __call__(self, observations: Any, actions: Any, params: Any = None) -> Any:
         """Return `[1, ...]` values, whatever the actions."""
         table = self.params if params is None else params
-        return jnp.broadcast_to(observations @ table, (1, *jnp.broadcast_shapes(actions.shape[:-1], observations.shape[:-1])))  # fmt: skip  # noqa: E501
+        lead = jnp.broadcast_shapes(actions.shape[:-1], observations.shape[:-1])
+        return jnp.broadcast_to(observations @ table, (1, *lead))
 
 
 def backups(horizon: int, length: int) -> tuple[int, np.ndarray]:
@@ -144,7 +145,7 @@ def backups(horizon: int, length: int) -> tuple[int, np.ndarray]:
     index = jnp.minimum(position[:, None] + jnp.arange(horizon), length - 1)
     inside = position[:, None] + jnp.arange(horizon) < length
     batch = {**jax.tree.map(lambda leaf: leaf[index], rows), "valid": inside.astype(jnp.float32)}
-    chunks = cut(batch, 0.9, True)
+    chunks = chunk_rows(batch, 0.9, True)
     config = replace(BASE, chunk=horizon, num_samples=1, discount=0.9)
     example = jnp.zeros((1, length + 1)), jnp.zeros((1, ACTION_DIM))
     agent = quick(lambda key: QC.create(key, *example, config))(KEY)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from o2o.agents import Residual, ResidualConfig
-from o2o.agents.residual import critic_loss, n_step_rows, seen
-from o2o.agents.residual_networks import values
+from o2o.agents.residual import critic_loss, seen
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig
 from o2o.nn.modules import Adam
 from o2o.replay.buffer import OfflineData, ReplayBuffer, sample_minibatches
+from o2o.rl.windows import n_step_rows
 from o2o.types import Batch, OnlineConfig
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import constant_critic, largest_difference, moved, set_config, steps
@@ -23,9 +23,16 @@ from tests.helpers.tiny import constant_critic, largest_difference, moved, set_c
 ROWS, STATE, ACTION, SCALE, GAMMA = 6, 3, 2, 0.1, 0.9
 ONLINE = OnlineConfig(utd_ratio=4, random_steps=10, replay="mixed", initial_updates=0)
 CONFIG = ResidualConfig(
-    actor_hidden_dims=(16, 16), critic_hidden_dims=(16, 16), num_critics=4, batch_size=ROWS, online=ONLINE,
-    residual_scale=SCALE, discount=GAMMA, actor_lr=1e-2, critic_lr=1e-2,
-)  # fmt: skip
+    actor_hidden_dims=(16, 16),
+    critic_hidden_dims=(16, 16),
+    num_critics=4,
+    batch_size=ROWS,
+    online=ONLINE,
+    residual_scale=SCALE,
+    discount=GAMMA,
+    actor_lr=1e-2,
+    critic_lr=1e-2,
+)
 
 
 def observe(shape: tuple[int, ...], seed: int = 0) -> dict[str, jax.Array]:
@@ -69,13 +76,18 @@ def restless() -> Residual:
     return agent.replace(actor=agent.actor.replace(params=params), target_actor=params)
 
 
+def rows_of(batch: Batch, config: ResidualConfig) -> Batch:
+    """Return the n-step rows of windows `[ROWS, width, ...]`."""
+    return n_step_rows(batch, config.n_step, config.discount, config.timeouts)
+
+
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 update = jit(lambda agent, batch: agent.update(batch))
 critic_step = jit(lambda agent, batch, rng: agent.critic_step(batch, rng))
 actor_step = jit(lambda agent, batch, rng: agent.actor_step(batch, rng))
-targets = jit(lambda agent, batch, rng: agent.targets(n_step_rows(batch, agent.config), rng))
+targets = jit(lambda agent, batch, rng: agent.targets(rows_of(batch, agent.config), rng))
 act = jit(lambda agent, obs, rng, det: agent.sample_actions(obs, None, rng, det)[0], static_argnums=3)
-explore = jit(lambda agent, obs, rng: agent.random_actions(obs, rng))
+explore = jit(lambda agent, obs, rng: agent.random_actions(obs, rng, ACTION))
 means = jit(lambda agent, obs: agent.actor(agent.see(obs)))
 
 
@@ -117,8 +129,7 @@ def test_one_step_target_is_reward_plus_discounted_minimum_of_two_heads() -> Non
     batch = windows(2)
     behind = seen(None, jax.tree.map(lambda leaf: leaf[:, 0], batch["next_observations"]), ACTION)
     residual = agent.actor(behind, params=agent.target_actor)
-    heads: Any = agent.critic.module
-    q = values(heads, agent.target_critic, None, None, behind, jnp.clip(behind.base + residual, -1, 1))
+    q = agent.values(behind, jnp.clip(behind.base + residual, -1, 1), agent.target_critic, None)
     expected = np.asarray(batch["rewards"][:, 0] + GAMMA * q.min(axis=0))
     np.testing.assert_allclose(targets(agent, batch, jax.random.key(0)), expected, rtol=1e-5)
     ended = {**batch, "ends": batch["ends"].at[:, 0].set(1.0), "valid": batch["valid"].at[:, 1].set(0.0)}
@@ -152,7 +163,7 @@ def test_three_step_targets_by_hand() -> None:
 
 def test_the_next_observation_is_the_last_one_inside_the_episode() -> None:
     flags = {"ends": jnp.asarray([0.0, 1.0, 0.0]), "valid": jnp.asarray([1.0, 1.0, 0.0])}
-    rows = n_step_rows(windows(**flags), CONFIG)
+    rows = rows_of(windows(**flags), CONFIG)
     batch = windows(**flags)
     np.testing.assert_array_equal(rows["next_observations"]["state"], batch["next_observations"]["state"][:, 1])
     np.testing.assert_array_equal(rows["observations"]["base_action"], batch["observations"]["base_action"][:, 0])
@@ -204,8 +215,7 @@ def test_critic_sees_the_combined_action_and_the_actor_the_base() -> None:
     agent = restless()
     one = seen(None, observe((ROWS,)), ACTION)
     shifted = one._replace(base=one.base - 0.05)
-    heads: Any = agent.critic.module
-    q = [values(heads, agent.critic.params, None, None, each, one.base + 0.1) for each in (one, shifted)]
+    q = [agent.values(each, one.base + 0.1, agent.critic.params, None) for each in (one, shifted)]
     np.testing.assert_array_equal(q[0], q[1])
     assert moved(agent.actor(one), agent.actor(shifted))
 

@@ -1,5 +1,6 @@
-"""Windows: what a batch of them is, drawn from a dataset, from a replay buffer, and from both."""
+"""Windows: drawn from a dataset, a replay buffer or both; cut into n-step returns and chunks, with numbers by hand."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from o2o.replay.buffer import OfflineData, ReplayBuffer, sample_minibatches
+from o2o.rl.windows import chunk_rows, last_valid, n_step_rows, repeat_last
 
 KEY = jax.random.key(11)
 
@@ -98,3 +100,102 @@ def test_plain_batches_hold_no_window() -> None:
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], offline.rows), 9).extend(rows(4))
     batch = sample_minibatches(KEY, offline, buffer, 2, 8, 0.5)
     assert set(batch) == set(offline.rows) - {"ends"} and batch["rewards"].shape == (2, 8)
+
+
+# n-step returns and chunks ------------------------------------------------------------------------------------------
+
+END = {  # ends, masks, valid of windows of three rows
+    "none": ([0, 0, 0], [1, 1, 1], [1, 1, 1]),
+    "limit inside": ([0, 1, 0], [1, 1, 1], [1, 1, 0]),
+    "terminal inside": ([0, 1, 0], [1, 0, 1], [1, 1, 0]),
+    "limit last": ([0, 0, 1], [1, 1, 1], [1, 1, 1]),
+    "terminal last": ([0, 0, 1], [1, 1, 0], [1, 1, 1]),
+    "terminal first, another behind": ([1, 1, 0], [0, 0, 1], [1, 0, 0]),
+}
+
+
+def window(kind: str, lead: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Return a window `[*lead, 3, ...]` with rewards 1, 2, 4, actions (1, -1), (2, -2), (3, -3) and states 10, 20, 30.
+
+    Next states are 11, 21, 31.
+    """
+    ends, masks, valid = (jnp.asarray(flags, jnp.float32) for flags in END[kind])
+    steps = jnp.asarray([1.0, 2.0, 3.0])
+    batch = {
+        "observations": {"state": 10.0 * steps[:, None], "camera": jnp.ones((3, 2, 2, 1)) * steps[:, None, None, None]},
+        "actions": jnp.stack([steps, -steps], axis=-1),
+        "rewards": jnp.asarray([1.0, 2.0, 4.0]),
+        "masks": masks,
+        "next_observations": {"state": 10.0 * steps[:, None] + 1.0},
+        "ends": ends,
+        "valid": valid,
+    }
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape)), batch)
+
+
+@functools.cache
+def all_windows() -> dict[str, Any]:
+    """Return the windows of all kinds, leaves `[kinds, 2, 3, ...]`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(window(kind, (2,)) for kind in END))
+
+
+@pytest.mark.parametrize(
+    ("n", "timeouts", "rewards", "masks", "following"),
+    [
+        (3, "terminal", [3, 2, 2, 3, 3, 1], [0.125, 0, 0, 0, 0, 0], [31, 21, 21, 31, 31, 11]),
+        (3, "bootstrap", [3, 2, 2, 3, 3, 1], [0.125, 0.25, 0, 0.125, 0, 0], [31, 21, 21, 31, 31, 11]),
+        (2, "terminal", [2, 2, 2, 2, 2, 1], [0.25, 0, 0, 0.25, 0.25, 0], [21, 21, 21, 21, 21, 11]),
+        (2, "bootstrap", [2, 2, 2, 2, 2, 1], [0.25, 0.25, 0, 0.25, 0.25, 0], [21, 21, 21, 21, 21, 11]),
+        (1, "terminal", [1, 1, 1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5, 0.5, 0], [11, 11, 11, 11, 11, 11]),
+    ],
+)
+def test_n_step_rows_by_hand(
+    n: int, timeouts: Any, rewards: list[float], masks: list[float], following: list[float]
+) -> None:
+    """One number for each kind of window. Discount 0.5: rewards 1, 2, 4 are worth 1, 1, 1."""
+    rows = jax.jit(lambda batch: n_step_rows(batch, n, 0.5, timeouts))(all_windows())
+    for column in range(2):
+        np.testing.assert_array_equal(rows["rewards"][:, column], rewards)
+        np.testing.assert_array_equal(rows["masks"][:, column], masks)
+        np.testing.assert_array_equal(rows["next_observations"]["state"][:, column, 0], following)
+    np.testing.assert_array_equal(rows["observations"]["state"], np.full((len(END), 2, 1), 10.0))
+    np.testing.assert_array_equal(rows["actions"], np.broadcast_to([1.0, -1.0], (len(END), 2, 2)))
+    assert rows["observations"]["camera"].shape == (len(END), 2, 2, 2, 1)
+
+
+def test_the_last_row_of_an_episode_and_the_action_that_is_repeated() -> None:
+    assert [int(last_valid(window(kind)["valid"])) for kind in END] == [2, 1, 1, 2, 2, 0]
+    batch = window("limit inside")
+    np.testing.assert_array_equal(repeat_last(batch["actions"], batch["valid"])[:, 0], [1, 2, 2])
+    batch = window("terminal first, another behind")
+    np.testing.assert_array_equal(repeat_last(batch["actions"], batch["valid"])[:, 1], [-1, -1, -1])
+
+
+@pytest.mark.parametrize(
+    ("pad", "valid", "actions", "entries"),
+    [
+        (
+            True,
+            [1, 0, 1, 1, 1, 1],
+            [[1, 2, 3], [1, 2, 2], [1, 2, 2], [1, 2, 3], [1, 2, 3], [1, 1, 1]],
+            [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
+        ),
+        (
+            False,
+            [1, 0, 0, 1, 1, 0],
+            [[1, 2, 3]] * 6,
+            [[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0]],
+        ),
+    ],
+)
+def test_chunk_rows_by_hand(pad: bool, valid: list[int], actions: list[list[int]], entries: list[list[int]]) -> None:
+    """One number or row for each kind of window. Discount 0.5; each action is (x, -x)."""
+    states = {key: all_windows()[key]["state"] for key in ("observations", "next_observations")}
+    chunks = jax.jit(lambda batch: chunk_rows(batch, 0.5, pad))({**all_windows(), **states})
+    np.testing.assert_array_equal(chunks.returns[:, 0], [3, 2, 2, 3, 3, 1])
+    np.testing.assert_array_equal(chunks.masks[:, 0], [1, 1, 0, 1, 0, 0])
+    np.testing.assert_array_equal(chunks.valid[:, 1], valid)
+    np.testing.assert_array_equal(chunks.actions[:, 1], np.stack([actions, np.negative(actions)], -1).reshape(6, 6))
+    np.testing.assert_array_equal(chunks.entries[:, 1], np.repeat(entries, 2, axis=-1))
+    np.testing.assert_array_equal(chunks.observations, np.full((6, 2, 1), 10.0))
+    np.testing.assert_array_equal(chunks.next_observations, np.full((6, 2, 1), 31.0))
