@@ -1,18 +1,18 @@
 """AWAC: advantage-weighted actor-critic (arXiv 2006.09359).
 
-Critics bootstrap from the policy's own next action; the actor is cloned from the buffer with weights exp(A / lambda),
-where A compares the logged action with one action of the policy. Nothing changes online but the data: one buffer that
-starts with the dataset. Numbers and order of the steps follow CORL's `awac.py` (critics, actor, targets), whose
-scores are 0 on the medium and large AntMazes, before and after going online.
+Critics bootstrap from the policy's own next action. The actor is cloned from the buffer with weights exp(A / lambda),
+where A compares the logged action with one action of the policy. Online only the data change: one buffer that starts
+with the dataset. Numbers and the order of the steps (critics, actor, targets) follow CORL's `awac.py`. CORL's scores
+are 0 on the medium and large AntMazes, before and after going online.
 
 Where we differ
-- Kernels start as in CORL, uniform within 1 / sqrt(inputs); biases at zero, where CORL draws them as well.
-- The exponent is capped instead of its exponential: the same weights, without overflow for a small lambda.
-- The policy's samples are clipped to [-1, 1] when they are played, as well as in the losses.
+- Kernels start as in CORL, uniform within 1 / sqrt(inputs). Biases start at zero; CORL draws them too.
+- The exponent is capped instead of the weight: the same weights, without overflow for a small lambda.
+- The policy's samples are clipped to [-1, 1], both when they are played and in the losses.
 - The presets turn the run's `normalize` on, as CORL does: states over std + 1e-3, frozen online.
-- Rewards: r - 1 on mazes (CORL), -1/0 on Adroit, where CORL keeps the dense reward, otherwise the task's own.
+- Rewards are r - 1 on mazes (as CORL), -1/0 on Adroit (CORL keeps the dense reward), otherwise the task's own.
 - "pointmaze" follows AntMaze; "kitchen" takes Adroit's lambda; "other" follows locomotion.
-- The online buffer is a ring: once the run's replay capacity is full, the oldest rows, the dataset's, go first.
+- The online buffer is a ring: once it is full, the oldest rows, the dataset's, are overwritten first.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ class AWACConfig(AgentConfig):
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         for name in ("temperature", "weight_cap"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"AWACConfig.{name} is {getattr(self, name)}; expected a number above 0.")
@@ -85,9 +85,16 @@ class AWAC(Agent):
         rng, actor_rng, critic_rng = jax.random.split(rng, 3)
         low, high = config.log_std_range
         actor = GaussianActor(
-            config.actor_hidden_dims, actions.shape[-1], init_scheme=config.init_scheme, std_mode="uniform",
-            log_std_min=low, log_std_max=high, std_min=0.0, std_max=float("inf"), squash=False,
-        )  # fmt: skip
+            config.actor_hidden_dims,
+            actions.shape[-1],
+            init_scheme=config.init_scheme,
+            std_mode="uniform",
+            log_std_min=low,
+            log_std_max=high,
+            std_min=0.0,
+            std_max=float("inf"),
+            squash=False,
+        )
         critics = CriticEnsemble(config.critic_hidden_dims, config.num_critics, init_scheme=config.init_scheme)
         critic = Model.create(critic_rng, critics, Adam(config.critic_lr), observations, actions)
         agent = cls(
@@ -104,7 +111,7 @@ class AWAC(Agent):
         return jnp.clip(self.actor(observations).sample(rng), -1.0, 1.0)
 
     def next_values(self, next_observations: Array, rng: Array) -> Array:
-        """Return v'(s') `[B]`: the lowest target critic at an action that the policy takes there."""
+        """Return v'(s') `[B]`: the lowest target critic at one action of the policy in s'."""
         actions = self.play(next_observations, rng)
         return self.critic(next_observations, actions, params=self.target_critic).min(axis=0)
 
@@ -148,7 +155,7 @@ class AWAC(Agent):
         return agent, {**critic_info, **actor_info}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one whole update per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+        """Take one whole update per minibatch of the leaves `[utd, B, ...]`; metrics are means over them."""
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
     def sample_actions(
@@ -164,17 +171,23 @@ class AWAC(Agent):
         """Return the settings for a family of tasks.
 
         `paper`: CORL's, 3x256, lambda 0.1 on mazes and Adroit and 1 on locomotion, 1M updates and 1M environment steps.
-        `small`: 2x128, batch 128, rates of 1e-3, 10k updates and 10k environment steps; locomotion with lambda 10: in
-        so few updates advantages are mostly the critics' error, which lambda 1 clones (o2o/hopper/medium, 6000 updates,
-        one seed: a return of 22 with lambda 1, of 1477 with 10).
+        `small`: 2x128, batch 128, rates of 1e-3, 10k updates and 10k environment steps. Locomotion has lambda 10: after
+        so few updates advantages are mostly the critics' error, which lambda 1 clones. On o2o/hopper/medium, 6000
+        updates, one seed, the return was 22 with lambda 1 and 1477 with 10.
         """
         temperature = 0.1 if family in ("antmaze", "pointmaze", "adroit", "kitchen") else 1.0
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         config = AWACConfig(temperature=temperature)
         if size == "paper":
             return Preset(config, 1_000_000, 1_000_000, reward, run={"normalize": True})
-        widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
-        if family == "locomotion":
-            config = replace(config, temperature=10.0)
-        small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
+        small = replace(
+            config,
+            temperature=10.0 if family == "locomotion" else temperature,
+            actor_hidden_dims=(128, 128),
+            critic_hidden_dims=(128, 128),
+            batch_size=128,
+            actor_lr=1e-3,
+            critic_lr=1e-3,
+            tau=0.01,
+        )
         return Preset(small, 10_000, 10_000, reward, run={"normalize": True})

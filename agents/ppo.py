@@ -1,17 +1,17 @@
 """PPO: proximal policy optimisation (arXiv 1707.06347) with GAE, the online phase of Uni-O4 and a baseline.
 
-A rollout of several environments gives advantages by GAE; some epochs of minibatches then follow the clipped surrogate
-and a clipped regression of V on the returns. Nothing is kept of older data. Pre-training, where there is any, clones
-the dataset's actions and fits V to its Monte-Carlo returns, so that `ppo` is "PPO from BC" with offline steps and "PPO
-from scratch" without. Settings are those of Uni-O4's released online phase (arXiv 2311.03351; Lei-Kun/Uni-O4).
+A rollout of several environments gives advantages by GAE. Epochs of minibatches then climb the clipped surrogate and
+regress V on the returns, with V's change clipped too. No older data are kept. Pre-training clones the dataset's actions
+and fits V to its Monte-Carlo returns. So `ppo` is "PPO from BC" with offline steps and "PPO from scratch" without them.
+Settings are those of Uni-O4's released online phase (arXiv 2311.03351; Lei-Kun/Uni-O4).
 
 Where we differ
 - Several environments share a rollout; the release has one. Advantages are normalised over the whole rollout, as there.
 - The log-probabilities of the collecting policy are computed at the update, from the parameters that collected.
-- "number" reward scaling is `reward_scale`, applied offline and online alike, so that V need not be fitted again at the
-  switch; "dynamic" scaling (by the running std of the discounted return) is left out.
-- V's output is linear in every case. Time limits bootstrap online; the Monte-Carlo returns of pre-training end there,
-  but in the failed trajectories of sparse tasks, whose every row has the failure's reward for ever (Cal-QL's rule).
+- `reward_scale` is the release's "number" scaling. It holds offline and online, so V need not be fitted again at the
+  switch. The "dynamic" scaling (by the running std of the discounted return) is left out.
+- V's output is linear in every case. Time limits bootstrap online. The Monte-Carlo returns of pre-training end at time
+  limits, except in failed trajectories of sparse tasks, where the failure's reward goes on for ever (Cal-QL's rule).
 - The last minibatch of an epoch is padded with rows of weight 0 instead of being shorter.
 - Biases begin at zero; `linear` kernels are PyTorch's.
 """
@@ -55,7 +55,7 @@ class PPOConfig(AgentConfig):
     clip: float = 0.05
     """The probability ratio is clipped to within this of 1."""
     value_clip: float | None = 0.05
-    """V's change per update is clipped to this, in units of the scaled return; `None` leaves it."""
+    """V's change per update is clipped to this, in units of the scaled return; `None`: no clip."""
     gae_lambda: float = 0.95
     """Lambda of the generalised advantage estimate."""
     epochs: int = 10
@@ -72,7 +72,7 @@ class PPOConfig(AgentConfig):
     """Online phase: rollouts of 2048 steps in all."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         if self.epochs < 1:
             raise ConfigError(f"PPOConfig.epochs is {self.epochs}; expected at least 1")
         if not self.clip > 0.0:
@@ -85,7 +85,7 @@ class PPOConfig(AgentConfig):
 
     @property
     def needs(self) -> Needs:
-        """What an agent with these settings needs of its data and its run."""
+        """Monte-Carlo returns, which V is fitted to in pre-training."""
         return Needs(keys=("mc_returns",))
 
 
@@ -97,13 +97,27 @@ def fresh(model: Model, optimizer: Adam) -> Model:
     return model.replace(optimizer=optimizer, opt_state=optimizer.build().init(model.params))
 
 
+def minibatch_orders(rng: Array, size: int, batch_size: int, epochs: int) -> tuple[Array, Array]:
+    """Return row indices and weights, `[epochs * minibatches, B]` each, that visit `size` rows once per epoch.
+
+    B is the smaller of `batch_size` and `size`. The last minibatch of an epoch is padded with rows of weight 0.
+    """
+    count = min(batch_size, size)
+    minibatches = -(-size // count)
+    padding = minibatches * count - size
+    weights = jnp.concatenate([jnp.ones(size), jnp.zeros(padding)]).reshape(minibatches, count)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, size))(jax.random.split(rng, epochs))
+    orders = jnp.pad(orders, ((0, 0), (0, padding))).reshape(epochs * minibatches, count)
+    return orders, jnp.tile(weights, (epochs, 1))
+
+
 class PPO(Agent):
     """Proximal policy optimisation."""
 
     actor: Model
     value: Model
     mean: Array
-    """Subtracted from observations, `[D]`; zero unless whoever made the agent set it."""
+    """Subtracted from observations, `[D]`; zero unless Uni-O4 made the agent."""
     std: Array
     """Observations are divided by this, `[D]`."""
     seen: Array
@@ -141,7 +155,10 @@ class PPO(Agent):
         return (observations - self.mean) / self.std
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Learn from a rollout `[T, N, ...]` online; offline clone and regress on minibatches `[utd, B, ...]`."""
+        """Learn from a rollout `[T, N, ...]` online; offline clone and regress on minibatches `[utd, B, ...]`.
+
+        Raises `DatasetError` for an offline batch without `mc_returns`.
+        """
         if self.is_online:
             return self.update_on_rollout(batch)
         if "mc_returns" not in batch:
@@ -169,11 +186,14 @@ class PPO(Agent):
         return agent, {"actor/loss": actor_loss, "value/loss": value_loss}
 
     def advantages(self, rows: Batch) -> tuple[Array, Array]:
-        """Return GAE and returns, `[T, N]` each, of a rollout; a time limit ends the sum and bootstraps."""
+        """Return GAE and returns, `[T, N]` each, of a rollout; a time limit ends the sum and bootstraps.
+
+        delta = r + discount * m * V(s') - V(s).
+        """
         config = self.config
         values = self.value(self.scaled(rows["observations"]))
-        following = self.value(self.scaled(rows["next_observations"]))
-        deltas = config.reward_scale * rows["rewards"] + config.discount * rows["masks"] * following - values
+        next_values = self.value(self.scaled(rows["next_observations"]))
+        deltas = config.reward_scale * rows["rewards"] + config.discount * rows["masks"] * next_values - values
         advantages = generalised_advantages(deltas, rows["ends"], config.discount, config.gae_lambda)
         return advantages, advantages + values
 
@@ -193,29 +213,21 @@ class PPO(Agent):
             "old_log_prob": self.actor(observations).log_prob(rows["actions"]),
         }
         table = jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), table)
-        count = min(config.batch_size, size)
-        batches = -(-size // count)
-        padding = batches * count - size
-        weights = jnp.concatenate([jnp.ones(size), jnp.zeros(padding)]).reshape(batches, count)
-        orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
-        orders = jnp.pad(orders, ((0, 0), (0, padding))).reshape(config.epochs * batches, count)
+        orders, weights = minibatch_orders(key, size, config.batch_size, config.epochs)
         rate = 1.0 if config.decay_steps is None else jnp.maximum(1.0 - self.seen / config.decay_steps, 0.0)
 
-        def body(agent: Self, work: tuple[Array, Array]) -> tuple[Self, Info]:
+        def step(agent: Self, work: tuple[Array, Array]) -> tuple[Self, Info]:
             order, weight = work
             return agent.minibatch_step(jax.tree.map(lambda leaf: leaf[order], table), weight, rate)
 
-        work = (orders, jnp.tile(weights, (config.epochs, 1)))
-        agent, infos = jax.lax.scan(body, self, work)
+        agent, infos = jax.lax.scan(step, self, (orders, weights))
         info = {name: value.mean() for name, value in infos.items()}
         info |= {"ppo/first_ratio": infos["ppo/ratio"][0], "ppo/return": returns.mean(), "ppo/rate": jnp.asarray(rate)}
         return agent.replace(rng=rng, seen=self.seen + size), info
 
     def minibatch_step(self, rows: Batch, weight: Array, rate: Array | float = 1.0) -> tuple[Self, Info]:
         """Step actor and V on rows `[B, ...]` with weights `[B]`, at `rate` times their learning rates."""
-        (_, actor_info), actor_grads = jax.value_and_grad(self.actor_loss, has_aux=True)(
-            self.actor.params, rows, weight
-        )
+        actor_grads, actor_info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, rows, weight)
         value_loss, value_grads = jax.value_and_grad(self.value_loss)(self.value.params, rows, weight)
         actor = self.actor.apply_gradients(actor_grads, rate)
         value = self.value.apply_gradients(value_grads, rate)
@@ -223,7 +235,10 @@ class PPO(Agent):
 
     def actor_loss(self, params: Params, rows: Batch, weight: Array) -> tuple[Array, Info]:
         """Return the negative clipped surrogate with entropy bonus, weighted mean `[]`, and metrics."""
-        mean = lambda x: jnp.sum(weight * x) / jnp.sum(weight)  # noqa: E731
+
+        def mean(x: Array) -> Array:
+            return jnp.sum(weight * x) / jnp.sum(weight)
+
         dist = self.actor(rows["observations"], params=params)
         ratio = jnp.exp(dist.log_prob(rows["actions"]) - rows["old_log_prob"])
         entropy = mean(dist.entropy())
@@ -234,10 +249,14 @@ class PPO(Agent):
         return loss, info
 
     def value_loss(self, params: Params, rows: Batch, weight: Array) -> Array:
-        """Return the squared error of V to the returns, the worse of clipped and unclipped change, weighted mean."""
-        v, old, width = self.value(rows["observations"], params=params), rows["old_values"], self.config.value_clip
+        """Return the weighted mean `[]` of the squared error of V to the returns.
+
+        With `value_clip` a row counts by the larger of the errors of V and of V with its change clipped.
+        """
+        v = self.value(rows["observations"], params=params)
         error = jnp.square(v - rows["returns"])
-        if width is not None:
+        if self.config.value_clip is not None:
+            old, width = rows["old_values"], self.config.value_clip
             clipped = old + jnp.clip(v - old, -width, width)
             error = jnp.maximum(error, jnp.square(clipped - rows["returns"]))
         return jnp.sum(weight * error) / jnp.sum(weight)
@@ -266,18 +285,28 @@ class PPO(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks (Uni-O4's release, `ppo_finetune/scripts`).
 
-        `paper`: 1M steps; locomotion 20 epochs at 2e-5 and rewards x0.1, Adroit 10 epochs of 256 rows at 8e-6; families
-        without a script follow Adroit. `small`: 2x64 tanh networks, rates of 3e-4, clip 0.2, no value clip, 30k steps
-        in all, which is what a beginner with no pre-training needs (the usual settings of PPO).
+        `paper`: 1M steps. Locomotion has 20 epochs at 2e-5 and rewards x0.1, Adroit 10 epochs of 256 rows at 8e-6;
+        families without a script follow Adroit. `small`: PPO's usual settings, which also learn without pre-training:
+        2x64 tanh networks, rates of 3e-4, clip 0.2, no value clip, 30k steps.
         """
-        locomotion = family == "locomotion"
-        scale = 0.1 if locomotion else 1.0
+        reward_scale = 0.1 if family == "locomotion" else 1.0
         if size == "small":
             config = PPOConfig(
-                actor_hidden_dims=(64, 64), value_hidden_dims=(64, 64), activation="tanh", actor_lr=3e-4,
-                value_lr=1e-3, pretrain_lr=1e-3, decay_steps=None, clip=0.2, value_clip=None, entropy_coef=0.0,
-                reward_scale=scale, online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
-            )  # fmt: skip
+                actor_hidden_dims=(64, 64),
+                value_hidden_dims=(64, 64),
+                activation="tanh",
+                actor_lr=3e-4,
+                value_lr=1e-3,
+                pretrain_lr=1e-3,
+                decay_steps=None,
+                clip=0.2,
+                value_clip=None,
+                entropy_coef=0.0,
+                reward_scale=reward_scale,
+                online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
+            )
             return Preset(config, offline_steps=5_000, online_steps=30_000)
-        rates = {"actor_lr": 2e-5, "epochs": 20} if locomotion else {"actor_lr": 8e-6, "batch_size": 256}
-        return Preset(PPOConfig(**rates, reward_scale=scale), offline_steps=400_000, online_steps=1_000_000)
+        config = PPOConfig(actor_lr=8e-6, batch_size=256, reward_scale=reward_scale)
+        if family == "locomotion":
+            config = PPOConfig(actor_lr=2e-5, epochs=20, reward_scale=reward_scale)
+        return Preset(config, offline_steps=400_000, online_steps=1_000_000)
