@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from o2o.agents import PPO, UniO4, UniO4Config
-from o2o.agents.uni_o4_clones import clone_loss, gaussian_kl
+from o2o.agents.uni_o4 import clone_loss, gaussian_kl
 from o2o.errors import ConfigError
 from o2o.nn.dynamics import Dynamics
 from o2o.replay.buffer import OfflineData
@@ -18,18 +18,36 @@ from o2o.types import OnlineConfig
 from tests.helpers.tiny import create, make_batch, set_config
 
 CONFIG = UniO4Config(
-    actor_hidden_dims=(16,), value_hidden_dims=(16,), critic_hidden_dims=(16,), dynamics_hidden_dims=(16,),
-    dynamics_members=3, dynamics_elites=2, num_policies=2, candidates=2, offline_batch_size=8, judge_rows=32,
-    horizon=5, pretrain_lr=1e-3, improve_lr=1e-3, termination="never", normalize_states=False, batch_size=8,
-    critic_steps=6, dynamics_steps=2, clone_steps=4, improve_steps=8, judge_every=4, validate_every=1,
+    actor_hidden_dims=(16,),
+    value_hidden_dims=(16,),
+    critic_hidden_dims=(16,),
+    dynamics_hidden_dims=(16,),
+    dynamics_members=3,
+    dynamics_elites=2,
+    num_policies=2,
+    candidates=2,
+    offline_batch_size=8,
+    judge_rows=32,
+    horizon=5,
+    pretrain_lr=1e-3,
+    improve_lr=1e-3,
+    termination="never",
+    normalize_states=False,
+    batch_size=8,
+    critic_steps=6,
+    dynamics_steps=2,
+    clone_steps=4,
+    improve_steps=8,
+    judge_every=4,
+    validate_every=1,
     online=OnlineConfig(replay="rollout", num_envs=2, rollout_steps=16),
-)  # fmt: skip
+)
 ROWS = make_batch(rows=64)
 DATA = OfflineData.create({**ROWS, "ends": 1.0 - ROWS["masks"]}, ("ends",))
 KEY = jax.random.key(5)
 
-pretrain = jax.jit(lambda agent, data, stage, progress: agent.pretrain(data, stage, progress), static_argnums=2)
-judge = jax.jit(lambda agent, data: agent.judge(data, "improve"))
+improve = jax.jit(lambda agent, data, progress: agent.improve(data, progress))
+judge = jax.jit(lambda agent, data: agent.judge(data))
 amq = jax.jit(lambda agent, data: agent.amq(agent.policies.params, data))
 
 
@@ -96,9 +114,9 @@ def test_without_an_advantage_the_gradient_is_0() -> None:
 
 
 def test_the_reference_stands_still_between_replacements_and_the_frozen_parts_do_too() -> None:
-    agent = make_agent().prepare(DATA, "improve")
-    moved, info = pretrain(agent, DATA, "improve", 0.0)
-    moved, _ = pretrain(moved, DATA, "improve", 0.1)
+    agent = make_agent().begin_improvement(DATA)
+    moved, info = improve(agent, DATA, 0.0)
+    moved, _ = improve(moved, DATA, 0.1)
     assert same(moved.reference, agent.reference) and not same(moved.policies.params, agent.policies.params)
     for part in ("value", "critic", "target_critic"):
         assert same(getattr(moved, part), getattr(agent, part)), part
@@ -107,19 +125,19 @@ def test_the_reference_stands_still_between_replacements_and_the_frozen_parts_do
 
 
 def test_the_rate_falls_to_0_and_the_clip_too_unless_it_is_frozen() -> None:
-    agent = make_agent().prepare(DATA, "improve")
-    still, _ = pretrain(agent, DATA, "improve", 1.0)
+    agent = make_agent().begin_improvement(DATA)
+    still, _ = improve(agent, DATA, 1.0)
     assert same(still.policies.params, agent.policies.params)
     far = agent.replace(policies=agent.policies.replace(params=jax.tree.map(lambda p: 1.02 * p, agent.policies.params)))
     shares = []
     for frozen in (None, 0.0):
-        _, info = pretrain(set_config(far, freeze_clip_at=frozen), DATA, "improve", 0.999)
+        _, info = improve(set_config(far, freeze_clip_at=frozen), DATA, 0.999)
         shares.append(float(info["improve/clipped"]))
     assert shares[0] > 0.9 > shares[1]
 
 
 def test_a_policy_replaces_its_reference_iff_its_score_is_better_and_the_best_never_falls() -> None:
-    agent = make_agent().prepare(DATA, "improve")
+    agent = make_agent().begin_improvement(DATA)
     best = agent.best.at[0].add(-1.0).at[1].add(1.0)  # the first member is better than its best, the second is not
     other = jax.tree.map(lambda leaf: leaf + 0.25, agent.reference)
     judged = judge(agent.replace(best=best, reference=other), DATA)
@@ -134,7 +152,7 @@ def test_a_policy_replaces_its_reference_iff_its_score_is_better_and_the_best_ne
 
 
 def test_fresh_noise_scores_the_same_policy_differently() -> None:
-    agent = make_agent(common_noise=False).prepare(DATA, "improve")
+    agent = make_agent(common_noise=False).begin_improvement(DATA)
     first, second = judge(agent, DATA), judge(judge(agent, DATA), DATA)
     assert np.all(first.scores != second.scores)
 
@@ -167,7 +185,7 @@ def test_the_model_sees_raw_states_and_the_networks_scaled_ones(monkeypatch: pyt
         seen.append(states)
         return states + 1.0, jnp.zeros(states.shape[0]), jnp.zeros(states.shape[0], bool)
 
-    agent = make_agent(normalize_states=True, horizon=3, judge_rows=4_000).prepare(DATA, "critic")
+    agent = make_agent(normalize_states=True, horizon=3, judge_rows=4_000).take_statistics(DATA)
     agent = agent.replace(dynamics=agent.dynamics.prepare(DATA))
     monkeypatch.setattr(Dynamics, "step", drift)
     scores, _ = jax.jit(lambda a: a.amq(a.policies.params, DATA))(agent)
@@ -238,8 +256,15 @@ def test_expectile_one_half_is_half_the_squared_error_and_time_limits_can_be_ter
 def clone_gradient(agent: Any, index: int, policies: Any = None, **changes: Any) -> Any:
     config = replace(agent.config, **changes)
     policies = policies or agent.policies
-    loss = partial(clone_loss, member=jnp.asarray(index), policies=policies, observations=ROWS["observations"],
-                   actions=ROWS["actions"], rng=KEY, config=config)  # fmt: skip
+    loss = partial(
+        clone_loss,
+        member=jnp.asarray(index),
+        policies=policies,
+        observations=ROWS["observations"],
+        actions=ROWS["actions"],
+        rng=KEY,
+        config=config,
+    )
     return jax.grad(loss)(member(policies.params, index))
 
 
@@ -274,14 +299,14 @@ def test_the_diversity_of_the_paper_keeps_the_clones_apart() -> None:
     spread = {}
     for kind in ("none", "sampled_kl"):
         agent = make_agent(diversity=kind, diversity_coef=0.5)
-        agent, _ = jax.lax.scan(lambda a, _: (a.pretrain(DATA, "clone", 0.0)[0], None), agent, None, length=300)
+        agent, _ = jax.lax.scan(lambda a, _: (a.fit_clones(DATA, 0.0)[0], None), agent, None, length=300)
         dists = [agent.policy(member(agent.policies.params, i), ROWS["observations"]) for i in range(2)]
         spread[kind] = float(gaussian_kl(*dists).mean())
     assert spread["sampled_kl"] > 1.5 * spread["none"]
 
 
 def test_the_switch_keeps_the_policy_exactly_and_v_and_the_statistics() -> None:
-    agent = make_agent(normalize_states=True).prepare(DATA, "critic").choose(jnp.asarray(1))
+    agent = make_agent(normalize_states=True).take_statistics(DATA).take_candidate(jnp.asarray(1))
     online = agent.online()
     assert isinstance(online, PPO)
     observations = 3.0 * ROWS["observations"]
@@ -299,15 +324,18 @@ def test_the_switch_keeps_the_policy_exactly_and_v_and_the_statistics() -> None:
 def test_candidates_are_ranked_by_their_last_score() -> None:
     agent = make_agent().replace(scores=jnp.asarray([1.0, 2.0]))
     assert same(agent.acting, member(agent.policies.params, 1))
-    assert same(agent.choose(jnp.asarray(1)).acting, member(agent.policies.params, 0))
+    assert same(agent.take_candidate(jnp.asarray(1)).acting, member(agent.policies.params, 0))
 
 
-def test_stages_add_up_and_stretch() -> None:
+def test_phases_add_up_and_stretch() -> None:
     agent = make_agent()
-    assert [tuple(stage) for stage in agent.stages(20)] == [
-        ("critic", 6, 0), ("dynamics", 2, 1), ("clone", 4, 0), ("improve", 8, 4)
-    ]  # fmt: skip
-    assert [stage.steps for stage in agent.stages(41)] == [12, 4, 8, 17]
+    assert [(phase.name, phase.steps, phase.check_every) for phase in agent.phases(20)] == [
+        ("critic", 6, 0),
+        ("dynamics", 2, 1),
+        ("clone", 4, 0),
+        ("improve", 8, 4),
+    ]
+    assert [phase.steps for phase in agent.phases(41)] == [12, 4, 8, 17]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from o2o.agents import UniO4
 from o2o.nn.dynamics import Dynamics
 from o2o.nn.terminations import RULES
 from o2o.replay.buffer import OfflineData
-from tests.agents.test_uni_o4 import CONFIG, ROWS, amq, make_agent, member, pretrain, same
+from tests.agents.test_uni_o4 import CONFIG, ROWS, amq, improve, make_agent, member, same
 
 
 def of_rule(name: str) -> tuple[Any, OfflineData]:
@@ -39,15 +39,15 @@ def test_a_policy_whose_roll_outs_diverge_is_put_back_to_its_reference(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent, data = of_rule(rule)
-    agent = agent.prepare(data, "improve")
-    trained, _ = pretrain(agent, data, "improve", 0.0)
+    agent = agent.begin_improvement(data)
+    trained, _ = improve(agent, data, 0.0)
     monkeypatch.setattr(Dynamics, "step", stepping(rule, lambda states: states * 1e9))
-    judged = trained.judge(data, "improve")
+    judged = trained.judge(data)
     np.testing.assert_array_equal(judged.diverged, [1, 1])
     assert same(judged.policies.params, agent.reference) and same(judged.reference, agent.reference)
     assert all(not leaf.any() for leaf in jax.tree.leaves(judged.policies.opt_state))
     np.testing.assert_array_equal(judged.best, agent.best)
-    _, info = pretrain(judged, data, "improve", 0.0)
+    _, info = improve(judged, data, 0.0)
     assert float(info["amq/diverged"]) == 2.0
 
 
