@@ -1,8 +1,9 @@
 """Generative models of action vectors x `[..., n]` in [-1, 1]: diffusion (DDPM, DDIM), flow matching, their network.
 
-`Diffusion` and `Flow` are frozen settings with a loss and a sampler; both see the network as `apply(x, t) -> [..., n]`,
-already conditioned on the observation. Diffusion counts steps, t in {0, ..., T-1}; a flow runs from noise at t = 0 to
-data at t = 1. Equations: arXiv 2006.11239, 2010.02502, 2210.02747; variants as in EXPO, DPPO and FQL (see `Diffusion`).
+`Diffusion` and `Flow` are frozen settings with a loss and a sampler. Both take the network as a function
+`apply(x, t) -> [..., n]` that is already conditioned on the observation. A diffusion counts steps, t in {0, ..., T-1}.
+A flow runs from noise at t = 0 to data at t = 1. Equations: arXiv 2006.11239 (DDPM), 2010.02502 (DDIM), 2210.02747
+(flow matching). Variants are those of EXPO, DPPO and FQL, see `Diffusion`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +22,13 @@ from o2o.types import Array
 Apply = Callable[[Array, Array], Array]
 """A conditioned network: x `[..., n]` and float t, `[...]` or one for all rows, to `[..., n]`."""
 VP_BETAS = (0.1, 10.0)
+"""Least and largest noise rate of the `vp` schedule."""
 LINEAR_BETAS = (1e-4, 2e-2)
+"""First and last beta of the `linear` schedule of `LINEAR_STEPS` steps."""
 LINEAR_STEPS = 1000
-"""The linear schedule is given for so many steps; fewer take the same noise in larger portions."""
+"""Steps of the original linear schedule; fewer steps take the same noise in larger portions."""
 MAX_BETA = 0.999
+"""Largest beta of a step."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,18 @@ class Diffusion:
     steps: int = 10
     """Denoising steps T."""
     schedule: Literal["vp", "cosine", "linear"] = "vp"
-    """`vp`: variance preserving (EXPO); `cosine`: arXiv 2102.09672 (DPPO); `linear`: arXiv 2006.11239, 20 steps up."""
+    """`vp`: variance preserving (EXPO). `cosine`: arXiv 2102.09672 (DPPO). `linear`: arXiv 2006.11239, at least 20
+    steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """`ddpm` draws noise at every step; `ddim` is a deterministic function of the initial noise."""
     temperature: float = 1.0
     """Factor on the noise of every DDPM step."""
     clip: Literal["step", "prediction"] = "step"
-    """`step`: every x is clipped to [-1, 1] and DDPM's noise has variance beta (EXPO, for `vp`); `prediction`: the
-    clean vector predicted at every step is clipped, and the noise has the posterior's variance (DPPO, for all)."""
+    """`step`: every x is clipped to [-1, 1], and DDPM's noise has variance beta (EXPO). `prediction`: the clean vector
+    predicted at every step is clipped, and the noise has the posterior's variance (DPPO)."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         if self.steps < 1:
             raise ConfigError(f"Diffusion.steps is {self.steps}; expected at least 1.")
         if self.schedule == "linear" and self.steps < 20:
@@ -56,7 +61,7 @@ class Diffusion:
 
     @property
     def alphas(self) -> np.ndarray:
-        """Share of the signal's variance kept by each step, `[T]`; index 0 is the cleanest."""
+        """Share of the signal's variance that each step keeps, `[T]`; index 0 is the step nearest the data."""
         total = self.steps
         t = np.arange(1, total + 1)
         if self.schedule == "vp":
@@ -104,7 +109,10 @@ class Diffusion:
         return jnp.clip(x, -1.0, 1.0)
 
     def _reverse(self, x: Array, predicted: Array, alpha: Array, bar: Array, before: Array) -> tuple[Array, Array]:
-        """Return the mean and DDPM's std of the next cleaner x; `before` is alpha-bar one step closer to the data."""
+        """Return the mean and DDPM's std of the next, cleaner x.
+
+        `predicted` is the network's noise `[..., n]`; `before` is alpha-bar one step nearer the data.
+        """
         if self.sampler == "ddpm" and self.clip == "step":
             return (x - (1.0 - alpha) / jnp.sqrt(1.0 - bar) * predicted) / jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
         clean = (x - jnp.sqrt(1.0 - bar) * predicted) / jnp.sqrt(bar)
@@ -126,7 +134,7 @@ class Flow:
     """Euler steps."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
+        """Raise `ConfigError` if a value is out of range."""
         if self.steps < 1:
             raise ConfigError(f"Flow.steps is {self.steps}; expected at least 1.")
 
@@ -169,23 +177,23 @@ class JointDense(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Network of a diffusion (noise) or a flow (velocity): observation, x and t to a vector like x."""
+    """Network of a diffusion (predicts noise) or a flow (velocity): observation, x and t to a vector like x."""
 
     style: Literal["residual", "mlp"] = "residual"
     """`residual`: Fourier features of t and LayerNorm blocks (EXPO); `mlp`: GELU layers, t as a number (FQL)."""
     hidden_dims: Sequence[int] = (512, 512, 512, 512)
     """Widths of `mlp`."""
     blocks: int = 3
-    """Blocks of `residual`."""
+    """Number of blocks of `residual`."""
     width: int = 256
     """Width of `residual`; its blocks are four times as wide inside."""
     time_dim: int = 128
     """Fourier features of t in `residual`, half of them cosines."""
     dropout: float = 0.0
-    """Dropout at the start of every block of `residual`, behind every layer of `mlp`."""
+    """Dropout at the start of every block of `residual`, after every layer of `mlp`."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a style that there is not."""
+        """Raise `ConfigError` if the style is unknown."""
         if self.style not in ("residual", "mlp"):
             raise ConfigError(f"Denoiser.style is {self.style!r}; expected residual or mlp.")
         super().__post_init__()
@@ -194,7 +202,8 @@ class Denoiser(nn.Module):
     def __call__(self, observations: Array, x: Array, t: Array, training: bool = False) -> Array:
         """Return `[..., n]` for observations `[..., D]`, `x [..., n]`, float `t [...]`; leading axes broadcast."""
         lead = jnp.broadcast_shapes(observations.shape[:-1], x.shape[:-1], jnp.shape(t))
-        size, t = x.shape[-1], jnp.asarray(t)[..., None]
+        size = x.shape[-1]
+        t = jnp.asarray(t)[..., None]
         if self.style == "mlp":
             first = JointDense(self.hidden_dims[0], nn.initializers.lecun_normal(), name="inputs")
             h = self._drop(nn.gelu(first(observations, x, t)), training)
@@ -219,4 +228,5 @@ class Denoiser(nn.Module):
         return nn.Dense(self.width)(h)
 
     def _drop(self, h: Array, training: bool) -> Array:
+        """Return `h` with dropout, if there is any."""
         return nn.Dropout(self.dropout)(h, deterministic=not training) if self.dropout else h

@@ -1,8 +1,8 @@
-"""Open-loop execution of action chunks: the queue of actions a policy carries from one step of an episode to the next.
+"""Open-loop execution of action chunks: the queue of actions that a policy carries from step to step.
 
-A chunk `[..., H, A]` is proposed when a queue runs dry and its actions are handed out one per step. The loops give
-every new episode a fresh carry, so a queue never outlives its episode. All shapes are static: which chunk position
-comes next is data, so a batch of policies may stand at different positions. Nor does it outlive a human's takeover.
+A policy proposes a chunk `[..., H, A]` when its queue is empty; its actions are then played one per step. Queues are
+cleared at episode ends and at a human's takeover. All shapes are static. How many actions are left is data, so the
+policies of a batch may be at different positions of their chunks.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,18 @@ from o2o.types import Array, Carry
 
 
 class ActionQueue(NamedTuple):
-    """The rest of a chunk: the first `left [...]` (int32) of `actions [..., h, A]` are still to be played, in order."""
+    """The rest of a chunk."""
 
     actions: Array
+    """`[..., h, A]`; the first `left` of them are still to be played, in order."""
     left: Array
+    """Actions left, int32 `[...]`."""
 
 
 def empty_queue(batch_shape: tuple[int, ...], horizon: int, action_dim: int) -> ActionQueue:
-    """Return the queue of fresh episodes: `horizon` places, none taken.
+    """Return the empty queue of fresh episodes, with `horizon` places.
 
-    Raises `ConfigError` for a horizon below 1.
+    Raises `ConfigError` if the horizon is below 1.
     """
     if horizon < 1:
         raise ConfigError(f"an action queue of {horizon} places cannot hold an action; the horizon must be at least 1")
@@ -36,24 +38,24 @@ def empty_queue(batch_shape: tuple[int, ...], horizon: int, action_dim: int) -> 
 
 
 def outdated(carry: Carry, ended: Any, intervened: Any) -> Any:
-    """Return where a policy's carry is to be cleared, booleans `[...]`: where its episode `ended`.
+    """Return where a policy's carry must be cleared, booleans `[...]`: where its episode `ended`.
 
-    A queue also where a human `intervened` in the step: the rest of it was planned for where the robot is no more.
+    A queue is also cleared where a human `intervened`: it was planned from a state that the robot has left.
     """
     return ended | intervened if isinstance(carry, ActionQueue) else ended
 
 
 def planned_in_turn(carry: Carry) -> bool:
-    """Return whether seeds that carry `carry` act one after the other, so that each plans in its own time."""
+    """Return whether seeds with this carry act one after the other, so that each plans only when its queue is empty."""
     return isinstance(carry, ActionQueue) and plans_in_turn()
 
 
 def next_action(queue: ActionQueue, propose: Callable[[], Array], execute: int) -> tuple[Array, ActionQueue]:
-    """Return the action `[..., A]` of this step and the queue behind it.
+    """Return the action `[..., A]` of this step, and the queue without it.
 
-    Where `left` is 0 the queue first takes the leading `execute` actions of `propose() [..., H, A]`; `propose` is
-    evaluated only when some queue is empty, under `jax.vmap` that of any.
-    Raises `ConfigError` unless 1 <= execute <= the queue's places.
+    Where `left` is 0 the queue first takes the leading `execute` actions of `propose() [..., H, A]`. `propose` is
+    evaluated only if a queue of the batch is empty; under `jax.vmap`, if a queue of any member is.
+    Raises `ConfigError` unless 1 <= execute <= the queue's places, or if the proposal has another shape.
     """
     places = queue.actions.shape[-2]
     if not 1 <= execute <= places:
