@@ -123,7 +123,8 @@ class AWAC(Agent):
 
     def actor_loss(self, params: Params, batch: Batch, critic: Model, rng: Array) -> tuple[Array, Info]:
         """Return the advantage-weighted negative log-likelihood `[]` of the batch's actions, judged by `critic`."""
-        observations, actions = batch["observations"], batch["actions"]
+        observations = batch["observations"]
+        actions = batch["actions"]
         baseline = critic(observations, self.play(observations, rng)).min(axis=0)
         advantages = jax.lax.stop_gradient(critic(observations, actions).min(axis=0) - baseline)
         weights = losses.advantage_weights(advantages, 1.0 / self.config.temperature, self.config.weight_cap)

@@ -502,16 +502,21 @@ class EXPO(Agent):
         """
         pretrained = replace(EXPOConfig().online, random_steps=0)
         config = EXPOConfig(online=pretrained)
-        offline_steps, online_steps, reward = 500_000, 1_000_000, None
+        offline_steps = 500_000
+        online_steps = 1_000_000
+        reward = None
         if family in ("antmaze", "pointmaze"):
             config = replace(config, target_subset=1)
-            online_steps, reward = 300_000, (1.0, -1.0)
+            online_steps = 300_000
+            reward = (1.0, -1.0)
         elif family == "adroit":
             config = replace(config, edit_scale=0.7, edit_dropout=0.1)
-            offline_steps, reward = 0, (1.0, 0.0)
+            offline_steps = 0
+            reward = (1.0, 0.0)
         elif family == "locomotion":
             config = EXPOConfig(edit_scale=0.5)
-            offline_steps, online_steps = 0, 250_000
+            offline_steps = 0
+            online_steps = 250_000
         elif family != "kitchen":
             config = replace(config, edit_scale=0.1)
             offline_steps = 200_000

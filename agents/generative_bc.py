@@ -136,7 +136,8 @@ class GenerativeBC(Agent):
 
     def chunks(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Return first observations `[B, D]`, chunks `[B, H A]`, and 1 where an entry is of the episode, `[B, H A]`."""
-        observations, actions = batch["observations"], batch["actions"]
+        observations = batch["observations"]
+        actions = batch["actions"]
         if self.needs.window == 1:
             return observations, actions, jnp.ones_like(actions)
         chunks, valid = flat_chunk(repeat_last(actions, batch["valid"]), batch["valid"])
@@ -168,7 +169,8 @@ class GenerativeBC(Agent):
 
     def sample_chunks(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return chunks `[..., H, A]` in [-1, 1] for observations `[..., D]`, by the averaged network."""
-        lead, config = observations.shape[:-1], self.config
+        config = self.config
+        lead = observations.shape[:-1]
         shape = (*lead, config.horizon * self.action_dim)
         noise_rng, step_rng = jax.random.split(rng)
         noise = jnp.zeros(shape) if deterministic else jax.random.normal(noise_rng, shape)

@@ -16,8 +16,8 @@ Where we differ
 - Biases begin at zero; `linear` kernels are PyTorch's.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +256,8 @@ class PPO(Agent):
         v = self.value(rows["observations"], params=params)
         error = jnp.square(v - rows["returns"])
         if self.config.value_clip is not None:
-            old, width = rows["old_values"], self.config.value_clip
+            old = rows["old_values"]
+            width = self.config.value_clip
             clipped = old + jnp.clip(v - old, -width, width)
             error = jnp.maximum(error, jnp.square(clipped - rows["returns"]))
         return jnp.sum(weight * error) / jnp.sum(weight)
@@ -274,10 +275,10 @@ class PPO(Agent):
         if self.is_online:
             return self
         config = self.config
-        rates: dict[str, Any] = {"clip_norm": config.max_grad_norm, "eps": config.adam_eps}
+        actor_adam = Adam(config.actor_lr, clip_norm=config.max_grad_norm, eps=config.adam_eps)
         return self.replace(
-            actor=fresh(self.actor, Adam(config.actor_lr, **rates)),
-            value=fresh(self.value, Adam(config.value_lr, **rates)),
+            actor=fresh(self.actor, actor_adam),
+            value=fresh(self.value, replace(actor_adam, learning_rate=config.value_lr)),
             is_online=True,
         )
 

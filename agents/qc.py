@@ -168,7 +168,8 @@ class QC(Agent):
     def propose(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return the chunks `[..., n]` in [-1, 1] that the policy plays at observations `[..., D]`."""
         count = 1 if self.one_step is not None else self.config.num_samples
-        lead, size = observations.shape[:-1], self.config.chunk * self.action_dim
+        lead = observations.shape[:-1]
+        size = self.config.chunk * self.action_dim
         if deterministic:
             fixed = jax.random.normal(jax.random.key(0), (count, size)).at[0].set(0.0)
             noise = jnp.broadcast_to(fixed.reshape(count, *[1] * len(lead), size), (count, *lead, size))

@@ -258,7 +258,8 @@ class Residual(Agent):
         example = seen(encoder, observations, action_dim)
         policy = ResidualActor(config.actor_hidden_dims, action_dim, config.residual_scale, config.actor_layer_norm)
         actor = Model.create(actor_rng, policy, actor_adam, example)
-        trunk, features = None, example.state
+        trunk = None
+        features = example.state
         if example.patches is not None:
             module = Trunk(config.trunk_width)
             trunk = Model.create(trunk_rng, module, critic_adam, example.patches, actions, example.state)
@@ -441,10 +442,13 @@ class Residual(Agent):
         dips (seen on hand_dapg/pen/noisy).
         """
         run = {"normalize": True, "std_floor": 0.1, "action_range": "data"}
-        config, steps, reward = ResidualConfig(), 300_000, None
+        config = ResidualConfig()
+        steps = 300_000
+        reward = None
         if family == "adroit":
             config = replace(config, residual_scale=0.2, actor_lr=5e-6)
-            steps, reward = 500_000, (1.0, 1.0)
+            steps = 500_000
+            reward = (1.0, 1.0)
         elif family in ("antmaze", "pointmaze"):
             reward = (1.0, 0.0)
         elif family in ("kitchen", "locomotion"):

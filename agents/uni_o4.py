@@ -308,7 +308,8 @@ class UniO4(Agent):
 
     def phases(self, steps: int) -> tuple[Phase, ...]:
         """Return critic, dynamics, cloning and improvement, stretched to `steps` gradient steps in all."""
-        config, kind = self.config, type(self)
+        config = self.config
+        kind = type(self)
         whole = config.critic_steps + config.dynamics_steps + config.clone_steps + config.improve_steps
         critic_steps = config.critic_steps * steps // whole
         dynamics_steps = config.dynamics_steps * steps // whole
@@ -374,7 +375,8 @@ class UniO4(Agent):
         config = self.config
         observations = self.scaled(batch["observations"])
         next_observations = self.scaled(batch["next_observations"])
-        actions, masks = batch["actions"], batch["masks"]
+        actions = batch["actions"]
+        masks = batch["masks"]
         if not config.timeouts_bootstrap:
             masks = masks * (1.0 - batch["ends"])
         target_q = self.critic(observations, actions, params=self.target_critic).min(axis=0)
@@ -502,8 +504,9 @@ class UniO4(Agent):
         no gain where Q is below 0.
         """
         rule = RULES.get(self.dynamics.termination, RULES["never"])
-        dim, rows = starts.shape[-1], starts.shape[0]
-        middle, width = self.dynamics.mean[:dim], self.dynamics.std[:dim]
+        rows, dim = starts.shape
+        middle = self.dynamics.mean[:dim]
+        width = self.dynamics.std[:dim]
 
         def step(now: RollOuts, key: Array) -> tuple[RollOuts, tuple[Array, Array]]:
             observations = self.scaled(now.states)
@@ -597,7 +600,8 @@ class UniO4(Agent):
 
     def online(self) -> PPO:
         """Return PPO with the chosen policy, the offline V and the dataset's statistics; optimisers start anew."""
-        params, optimizer = self.acting, self.policies.optimizer
+        params = self.acting
+        optimizer = self.policies.optimizer
         agent = PPO(
             actor=Model(
                 params=params,

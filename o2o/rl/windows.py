@@ -111,7 +111,8 @@ def chunk_rows(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
     return stops at the terminal, and the window counts as a whole. Behind a time limit the next state is unknown, so
     such a window never counts for the critic. A window whose last row is the time limit is whole and bootstraps.
     """
-    valid, actions = batch["valid"], batch["actions"]
+    valid = batch["valid"]
+    actions = batch["actions"]
     returns = discounted_return(batch["rewards"], valid, discount)
     masks = survives(batch["masks"], valid)
     whole = valid[..., -1]

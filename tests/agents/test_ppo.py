@@ -16,9 +16,15 @@ from tests.helpers.tiny import create, make_batch, set_config
 
 STEPS, ENVS = 6, 2
 CONFIG = PPOConfig(
-    actor_hidden_dims=(16,), value_hidden_dims=(16,), batch_size=4, epochs=2, actor_lr=1e-2, value_lr=1e-2,
-    decay_steps=None, online=OnlineConfig(replay="rollout", num_envs=ENVS, rollout_steps=STEPS * ENVS),
-)  # fmt: skip
+    actor_hidden_dims=(16,),
+    value_hidden_dims=(16,),
+    batch_size=4,
+    epochs=2,
+    actor_lr=1e-2,
+    value_lr=1e-2,
+    decay_steps=None,
+    online=OnlineConfig(replay="rollout", num_envs=ENVS, rollout_steps=STEPS * ENVS),
+)
 update = jax.jit(lambda agent, rows: agent.update(rows))
 
 
