@@ -33,7 +33,6 @@ import numpy as np
 
 from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
 from o2o.errors import ConfigError, DatasetError
-from o2o.nn.kernels import piece_rows, sum_in_pieces
 from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
@@ -61,16 +60,10 @@ class Conservative:
     """Correct the 3N values by their log-densities; otherwise the logged action's value joins them, 3N + 1 in all."""
     subtract_log_count: bool = True
     """Without importance sampling subtract ln(3N + 1), so that the soft maximum is a soft mean (W; O does not)."""
-    temperature: float = 1.0
-    """Temperature of the logsumexp."""
     subset: int | None = 2
     """Critics that the gap is taken of, drawn with replacement at every step; `None` for all."""
     gap_min: float = -float("inf")
-    """Lower clip of each row's gap."""
-    gap_max: float = float("inf")
-    """Upper clip of each row's gap."""
-    clamp_uniform: bool = False
-    """Cal-QL: clamp the uniform actions' values as well (not the released algorithm)."""
+    """Lower clip of each row's gap (CORL's Cal-QL on AntMaze: -200)."""
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -156,69 +149,60 @@ class CQL(SAC):
         assert isinstance(self.config, CQLConfig)
         return self.config.conservative
 
-    def sampled_actions(self, batch: Batch, rng: Array) -> tuple[Array, Array]:
-        """Return N uniform, policy and next-policy actions per row `[3N, B, A]` and log-densities `[3N, B]`."""
-        count = self.term.n_actions
-        uniform_rng, current_rng, next_rng = jax.random.split(rng, 3)
+    def conservative_gap(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Array, Array]:
+        """Return the gap of every row and critic, and the share of policy samples that Cal-QL clamped, `[]`.
+
+        The gap is a soft maximum of Q(s, a) over 3N sampled actions minus Q of the logged action (CQL, arXiv
+        2006.04779, eq. 4). N actions each are uniform, from the policy at s and from the policy at s'; all are judged
+        at s. Cal-QL replaces the policy samples' values by max(Q, G) (arXiv 2303.05479, eq. 5). `q [E, B]` are the
+        critics' values of the logged actions with `params`; gaps are `[k, B]` for the k critics drawn.
+        """
+        term, count = self.term, self.term.n_actions
+        member_rng, action_rng = jax.random.split(rng)
+        uniform_rng, current_rng, next_rng = jax.random.split(action_rng, 3)
+
         current, current_log_prob = self.actor(batch["observations"]).sample_and_log_prob(current_rng, (count,))
         following, next_log_prob = self.actor(batch["next_observations"]).sample_and_log_prob(next_rng, (count,))
         uniform = jax.random.uniform(uniform_rng, current.shape, minval=-1.0, maxval=1.0)
         uniform_log_prob = jnp.full_like(current_log_prob, current.shape[-1] * np.log(0.5))
-        actions = jnp.concatenate([uniform, current, following])
-        return jax.lax.stop_gradient((actions, jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob])))
+        actions = jax.lax.stop_gradient(jnp.concatenate([uniform, current, following]))  # [3N, B, A]
+        log_prob = jax.lax.stop_gradient(jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob]))
 
-    def gap_inputs(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Any, Params, Array, Batch]:
-        """Return what the gap is computed from: the drawn critics, their parameters and `q [k, B]`, and its rows.
-
-        `q [E, B]` are all critics' values of the logged actions. The rows' leaves lead with `[B]`.
-        """
-        member_rng, action_rng = jax.random.split(rng)
-        module, subset = self.critic.module, self.term.subset
-        if subset is not None:
-            members = sample_members(member_rng, module.num, subset, replace=True)
-            module, params, q = module.clone(num=subset), take_members(params, members), q[members]
-        actions, log_prob = self.sampled_actions(batch, action_rng)
-        rows = {key: batch[key] for key in ("observations", *self.needs.keys)}
-        return module, params, q, {**rows, "actions": jnp.swapaxes(actions, 0, 1), "log_prob": log_prob.T}
-
-    def row_gaps(self, module: Any, params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
-        """Return gaps `[k, B]` of critics with `q [k, B]` at the logged actions, and the clamped share `[B]`."""
-        term, count = self.term, self.term.n_actions
-        actions = jnp.swapaxes(rows["actions"], 0, 1)
-        z: Any = module.apply(params, rows["observations"], actions)  # [k, 3N, B], all at the current state
-        clamped = jnp.zeros(z.shape[-1])
-        if self.calibrated:
-            bound = rows["mc_returns"]
-            clamped = jnp.mean(z[:, count:] < bound, axis=(0, 1))
-            free = 0 if term.clamp_uniform else count
-            z = jnp.concatenate([z[:, :free], jnp.maximum(z[:, free:], bound)], axis=1)
+        critic: Any = self.critic.module
+        if term.subset is not None:
+            members = sample_members(member_rng, critic.num, term.subset, replace=True)
+            critic, params, q = critic.clone(num=term.subset), take_members(params, members), q[members]
+        z = critic.apply(params, batch["observations"], actions)  # [k, 3N, B]
+        bound = batch["mc_returns"] if self.calibrated else jnp.full_like(batch["rewards"], -jnp.inf)
+        clamped = jnp.mean(z[:, count:] < bound)
+        z = jnp.concatenate([z[:, :count], jnp.maximum(z[:, count:], bound)], axis=1)
         if term.importance_sampling:
-            z = z - rows["log_prob"].T
+            z = z - log_prob
         else:
             z = jnp.concatenate([z, q[:, None]], axis=1)
-            z = z - term.temperature * np.log(z.shape[1]) if term.subtract_log_count else z
-        return jnp.clip(losses.conservative_gap(z, q, term.temperature), term.gap_min, term.gap_max), clamped
+            z = z - np.log(z.shape[1]) if term.subtract_log_count else z
+        return jnp.maximum(losses.conservative_gap(z, q), term.gap_min), clamped
 
     def critic_loss(self, params: Params, batch: Batch, targets: Array, rng: Array) -> tuple[Array, Info]:
-        """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`."""
+        """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`, and metrics."""
         term = self.term
         q = self.critic(batch["observations"], batch["actions"], params=params)
-        module, drawn, logged, rows = self.gap_inputs(params, batch, q, rng)
-
-        def total(params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
-            gaps, clamped = self.row_gaps(module, params, q.T, rows)
-            return jnp.sum(gaps), jnp.sum(clamped)
-
-        gap, clamped = sum_in_pieces(total, piece_rows(), drawn, logged.T, rows)
-        gap, clamped, td_loss = gap / logged.size, clamped / logged.shape[1], losses.critic_loss(q, targets)
+        td_loss = losses.critic_loss(q, targets)
+        gaps, clamped = self.conservative_gap(params, batch, q, rng)
+        gap = jnp.mean(gaps)
         penalty = term.weight * gap
         if self.dual is not None:
             penalty = term.weight * positive(self.dual(), term.dual_param) * (gap - term.target_gap)
         loss = td_loss + penalty
-        info = {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
         return loss, {
-            **info, "critic/td_loss": td_loss, "cql/gap": gap, "cql/penalty": penalty, "calql/clamped": clamped
-        }  # fmt: skip
+            "critic/loss": loss,
+            "critic/q": jnp.mean(q),
+            "critic/target": jnp.mean(targets),
+            "critic/td_loss": td_loss,
+            "cql/gap": gap,
+            "cql/penalty": penalty,
+            "calql/clamped": clamped,
+        }
 
     def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
         """Step the critics and targets on one minibatch `[B, ...]`, and the dual variable by the gap just measured."""
