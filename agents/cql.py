@@ -14,9 +14,9 @@ Where we differ
 - The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
 - O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
   O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
-- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes (`joint_single`);
-  at UTD > 1 they follow the critics, on the rows of all minibatches. The entropy at s' has samples of its own, offline
-  as online: one, on mazes ten.
+- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes; at UTD > 1
+  they follow the critics, on the rows of all minibatches (`joint_policy_step`). The entropy at s' has samples of its
+  own, offline as online: one, on mazes ten (`next_entropy_samples`).
 - Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
   for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
 - The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
@@ -103,12 +103,12 @@ class CQLConfig(SACConfig):
     """How alpha is made from its free parameter."""
     temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    entropy_on: Literal["current", "next"] = "next"
-    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
-    actor_batch: Literal["last", "all"] = "all"
-    """Rows of the actor step: the last minibatch, or all `utd * B`."""
-    joint_single: bool = True
-    """With one critic step per call, actor and temperature step beside the critic, from the same parameters."""
+    next_entropy_samples: int | None = 1
+    """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
+    joint_policy_step: bool = True
+    """True: actor and temperature step on the rows of all minibatches of a call, `utd * B`; in a call with one
+    minibatch they are judged by the critics from before their step. False: on the last minibatch, by the new critics.
+    """
     actor_lr: float = 1e-4
     """Adam's rate of the actor."""
     temperature_lr: float = 1e-4
@@ -161,8 +161,8 @@ class CQL(SAC):
         member_rng, action_rng = jax.random.split(rng)
         uniform_rng, current_rng, next_rng = jax.random.split(action_rng, 3)
 
-        current, current_log_prob = self.actor(batch["observations"]).sample_and_log_prob(current_rng, (count,))
-        following, next_log_prob = self.actor(batch["next_observations"]).sample_and_log_prob(next_rng, (count,))
+        current, current_log_prob = self.policy(batch).sample_and_log_prob(current_rng, (count,))
+        following, next_log_prob = self.next_policy(batch).sample_and_log_prob(next_rng, (count,))
         uniform = jax.random.uniform(uniform_rng, current.shape, minval=-1.0, maxval=1.0)
         uniform_log_prob = jnp.full_like(current_log_prob, current.shape[-1] * np.log(0.5))
         actions = jax.lax.stop_gradient(jnp.concatenate([uniform, current, following]))  # [3N, B, A]
@@ -204,15 +204,14 @@ class CQL(SAC):
             "calql/clamped": clamped,
         }
 
-    def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
+    def update_critic(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
         """Step the critics and targets on one minibatch `[B, ...]`, and the dual variable by the gap just measured."""
-        agent, info = super().critic_step(batch, rng)
+        agent, info = super().update_critic(batch, rng)
         if self.dual is None:
             return agent, info
-        dual, gap = self.dual, info["cql/gap"]
-        value, grads = jax.value_and_grad(lambda params: self.dual_loss(params, gap))(dual.params)
-        info = {**info, "cql/dual": positive(dual(), self.term.dual_param), "cql/dual_loss": value}
-        return agent.replace(dual=dual.apply_gradients(grads)), info
+        loss, grads = jax.value_and_grad(self.dual_loss)(self.dual.params, info["cql/gap"])
+        info = {**info, "cql/dual": positive(self.dual(), self.term.dual_param), "cql/dual_loss": loss}
+        return agent.replace(dual=self.dual.apply_gradients(grads)), info
 
     def dual_loss(self, params: Params, gap: Array) -> Array:
         """Return -weight * dual * (gap - target) `[]`: the dual variable grows while the gap exceeds the target."""
@@ -227,7 +226,7 @@ class CQL(SAC):
         networks, term, steps, reward = family_settings(family)
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
         if size == "small":
-            return Preset(shrink_conservative(config, utd_ratio=1), 10_000, 10_000, reward)
+            return Preset(shrink(shrink_term(config), utd_ratio=1, rate=1e-3), 10_000, 10_000, reward)
         return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
 
 
@@ -241,6 +240,11 @@ class CalQL(CQL):
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
         return super().create(rng, observations, actions, config)
 
+    @property
+    def needs(self) -> Needs:
+        """Monte-Carlo returns, whatever the config's class."""
+        return Needs(keys=("mc_returns",))
+
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
         if "mc_returns" not in batch:
@@ -251,20 +255,35 @@ class CalQL(CQL):
 def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
     """Return `config` turned into the official Cal-QL repository's variant (O above)."""
     term = replace(
-        config.conservative, weight=5.0 if config.conservative.dual else config.conservative.weight, dual_param="exp",
-        dual_init=float(np.e), subset=None, subtract_log_count=False,
-    )  # fmt: skip
+        config.conservative,
+        weight=5.0 if config.conservative.dual else config.conservative.weight,
+        dual_param="exp",
+        dual_init=float(np.e),
+        subset=None,
+        subtract_log_count=False,
+    )
     return replace(
-        config, actor_layer_norm=False, critic_layer_norm=False, last_gain=None, output_gain=1e-2, shared_output=False,
-        num_critics=2, target_subset=None, std_mode="scaled", log_std_range=(-20.0, 2.0), temperature_param="exp",
-        temperature_objective="log_alpha", entropy_on="current", entropy_samples=1, conservative=term,
-    )  # fmt: skip
+        config,
+        actor_layer_norm=False,
+        critic_layer_norm=False,
+        last_gain=None,
+        output_gain=1e-2,
+        shared_output=False,
+        num_critics=2,
+        target_subset=None,
+        std_mode="scaled",
+        log_std_range=(-20.0, 2.0),
+        temperature_param="exp",
+        temperature_objective="log_alpha",
+        next_entropy_samples=None,
+        conservative=term,
+    )
 
 
 def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tuple[float, float] | None]:
     """Return network settings, conservative term, offline steps and reward (scale, bias) of a family."""
     wide = (512, 512, 512)
-    maze = {"std_mode": "uniform", "entropy_samples": 10}
+    maze = {"std_mode": "uniform", "next_entropy_samples": 10}
     dual = Conservative(weight=1.0, dual=True)
     if family == "antmaze":
         return {**maze, "critic_hidden_dims": (256, 256, 256, 256)}, dual, 1_000_000, (10.0, -5.0)
@@ -279,8 +298,6 @@ def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tup
     return {}, Conservative(weight=5.0), 250_000, None
 
 
-def shrink_conservative(config: Any, utd_ratio: int) -> Any:
-    """Return `shrink(config)` with 4 sampled actions in the conservative term and rates that few updates need."""
-    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature_lr": 1e-3}
-    conservative = replace(config.conservative, n_actions=4)
-    return replace(shrink(config, utd_ratio), conservative=conservative, **rates)
+def shrink_term(config: Any) -> Any:
+    """Return `config` with 4 sampled actions in its conservative term."""
+    return replace(config, conservative=replace(config.conservative, n_actions=4))

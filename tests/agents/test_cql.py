@@ -317,7 +317,7 @@ def test_paper_presets() -> None:
         assert (config.actor_lr, config.critic_lr, config.temperature_lr) == (1e-4, 3e-4, 1e-4)
         assert (config.num_critics, config.target_subset, config.subset_replace) == (10, 2, True)
         assert config.max_target_actions == 10 and not config.backup_entropy and config.conservative.n_actions == 10
-        assert config.entropy_on == "next" and CalQLConfig().entropy_on == "next"
+        assert config.next_entropy_samples == (10 if preset is maze else 1) and CalQLConfig().next_entropy_samples == 1
     assert [p.config.last_gain for p in (maze, adroit, kitchen, locomotion)] == [1e-2, 1e-2, None, 1e-2]
     assert adroit.config.critic_hidden_dims == (512,) * 3
     assert type(CalQL.preset("adroit").config) is CalQLConfig and type(adroit.config) is CQLConfig
