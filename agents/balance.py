@@ -1,15 +1,13 @@
 """What FamO2O's agents share: the balance coefficient, its encoding, and a policy network for a whole family.
 
 "Train Once, Get a Family: State-Adaptive Balances for Offline-to-Online Reinforcement Learning", arXiv 2310.17966.
-A coefficient beta per state, `[...]`, goes with its state as the last number of the policy's input (`join`); a larger
-one means more improvement and less constraint.
+The policy gets a coefficient beta per state, `[...]`, as its second input; a larger one means more improvement and
+less constraint.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,32 +73,18 @@ def uniform_betas(rng: Array, shape: tuple[int, ...], ends: Range) -> Array:
     return jax.random.uniform(rng, shape, minval=ends[0], maxval=ends[1])
 
 
-def join(observations: Array, beta: Array) -> Array:
-    """Return the policy's input `[..., D + 1]`: observations `[..., D]` with their coefficients `[...]` behind."""
-    return jnp.concatenate([observations, beta[..., None]], axis=-1)
-
-
 class FamilyActor(GaussianActor):
-    """A family of policies: the last number of its input is the coefficient, which it sees encoded."""
+    """A family of policies: a Gaussian actor that also sees the encoded balance coefficient."""
 
     encoding_dim: int = 6
     encoding_base: float = 10_000.0
 
-    def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
-        """Return the action distribution at `join(observations, beta)`, `[..., D + 1]`."""
-        encoding = encode(observations[..., -1], self.encoding_dim, self.encoding_base)
-        return super().__call__(jnp.concatenate([observations[..., :-1], encoding], axis=-1), training)
-
-
-def recast(kind: Any, module: nn.Module, **extra: Any) -> Any:
-    """Return a module of `kind`, a subclass of `module`'s class, with the settings of `module` and `extra`."""
-    names = {field.name for field in fields(module)} - {"parent", "name"}
-    return kind(**{name: getattr(module, name) for name in names}, **extra)
-
-
-def family_actor(module: Any, config: BalanceConfig) -> FamilyActor:
-    """Return the actor `module` as one of a family."""
-    return recast(FamilyActor, module, encoding_dim=config.encoding_dim, encoding_base=config.encoding_base)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # a second input
+        self, observations: Array, beta: Array, training: bool = False
+    ) -> TanhNormal | Normal:
+        """Return the action distribution at `observations [..., D]` with coefficients `beta [...]`."""
+        encoding = encode(beta, self.encoding_dim, self.encoding_base)
+        return super().__call__(jnp.concatenate([observations, encoding], axis=-1), training)
 
 
 def balance_info(greedy: Array, log_prob: Array) -> Info:

@@ -14,9 +14,9 @@ Where we differ
 - The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
 - O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
   O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
-- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes (`joint_single`);
-  at UTD > 1 they follow the critics, on the rows of all minibatches. The entropy at s' has samples of its own, offline
-  as online: one, on mazes ten.
+- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes; at UTD > 1
+  they follow the critics, on the rows of all minibatches (`joint_policy_step`). The entropy at s' has samples of its
+  own, offline as online: one, on mazes ten (`next_entropy_samples`).
 - Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
   for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
 - The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
@@ -33,7 +33,6 @@ import numpy as np
 
 from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
 from o2o.errors import ConfigError, DatasetError
-from o2o.nn.kernels import piece_rows, sum_in_pieces
 from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
@@ -61,16 +60,10 @@ class Conservative:
     """Correct the 3N values by their log-densities; otherwise the logged action's value joins them, 3N + 1 in all."""
     subtract_log_count: bool = True
     """Without importance sampling subtract ln(3N + 1), so that the soft maximum is a soft mean (W; O does not)."""
-    temperature: float = 1.0
-    """Temperature of the logsumexp."""
     subset: int | None = 2
     """Critics that the gap is taken of, drawn with replacement at every step; `None` for all."""
     gap_min: float = -float("inf")
-    """Lower clip of each row's gap."""
-    gap_max: float = float("inf")
-    """Upper clip of each row's gap."""
-    clamp_uniform: bool = False
-    """Cal-QL: clamp the uniform actions' values as well (not the released algorithm)."""
+    """Lower clip of each row's gap (CORL's Cal-QL on AntMaze: -200)."""
 
     def __post_init__(self) -> None:
         """Check the counts."""
@@ -110,12 +103,12 @@ class CQLConfig(SACConfig):
     """How alpha is made from its free parameter."""
     temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    entropy_on: Literal["current", "next"] = "next"
-    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
-    actor_batch: Literal["last", "all"] = "all"
-    """Rows of the actor step: the last minibatch, or all `utd * B`."""
-    joint_single: bool = True
-    """With one critic step per call, actor and temperature step beside the critic, from the same parameters."""
+    next_entropy_samples: int | None = 1
+    """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
+    joint_policy_step: bool = True
+    """True: actor and temperature step on the rows of all minibatches of a call, `utd * B`; in a call with one
+    minibatch they are judged by the critics from before their step. False: on the last minibatch, by the new critics.
+    """
     actor_lr: float = 1e-4
     """Adam's rate of the actor."""
     temperature_lr: float = 1e-4
@@ -156,79 +149,69 @@ class CQL(SAC):
         assert isinstance(self.config, CQLConfig)
         return self.config.conservative
 
-    def sampled_actions(self, batch: Batch, rng: Array) -> tuple[Array, Array]:
-        """Return N uniform, policy and next-policy actions per row `[3N, B, A]` and log-densities `[3N, B]`."""
-        count = self.term.n_actions
-        uniform_rng, current_rng, next_rng = jax.random.split(rng, 3)
-        current, current_log_prob = self.actor(batch["observations"]).sample_and_log_prob(current_rng, (count,))
-        following, next_log_prob = self.actor(batch["next_observations"]).sample_and_log_prob(next_rng, (count,))
+    def conservative_gap(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Array, Array]:
+        """Return the gap of every row and critic, and the share of policy samples that Cal-QL clamped, `[]`.
+
+        The gap is a soft maximum of Q(s, a) over 3N sampled actions minus Q of the logged action (CQL, arXiv
+        2006.04779, eq. 4). N actions each are uniform, from the policy at s and from the policy at s'; all are judged
+        at s. Cal-QL replaces the policy samples' values by max(Q, G) (arXiv 2303.05479, eq. 5). `q [E, B]` are the
+        critics' values of the logged actions with `params`; gaps are `[k, B]` for the k critics drawn.
+        """
+        term, count = self.term, self.term.n_actions
+        member_rng, action_rng = jax.random.split(rng)
+        uniform_rng, current_rng, next_rng = jax.random.split(action_rng, 3)
+
+        current, current_log_prob = self.policy(batch).sample_and_log_prob(current_rng, (count,))
+        following, next_log_prob = self.next_policy(batch).sample_and_log_prob(next_rng, (count,))
         uniform = jax.random.uniform(uniform_rng, current.shape, minval=-1.0, maxval=1.0)
         uniform_log_prob = jnp.full_like(current_log_prob, current.shape[-1] * np.log(0.5))
-        actions = jnp.concatenate([uniform, current, following])
-        return jax.lax.stop_gradient((actions, jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob])))
+        actions = jax.lax.stop_gradient(jnp.concatenate([uniform, current, following]))  # [3N, B, A]
+        log_prob = jax.lax.stop_gradient(jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob]))
 
-    def gap_inputs(self, params: Params, batch: Batch, q: Array, rng: Array) -> tuple[Any, Params, Array, Batch]:
-        """Return what the gap is computed from: the drawn critics, their parameters and `q [k, B]`, and its rows.
-
-        `q [E, B]` are all critics' values of the logged actions. The rows' leaves lead with `[B]`.
-        """
-        member_rng, action_rng = jax.random.split(rng)
-        module, subset = self.critic.module, self.term.subset
-        if subset is not None:
-            members = sample_members(member_rng, module.num, subset, replace=True)
-            module, params, q = module.clone(num=subset), take_members(params, members), q[members]
-        actions, log_prob = self.sampled_actions(batch, action_rng)
-        rows = {key: batch[key] for key in ("observations", *self.needs.keys)}
-        return module, params, q, {**rows, "actions": jnp.swapaxes(actions, 0, 1), "log_prob": log_prob.T}
-
-    def row_gaps(self, module: Any, params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
-        """Return gaps `[k, B]` of critics with `q [k, B]` at the logged actions, and the clamped share `[B]`."""
-        term, count = self.term, self.term.n_actions
-        actions = jnp.swapaxes(rows["actions"], 0, 1)
-        z: Any = module.apply(params, rows["observations"], actions)  # [k, 3N, B], all at the current state
-        clamped = jnp.zeros(z.shape[-1])
-        if self.calibrated:
-            bound = rows["mc_returns"]
-            clamped = jnp.mean(z[:, count:] < bound, axis=(0, 1))
-            free = 0 if term.clamp_uniform else count
-            z = jnp.concatenate([z[:, :free], jnp.maximum(z[:, free:], bound)], axis=1)
+        critic: Any = self.critic.module
+        if term.subset is not None:
+            members = sample_members(member_rng, critic.num, term.subset, replace=True)
+            critic, params, q = critic.clone(num=term.subset), take_members(params, members), q[members]
+        z = critic.apply(params, batch["observations"], actions)  # [k, 3N, B]
+        bound = batch["mc_returns"] if self.calibrated else jnp.full_like(batch["rewards"], -jnp.inf)
+        clamped = jnp.mean(z[:, count:] < bound)
+        z = jnp.concatenate([z[:, :count], jnp.maximum(z[:, count:], bound)], axis=1)
         if term.importance_sampling:
-            z = z - rows["log_prob"].T
+            z = z - log_prob
         else:
             z = jnp.concatenate([z, q[:, None]], axis=1)
-            z = z - term.temperature * np.log(z.shape[1]) if term.subtract_log_count else z
-        return jnp.clip(losses.conservative_gap(z, q, term.temperature), term.gap_min, term.gap_max), clamped
+            z = z - np.log(z.shape[1]) if term.subtract_log_count else z
+        return jnp.maximum(losses.conservative_gap(z, q), term.gap_min), clamped
 
     def critic_loss(self, params: Params, batch: Batch, targets: Array, rng: Array) -> tuple[Array, Info]:
-        """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`."""
+        """Return TD loss plus weighted conservative gap `[]` on leaves `[B, ...]`, and metrics."""
         term = self.term
         q = self.critic(batch["observations"], batch["actions"], params=params)
-        module, drawn, logged, rows = self.gap_inputs(params, batch, q, rng)
-
-        def total(params: Params, q: Array, rows: Batch) -> tuple[Array, Array]:
-            gaps, clamped = self.row_gaps(module, params, q.T, rows)
-            return jnp.sum(gaps), jnp.sum(clamped)
-
-        gap, clamped = sum_in_pieces(total, piece_rows(), drawn, logged.T, rows)
-        gap, clamped, td_loss = gap / logged.size, clamped / logged.shape[1], losses.critic_loss(q, targets)
+        td_loss = losses.critic_loss(q, targets)
+        gaps, clamped = self.conservative_gap(params, batch, q, rng)
+        gap = jnp.mean(gaps)
         penalty = term.weight * gap
         if self.dual is not None:
             penalty = term.weight * positive(self.dual(), term.dual_param) * (gap - term.target_gap)
         loss = td_loss + penalty
-        info = {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
         return loss, {
-            **info, "critic/td_loss": td_loss, "cql/gap": gap, "cql/penalty": penalty, "calql/clamped": clamped
-        }  # fmt: skip
+            "critic/loss": loss,
+            "critic/q": jnp.mean(q),
+            "critic/target": jnp.mean(targets),
+            "critic/td_loss": td_loss,
+            "cql/gap": gap,
+            "cql/penalty": penalty,
+            "calql/clamped": clamped,
+        }
 
-    def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
+    def update_critic(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
         """Step the critics and targets on one minibatch `[B, ...]`, and the dual variable by the gap just measured."""
-        agent, info = super().critic_step(batch, rng)
+        agent, info = super().update_critic(batch, rng)
         if self.dual is None:
             return agent, info
-        dual, gap = self.dual, info["cql/gap"]
-        value, grads = jax.value_and_grad(lambda params: self.dual_loss(params, gap))(dual.params)
-        info = {**info, "cql/dual": positive(dual(), self.term.dual_param), "cql/dual_loss": value}
-        return agent.replace(dual=dual.apply_gradients(grads)), info
+        loss, grads = jax.value_and_grad(self.dual_loss)(self.dual.params, info["cql/gap"])
+        info = {**info, "cql/dual": positive(self.dual(), self.term.dual_param), "cql/dual_loss": loss}
+        return agent.replace(dual=self.dual.apply_gradients(grads)), info
 
     def dual_loss(self, params: Params, gap: Array) -> Array:
         """Return -weight * dual * (gap - target) `[]`: the dual variable grows while the gap exceeds the target."""
@@ -243,7 +226,7 @@ class CQL(SAC):
         networks, term, steps, reward = family_settings(family)
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
         if size == "small":
-            return Preset(shrink_conservative(config, utd_ratio=1), 10_000, 10_000, reward)
+            return Preset(shrink(shrink_term(config), utd_ratio=1, rate=1e-3), 10_000, 10_000, reward)
         return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
 
 
@@ -257,6 +240,11 @@ class CalQL(CQL):
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
         return super().create(rng, observations, actions, config)
 
+    @property
+    def needs(self) -> Needs:
+        """Monte-Carlo returns, whatever the config's class."""
+        return Needs(keys=("mc_returns",))
+
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
         if "mc_returns" not in batch:
@@ -267,20 +255,35 @@ class CalQL(CQL):
 def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
     """Return `config` turned into the official Cal-QL repository's variant (O above)."""
     term = replace(
-        config.conservative, weight=5.0 if config.conservative.dual else config.conservative.weight, dual_param="exp",
-        dual_init=float(np.e), subset=None, subtract_log_count=False,
-    )  # fmt: skip
+        config.conservative,
+        weight=5.0 if config.conservative.dual else config.conservative.weight,
+        dual_param="exp",
+        dual_init=float(np.e),
+        subset=None,
+        subtract_log_count=False,
+    )
     return replace(
-        config, actor_layer_norm=False, critic_layer_norm=False, last_gain=None, output_gain=1e-2, shared_output=False,
-        num_critics=2, target_subset=None, std_mode="scaled", log_std_range=(-20.0, 2.0), temperature_param="exp",
-        temperature_objective="log_alpha", entropy_on="current", entropy_samples=1, conservative=term,
-    )  # fmt: skip
+        config,
+        actor_layer_norm=False,
+        critic_layer_norm=False,
+        last_gain=None,
+        output_gain=1e-2,
+        shared_output=False,
+        num_critics=2,
+        target_subset=None,
+        std_mode="scaled",
+        log_std_range=(-20.0, 2.0),
+        temperature_param="exp",
+        temperature_objective="log_alpha",
+        next_entropy_samples=None,
+        conservative=term,
+    )
 
 
 def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tuple[float, float] | None]:
     """Return network settings, conservative term, offline steps and reward (scale, bias) of a family."""
     wide = (512, 512, 512)
-    maze = {"std_mode": "uniform", "entropy_samples": 10}
+    maze = {"std_mode": "uniform", "next_entropy_samples": 10}
     dual = Conservative(weight=1.0, dual=True)
     if family == "antmaze":
         return {**maze, "critic_hidden_dims": (256, 256, 256, 256)}, dual, 1_000_000, (10.0, -5.0)
@@ -295,8 +298,6 @@ def family_settings(family: str) -> tuple[dict[str, Any], Conservative, int, tup
     return {}, Conservative(weight=5.0), 250_000, None
 
 
-def shrink_conservative(config: Any, utd_ratio: int) -> Any:
-    """Return `shrink(config)` with 4 sampled actions in the conservative term and rates that few updates need."""
-    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature_lr": 1e-3}
-    conservative = replace(config.conservative, n_actions=4)
-    return replace(shrink(config, utd_ratio), conservative=conservative, **rates)
+def shrink_term(config: Any) -> Any:
+    """Return `config` with 4 sampled actions in its conservative term."""
+    return replace(config, conservative=replace(config.conservative, n_actions=4))

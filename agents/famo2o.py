@@ -24,15 +24,15 @@ Where we differ
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from o2o.agents.balance import BalanceConfig, balance_info, coefficient, family_actor, join, uniform_betas
-from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.balance import BalanceConfig, FamilyActor, balance_info, coefficient, uniform_betas
+from o2o.agents.iql import IQL, IQLConfig, build_actor, preset_settings
 from o2o.agents.sac import positive, positive_model
 from o2o.errors import ConfigError
 from o2o.nn.kernels import branch
@@ -84,19 +84,28 @@ class FamO2O(IQL):
             raise ConfigError(f"FamO2O got a {type(config).__name__}; expected a FamO2OConfig")
         rng, actor_rng, balance_rng, temperature_rng = jax.random.split(rng, 4)
         base = IQL.create(rng, observations, actions, config)
-        low, high = LOG_STD_RANGE
+        encoding = {"encoding_dim": config.encoding_dim, "encoding_base": config.encoding_base}
+        actor = build_actor(actions.shape[-1], config, FamilyActor, **encoding)
         balance = GaussianActor(
-            config.balance_hidden_dims, 1, init_scheme=config.init_scheme, std_mode="uniform", log_std_min=low,
-            log_std_max=high,
-        )  # fmt: skip
-        inputs, optimizer = join(observations, jnp.zeros(observations.shape[:-1])), base.actor.optimizer
-        parts: dict[str, Any] = {
-            **{field.name: getattr(base, field.name) for field in fields(base)},
-            "actor": Model.create(actor_rng, family_actor(base.actor.module, config), optimizer, inputs),
-            "balance_actor": Model.create(balance_rng, balance, Adam(config.balance_lr), observations),
-            "temperature": positive_model(temperature_rng, 1.0, "exp", config.balance_lr),
-        }
-        return jax.tree.map(jnp.asarray, cls(**parts))
+            hidden_dims=config.balance_hidden_dims,
+            action_dim=1,
+            init_scheme=config.init_scheme,
+            std_mode="uniform",
+            log_std_min=LOG_STD_RANGE[0],
+            log_std_max=LOG_STD_RANGE[1],
+        )
+        betas = jnp.zeros(observations.shape[:-1])
+        agent = cls(
+            actor=Model.create(actor_rng, actor, base.actor.optimizer, observations, betas),
+            critic=base.critic,
+            target_critic=base.target_critic,
+            value=base.value,
+            balance_actor=Model.create(balance_rng, balance, Adam(config.balance_lr), observations),
+            temperature=positive_model(temperature_rng, 1.0, "exp", config.balance_lr),
+            rng=base.rng,
+            config=config,
+        )
+        return jax.tree.map(jnp.asarray, agent)
 
     def balance(self, observations: Array) -> Array:
         """Return the coefficient of every state, `[..., D]` to `[...]`, without randomness."""
@@ -113,8 +122,8 @@ class FamO2O(IQL):
         """Return IQL's actor loss with every row's own coefficient, in its weight and in its policy, and metrics."""
         beta_rng, dropout_rng = jax.random.split(rng)
         beta = self.draw_betas(batch["observations"], beta_rng)
-        inputs = join(batch["observations"], beta)
-        policy = self.actor(inputs, training=True, params=params, rngs={"dropout": dropout_rng})
+        dropout = {"dropout": dropout_rng}
+        policy = self.actor(batch["observations"], beta, training=True, params=params, rngs=dropout)
         loss, info = self.weighted_cloning(policy, beta, batch, value)
         return loss, {**info, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
 
@@ -128,7 +137,7 @@ class FamO2O(IQL):
         states, ends = batch["observations"], self.config.balance_range
         policy = self.balance_actor(states, params=params)
         x, log_prob = policy.sample_and_log_prob(x_rng)
-        actions = self.actor(join(states, coefficient(x[..., 0], ends))).sample(action_rng)
+        actions = self.actor(states, coefficient(x[..., 0], ends)).sample(action_rng)
         q = self.critic(states, actions, params=self.target_critic).min(axis=0)
         loss = sac_actor_loss(log_prob, q, self.alpha())
         info = balance_info(coefficient(policy.mode()[..., 0], ends), log_prob)
@@ -164,7 +173,8 @@ class FamO2O(IQL):
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
         """Return actions `[..., A]`, clipped to [-1, 1], at each state's `balance`, and the unused carry."""
-        return super().sample_actions(join(observations, self.balance(observations)), carry, rng, deterministic)
+        policy = self.actor(observations, self.balance(observations))
+        return jnp.clip(policy.mode() if deterministic else policy.sample(rng), -1.0, 1.0), carry
 
     def online(self) -> Self:
         """Return the agent whose actor is trained at the balance policy's coefficients, at a constant rate."""
@@ -173,19 +183,18 @@ class FamO2O(IQL):
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks: IQL's, with a range around its beta and a balance network."""
-        preset = IQL.preset(family, size)
-        base = preset.config
+        settings, rest = preset_settings(family, size)
+        beta = settings.pop("beta")
         maze = family in ("antmaze", "pointmaze")
         low, high = (0.8, 1.4) if maze else (1 / 3, 5 / 3)
-        names = {field.name for field in fields(FamO2OConfig)} & {field.name for field in fields(base)}
+        published = family == "locomotion" and size == "paper"
         config = FamO2OConfig(
-            **{name: getattr(base, name) for name in names},
-            balance_range=(low * base.beta, high * base.beta),
-            balance_hidden_dims=base.actor_hidden_dims,
+            **settings,
+            balance_range=(low * beta, high * beta),
+            balance_hidden_dims=settings["actor_hidden_dims"],
             balance_lr=1e-3 if size == "small" else 3e-4,
-            balance_every=5 if family == "locomotion" and size == "paper" else 1,
+            balance_every=5 if published else 1,
         )
-        preset = replace(preset, config=config)
-        if family == "locomotion" and size == "paper":
-            return replace(preset, offline_steps=1_000_000, online_steps=1_000_000)
-        return preset
+        if published:
+            rest |= {"offline_steps": 1_000_000, "online_steps": 1_000_000}
+        return Preset(config, **rest)

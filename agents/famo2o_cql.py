@@ -29,20 +29,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from o2o.agents.balance import (
-    BalanceConfig,
-    Range,
-    balance_info,
-    coefficient,
-    family_actor,
-    join,
-    recast,
-    uniform_betas,
-)
-from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_conservative
-from o2o.agents.sac import Positive, SACConfig, build_actor
+from o2o.agents.balance import BalanceConfig, FamilyActor, Range, balance_info, coefficient, uniform_betas
+from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_term
+from o2o.agents.sac import Positive, SACConfig, build_actor, shrink
 from o2o.errors import ConfigError
-from o2o.nn.modules import Adam, CriticEnsemble, Init, Model
+from o2o.nn.distributions import TanhNormal
+from o2o.nn.modules import Adam, Init, Model
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
@@ -53,7 +45,7 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     balance_range: Range = (0.5, 1.5)
     """Smallest and largest coefficient; equal ones make a constant balance."""
     released_range: bool = False
-    """Replica of the released code: the balance network's coefficients are x (hi - lo) + lo, x in (-1, 1)."""
+    """As the released code: the balance network's coefficients are x (hi - lo) + lo, x in (-1, 1)."""
     target_beta: Literal["next", "current"] = "next"
     """State whose coefficient the next action is drawn at: `next`, or `current` as in the released code."""
     policy_output_gain: float = 0.1
@@ -84,8 +76,8 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     """How alpha is made from its free parameter."""
     temperature_objective: Literal["alpha", "log_alpha"] = "log_alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    entropy_on: Literal["current", "next"] = "current"
-    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
+    next_entropy_samples: int | None = None
+    """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
     actor_lr: float = 3e-4
     """Adam's rate of the actor."""
     temperature_lr: float = 3e-4
@@ -107,16 +99,6 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
             raise ConfigError(f"FamO2OCQLConfig.target_beta is {self.target_beta!r}; expected 'next' or 'current'")
 
 
-class StateCritic(CriticEnsemble):
-    """Q-functions that read the first `state_dim` numbers of their observations: never the coefficient behind."""
-
-    state_dim: int = 0
-
-    def __call__(self, observations: Array, actions: Array) -> Array:
-        """Return all members' values `[num, ...]` at observations `[..., D]` or `join`ed ones `[..., D + 1]`."""
-        return super().__call__(observations[..., : self.state_dim], actions)
-
-
 class FamO2OCQL(CQL):
     """Conservative Q-learning of a family of policies, with a balance network."""
 
@@ -130,14 +112,13 @@ class FamO2OCQL(CQL):
         if not isinstance(config, FamO2OCQLConfig):
             raise ConfigError(f"FamO2OCQL got a {type(config).__name__}; expected a FamO2OCQLConfig")
         rng, actor_rng, balance_rng = jax.random.split(rng, 3)
-        agent, gain = super().create(rng, observations, actions, config), config.policy_output_gain
-        actor = family_actor(agent.actor.module, config).clone(output_gain=gain)
-        own = build_actor(1, replace(config, actor_hidden_dims=config.balance_hidden_dims)).clone(output_gain=gain)
-        inputs = join(observations, jnp.zeros(observations.shape[:-1]))
-        critic = recast(StateCritic, agent.critic.module, state_dim=observations.shape[-1])
+        agent = super().create(rng, observations, actions, config)
+        gain, betas = config.policy_output_gain, jnp.zeros(observations.shape[:-1])
+        encoding = {"encoding_dim": config.encoding_dim, "encoding_base": config.encoding_base}
+        actor = build_actor(actions.shape[-1], config, FamilyActor, output_gain=gain, **encoding)
+        own = build_actor(1, replace(config, actor_hidden_dims=config.balance_hidden_dims), output_gain=gain)
         agent = agent.replace(
-            actor=Model.create(actor_rng, actor, agent.actor.optimizer, inputs),
-            critic=agent.critic.replace(module=critic),
+            actor=Model.create(actor_rng, actor, Adam(config.actor_lr), observations, betas),
             balance_actor=Model.create(balance_rng, own, Adam(config.balance_lr), observations),
         )
         return jax.tree.map(jnp.asarray, agent)
@@ -159,8 +140,8 @@ class FamO2OCQL(CQL):
         """Return the coefficient of every state, `[..., D]` to `[...]`, without randomness."""
         return self.to_beta(self.balance_actor(observations).mode())
 
-    def conditioned(self, batch: Batch, rng: Array) -> Batch:
-        """Return the batch with coefficients behind its observations: the actor's losses', and the next actions'."""
+    def with_betas(self, batch: Batch, rng: Array) -> Batch:
+        """Return the batch with the coefficients of its states, `betas`, and of their next ones, `next_betas`."""
         uniform_rng, own_rng, next_rng = jax.random.split(rng, 3)
         states, following = batch["observations"], batch["next_observations"]
         own = self.to_beta(self.balance_actor(states).sample(own_rng))
@@ -168,43 +149,50 @@ class FamO2OCQL(CQL):
         after = own
         if self.settings.target_beta == "next":
             after = self.to_beta(self.balance_actor(following).sample(next_rng))
-        return {**batch, "observations": join(states, beta), "next_observations": join(following, after)}
+        return {**batch, "betas": beta, "next_betas": after}
 
-    def balance_loss(self, params: Params, batch: Batch, rng: Array, critic: Any) -> tuple[Array, Info]:
-        """Return -mean Q(s, a), a drawn at the beta of a drawn x, on `conditioned` rows `[B, ...]`, and metrics."""
+    def policy(self, batch: Batch, params: Params | None = None) -> TanhNormal:
+        """Return pi(.|s, beta) at the batch's observations `[..., D]` and their `betas`."""
+        return self.actor(batch["observations"], batch["betas"], params=params)
+
+    def next_policy(self, batch: Batch) -> TanhNormal:
+        """Return pi(.|s', beta') at the batch's next observations `[..., D]` and their `next_betas`."""
+        return self.actor(batch["next_observations"], batch["next_betas"])
+
+    def policy_value(self, batch: Batch, actions: Array, critic: Model) -> Array:
+        """Return beta Q(s, a) `[B]`: the actor's loss is mean (alpha log pi - beta Q)."""
+        return batch["betas"] * super().policy_value(batch, actions, critic)
+
+    def balance_loss(self, params: Params, batch: Batch, rng: Array, critic: Model) -> tuple[Array, Info]:
+        """Return -mean Q(s, a), a drawn at the beta of a drawn x, on rows `[B, ...]`, and metrics."""
         x_rng, action_rng = jax.random.split(rng)
-        states = batch["observations"][..., :-1]
+        states = batch["observations"]
         policy = self.balance_actor(states, params=params)
         x, log_prob = policy.sample_and_log_prob(x_rng)
-        actions = self.actor(join(states, self.to_beta(x))).sample(action_rng)
-        loss = -jnp.mean(self.reduced(critic(states, actions)))
+        actions = self.actor(states, self.to_beta(x)).sample(action_rng)
+        loss = -jnp.mean(super().policy_value(batch, actions, critic))
         return loss, {**balance_info(self.to_beta(policy.mode()), log_prob), "balance/loss": loss}
 
-    def reduced(self, q: Array) -> Array:
-        """Return the policies' one value `[1, ...]` of the critics' `[E, ...]`."""
-        return (jnp.min if self.config.actor_reduce == "min" else jnp.mean)(q, axis=0, keepdims=True)
-
-    def policy_step(self, batch: Batch, rng: Array, critic: Any) -> tuple[Self, Info]:
-        """Step actor, temperature and balance network on `conditioned` rows `[B, ...]`, all from these parameters."""
+    def update_policy(self, batch: Batch, rng: Array, critic: Model) -> tuple[Self, Info]:
+        """Step actor, temperature and balance network on rows `with_betas`, all from the present parameters."""
         actor_rng, balance_rng = jax.random.split(rng)
-        beta = batch["observations"][..., -1]
-        scaled: Any = lambda s, a: beta * self.reduced(critic(s, a))  # noqa: E731
-        agent, info = super().policy_step(batch, actor_rng, scaled)
+        agent, info = super().update_policy(batch, actor_rng, critic)
         loss = jax.grad(self.balance_loss, has_aux=True)
         grads, balance = loss(self.balance_actor.params, batch, balance_rng, critic)
-        info = {**info, **balance, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
+        info = {**info, **balance, "actor/beta": batch["betas"].mean(), "actor/beta_std": batch["betas"].std()}
         return agent.replace(balance_actor=self.balance_actor.apply_gradients(grads)), info
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one step of actor, temperature and balance on leaves `[utd, B, ...]`."""
         rng, beta_rng = jax.random.split(self.rng)
-        return super(FamO2OCQL, self.replace(rng=rng)).update(self.conditioned(batch, beta_rng))
+        return super(FamO2OCQL, self.replace(rng=rng)).update(self.with_betas(batch, beta_rng))
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
         """Return actions `[..., A]` in [-1, 1] at each state's `balance`: a sample, or tanh of the mean."""
-        return super().sample_actions(join(observations, self.balance(observations)), carry, rng, deterministic)
+        policy = self.actor(observations, self.balance(observations))
+        return policy.mode() if deterministic else policy.sample(rng), carry
 
     def online(self) -> Self:
         """Return the agent whose actor is trained at the balance network's coefficients; the losses go on."""
@@ -218,7 +206,7 @@ class FamO2OCQL(CQL):
         if family != "locomotion":
             config = replace(config, conservative=replace(term, subset=None))
         if size == "small":
-            config = shrink_conservative(config, utd_ratio=1)
+            config = shrink(shrink_term(config), utd_ratio=1, rate=1e-3)
             config = replace(config, balance_hidden_dims=config.actor_hidden_dims, balance_lr=config.actor_lr)
             return replace(preset, config=config)
         if family == "locomotion":

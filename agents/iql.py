@@ -15,7 +15,7 @@ Where we differ
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,26 @@ class IQLConfig(AgentConfig):
 
 
 _DEFAULT = IQLConfig()
+Actor = TypeVar("Actor", bound=GaussianActor)
+
+
+def build_actor(action_dim: int, config: IQLConfig, kind: type[Actor] = GaussianActor, **extra: Any) -> Actor:
+    """Return the definition of an actor for actions `[A]`, of class `kind` with the fields `extra` of its own."""
+    low, high = config.log_std_range or (None, None)
+    return kind(
+        hidden_dims=config.actor_hidden_dims,
+        action_dim=action_dim,
+        layer_norm=config.actor_layer_norm,
+        dropout=config.dropout,
+        init_scheme=config.init_scheme,
+        last_gain=config.last_gain,
+        std_mode=config.std_mode,
+        log_std_min=low,
+        log_std_max=high,
+        squash=config.squash,
+        tanh_mean=config.tanh_mean and not config.squash,
+        **extra,
+    )
 
 
 class IQL(Agent):
@@ -116,20 +136,7 @@ class IQL(Agent):
         """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
         check_flat(observations, "IQL")
         rng, actor_rng, critic_rng, value_rng = jax.random.split(rng, 4)
-        low, high = config.log_std_range or (None, None)
-        actor = GaussianActor(
-            config.actor_hidden_dims,
-            actions.shape[-1],
-            layer_norm=config.actor_layer_norm,
-            dropout=config.dropout,
-            init_scheme=config.init_scheme,
-            last_gain=config.last_gain,
-            std_mode=config.std_mode,
-            log_std_min=low,
-            log_std_max=high,
-            squash=config.squash,
-            tanh_mean=config.tanh_mean and not config.squash,
-        )
+        actor = build_actor(actions.shape[-1], config)
         critic = CriticEnsemble(
             config.critic_hidden_dims,
             config.num_critics,
@@ -239,32 +246,46 @@ class IQL(Agent):
         `small`: 2x128 (Adroit 2x256), 10k updates and 10k environment steps. Locomotion at rates of 1e-3, tau 0.01
         and beta 0.5: in so few updates V is far from its end and advantages are mostly its error, which beta 3 clones.
         """
-        expectile, beta, dropout, offline, online, reward = {
-            "antmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
-            "pointmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
-            "adroit": (0.7, 0.5, 0.1, 20_000, 500_000, (10.0, 5.0)),
-            "kitchen": (0.7, 0.5, 0.1, 250_000, 500_000, (1.0, -4.0)),
-            "locomotion": (0.7, 3.0, 0.0, 250_000, 500_000, None),
-        }.get(family, (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None))
-        width, batch_size = 256, 256
-        if size == "small":
-            offline, online = 10_000, 10_000
-            width, batch_size = (256, 256) if family == "adroit" else (128, 128)
-        quick = size == "small" and family == "locomotion"
-        rate, tau, beta = (1e-3, 0.01, 0.5) if quick else (3e-4, 0.005, beta)
-        config = IQLConfig(
-            expectile=expectile,
-            beta=beta,
-            dropout=dropout,
-            actor_hidden_dims=(width, width),
-            critic_hidden_dims=(width, width),
-            value_hidden_dims=(width, width),
-            actor_lr=rate,
-            critic_lr=rate,
-            value_lr=rate,
-            tau=tau,
-            batch_size=batch_size,
-        )
-        normalize = 1000.0 if family == "locomotion" else None
-        good = size == "paper" and family == "adroit"  # demonstrations that failed are left out, as in WSRL's runs
-        return Preset(config, offline, online, reward, only_successes=good, normalize_returns=normalize)
+        settings, rest = preset_settings(family, size)
+        return Preset(IQLConfig(**settings), **rest)
+
+
+def preset_settings(family: str, size: Literal["paper", "small"]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of IQL's config, and the other fields of its `Preset`, for a family of tasks.
+
+    Methods that are IQL at heart (FamO2O, PEX, JSRL) begin their presets with these.
+    """
+    expectile, beta, dropout, offline, online, reward = {
+        "antmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
+        "pointmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
+        "adroit": (0.7, 0.5, 0.1, 20_000, 500_000, (10.0, 5.0)),
+        "kitchen": (0.7, 0.5, 0.1, 250_000, 500_000, (1.0, -4.0)),
+        "locomotion": (0.7, 3.0, 0.0, 250_000, 500_000, None),
+    }.get(family, (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None))
+    width, batch_size = 256, 256
+    if size == "small":
+        offline, online = 10_000, 10_000
+        width, batch_size = (256, 256) if family == "adroit" else (128, 128)
+    quick = size == "small" and family == "locomotion"
+    rate, tau, beta = (1e-3, 0.01, 0.5) if quick else (3e-4, 0.005, beta)
+    settings = {
+        "expectile": expectile,
+        "beta": beta,
+        "dropout": dropout,
+        "actor_hidden_dims": (width, width),
+        "critic_hidden_dims": (width, width),
+        "value_hidden_dims": (width, width),
+        "actor_lr": rate,
+        "critic_lr": rate,
+        "value_lr": rate,
+        "tau": tau,
+        "batch_size": batch_size,
+    }
+    rest = {
+        "offline_steps": offline,
+        "online_steps": online,
+        "reward": reward,
+        "only_successes": size == "paper" and family == "adroit",  # as in WSRL's runs
+        "normalize_returns": 1000.0 if family == "locomotion" else None,
+    }
+    return settings, rest

@@ -18,14 +18,14 @@ Where we differ
 - Replay, losses, rewards and step counts are those of our IQL.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.iql import IQL, IQLConfig, preset_settings
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
 from o2o.types import Array, Batch, Carry, Info, Params, Preset
@@ -152,10 +152,6 @@ class JSRL(IQL):
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return IQL's settings for a family of tasks, with a guide for about a third of an episode."""
-        base = IQL.preset(family, size)
-        shared = {field.name: getattr(base.config, field.name) for field in fields(IQLConfig)}
+        settings, rest = preset_settings(family, size)
         steps = {"antmaze": 300, "pointmaze": 100, "kitchen": 100, "locomotion": 300}.get(family, 60)
-        config = JSRLConfig(**shared, max_guide_steps=steps)
-        return Preset(
-            config, base.offline_steps, base.online_steps, base.reward, base.only_successes, base.normalize_returns
-        )
+        return Preset(JSRLConfig(**settings, max_guide_steps=steps), **rest)

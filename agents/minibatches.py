@@ -1,4 +1,4 @@
-"""What agents share: the shapes and counts that they refuse, and one step per minibatch of a call."""
+"""What agents share: checks of shapes and counts, and the scan over the minibatches of one call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.errors import ConfigError, DatasetError
-from o2o.types import Batch, Info
+from o2o.types import Array, Batch, Info
 
 
 def check_flat(observations: Any, agent: str) -> None:
@@ -17,14 +17,14 @@ def check_flat(observations: Any, agent: str) -> None:
 
 
 def check_counts(config: Any, *names: str) -> None:
-    """Raise ConfigError for a count below 1 among these settings; None is no count."""
+    """Raise `ConfigError` if one of these settings is below 1; None is allowed."""
     for name in names:
         if (count := getattr(config, name)) is not None and count < 1:
             raise ConfigError(f"{type(config).__name__}.{name} is {count}; expected at least 1")
 
 
 def minibatches_in(batch: Batch) -> int:
-    """Return `utd`, how many minibatches a call's leaves `[utd, B, ...]` hold; DatasetError for leaves `[B, ...]`."""
+    """Return `utd`, the number of minibatches in leaves `[utd, B, ...]`; raise `DatasetError` for leaves `[B, ...]`."""
     if jnp.ndim(batch["actions"]) < 3:
         raise DatasetError(
             f"update takes leaves [utd, B, ...], a minibatch per critic step; actions have shape "
@@ -36,8 +36,14 @@ def minibatches_in(batch: Batch) -> int:
 A = TypeVar("A")
 
 
-def each_minibatch(step: Callable[[A, Batch], tuple[A, Info]], agent: A, batch: Batch) -> tuple[A, Info]:
-    """Run `step` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
-    minibatches_in(batch)
-    agent, infos = jax.lax.scan(step, agent, batch)
+def each_minibatch(
+    step: Callable[..., tuple[A, Info]], agent: A, batch: Batch, rng: Array | None = None
+) -> tuple[A, Info]:
+    """Run `step(agent, rows)` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them.
+
+    With `rng` it is `step(agent, rows, key)`, with a key of its own for each minibatch.
+    """
+    utd = minibatches_in(batch)
+    inputs = (batch,) if rng is None else (batch, jax.random.split(rng, utd))
+    agent, infos = jax.lax.scan(lambda agent, each: step(agent, *each), agent, inputs)
     return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)

@@ -21,13 +21,13 @@ Where we differ
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.iql import IQL, IQLConfig, preset_settings
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, Init, Model
@@ -147,15 +147,12 @@ class PEX(IQL):
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks (arXiv 2302.00935); `small` for a laptop, after IQL's."""
-        base = IQL.preset(family, size)
-        shared: dict[str, Any] = {field.name: getattr(base.config, field.name) for field in fields(IQLConfig)}
-        own = {name: getattr(_DEFAULT, name) for name in ("online", "init_scheme", "update_order")}
-        kappa = 10.0 / (base.reward[0] if base.reward is not None else 1.0)
-        config = PEXConfig(**{**shared, **own}, inverse_temperature=kappa)
+        settings, rest = preset_settings(family, size)
+        reward, own = rest["reward"], dict[str, Any]()
         if size == "small":
-            config = replace(config, online=replace(config.online, warmup_steps=1000))
-            return replace(base, config=config)
-        if family in ("adroit", "kitchen"):
-            return replace(base, config=config)
-        config = replace(config, expectile=_DEFAULT.expectile, beta=_DEFAULT.beta)
-        return Preset(config, 1_000_000, 1_000_000, base.reward)
+            own["online"] = replace(_DEFAULT.online, warmup_steps=1000)
+        elif family not in ("adroit", "kitchen"):
+            own |= {"expectile": _DEFAULT.expectile, "beta": _DEFAULT.beta}
+            rest = {"offline_steps": 1_000_000, "online_steps": 1_000_000, "reward": reward}
+        kappa = 10.0 / (reward[0] if reward is not None else 1.0)
+        return Preset(PEXConfig(**{**settings, **own}, inverse_temperature=kappa), **rest)

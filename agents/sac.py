@@ -9,28 +9,38 @@ Where we differ
 - Actor and temperature step from the same pre-step parameters. RLPD's code steps the temperature second, but with the
   entropy and alpha of the actor step just done: the same numbers.
 - SAC's defaults are those of stable-baselines3, with Xavier initialisation; its entropy target is -dim(A).
-- An optimiser moves only when its loss ran; `zero_grad_steps` reproduces WSRL's code.
+- An optimiser moves only when its loss ran; `zero_grad_steps` restores what WSRL's code does instead.
 - Kitchen is not in RLPD's paper: its preset takes UTD 10 and three layers of 256 from the DPPO port, no more of it.
   "pointmaze" follows AntMaze. On Adroit success is terminal and the whole dataset is used; RLPD ran on without
   terminals, on 90 % of each file. Its shift of -1 on mazes is applied before storage, not to each batch.
+
+Options that exist because a published code has them, and presets need them
+- `shared_output`, `subset_replace`, `log_std_range=None`: WSRL's networks and its draw of target critics.
+- `joint_policy_step`, `next_entropy_samples`: the order of steps, and the place of the entropy, in the codes of Cal-QL
+  and WSRL.
+- `temperature_param`, `temperature_objective`: SAC and Cal-QL learn log alpha, RLPD alpha, WSRL alpha by softplus.
+- `std_mode="scaled"`, `output_gain`: the networks of Cal-QL's and FamO2O's codes.
+- `zero_grad_steps`: WSRL's published curves were made with it.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_counts, check_flat, minibatches_in
+from o2o.agents.minibatches import check_counts, check_flat, each_minibatch, minibatches_in
 from o2o.errors import ConfigError
+from o2o.nn.distributions import TanhNormal
 from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.rl import losses
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]
+Actor = TypeVar("Actor", bound=GaussianActor)
 
 
 @dataclass(frozen=True)
@@ -79,14 +89,12 @@ class SACConfig(AgentConfig):
     """Initial alpha."""
     temperature_objective: Literal["alpha", "log_alpha"] = "log_alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    entropy_on: Literal["current", "next"] = "current"
-    """Where the entropy is measured: at s with the actor step's sample, or at s' with `entropy_samples` fresh ones."""
-    entropy_samples: int = 1
-    """Samples per next state of that measurement."""
-    actor_batch: Literal["last", "all"] = "last"
-    """Rows of the actor step: the last minibatch, or all `utd * B`."""
-    joint_single: bool = False
-    """With one critic step per call, actor and temperature step beside the critic, from the same parameters."""
+    next_entropy_samples: int | None = None
+    """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
+    joint_policy_step: bool = False
+    """True: actor and temperature step on the rows of all minibatches of a call, `utd * B`; in a call with one
+    minibatch they are judged by the critics from before their step. False: on the last minibatch, by the new critics.
+    """
     bc_weight: float = 0.0
     """Weight w of behaviour cloning in the actor loss, (1 - w) L_pi + w L_BC."""
     actor_lr: float = 3e-4
@@ -98,11 +106,11 @@ class SACConfig(AgentConfig):
     tau: float = 0.005
     """Weight of the new parameters in the target's average, after every critic step."""
     zero_grad_steps: bool = False
-    """Replica of the WSRL code: step the Adam of networks whose loss did not run with zero gradients."""
+    """As WSRL's code: networks whose loss did not run take an Adam step with gradients of zero."""
 
     def __post_init__(self) -> None:
-        """Check the counts, and the settings that contradict each other."""
-        check_counts(self, "num_critics", "entropy_samples", "max_target_actions")
+        """Raise `ConfigError` if a count is below 1 or two settings contradict each other."""
+        check_counts(self, "num_critics", "next_entropy_samples", "max_target_actions")
         subset = self.target_subset
         if subset is not None and (subset < 1 or (not self.subset_replace and subset > self.num_critics)):
             raise ConfigError(f"target_subset is {subset}; expected 1 to num_critics={self.num_critics}, or None")
@@ -143,22 +151,33 @@ def positive_model(rng: Array, initial: float, param: Positive, learning_rate: f
     return Model.create(rng, Scalar(free), Adam(learning_rate))
 
 
-def build_actor(action_dim: int, config: SACConfig) -> GaussianActor:
-    """Return the actor's definition for actions `[A]`."""
-    low, high = config.log_std_range or (None, None)
-    bounds: dict[str, Any] = {} if config.log_std_range is None else {"std_min": 0.0, "std_max": float("inf")}
-    return GaussianActor(
-        config.actor_hidden_dims, action_dim, config.actor_layer_norm, init_scheme=config.init_scheme,
-        last_gain=config.last_gain, std_mode=config.std_mode, log_std_min=low, log_std_max=high, **bounds,
-    )  # fmt: skip
+def build_actor(action_dim: int, config: SACConfig, kind: type[Actor] = GaussianActor, **extra: Any) -> Actor:
+    """Return the definition of an actor for actions `[A]`, of class `kind` with the fields `extra` of its own."""
+    if config.log_std_range is not None:
+        low, high = config.log_std_range
+        extra |= {"log_std_min": low, "log_std_max": high, "std_min": 0.0, "std_max": float("inf")}
+    return kind(
+        hidden_dims=config.actor_hidden_dims,
+        action_dim=action_dim,
+        layer_norm=config.actor_layer_norm,
+        init_scheme=config.init_scheme,
+        last_gain=config.last_gain,
+        std_mode=config.std_mode,
+        **extra,
+    )
 
 
 def build_critic(config: SACConfig) -> CriticEnsemble:
     """Return the critics' definition."""
     return CriticEnsemble(
-        config.critic_hidden_dims, config.num_critics, config.critic_layer_norm, config.init_scheme,
-        config.last_gain, config.output_gain, config.shared_output,
-    )  # fmt: skip
+        hidden_dims=config.critic_hidden_dims,
+        num=config.num_critics,
+        layer_norm=config.critic_layer_norm,
+        init_scheme=config.init_scheme,
+        last_gain=config.last_gain,
+        output_gain=config.output_gain,
+        shared_output=config.shared_output,
+    )
 
 
 class SAC(Agent):
@@ -181,100 +200,131 @@ class SAC(Agent):
         temperature = positive_model(
             temperature_rng, config.temperature_init, config.temperature_param, config.temperature_lr
         )
-        parts: dict[str, Any] = {"target_critic": jax.tree.map(jnp.copy, critic.params), "temperature": temperature}
-        return jax.tree.map(jnp.asarray, cls(actor=actor, critic=critic, **parts, rng=rng, config=config))
+        agent = cls(
+            actor=actor,
+            critic=critic,
+            target_critic=jax.tree.map(jnp.copy, critic.params),
+            temperature=temperature,
+            rng=rng,
+            config=config,
+        )
+        return jax.tree.map(jnp.asarray, agent)
+
+    def policy(self, batch: Batch, params: Params | None = None) -> TanhNormal:
+        """Return pi(.|s) at the batch's observations `[..., D]`, with `params` in place of the actor's own."""
+        return self.actor(batch["observations"], params=params)
+
+    def next_policy(self, batch: Batch) -> TanhNormal:
+        """Return pi(.|s') at the batch's next observations `[..., D]`."""
+        return self.actor(batch["next_observations"])
 
     def alpha(self, params: Params | None = None) -> Array:
         """Return the entropy temperature, `[]`."""
         return positive(self.temperature(params=params), self.config.temperature_param)
 
-    def next_values(self, next_observations: Array, rng: Array) -> Array:
-        """Return v'(s') `[B]`: minimum of the drawn target members, best of the actions, entropy bonus if set."""
+    def targets(self, batch: Batch, rng: Array) -> Array:
+        """Return the critics' targets y `[B]` on leaves `[B, ...]`.
+
+        y = r + discount * m * (min Q'(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'), over target critics drawn once
+        (RLPD, arXiv 2302.02948, algorithm 1). With `max_target_actions` a' is the best of several samples; without
+        `backup_entropy` there is no entropy term.
+        """
         config = self.config
         member_rng, action_rng = jax.random.split(rng)
-        critic: Any = self.critic.module
-        module, params = draw_members(
-            critic, self.target_critic, member_rng, config.target_subset, config.subset_replace
+        samples = () if config.max_target_actions is None else (config.max_target_actions,)
+        next_actions, log_prob = self.next_policy(batch).sample_and_log_prob(action_rng, samples)
+        ensemble: Any = self.critic.module
+        critic, drawn = draw_members(
+            ensemble, self.target_critic, member_rng, config.target_subset, config.subset_replace
         )
-        count = () if config.max_target_actions is None else (config.max_target_actions,)
-        actions, log_prob = self.actor(next_observations).sample_and_log_prob(action_rng, count)
-        q: Any = module.apply(params, next_observations, actions)
-        values = jnp.min(q, axis=0)
-        if config.max_target_actions is not None:
-            best = jnp.argmax(values, axis=0, keepdims=True)
-            values = jnp.take_along_axis(values, best, axis=0)[0]
-            log_prob = jnp.take_along_axis(log_prob, best, axis=0)[0]
-        return values - self.alpha() * log_prob if config.backup_entropy else values
+        q: Any = critic.apply(drawn, batch["next_observations"], next_actions)
+        next_q = jnp.min(q, axis=0)
+        if samples:
+            best = jnp.argmax(next_q, axis=0, keepdims=True)
+            next_q, log_prob = (jnp.take_along_axis(each, best, axis=0)[0] for each in (next_q, log_prob))
+        if config.backup_entropy:
+            next_q = next_q - self.alpha() * log_prob
+        return losses.td_target(batch["rewards"], batch["masks"], next_q, config.discount)
 
     def critic_loss(self, params: Params, batch: Batch, targets: Array, rng: Array) -> tuple[Array, Info]:
-        """Return the critics' loss `[]` on leaves `[B, ...]`; `rng` serves agents that add terms."""
+        """Return mean (Q(s, a) - y)^2 over critics and rows `[]`, and metrics; `rng` is for agents that add terms."""
         q = self.critic(batch["observations"], batch["actions"], params=params)
         loss = losses.critic_loss(q, targets)
         return loss, {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
 
-    def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
-        """Step the critics on one minibatch `[B, ...]`, then move the targets towards them."""
+    def update_critic(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
+        """Step the critics on one minibatch `[B, ...]`, then move the target critics towards them."""
         target_rng, loss_rng = jax.random.split(rng)
-        values = self.next_values(batch["next_observations"], target_rng)
-        targets = losses.td_target(batch["rewards"], batch["masks"], values, self.config.discount)
+        targets = self.targets(batch, target_rng)
         grads, info = jax.grad(self.critic_loss, has_aux=True)(self.critic.params, batch, targets, loss_rng)
         critic = self.critic.apply_gradients(grads)
-        target = optax.incremental_update(critic.params, self.target_critic, self.config.tau)
-        return self.replace(critic=critic, target_critic=target), info
+        target_critic = optax.incremental_update(critic.params, self.target_critic, self.config.tau)
+        return self.replace(critic=critic, target_critic=target_critic), info
 
-    def policy_step(self, batch: Batch, rng: Array, critic: Model) -> tuple[Self, Info]:
+    def policy_value(self, batch: Batch, actions: Array, critic: Model) -> Array:
+        """Return what the actor climbs `[B]`: minimum or mean of the critics at the batch's states and `actions`."""
+        q = critic(batch["observations"], actions)
+        return jnp.min(q, axis=0) if self.config.actor_reduce == "min" else jnp.mean(q, axis=0)
+
+    def actor_loss(self, params: Params, batch: Batch, rng: Array, critic: Model) -> tuple[Array, Info]:
+        """Return mean (alpha log pi(a|s) - Q(s, a)) `[]`, a ~ pi(.|s), and metrics (arXiv 1812.05905, eq. 7)."""
+        policy, weight = self.policy(batch, params), self.config.bc_weight
+        actions, log_prob = policy.sample_and_log_prob(rng)
+        loss = losses.sac_actor_loss(log_prob, self.policy_value(batch, actions, critic), self.alpha())
+        if weight:
+            loss = (1.0 - weight) * loss - weight * jnp.mean(policy.log_prob(batch["actions"]))
+        return loss, {"actor/loss": loss, "actor/entropy": -jnp.mean(log_prob)}
+
+    def update_actor(self, batch: Batch, rng: Array, critic: Model) -> tuple[Model, Info]:
+        """Return the actor after a step on rows `[B, ...]`, judged by `critic`, and metrics."""
+        grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, rng, critic)
+        return self.actor.apply_gradients(grads), info
+
+    def update_temperature(self, entropy: Array, action_dim: int) -> tuple[Model, Info]:
+        """Return the temperature after a step on alpha (H - target), H the `entropy` `[]`, and metrics."""
+        target = -self.config.target_entropy * action_dim
+
+        def loss(params: Params) -> Array:
+            log_alpha = self.config.temperature_objective == "log_alpha"
+            multiplier = self.temperature(params=params) if log_alpha else self.alpha(params)
+            return losses.temperature_loss(multiplier, entropy, target)
+
+        value, grads = jax.value_and_grad(loss)(self.temperature.params)
+        info = {"actor/entropy": entropy, "temperature/alpha": self.alpha(), "temperature/loss": value}
+        return self.temperature.apply_gradients(grads), info
+
+    def update_policy(self, batch: Batch, rng: Array, critic: Model) -> tuple[Self, Info]:
         """Step actor and temperature on rows `[B, ...]`, both from the present parameters, judged by `critic`."""
-        config, alpha = self.config, self.alpha()
         actor_rng, entropy_rng = jax.random.split(rng)
-
-        def actor_loss(params: Params) -> tuple[Array, Array]:
-            policy = self.actor(batch["observations"], params=params)
-            actions, log_prob = policy.sample_and_log_prob(actor_rng)
-            q = critic(batch["observations"], actions)
-            q = jnp.min(q, axis=0) if config.actor_reduce == "min" else jnp.mean(q, axis=0)
-            loss = losses.sac_actor_loss(log_prob, q, alpha)
-            if config.bc_weight:
-                cloning = -jnp.mean(policy.log_prob(batch["actions"]))
-                loss = (1.0 - config.bc_weight) * loss + config.bc_weight * cloning
-            return loss, -jnp.mean(log_prob)
-
-        (loss, entropy), grads = jax.value_and_grad(actor_loss, has_aux=True)(self.actor.params)
-        if config.entropy_on == "next":
-            policy = self.actor(batch["next_observations"])
-            entropy = -jnp.mean(policy.sample_and_log_prob(entropy_rng, (config.entropy_samples,))[1])
-        target_entropy = -config.target_entropy * batch["actions"].shape[-1]
-
-        def temperature_loss(params: Params) -> Array:
-            free = config.temperature_objective == "log_alpha"
-            multiplier = self.temperature(params=params) if free else self.alpha(params)
-            return losses.temperature_loss(multiplier, entropy, target_entropy)
-
-        dual_loss, dual_grads = jax.value_and_grad(temperature_loss)(self.temperature.params)
-        actor, temperature = self.actor.apply_gradients(grads), self.temperature.apply_gradients(dual_grads)
-        info = {"actor/loss": loss, "actor/entropy": entropy, "temperature/alpha": alpha, "temperature/loss": dual_loss}
-        return self.replace(actor=actor, temperature=temperature), info
+        actor, info = self.update_actor(batch, actor_rng, critic)
+        entropy, samples = info["actor/entropy"], self.config.next_entropy_samples
+        if samples is not None:
+            entropy = -jnp.mean(self.next_policy(batch).sample_and_log_prob(entropy_rng, (samples,))[1])
+        temperature, more = self.update_temperature(entropy, batch["actions"].shape[-1])
+        return self.replace(actor=actor, temperature=temperature), {**info, **more}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
+        """Run `utd` critic steps and one step of actor and temperature on leaves `[utd, B, ...]`."""
         config, utd = self.config, minibatches_in(batch)
         rng, critic_rng, policy_rng = jax.random.split(self.rng, 3)
-        replica = config.zero_grad_steps and not (utd == 1 and config.joint_single)
+        together = config.joint_policy_step and utd == 1
+        idle_steps = config.zero_grad_steps and not together
 
-        def step(agent: Self, inputs: tuple[Batch, Array]) -> tuple[Self, Info]:
-            agent, info = agent.critic_step(*inputs)
-            if replica:
+        def step(agent: Self, rows: Batch, rng: Array) -> tuple[Self, Info]:
+            agent, info = agent.update_critic(rows, rng)
+            if idle_steps:
                 agent = agent.replace(actor=zero_step(agent.actor), temperature=zero_step(agent.temperature))
             return agent, info
 
-        agent, infos = jax.lax.scan(step, self.replace(rng=rng), (batch, jax.random.split(critic_rng, utd)))
-        rows = jax.tree.map(lambda leaf: leaf[-1], batch)
-        if config.actor_batch == "all":
+        agent, info = each_minibatch(step, self.replace(rng=rng), batch, critic_rng)
+        if config.joint_policy_step:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
-        critic = self.critic if utd == 1 and config.joint_single else agent.critic
-        agent, info = agent.policy_step(rows, policy_rng, critic)
-        if replica:
+        else:
+            rows = jax.tree.map(lambda leaf: leaf[-1], batch)
+        agent, policy_info = agent.update_policy(rows, policy_rng, self.critic if together else agent.critic)
+        if idle_steps:
             agent = agent.replace(critic=zero_step(agent.critic))
-        return agent, {**jax.tree.map(jnp.mean, infos), **info}
+        return agent, {**info, **policy_info}
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
@@ -319,15 +369,35 @@ def zero_step(model: Model) -> Model:
     return model.apply_gradients(jax.tree.map(jnp.zeros_like, model.params))
 
 
-def shrink(config: Any, utd_ratio: int) -> Any:
-    """Return `config` at laptop size: 2 x 128 wide, at most 4 critics, batch 128, rates 3e-4, starts by step 1000."""
-    online = replace(
-        config.online, utd_ratio=utd_ratio, warmup_steps=min(config.online.warmup_steps, 1000),
-        random_steps=min(config.online.random_steps, 1000), min_rows=min(config.online.min_rows, 128),
-    )  # fmt: skip
+def shrink(config: Any, utd_ratio: int, rate: float = 3e-4) -> Any:
+    """Return `config` at laptop size: batch 128, networks of `shrink_networks`, all rates `rate`."""
+    online = shrink_online(config.online, utd_ratio)
+    return replace(shrink_networks(with_rate(config, rate)), batch_size=128, online=online)
+
+
+def shrink_online(online: OnlineConfig, utd_ratio: int) -> OnlineConfig:
+    """Return the schedule with this update ratio and with updates that start by step 1000."""
     return replace(
-        config, batch_size=128, online=online, actor_hidden_dims=(128, 128), critic_hidden_dims=(128, 128),
-        num_critics=min(config.num_critics, 4), actor_lr=3e-4, critic_lr=3e-4, temperature_lr=3e-4,
-        entropy_samples=min(config.entropy_samples, 4),
+        online,
+        utd_ratio=utd_ratio,
+        warmup_steps=min(online.warmup_steps, 1000),
+        random_steps=min(online.random_steps, 1000),
+        min_rows=min(online.min_rows, 128),
+    )
+
+
+def shrink_networks(config: Any) -> Any:
+    """Return `config` with networks 2 x 128 wide, at most 4 critics and at most 4 sampled actions."""
+    return replace(
+        config,
+        actor_hidden_dims=(128, 128),
+        critic_hidden_dims=(128, 128),
+        num_critics=min(config.num_critics, 4),
+        next_entropy_samples=config.next_entropy_samples and min(config.next_entropy_samples, 4),
         max_target_actions=config.max_target_actions and min(config.max_target_actions, 4),
-    )  # fmt: skip
+    )
+
+
+def with_rate(config: Any, rate: float) -> Any:
+    """Return `config` with one learning rate for actor, critics and temperature."""
+    return replace(config, actor_lr=rate, critic_lr=rate, temperature_lr=rate)

@@ -6,22 +6,23 @@ moments, roll the frozen policy out for 5000 steps into an empty buffer, then ru
 and four critic steps per environment step. The warm-up rows stand in for the data; nothing conservative is left online.
 
 Where we differ
-- An optimiser moves only when its loss ran; `zero_grad_steps` restores the code's zero-gradient steps.
+- An optimiser moves only when its loss ran; `finetune.zero_grad_steps` restores the code's zero-gradient steps.
 - The switch is an explicit call, `online()`, not a step counter.
 - IQL (actor and critics) and BC (the actor only) may pre-train too; what is missing starts afresh. One that was
   trained elsewhere enters through `from_agent`; its networks are kept as they are, the limits of sigma included, where
   the code clips sigma to [1e-5, 10] whoever pre-trained (`log_std_range`).
-- At UTD 1 actor and temperature step beside the critics, from the same parameters (`joint_single`, as in the code).
+- At UTD 1 actor and temperature step beside the critics, from the same parameters, as in the code.
 - With `replay="mixed"` every minibatch has its share of dataset rows; the code's are purely one or the other.
 - Adroit's failed demonstrations are left out as in the paper; the small preset keeps them (`task.only_successes`).
-- `max_target_actions` acts online (mazes only, as in the paper), `pretrain_target_actions` offline.
-- `pretrain="iql"`, an ablation of the paper, takes this config's rates, critic widths and steps in sequence; there it
-  has 3e-4 throughout, V of 2x256, dropout 0.1 on Adroit and Kitchen, and steps from the same parameters.
-- The small presets, mazes apart, pre-train at a rate of their own, `pretrain_lr`; the paper has one rate throughout.
+- The target takes the best of ten actions offline, and online on mazes only, as in the paper.
+- `pretrain="iql"`, an ablation of the paper, takes the actor's rate, critic widths and steps in sequence of this
+  config; there it has 3e-4 throughout, V of 2x256, dropout 0.1 on Adroit and Kitchen, and steps from the same
+  parameters.
+- The small presets, mazes apart, pre-train at rates of 1e-3; the paper has one rate throughout.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import jax
@@ -29,50 +30,155 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.bc import BC, BCConfig
-from o2o.agents.cql import CQL, CalQL, CalQLConfig, CQLConfig, family_settings, shrink_conservative
+from o2o.agents.cql import CQL, CalQL, CQLConfig, family_settings, shrink_term
 from o2o.agents.iql import IQL, IQLConfig
-from o2o.agents.minibatches import check_counts
-from o2o.agents.sac import RLPD, SAC, SACConfig
+from o2o.agents.sac import RLPD, SAC, SACConfig, shrink_networks, shrink_online, with_rate
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.modules import Model
-from o2o.types import Agent, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]
 Learner = SAC | CQL | CalQL | IQL | BC
 SOURCES = (SAC, RLPD, CQL, CalQL, IQL, BC)
 """What a WSRL agent can start from, and no class derived from them: their actors are policies of their own."""
+SHARED = (
+    "actor_hidden_dims",
+    "critic_hidden_dims",
+    "num_critics",
+    "actor_layer_norm",
+    "critic_layer_norm",
+    "shared_output",
+    "std_mode",
+    "log_std_range",
+    "temperature_param",
+)
+"""Settings that must be equal before and after the switch, which carries networks and temperature over."""
+
+
+def online_sac(**changes: Any) -> SACConfig:
+    """Return WSRL's online SAC, that of the published code, with `changes`."""
+    published: dict[str, Any] = {
+        "actor_layer_norm": True,
+        "critic_layer_norm": True,
+        "init_scheme": "orthogonal",
+        "last_gain": 1e-2,
+        "shared_output": True,
+        "log_std_range": None,
+        "num_critics": 10,
+        "target_subset": 2,
+        "subset_replace": True,
+        "backup_entropy": False,
+        "temperature_param": "softplus",
+        "temperature_objective": "alpha",
+        "next_entropy_samples": 1,
+        "joint_policy_step": True,
+        "actor_lr": 1e-4,
+        "temperature_lr": 1e-4,
+    }
+    return SACConfig(**{**published, **changes})
+
+
+def fitting_iql(sac: SACConfig, **changes: Any) -> IQLConfig:
+    """Return IQL whose actor and critics are those of `sac`, with `changes`."""
+    networks: dict[str, Any] = {
+        "actor_hidden_dims": sac.actor_hidden_dims,
+        "critic_hidden_dims": sac.critic_hidden_dims,
+        "value_hidden_dims": sac.critic_hidden_dims,
+        "actor_layer_norm": sac.actor_layer_norm,
+        "critic_layer_norm": sac.critic_layer_norm,
+        "num_critics": sac.num_critics,
+        "shared_output": sac.shared_output,
+        "init_scheme": sac.init_scheme,
+        "last_gain": sac.last_gain,
+        "squash": True,
+        "std_mode": sac.std_mode,
+        "log_std_range": sac.log_std_range,
+        "actor_lr": sac.actor_lr,
+        "critic_lr": sac.critic_lr,
+    }
+    return IQLConfig(**{**networks, **changes})
+
+
+def fitting_bc(sac: SACConfig, **changes: Any) -> BCConfig:
+    """Return behaviour cloning whose actor is that of `sac`, with `changes`."""
+    networks: dict[str, Any] = {
+        "actor_hidden_dims": sac.actor_hidden_dims,
+        "actor_layer_norm": sac.actor_layer_norm,
+        "init_scheme": sac.init_scheme,
+        "last_gain": sac.last_gain,
+        "squash": True,
+        "std_mode": sac.std_mode,
+        "log_std_range": sac.log_std_range,
+        "actor_lr": sac.actor_lr,
+    }
+    return BCConfig(**{**networks, **changes})
 
 
 @dataclass(frozen=True)
-class WSRLConfig(CQLConfig):
-    """Settings of WSRL: those of the online SAC, and those of the pre-trainer whose networks it takes over."""
+class WSRLConfig(AgentConfig):
+    """Settings of WSRL: a pre-trainer, the settings of each possible one, and the SAC that takes its networks over.
+
+    `batch_size`, `discount` and `online` here hold for both phases; those inside the parts must not be set.
+    """
 
     online: OnlineConfig = OnlineConfig(utd_ratio=4, warmup_steps=5000, min_rows=1024)
     """Schedule of the online phase."""
-    max_target_actions: int | None = None
-    """Next actions of which the online target takes the best; `None` for a single one."""
     pretrain: Pretrain = "calql"
-    """Offline agent that the online phase starts from."""
-    pretrain_target_actions: int | None = 10
-    """Next actions of which the target of CQL and Cal-QL takes the best while pre-training."""
-    expectile: float = 0.7
-    """IQL as pre-trainer: expectile of the value loss."""
-    beta: float = 3.0
-    """IQL as pre-trainer: inverse temperature of the advantage weights."""
-    pretrain_lr: float | None = None
-    """One rate for all networks while pre-training; `None`, as in the paper, for the same rates as online."""
+    """Offline agent that the online phase starts from: `calql` or `cql` with the settings `cql`, `iql`, `bc`, or `sac`
+    with the settings `finetune`."""
+    cql: CQLConfig = CQLConfig()
+    """The pre-trainer Cal-QL or CQL."""
+    iql: IQLConfig = fitting_iql(online_sac())
+    """The pre-trainer IQL."""
+    bc: BCConfig = fitting_bc(online_sac())
+    """The pre-trainer behaviour cloning."""
+    finetune: SACConfig = online_sac()
+    """SAC of the online phase."""
 
     def __post_init__(self) -> None:
-        """Check the pre-trainer's name and the settings that contradict each other."""
-        super().__post_init__()
-        check_counts(self, "pretrain_target_actions")
+        """Raise `ConfigError` for an unknown pre-trainer and for settings of a part that the whole decides."""
         if self.pretrain not in ("calql", "cql", "iql", "bc", "sac"):
             raise ConfigError(f"WSRLConfig.pretrain is {self.pretrain!r}; expected calql, cql, iql, bc or sac")
+        parts: dict[str, AgentConfig] = {"cql": self.cql, "iql": self.iql, "bc": self.bc, "finetune": self.finetune}
+        for name, part in parts.items():
+            for field in ("batch_size", "discount", "online"):
+                inside, outside = getattr(part, field), getattr(self, field)
+                if inside not in (outside, getattr(type(part), field)):
+                    raise ConfigError(
+                        f"WSRLConfig.{name}.{field} is {inside} and WSRLConfig.{field} is {outside}: the latter holds "
+                        f"for both phases; set it (--config.{field.replace('_', '-')}) and leave {name}.{field}"
+                    )
 
     @property
     def needs(self) -> Needs:
         """What an agent with these settings needs of its data and its run."""
-        return pretrainer(self)[1].needs
+        return Needs(keys=("mc_returns",)) if self.pretrain == "calql" else Needs()
+
+    def pretrainer(self) -> tuple[type[Learner], Any]:
+        """Return the pre-trainer's class and its config.
+
+        Raises `ConfigError` where its networks differ from those of `finetune`.
+        """
+        kind, name = {
+            "calql": (CalQL, "cql"),
+            "cql": (CQL, "cql"),
+            "iql": (IQL, "iql"),
+            "bc": (BC, "bc"),
+            "sac": (SAC, "finetune"),
+        }[self.pretrain]
+        part = getattr(self, name)
+        for field in SHARED:
+            have, want = getattr(part, field, None), getattr(self.finetune, field)
+            if hasattr(part, field) and have != want:
+                raise ConfigError(
+                    f"WSRLConfig.{name}.{field} is {have} and WSRLConfig.finetune.{field} is {want}: make them equal, "
+                    "the online phase takes the networks over"
+                )
+        return kind, self.of_the_whole(part)
+
+    def of_the_whole(self, part: Any) -> Any:
+        """Return the config of a part with the discount, batch size and schedule of the whole."""
+        return replace(part, discount=self.discount, batch_size=self.batch_size, online=self.online)
 
 
 class WSRL(Agent):
@@ -89,12 +195,12 @@ class WSRL(Agent):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: WSRLConfig = WSRLConfig()) -> Self:
         """Initialise the pre-trainer from a key and example observations `[B, D]` and actions `[B, A]`."""
-        kind, pretrain_config = pretrainer(config)
-        return cls(learner=kind.create(rng, observations, actions, pretrain_config), config=config)
+        kind, settings = config.pretrainer()
+        return cls(learner=kind.create(rng, observations, actions, settings), config=config)
 
     @classmethod
     def from_agent(cls, agent: "Learner | WSRL", config: WSRLConfig) -> Self:
-        """Return the WSRL agent that starts from a pre-trained `agent`; its `log_std_range` is that of `agent`.
+        """Return the WSRL agent that starts from a pre-trained `agent`; its limits of sigma are those of `agent`.
 
         Raises ConfigError for agents of other classes and where the policy is not tanh-squashed, CheckpointError if
         shapes are not those of `config`.
@@ -103,7 +209,8 @@ class WSRL(Agent):
         if type(source) not in SOURCES:
             known = ", ".join(kind.__name__ for kind in SOURCES)
             raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
-        switched = cls(learner=source, config=replace(config, log_std_range=source.config.log_std_range))
+        finetune = replace(config.finetune, log_std_range=source.config.log_std_range)
+        switched = cls(learner=source, config=replace(config, finetune=finetune))
         jax.eval_shape(switched.online)
         return switched
 
@@ -145,7 +252,7 @@ class WSRL(Agent):
 
     def online(self) -> Self:
         """Return the agent whose learner is SAC with the pre-trained networks and Adam moments; the dual is dropped."""
-        source, config = self.learner, self.config
+        source, config = self.learner, self.config.of_the_whole(self.config.finetune)
         if type(source) is SAC and source.config == config:
             return self
         if not source.actor.module.squash:
@@ -162,8 +269,8 @@ class WSRL(Agent):
         if isinstance(source, SAC):
             if source.config.temperature_param != config.temperature_param:
                 raise ConfigError(
-                    f"temperature_param is {config.temperature_param!r} but the pre-trained agent has "
-                    f"{source.config.temperature_param!r}; set it to that"
+                    f"WSRLConfig.finetune.temperature_param is {config.temperature_param!r}, the pre-trained agent has "
+                    f"{source.config.temperature_param!r}: set it to that"
                 )
             parts["temperature"] = _carry_over(source.temperature, fresh.temperature, "temperature")
         return self.replace(learner=fresh.replace(**parts, rng=rng))
@@ -172,13 +279,16 @@ class WSRL(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the paper's settings for a task family (arXiv 2412.07762); `small` for a laptop."""
         networks, term, steps, reward = family_settings(family)
-        pretrain: Pretrain = "cql" if family in ("locomotion", "other") else "calql"
         maze = family in ("antmaze", "pointmaze")
         expectile, beta = (0.9, 10.0) if maze else (0.7, 0.5 if family in ("adroit", "kitchen") else 3.0)
+        finetune = online_sac(**networks, max_target_actions=10 if maze else None)
         config = WSRLConfig(
-            **networks, conservative=term, pretrain=pretrain, max_target_actions=10 if maze else None,
-            expectile=expectile, beta=beta,
-        )  # fmt: skip
+            pretrain="cql" if family in ("locomotion", "other") else "calql",
+            cql=CQLConfig(**networks, conservative=term),
+            iql=fitting_iql(finetune, expectile=expectile, beta=beta),
+            bc=fitting_bc(finetune),
+            finetune=finetune,
+        )
         if size == "small":
             return Preset(_small(config, maze), 6_000 if maze else 8_000, 8_000, reward)
         return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
@@ -186,34 +296,22 @@ class WSRL(Agent):
 
 def _small(config: WSRLConfig, maze: bool) -> WSRLConfig:
     """Return the laptop form: fast rates offline; in mazes online too, elsewhere the paper's and a longer warm-up."""
-    small = replace(shrink_conservative(config, utd_ratio=2 if maze else 4), pretrain_target_actions=4)
-    if maze:
-        rates = {"actor_lr": 3e-4, "critic_lr": 3e-4, "temperature_lr": 3e-4}
-        return replace(small, **rates, online=replace(small.online, min_rows=256))
-    rates = {"actor_lr": config.actor_lr, "critic_lr": config.critic_lr, "temperature_lr": config.temperature_lr}
-    online = replace(small.online, warmup_steps=3_000, min_rows=512)
-    return replace(small, **rates, pretrain_lr=1e-3, online=online)
-
-
-def pretrainer(config: WSRLConfig) -> tuple[type, Any]:
-    """Return the pre-trainer's class and its config, whose networks are those of the online phase."""
-    if config.pretrain in ("calql", "cql"):
-        settings = _values(config, CQLConfig, max_target_actions=config.pretrain_target_actions)
-        return (CalQL, CalQLConfig(**settings)) if config.pretrain == "calql" else (CQL, CQLConfig(**settings))
-    if config.pretrain == "sac":
-        return SAC, SACConfig(**_values(config, SACConfig))
-    if config.pretrain == "bc":
-        return BC, BCConfig(**_values(config, BCConfig, squash=True))
-    return IQL, IQLConfig(**_values(config, IQLConfig, squash=True, value_hidden_dims=config.critic_hidden_dims))
-
-
-def _values(config: WSRLConfig, kind: type, **overrides: Any) -> dict[str, Any]:
-    """Return the settings that `config` and the config class `kind` have in common, with `overrides`."""
-    names = {field.name for field in fields(kind)} & {field.name for field in fields(config)}
-    if config.pretrain_lr is not None:
-        rates = {"actor_lr", "critic_lr", "value_lr", "temperature_lr"} & {field.name for field in fields(kind)}
-        overrides = {**dict.fromkeys(rates, config.pretrain_lr), **overrides}
-    return {**{name: getattr(config, name) for name in sorted(names)}, **overrides}
+    rate = 3e-4 if maze else 1e-3
+    finetune = shrink_networks(with_rate(config.finetune, rate) if maze else config.finetune)
+    iql = fitting_iql(
+        finetune, expectile=config.iql.expectile, beta=config.iql.beta, actor_lr=rate, critic_lr=rate, value_lr=rate
+    )
+    online = shrink_online(config.online, utd_ratio=2 if maze else 4)
+    online = replace(online, min_rows=256) if maze else replace(online, warmup_steps=3_000, min_rows=512)
+    return replace(
+        config,
+        batch_size=128,
+        online=online,
+        cql=shrink_term(shrink_networks(with_rate(config.cql, rate))),
+        iql=iql,
+        bc=fitting_bc(finetune, actor_lr=rate),
+        finetune=finetune,
+    )
 
 
 def _part(learner: Learner, name: str) -> Any:
@@ -233,7 +331,7 @@ def _carry_over(source: Model, fresh: Model, name: str) -> Model:
     if want != have:
         raise CheckpointError(
             f"WSRL's {name} does not fit the pre-trained one: expected {_describe(want)}, found {_describe(have)}; "
-            "pre-train with the same network settings, or change WSRLConfig to match"
+            "pre-train with the same network settings, or change WSRLConfig.finetune to match"
         )
     rest: Any = fresh.opt_state
     return fresh.replace(params=source.params, opt_state=(source.opt_state[0], *rest[1:]))

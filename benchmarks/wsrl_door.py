@@ -3,6 +3,7 @@
 from o2o.report.suite import BenchTask, Suite, Variant
 
 TEN = (("num_critics", 10),)
+TEN_OF_BOTH = (("cql.num_critics", 10), ("finetune.num_critics", 10))
 NO_WARMUP = (("online.warmup_steps", 0), ("online.min_rows", 256))
 
 SUITE = Suite(
@@ -16,9 +17,9 @@ SUITE = Suite(
     tasks=(BenchTask("hand_dapg/door/noisy-v0", (("binary", True), ("only_successes", True))),),
     variants=(
         Variant("calql", "calql", TEN, offline_steps=10_000, online_steps=0),
-        Variant("wsrl", "wsrl", TEN, starts_from="calql"),
+        Variant("wsrl", "wsrl", TEN_OF_BOTH, starts_from="calql"),
         Variant("rlpd", "rlpd", TEN),
-        Variant("sac", "wsrl", (*TEN, *NO_WARMUP), starts_from="calql"),
+        Variant("sac", "wsrl", (*TEN_OF_BOTH, *NO_WARMUP), starts_from="calql"),
     ),
     seeds=3,
     preset="small",

@@ -64,16 +64,26 @@ def embedded(embedded_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     yield envs.embedded_id(envs.DEMO_DATASET)
 
 
+WIDTHS = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit", "balance")]
+
+
+def narrow(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield fields, those of nested settings too, that make every network of `config` 16 wide."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in WIDTHS:
+            yield f"{prefix}{field.name}", (16, 16)
+        elif dataclasses.is_dataclass(value):
+            yield from narrow(value, f"{prefix}{field.name}.")
+
+
 @pytest.fixture
 def tiny_run(embedded: str) -> Callable[..., session.RunConfig]:
     """Return a maker of runs on the embedded dataset with tiny networks: `tiny_run(agent, fields=(...), **changes)`."""
 
     def make(agent: str, fields: Any = (), **changes: Any) -> session.RunConfig:
         run = session.preset_run(agent, embedded, "small")
-        tiny: list[tuple[str, Any]] = [("batch_size", 16)]
-        names = {field.name for field in dataclasses.fields(run.config)}
-        widths = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit", "balance")]
-        tiny += [(name, (16, 16)) for name in widths if name in names]
+        tiny: list[tuple[str, Any]] = [("batch_size", 16), *narrow(run.config)]
         online = [("online.warmup_steps", 20)] if agent == "wsrl" else []
         online += [("online.random_steps", 20)] if agent == "rlpd" else []
         config = session.with_fields(run.config, [*tiny, *online, ("online.min_rows", 0), *fields])

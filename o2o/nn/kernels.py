@@ -1,6 +1,5 @@
 """How the same mathematics is laid out on different back ends: what is fast on a GPU need not be on a CPU.
 
-- A wide evaluation goes through in pieces that fit the cache, each piece's gradient right behind its value.
 - Sums over rows, for the gradients of biases and scales, and means over features are products with ones: XLA makes
   several passes of each. Only on a CPU; on a GPU products may round more coarsely than sums.
 - Convolutions have gradients of their own on a CPU: XLA brings convolutions into the form of its fast kernels there
@@ -21,19 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap, sequential_vmap
 
-from o2o.types import Array, Params
+from o2o.types import Array
 
-PIECE_ROWS = 32
-"""Rows whose intermediate values, some dozens of each, still fit a CPU core's cache."""
 BATCHED_NUMBERS = 2_000_000
 """Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/seeds.py`)."""
-RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
-"""Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
-
-
-def piece_rows() -> int | None:
-    """Return how many rows a wide evaluation takes at a time on this back end; None: all at once."""
-    return PIECE_ROWS if jax.default_backend() == "cpu" else None
 
 
 def sums_as_products() -> bool:
@@ -67,53 +57,6 @@ def _(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
 def branch(flag: Array, then: Callable[..., Any], rest: Callable[..., Any], *operands: Any) -> Any:
     """Return `jax.lax.cond(flag, then, rest, *operands)`, with `then` under `jax.vmap` only if a seed does it."""
     return jax.lax.cond(any_seed(flag), lambda *args: jax.lax.cond(flag, then, rest, *args), rest, *operands)
-
-
-def sum_in_pieces(function: RowSum, size: int | None, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:
-    """Return `function(params, varied, fixed)`, a sum over the leading axis of the rows, from pieces of `size` rows.
-
-    Each piece's gradient is computed right behind its value, while what it needs is still in the cache, and with no
-    second forward pass; so the result can be differentiated once, by `params` and `varied`, in reverse mode. With no
-    size, or rows that it does not divide into several, nothing is cut.
-    """
-    rows = jax.tree.leaves(varied)[0].shape[0]
-    if size is None or rows <= size or rows % size:
-        return function(params, varied, fixed)
-    return _in_pieces(function, size, params, varied, fixed)
-
-
-def _cut(rows: Any, size: int) -> Any:
-    """Return pieces `[n, size, ...]` of rows `[n * size, ...]`."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_pieces(function: RowSum, size: int, params: Params, varied: Any, fixed: Any) -> tuple[Array, Any]:
-    pieces = _cut((varied, fixed), size)
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(lambda rows: function(params, *rows), pieces))
-
-
-def _forward(function: RowSum, size: int, params: Params, varied: Any, fixed: Any) -> tuple[Any, Any]:
-    pieces = _cut((varied, fixed), size)
-    both = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
-
-    def step(totals: Any, rows: Any) -> tuple[Any, Any]:
-        result, (grads, row_grads) = both(params, *rows)
-        return jax.tree.map(jnp.add, totals, (result, grads)), row_grads
-
-    shapes = jax.eval_shape(lambda p, rows: both(p, *rows), params, jax.tree.map(lambda leaf: leaf[0], pieces))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
-    (result, grads), row_grads = jax.lax.scan(step, zeros, pieces)
-    return result, (grads, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), row_grads), fixed)
-
-
-def _backward(function: RowSum, size: int, saved: Any, cotangent: Any) -> tuple[Any, Any, Any]:
-    grads, row_grads, fixed = saved
-    scaled = jax.tree.map(lambda leaf: cotangent[0] * leaf, (grads, row_grads))
-    return *scaled, jax.tree.map(jnp.zeros_like, fixed)
-
-
-_in_pieces.defvjp(_forward, _backward)
 
 
 def product(x: Array, kernel: Array) -> Array:

@@ -57,6 +57,6 @@ def advantage_weights(advantages: Array, beta: float | Array, cap: float = 100.0
     return jnp.exp(jnp.minimum(beta * advantages, jnp.log(cap)))
 
 
-def conservative_gap(z: Array, q_data: Array, temperature: float = 1.0) -> Array:
-    """Return T logsumexp(z / T) - Q(s, a_data), `z [..., K, B]` and `q_data [..., B]` (arXiv 2006.04779, eq. 4)."""
-    return temperature * jax.scipy.special.logsumexp(z / temperature, axis=-2) - q_data
+def conservative_gap(z: Array, q_data: Array) -> Array:
+    """Return logsumexp(z) - Q(s, a_data), `z [..., K, B]` and `q_data [..., B]` (CQL, arXiv 2006.04779, eq. 4)."""
+    return jax.scipy.special.logsumexp(z, axis=-2) - q_data

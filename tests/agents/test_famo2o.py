@@ -12,7 +12,7 @@ import pytest
 
 from o2o.agents import IQL, FamO2O, FamO2OConfig, IQLConfig
 from o2o.agents import balance as parts
-from o2o.agents.balance import coefficient, encode, join
+from o2o.agents.balance import coefficient, encode
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam
 from tests.helpers.contract import QUICK
@@ -153,7 +153,7 @@ def test_actor_loss_by_hand() -> None:
     q = np.asarray(agent.critic(states, actions, params=agent.target_critic)).min(axis=0)
     exponents = beta * (q - np.asarray(agent.value(states)))
     weights = np.minimum(np.exp(np.minimum(exponents, 50.0)), 100.0)
-    log_prob = np.asarray(agent.actor(join(states, jnp.asarray(beta))).log_prob(actions))
+    log_prob = np.asarray(agent.actor(states, jnp.asarray(beta)).log_prob(actions))
     assert float(loss) == pytest.approx(-float(np.mean(weights * log_prob)), rel=1e-4)
     share = float(np.mean(exponents >= math.log(100.0)))
     assert 0.0 < share < 1.0 and float(info["actor/capped"]) == pytest.approx(share)
@@ -167,7 +167,7 @@ def test_balance_loss_by_hand() -> None:
     states, (x_rng, action_rng) = ROWS["observations"], jax.random.split(KEY)
     x, log_prob = agent.balance_actor(states).sample_and_log_prob(x_rng)
     beta = 8.0 + (np.asarray(x)[:, 0] + 1.0) / 2.0 * 6.0
-    actions = agent.actor(join(states, jnp.asarray(beta))).sample(action_rng)
+    actions = agent.actor(states, jnp.asarray(beta)).sample(action_rng)
     q = np.asarray(agent.critic(states, actions, params=agent.target_critic)).min(axis=0)
     assert float(loss) == pytest.approx(float(np.mean(math.exp(-1.0) * np.asarray(log_prob) - q)), rel=1e-4)
     assert float(info["balance/entropy"]) == pytest.approx(-float(log_prob.mean()), rel=1e-5)
@@ -300,7 +300,7 @@ def test_acting_uses_the_deterministic_coefficient() -> None:
     assert (
         betas.shape == (64,) and float(betas.std()) > 0.05 and agent.balance(states.reshape(4, 16, 3)).shape == (4, 16)
     )
-    policy, greedy = agent.actor(join(states, betas)), jnp.zeros(())
+    policy, greedy = agent.actor(states, betas), jnp.zeros(())
     for key in jax.random.split(KEY, 2):
         sample, _ = agent.sample_actions(states, None, key)
         np.testing.assert_allclose(sample, jnp.clip(policy.sample(key), -1, 1), atol=1e-6)
@@ -328,7 +328,7 @@ def test_a_bandit_with_good_and_bad_data() -> None:
     agent = Probe(agent, steps=2500).train({**table, "next_observations": table["observations"]})
     expert, novice = (float(agent.balance(jnp.asarray([state]))) for state in (-1.0, 1.0))
     assert novice > expert + 0.12, (expert, novice)
-    policy: Any = agent.actor(join(jnp.ones((7, 1)), jnp.linspace(0.0, 1.5, 7)))
+    policy: Any = agent.actor(jnp.ones((7, 1)), jnp.linspace(0.0, 1.5, 7))
     values = -10.0 * np.asarray((policy.mean - 0.4) ** 2 + policy.std**2)[:, 0]  # expected reward, in closed form
     assert np.all(np.diff(values) > -0.02) and values[-1] > values[0] + 0.3, values
     assert abs(mode(agent, 1.0) - 0.4) < 0.1 and abs(mode(agent, -1.0) + 0.4) < 0.1

@@ -11,11 +11,20 @@ import numpy as np
 import pytest
 
 from o2o.agents import CQL, Conservative, CQLConfig, FamO2OCQL, FamO2OCQLConfig
-from o2o.agents.balance import encode, join
+from o2o.agents.balance import encode
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam
 from tests.helpers.contract import QUICK
-from tests.helpers.tiny import create, largest_difference, make_batch, moved, set_config, steps
+from tests.helpers.tiny import (
+    ACTION_DIM,
+    OBSERVATION_DIM,
+    create,
+    largest_difference,
+    make_batch,
+    moved,
+    set_config,
+    steps,
+)
 
 TERM = Conservative(weight=1.0, subset=None, n_actions=3)
 WIDTHS = {"actor_hidden_dims": (16,), "critic_hidden_dims": (16,), "conservative": TERM, "critic_layer_norm": False}
@@ -24,7 +33,7 @@ ROWS = make_batch(rows=64)
 STATES = ROWS["observations"]
 KEY = jax.random.key(5)
 STEP = jax.jit(
-    lambda agent, rows: (agent.critic_step(rows, KEY), agent.policy_step(rows, KEY, agent.critic)),
+    lambda agent, rows: (agent.update_critic(rows, KEY), agent.update_policy(rows, KEY, agent.critic)),
     compiler_options=QUICK,
 )
 """Both halves of an update, from the same parameters, on rows that have their coefficients."""
@@ -55,8 +64,8 @@ def first_layer(actor: Any) -> Any:
 
 @functools.cache
 def stepped() -> tuple[Any, Any, Any]:
-    """Return conditioned rows and what the two halves of an update make of the plain toy agent."""
-    rows = make_agent().conditioned(ROWS, KEY)
+    """Return rows with coefficients and what the two halves of an update make of the plain toy agent."""
+    rows = make_agent().with_betas(ROWS, KEY)
     return rows, *STEP(make_agent(), rows)
 
 
@@ -68,10 +77,10 @@ def test_the_whole_range_and_nothing_else_is_reached() -> None:
     assert agent.config.reach == (0.5, 1.5) and make_agent(released_range=True).config.reach == (-0.5, 1.5)
     released = with_balance(make_agent(released_range=True), -2.0)
     assert float(released.balance(STATES).max()) < 0.0 < 0.5 <= float(with_balance(agent, -2.0).balance(STATES).min())
-    uniform = released.conditioned(
+    uniform = released.with_betas(
         {name: jnp.tile(leaf, (40, *[1] * (leaf.ndim - 1))) for name, leaf in ROWS.items()}, KEY
     )
-    betas = np.sort(np.asarray(uniform["observations"][:, -1]))
+    betas = np.sort(np.asarray(uniform["betas"]))
     np.testing.assert_allclose(betas, np.linspace(0.5, 1.5, betas.size), atol=0.05)
 
 
@@ -81,32 +90,32 @@ def test_which_state_gives_which_coefficient(target: Any, online: bool) -> None:
     """Offline uniform for the actor, else pi_b(s); the next action's is drawn by pi_b at s', released: the one of s."""
     agent = make_agent(target_beta=target)
     agent = agent.online() if online else agent
-    rows = agent.conditioned(ROWS, KEY)
-    np.testing.assert_array_equal(rows["observations"][:, :-1], STATES)
-    np.testing.assert_array_equal(rows["next_observations"][:, :-1], ROWS["next_observations"])
+    rows = agent.with_betas(ROWS, KEY)
+    for name in ROWS:
+        np.testing.assert_array_equal(rows[name], ROWS[name])
     uniform_rng, own_rng, next_rng = jax.random.split(KEY, 3)
     own = agent.to_beta(agent.balance_actor(STATES).sample(own_rng))
     following = agent.to_beta(agent.balance_actor(ROWS["next_observations"]).sample(next_rng))
     drawn = own if online else jax.random.uniform(uniform_rng, (64,), minval=0.5, maxval=1.5)
-    np.testing.assert_allclose(rows["observations"][:, -1], drawn, atol=1e-6)
-    np.testing.assert_allclose(rows["next_observations"][:, -1], following if target == "next" else own, atol=1e-6)
+    np.testing.assert_allclose(rows["betas"], drawn, atol=1e-6)
+    np.testing.assert_allclose(rows["next_betas"], following if target == "next" else own, atol=1e-6)
 
 
 def test_critics_never_see_the_coefficient() -> None:
+    """Their first layer reads state and action alone; the policy reads its second input."""
     agent = make_agent()
-    values = [agent.critic(join(STATES, jnp.full(64, beta)), ROWS["actions"]) for beta in (0.5, 1.5)]
-    np.testing.assert_array_equal(*values)
-    np.testing.assert_array_equal(values[0], agent.critic(STATES, ROWS["actions"]))
-    policy = [agent.actor(join(STATES, jnp.full(64, beta))).mean for beta in (0.5, 1.5)]
+    assert agent.critic.params["params"]["dense_0"]["kernel"].shape == (2, OBSERVATION_DIM + ACTION_DIM, 16)
+    assert agent.critic(STATES, ROWS["actions"]).shape == (2, 64)
+    policy = [agent.actor(STATES, jnp.full(64, beta)).mean for beta in (0.5, 1.5)]
     assert float(jnp.abs(policy[0] - policy[1]).max()) > 1e-3
 
 
 def test_target_by_hand() -> None:
-    """y = r + g m min Q'(s', a'), a' of the family at the coefficient behind s', no entropy."""
+    """y = r + g m min Q'(s', a'), a' of the family at the next state's coefficient, no entropy."""
     rows, (_, info), _ = stepped()
     action_rng = jax.random.split(jax.random.split(KEY)[0])[1]
     agent = make_agent()
-    actions = agent.actor(rows["next_observations"]).sample(action_rng)
+    actions = agent.actor(rows["next_observations"], rows["next_betas"]).sample(action_rng)
     values = agent.critic(ROWS["next_observations"], actions, params=agent.target_critic).min(axis=0)
     targets = np.asarray(ROWS["rewards"] + 0.99 * ROWS["masks"] * values)
     assert float(info["critic/target"]) == pytest.approx(float(targets.mean()), rel=1e-5)
@@ -118,16 +127,16 @@ def test_policy_losses_by_hand() -> None:
     agent = make_agent()
     signs = jnp.where(jnp.arange(64) < 32, 1.0, -1.0)  # negative ones: what the released range asks for
     rows = stepped()[0]
-    mixed = {**rows, "observations": join(STATES, signs * rows["observations"][:, -1])}
+    mixed = {**rows, "betas": signs * rows["betas"]}
     for each, info in ((rows, stepped()[2][1]), (mixed, STEP(agent, mixed)[1][1])):
         actor_rng, balance_rng = jax.random.split(KEY)
-        beta, policy = each["observations"][:, -1], agent.actor(each["observations"])
+        beta, policy = each["betas"], agent.actor(STATES, each["betas"])
         actions, log_prob = policy.sample_and_log_prob(jax.random.split(actor_rng)[0])
         q = agent.critic(STATES, actions).min(axis=0)
         assert float(info["actor/loss"]) == pytest.approx(float(jnp.mean(log_prob - beta * q)), rel=1e-4)
         x_rng, action_rng = jax.random.split(balance_rng)
         x, x_log_prob = agent.balance_actor(STATES).sample_and_log_prob(x_rng)
-        actions = agent.actor(join(STATES, agent.to_beta(x))).sample(action_rng)
+        actions = agent.actor(STATES, agent.to_beta(x)).sample(action_rng)
         expected = -float(agent.critic(STATES, actions).min(axis=0).mean())
         assert float(info["balance/loss"]) == pytest.approx(expected, rel=1e-4)
         assert float(info["balance/entropy"]) == pytest.approx(-float(x_log_prob.mean()), rel=1e-4)
@@ -161,9 +170,9 @@ def test_the_balance_learns_through_the_encoding_only() -> None:
 def test_constant_balance_of_one_is_plain_cql() -> None:
     """lo = hi = 1: CQL's losses for a policy whose first bias holds the encoding of 1, same draws."""
     agent = make_agent(balance_range=(1.0, 1.0))
-    rows = agent.conditioned(ROWS, jax.random.key(11))
-    np.testing.assert_array_equal(rows["observations"][:, -1], np.ones(64))
-    np.testing.assert_array_equal(rows["next_observations"][:, -1], np.ones(64))
+    rows = agent.with_betas(ROWS, jax.random.key(11))
+    np.testing.assert_array_equal(rows["betas"], np.ones(64))
+    np.testing.assert_array_equal(rows["next_betas"], np.ones(64))
     names = CQLConfig.__dataclass_fields__.keys()
     plain = create(CQL, CQLConfig(**{name: getattr(CONFIG, name) for name in names}))
     layer = first_layer(agent.actor)
@@ -174,7 +183,7 @@ def test_constant_balance_of_one_is_plain_cql() -> None:
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def reference(plain: Any) -> Any:
-        return plain.critic_step(ROWS, KEY), plain.policy_step(ROWS, jax.random.split(KEY)[0], plain.critic)
+        return plain.update_critic(ROWS, KEY), plain.update_policy(ROWS, jax.random.split(KEY)[0], plain.critic)
 
     (left, left_info), (left_policy, left_policy_info) = STEP(agent, rows)
     (right, right_info), (right_policy, right_policy_info) = reference(plain)
@@ -208,8 +217,8 @@ def test_at_one_update_all_losses_are_of_the_parameters_before_it() -> None:
     after, _ = jax.jit(lambda a: a.update(batch), compiler_options=QUICK)(agent)
     rng, beta_rng = jax.random.split(agent.rng)
     next_rng, _, policy_rng = jax.random.split(rng, 3)
-    rows = jax.tree.map(lambda leaf: leaf[0], agent.conditioned(batch, beta_rng))
-    policies = jax.jit(lambda a, critic: a.policy_step(rows, policy_rng, critic)[0], compiler_options=QUICK)
+    rows = jax.tree.map(lambda leaf: leaf[0], agent.with_betas(batch, beta_rng))
+    policies = jax.jit(lambda a, critic: a.update_policy(rows, policy_rng, critic)[0], compiler_options=QUICK)
     old, new = policies(agent, agent.critic), policies(agent, after.critic)
     for name in ("actor", "balance_actor"):
         seen, right, wrong = (getattr(each, name).opt_state[0].mu for each in (after, old, new))
@@ -237,7 +246,7 @@ def test_acting_uses_the_deterministic_coefficient() -> None:
     agent = make_agent()
     betas = agent.balance(STATES)
     assert betas.shape == (64,) and agent.balance(STATES.reshape(4, 16, 3)).shape == (4, 16)
-    policy = agent.actor(join(STATES, betas))
+    policy = agent.actor(STATES, betas)
     for key in jax.random.split(KEY, 2):
         np.testing.assert_allclose(agent.sample_actions(STATES, None, key)[0], policy.sample(key), atol=1e-6)
         np.testing.assert_allclose(agent.sample_actions(STATES, None, key, True)[0], policy.mode(), atol=1e-6)

@@ -25,6 +25,7 @@ from o2o.agents import (
     TD3BCConfig,
     WSRLConfig,
 )
+from o2o.agents.wsrl import online_sac
 from tests.helpers.probes import (
     BATCH,
     BEST_ACTION,
@@ -52,7 +53,7 @@ CONFIGS: dict[str, Any] = {
     "calql": replace(CalQLConfig(), **SOFT, conservative=PLAIN, max_target_actions=3),
     "sac": replace(SACConfig(), **SOFT),
     "rlpd": replace(RLPDConfig(), **SOFT),
-    "wsrl": replace(WSRLConfig(), **SOFT),
+    "wsrl": WSRLConfig(cql=CQLConfig(**SOFT), finetune=online_sac(**SOFT), batch_size=BATCH, discount=DISCOUNT),
     "qc": replace(QCConfig(), **CRITIC, chunk=1, num_samples=64),
     "awac": replace(AWACConfig(), **CRITIC, temperature=0.1),
     "td3bc": replace(TD3BCConfig(), **CRITIC, alpha=100.0, target_noise=0.0),

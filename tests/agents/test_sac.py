@@ -84,7 +84,7 @@ def test_critic_loss_passes_no_gradient_to_targets_actor_and_temperature() -> No
             actor=agent.actor.replace(params=actor),
             temperature=agent.temperature.replace(params=temperature),
         )
-        return agent.critic_step(batch, KEY)[1]["critic/loss"]
+        return agent.update_critic(batch, KEY)[1]["critic/loss"]
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
         sac().target_critic, sac().actor.params, sac().temperature.params
@@ -141,7 +141,7 @@ def test_alpha_rises_iff_entropy_is_below_minus_dim(objective: str, std: float) 
 
 
 def test_entropy_on_next_states_is_measured_there() -> None:
-    agent, batch = set_config(sac(), entropy_on="next", entropy_samples=512), make_batch()
+    agent, batch = set_config(sac(), next_entropy_samples=512), make_batch()
     _, info = policy_step(agent, batch, KEY, agent.critic)
     policy = agent.actor(batch["next_observations"])
     samples = policy.sample_and_log_prob(jax.random.key(9), (512,))[1]
@@ -179,8 +179,8 @@ def test_target_average_is_optax_incremental_update_of_the_new_critic() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_single_step_judges_the_actor_by_the_configured_critic(joint: bool) -> None:
-    """SAC judges by the critic just stepped, Cal-QL and WSRL by the one from before (`joint_single`)."""
-    agent, batch = set_config(sac(), joint_single=joint), make_batch(1)
+    """SAC judges by the critic just stepped, Cal-QL and WSRL by the one from before (`joint_policy_step`)."""
+    agent, batch = set_config(sac(), joint_policy_step=joint), make_batch(1)
     agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.05)))
     after, _ = update(agent, batch)
     rows, policy_rng = jax.tree.map(lambda leaf: leaf[0], batch), jax.random.split(agent.rng, 3)[2]
@@ -234,7 +234,7 @@ def test_contradicting_settings_are_refused() -> None:
     ("make", "name"),
     [
         (SACConfig, "num_critics"),
-        (SACConfig, "entropy_samples"),
+        (SACConfig, "next_entropy_samples"),
         (SACConfig, "max_target_actions"),
         (IQLConfig, "num_critics"),
         (OnlineConfig, "utd_ratio"),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from o2o.agents.bc import BC, BCConfig
-from o2o.agents.cql import CQL, CalQL, Conservative
+from o2o.agents.cql import CQL, CalQL, Conservative, CQLConfig
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import SAC, SACConfig
-from o2o.agents.wsrl import WSRL, WSRLConfig, pretrainer
+from o2o.agents.wsrl import WSRL, WSRLConfig, fitting_bc, fitting_iql, online_sac
+from o2o.config import with_fields
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.modules import Adam
+from o2o.runs.folder import from_dict, to_dict
 from o2o.types import OnlineConfig
 from tests.helpers.tiny import (
     ACTION_DIM,
@@ -38,8 +40,16 @@ from tests.helpers.tiny import (
 )
 
 KEY = jax.random.key(11)
+EXAMPLE = (jnp.zeros((1, OBSERVATION_DIM)), jnp.zeros((1, ACTION_DIM)))
 WIDTHS: dict[str, Any] = {"actor_hidden_dims": (16,), "critic_hidden_dims": (16,), "init_scheme": "xavier"}
-CONFIG = tiny(WSRLConfig(), conservative=Conservative(n_actions=2), pretrain_target_actions=3, **WIDTHS)
+FINETUNE = online_sac(**WIDTHS, num_critics=4)
+CONFIG = WSRLConfig(
+    cql=CQLConfig(**WIDTHS, num_critics=4, conservative=Conservative(n_actions=2), max_target_actions=3),
+    iql=fitting_iql(FINETUNE),
+    bc=fitting_bc(FINETUNE),
+    finetune=FINETUNE,
+    batch_size=ROWS,
+)
 PRETRAINERS: dict[str, Any] = {"calql": CalQL, "cql": CQL, "iql": IQL, "bc": BC, "sac": SAC}
 
 
@@ -81,12 +91,8 @@ def test_switch_carries_networks_temperature_and_adam_moments_bitwise() -> None:
     assert moved(after.target_critic, after.critic.params)
     assert float(after.learner.alpha()) == float(before.learner.alpha()) != 1.0
     assert not hasattr(after.learner, "dual")
-    assert (
-        after.config == before.config
-        and after.needs.keys == ()
-        and before.needs.keys == ("mc_returns",) == before.config.needs.keys
-    )
-    assert after.online() is after
+    assert after.config == before.config and after.online() is after
+    assert before.needs.keys == before.config.needs.keys == ("mc_returns",) and after.needs.keys == ()
 
 
 @pytest.mark.parametrize("pretrain", PRETRAINERS)
@@ -95,7 +101,7 @@ def test_every_pretrainer_hands_over_what_it_has(pretrain: str) -> None:
     assert type(before.learner) is PRETRAINERS[pretrain] and type(after.learner) is SAC
     assert_equal(before.actor.params, after.actor.params)
     assert_equal(before.actor.opt_state[0], after.actor.opt_state[0])
-    assert (steps(after.actor), after.actor.optimizer.learning_rate) == (2, CONFIG.actor_lr)
+    assert (steps(after.actor), after.actor.optimizer.learning_rate) == (2, FINETUNE.actor_lr)
     observations = make_batch()["observations"]
     for deterministic in (True, False):
         one, two = (agent.sample_actions(observations, None, KEY, deterministic)[0] for agent in (before, after))
@@ -109,9 +115,8 @@ def test_every_pretrainer_hands_over_what_it_has(pretrain: str) -> None:
         assert_equal((before.critic.params, before.target_critic), (after.critic.params, after.target_critic))
         assert_equal(before.critic.opt_state[0], after.critic.opt_state[0])
     if pretrain in ("cql", "calql"):
-        assert before.learner.config.max_target_actions == CONFIG.pretrain_target_actions
-        assert before.learner.config.conservative == CONFIG.conservative
-        assert after.learner.config.max_target_actions is None
+        assert before.learner.config.max_target_actions == 3 and after.learner.config.max_target_actions is None
+        assert before.learner.config.conservative == CONFIG.cql.conservative
     if pretrain in ("bc", "iql"):
         assert float(after.learner.alpha()) == pytest.approx(1.0) and steps(after.temperature) == 0
 
@@ -144,7 +149,7 @@ def test_from_iql_with_a_decaying_rate_keeps_the_moments() -> None:
     after = switch(WSRL.from_agent(source, CONFIG))
     assert_equal(after.actor.opt_state[0], source.actor.opt_state[0])
     assert after.actor.optimizer.decay_steps is None
-    assert after.config == replace(CONFIG, log_std_range=config.log_std_range)
+    assert after.config == replace(CONFIG, finetune=replace(FINETUNE, log_std_range=config.log_std_range))
     np.testing.assert_array_equal(
         source.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
         after.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
@@ -161,13 +166,50 @@ def test_networks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CheckpointError, match="actor does not fit"):
         WSRL.from_agent(narrow, CONFIG)
     with pytest.raises(CheckpointError, match="critic does not fit"):
-        WSRL.from_agent(pretrained(), replace(CONFIG, num_critics=3))
+        WSRL.from_agent(pretrained(), replace(CONFIG, finetune=replace(FINETUNE, num_critics=3)))
     with pytest.raises(ConfigError, match="temperature_param is 'exp'"):
-        WSRL.from_agent(pretrained(), replace(CONFIG, temperature_param="exp"))
-    with pytest.raises(ConfigError, match="WSRLConfig.pretrain_target_actions is 0; expected at least 1"):
-        WSRLConfig(pretrain_target_actions=0)
+        WSRL.from_agent(pretrained(), replace(CONFIG, finetune=replace(FINETUNE, temperature_param="exp")))
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "part", "changes"),
+    [
+        ("calql", "cql", {"critic_hidden_dims": (8,)}),
+        ("cql", "cql", {"temperature_param": "exp"}),
+        ("iql", "iql", {"num_critics": 2}),
+        ("bc", "bc", {"log_std_range": (-5.0, 2.0)}),
+    ],
+)
+def test_parts_whose_networks_differ_are_refused(pretrain: Any, part: str, changes: dict[str, Any]) -> None:
+    """Only the pre-trainer at work has to fit; the message names both fields."""
+    (name,) = changes
+    config = replace(CONFIG, pretrain=pretrain, **{part: replace(getattr(CONFIG, part), **changes)})
+    with pytest.raises(ConfigError, match=rf"WSRLConfig\.{part}\.{name} is .*WSRLConfig\.finetune\.{name} is"):
+        create(WSRL, config)
+    jax.eval_shape(lambda key: WSRL.create(key, *EXAMPLE, replace(config, pretrain="sac")), KEY)
+
+
+def test_one_discount_batch_size_and_schedule_hold_for_both_phases() -> None:
+    agent = create(WSRL, replace(CONFIG, discount=0.9))
+    assert agent.learner.config.discount == agent.online().learner.config.discount == 0.9
+    for changes in ({"discount": 0.98}, {"batch_size": 64}, {"online": OnlineConfig(utd_ratio=7)}):
+        (name,) = changes
+        for part in ("cql", "finetune"):
+            with pytest.raises(ConfigError, match=rf"WSRLConfig\.{part}\.{name} is .*WSRLConfig\.{name} is .*leave"):
+                replace(CONFIG, **{part: replace(getattr(CONFIG, part), **changes)})
     with pytest.raises(ConfigError, match="'calq'; expected calql"):
         WSRLConfig(pretrain="calq")  # type: ignore[arg-type]
+
+
+def test_settings_survive_json_and_name_every_part() -> None:
+    config = WSRL.preset("kitchen").config
+    assert from_dict(WSRLConfig, to_dict(config)) == config
+    changed = with_fields(config, [("finetune.tau", 0.1), ("cql.conservative.weight", 2.0), ("discount", 0.98)])
+    assert (changed.finetune.tau, changed.cql.tau, changed.cql.conservative.weight) == (0.1, 0.005, 2.0)
+    assert from_dict(WSRLConfig, to_dict(changed)) == changed
 
 
 # ---------------------------------------------------------------- the online step
@@ -240,7 +282,7 @@ def test_ratio_four_takes_four_critic_steps_then_one_policy_step_on_all_rows() -
 
 def test_calql_without_its_term_and_max_backup_is_the_online_step() -> None:
     agent = pretrained()
-    term = replace(CONFIG.conservative, weight=0.0)
+    term = replace(CONFIG.cql.conservative, weight=0.0)
     offline = set_config(agent.learner, conservative=term, max_target_actions=None)
     online = learner().replace(rng=offline.rng)
     batch = make_batch(1)
@@ -258,7 +300,7 @@ def test_actor_follows_the_lowest_member_alone() -> None:
     tree: Any = dict(agent.critic.params["params"])
     tree["output"] = {**tree["output"], "bias": tree["output"]["bias"].at[member].set(-1e3)}
     low = agent.critic.replace(params={"params": tree})
-    assert set_config(agent).config.actor_reduce == WSRLConfig().actor_reduce == "min"
+    assert set_config(agent).config.actor_reduce == WSRLConfig().finetune.actor_reduce == "min"
     actor_rng, _ = jax.random.split(KEY)
 
     def one_member(params: Any) -> Any:
@@ -330,24 +372,36 @@ def test_paper_presets() -> None:
     assert {f: p.config.pretrain for f, p in presets.items()} == {
         "antmaze": "calql", "adroit": "calql", "kitchen": "calql", "locomotion": "cql",
     }  # fmt: skip
-    assert {f: p.config.max_target_actions for f, p in presets.items()} == {
+    assert {f: p.config.finetune.max_target_actions for f, p in presets.items()} == {
         "antmaze": 10, "adroit": None, "kitchen": None, "locomotion": None,
     }  # fmt: skip
     assert [p.offline_steps for p in presets.values()] == [1_000_000, 20_000, 250_000, 250_000]
-    assert [p.config.entropy_samples for p in presets.values()] == [10, 1, 1, 1]
+    for part in ("cql", "finetune"):
+        assert [getattr(p.config, part).next_entropy_samples for p in presets.values()] == [10, 1, 1, 1]
+        for preset in presets.values():
+            config = getattr(preset.config, part)
+            assert (config.num_critics, config.target_subset, config.subset_replace) == (10, 2, True)
+            assert (config.actor_lr, config.critic_lr, config.temperature_lr) == (1e-4, 3e-4, 1e-4)
+            assert config.target_entropy == 1.0 and not config.backup_entropy and config.actor_reduce == "min"
+            assert config.actor_layer_norm and config.critic_layer_norm and config.shared_output
+            assert config.last_gain == (None if preset is presets["kitchen"] else 1e-2)
     for preset in presets.values():
-        config = preset.config
-        assert (config.num_critics, config.target_subset, config.subset_replace) == (10, 2, True)
-        assert (config.actor_lr, config.critic_lr, config.temperature_lr) == (1e-4, 3e-4, 1e-4)
-        assert config.target_entropy == 1.0 and not config.backup_entropy and config.actor_reduce == "min"
-        assert config.actor_layer_norm and config.critic_layer_norm and config.shared_output
-        assert config.entropy_on == "next" and config.last_gain == (None if preset is presets["kitchen"] else 1e-2)
-        assert config.pretrain_target_actions == 10 and preset.online_steps == 500_000
+        assert preset.config.cql.max_target_actions == 10 and preset.online_steps == 500_000
     small = WSRL.preset("adroit", "small")
-    assert (small.config.num_critics, small.config.online.utd_ratio, small.config.batch_size) == (4, 4, 128)
-    assert small.config.online.warmup_steps == 3000 and small.config.conservative.n_actions == 4
+    config = small.config
+    assert (config.finetune.num_critics, config.online.utd_ratio, config.batch_size) == (4, 4, 128)
+    assert config.online.warmup_steps == 3000 and config.cql.conservative.n_actions == 4
     assert small.offline_steps == small.online_steps == 8_000
-    assert (small.config.actor_lr, small.config.critic_lr) == (1e-4, 3e-4)
-    assert small.config.pretrain_lr == 1e-3 == pretrainer(small.config)[1].actor_lr
+    assert (config.finetune.actor_lr, config.finetune.critic_lr) == (1e-4, 3e-4)
+    assert config.cql.actor_lr == config.iql.value_lr == config.bc.actor_lr == 1e-3
     pointmaze = WSRL.preset("pointmaze", "small").config
-    assert (pointmaze.online.utd_ratio, pointmaze.online.warmup_steps, pointmaze.actor_lr) == (2, 1000, 3e-4)
+    assert (pointmaze.online.utd_ratio, pointmaze.online.warmup_steps) == (2, 1000)
+    assert pointmaze.finetune.actor_lr == pointmaze.cql.actor_lr == 3e-4
+
+
+@pytest.mark.parametrize("size", ["paper", "small"])
+@pytest.mark.parametrize("family", ["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other"])
+def test_every_pretrainer_of_a_preset_fits_its_online_phase(family: str, size: Any) -> None:
+    for pretrain in PRETRAINERS:
+        config = replace(WSRL.preset(family, size).config, pretrain=pretrain)
+        jax.eval_shape(lambda key, c=config: WSRL.create(key, *EXAMPLE, c).online(), KEY)

@@ -36,6 +36,7 @@ from o2o.agents import (
     UniO4Config,
     WSRLConfig,
 )
+from o2o.agents.wsrl import online_sac
 from o2o.nn.generative import Diffusion, Flow
 from o2o.nn.modules import Model
 from o2o.types import Agent, Batch, Info, Needs, OnlineConfig
@@ -56,7 +57,9 @@ CONFIGS: dict[str, Any] = {
     "calql": replace(CalQLConfig(), **CRITICS, num_critics=3),
     "sac": replace(SACConfig(), **CRITICS),
     "rlpd": replace(RLPDConfig(), **CRITICS, num_critics=3),
-    "wsrl": replace(WSRLConfig(), **CRITICS, num_critics=3),
+    "wsrl": WSRLConfig(
+        cql=CQLConfig(**CRITICS, num_critics=3), finetune=online_sac(**CRITICS, num_critics=3), batch_size=ROWS
+    ),
     "diffusion_bc": DiffusionBCConfig(
         model=Diffusion(3, clip="prediction"), horizon=3, execute=2, width=16, blocks=1, dropout=0.1, batch_size=ROWS
     ),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o2o.agents.sac import SAC
 from o2o.types import Batch, Info
 
 OBSERVATION_DIM, ACTION_DIM, ROWS = 3, 2, 8
@@ -58,20 +59,23 @@ def set_config(agent: Any, **changes: Any) -> Any:
 
 @jax.jit
 def next_values(agent: Any, batch: Batch, rng: jax.Array) -> jax.Array:
-    """Return the agent's v'(s') on leaves `[rows, ...]`."""
+    """Return the agent's v'(s') on leaves `[rows, ...]`: its targets y without rewards and terminals, undiscounted."""
+    if isinstance(agent, SAC):
+        endless = {**batch, "rewards": jnp.zeros_like(batch["rewards"]), "masks": jnp.ones_like(batch["masks"])}
+        return agent.targets(endless, rng) / agent.config.discount
     return agent.next_values(batch["next_observations"], rng)
 
 
 @jax.jit
 def critic_step(agent: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Info]:
     """Step the agent's critics on leaves `[rows, ...]`."""
-    return agent.critic_step(batch, rng)
+    return agent.update_critic(batch, rng)
 
 
 @jax.jit
 def policy_step(agent: Any, batch: Batch, rng: jax.Array, critic: Any) -> tuple[Any, Info]:
     """Step the agent's actor and temperature on leaves `[rows, ...]`."""
-    return agent.policy_step(batch, rng, critic)
+    return agent.update_policy(batch, rng, critic)
 
 
 @jax.jit

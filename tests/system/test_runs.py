@@ -194,13 +194,16 @@ def test_checkpoint_of_another_shape_or_agent_is_refused(tiny_run: Maker, tmp_pa
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     for change, expected in (
-        ({"actor_hidden_dims": [24, 24]}, "belongs to another agent or shape"),
+        (
+            {part: {**config["config"][part], "actor_hidden_dims": [24, 24]} for part in ("cql", "finetune")},
+            "belongs to another agent or shape",
+        ),
         ({"pretrain": "sac"}, "belongs to another"),
     ):
         path.write_text(json.dumps({**config, "config": {**config["config"], **change}}))
         with pytest.raises(CheckpointError, match=expected):
             session.open_run(tmp_path / "run")
-    path.write_text(json.dumps({**config, "config": {**config["config"], "actor_hiden_dims": [8]}}))
+    path.write_text(json.dumps({**config, "config": {**config["config"], "finetune": {"actor_hiden_dims": [8]}}}))
     with pytest.raises(ConfigError, match="did you mean 'actor_hidden_dims'"):
         session.open_run(tmp_path / "run")
 

@@ -141,7 +141,7 @@ def test_a_reopened_run_samples_as_it_was_trained(
     monkeypatch.setattr(session, "make_loggers", lambda names, path, config: logged.append(config) or [])
     assert session.train(run, tmp_path / "run")
     assert read_config(tmp_path / "run")["config"] == logged[0]["config"]
-    assert logged[0]["config"]["log_std_range"] == [-4.0, -3.0]
+    assert logged[0]["config"]["finetune"]["log_std_range"] == [-4.0, -3.0]
     reopened = [session.open_run(tmp_path / name)[1] for name in ("source", "run")]
     observations = jnp.asarray(trained.data.arrays["observations"][:64])
     key = jax.random.key(3)

@@ -17,7 +17,13 @@ from o2o.runs.folder import read_status
 
 TINY = [
     *("--preset", "small", "--offline-steps", "20", "--online-steps", "40", "--loop.eval-episodes", "1"),
-    *("--config.actor-hidden-dims", "8", "8", "--config.critic-hidden-dims", "8", "8", "--config.batch-size", "8"),
+    *(
+        arg
+        for part in ("cql", "finetune")
+        for network in ("actor", "critic")
+        for arg in (f"--config.{part}.{network}-hidden-dims", "8", "8")
+    ),
+    *("--config.batch-size", "8"),
     *("--config.online.warmup-steps", "10", "--config.online.min-rows", "0"),
 ]
 
@@ -34,7 +40,7 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
     assert read_status(path) == "finished" and (path / "curve.png").stat().st_size > 5_000
     assert {row["phase"] for row in read_rows(path / "episodes.jsonl")} == {"offline", "warmup", "online"}
     config = session.load_config(path)
-    assert config.config.actor_hidden_dims == (8, 8) and config.online_steps == 40 and config.preset == "small"
+    assert config.config.finetune.actor_hidden_dims == (8, 8) and config.online_steps == 40 and config.preset == "small"
     capsys.readouterr()
     assert run("eval", str(path), "--episodes", "2") == 0
     assert re.search(r"return .*\(n=1\).* 2 ", capsys.readouterr().out)

@@ -133,30 +133,6 @@ def test_centred_weights_are_a_layer_norms_first_half() -> None:
     np.testing.assert_allclose(centred.apply(params, x), wanted, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_a_sum_in_pieces_has_the_values_and_gradients_of_the_whole() -> None:
-    x, y = jax.random.normal(KEY, (12, 3)), jax.random.normal(jax.random.key(1), (12,))
-
-    def function(params: Any, varied: Any, fixed: Any) -> Any:
-        error = jnp.tanh(fixed @ params["w"]) * varied
-        return jnp.sum(error**2), {"largest": jnp.sum(error > 0.5)}
-
-    def loss(params: Any, varied: Any, size: int | None) -> Any:
-        total, info = layout.sum_in_pieces(function, size, params, varied, x)
-        return 0.5 * total, info
-
-    params = {"w": jnp.array([0.5, -1.0, 2.0])}
-    whole = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, y, None)
-    for size in (3, 4, 5, 12):  # 5 does not divide the rows: nothing is cut
-        pieces = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)(params, y, size)
-        assert int(pieces[0][1]["largest"]) == int(whole[0][1]["largest"]) > 0
-        for one, other in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    value, _ = loss(params, y, 4)
-    np.testing.assert_allclose(value, whole[0][0], rtol=1e-6)
-    text = str(jax.make_jaxpr(lambda p: jax.grad(lambda q: loss(q, y, 4)[0])(p))(params))
-    assert text.count("scan[") == 1  # one pass: the gradient comes with the value
-
-
 def stacked(seeds: int) -> tuple[Any, OfflineData]:
     """Return different agents `[S]` in online form and a dataset of `ROWS` rows."""
     case = Case("iql", "online")
