@@ -1,6 +1,5 @@
 """Environments: `make` builds one from a dataset or a Gymnasium id, with its task's conventions (the table `TASKS`)."""
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -28,7 +27,7 @@ from o2o.envs.wrappers import (
     StackHistory,
     TaskReward,
 )
-from o2o.errors import ConfigError, EnvironmentMismatchError
+from o2o.errors import ConfigError, EnvironmentMismatchError, suggest
 from o2o.user_code import import_module
 
 __all__ = [
@@ -189,8 +188,7 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
             import_module(module)  # where the environment is registered
         return gym.spec(name)
     except (gym.error.Error, ConfigError) as error:
-        near = difflib.get_close_matches(source, list(gym.registry), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "register it with gymnasium first, or give module:id"
+        hint = suggest(source, gym.registry, "register it with gymnasium first, or give module:id", count=3)
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"unknown environment {source!r} ({reason}); {hint}") from error
 

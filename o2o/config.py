@@ -1,12 +1,11 @@
 """The settings of a run: everything that defines it, as frozen dataclasses; `o2o.runs.session` acts on them."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, suggest
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,7 @@ def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
     for name, value in changes:
         head, _, rest = name.partition(".")
         if head not in known:
-            near = difflib.get_close_matches(head, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-            raise ConfigError(f"{type(config).__name__} has no field {head!r}{hint}")
+            raise ConfigError(f"{type(config).__name__} has no field {head!r}; {suggest(head, known)}")
         if rest:
             inside.setdefault(head, []).append((rest, value))
         else:

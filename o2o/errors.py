@@ -3,6 +3,9 @@
 The command line prints the message and exits with code 2; Python callers catch `O2OError` or a subclass.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class O2OError(Exception):
     """Base of every error that o2o raises on bad input."""
@@ -29,7 +32,7 @@ class BaseFaultError(EnvironmentFaultError):
 
 
 class RunError(O2OError, RuntimeError):
-    """A run folder that exists already, is missing, or cannot be written."""
+    """A run folder that exists already, is missing, is of another format, or cannot be written."""
 
 
 class CheckpointError(O2OError, RuntimeError):
@@ -38,3 +41,15 @@ class CheckpointError(O2OError, RuntimeError):
 
 class DivergenceError(O2OError, ArithmeticError):
     """The learner's numbers are not finite any more."""
+
+
+def suggest(name: str, known: Iterable[str], otherwise: str | None = None, count: int = 1) -> str:
+    """Return a hint for an unknown name: "did you mean 'wsrl'?" with up to `count` close names.
+
+    If no known name is close, return `otherwise`; by default that lists the known names: "there are bc, iql".
+    """
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, names, n=count)
+    if close:
+        return f"did you mean {', '.join(map(repr, close))}?"
+    return f"there are {', '.join(names)}" if otherwise is None else otherwise

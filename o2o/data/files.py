@@ -1,6 +1,5 @@
 """Minari's files: find, read, validate and write them, for `o2o.data.datasets`."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from minari.serialization import deserialize_space
 
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task
-from o2o.errors import DatasetError, EnvironmentMismatchError
+from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
@@ -116,11 +115,11 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
         raise DatasetError(f"dataset {name}: its data folder has no {METADATA_FILE_NAME}; copy or download it again")
     if download:
         return _download(name, base)
-    near = difflib.get_close_matches(name, local_ids(base), n=3, cutoff=0.4)
     get = f"`minari download {name}` (needs the network and o2o[hub])"
     if name.startswith(EMBEDDED_PREFIX):
         get = f"`o2o data make {name.removeprefix(EMBEDDED_PREFIX).rsplit('-v', 1)[0]}`"
-    hint = f"did you mean {', '.join(near)}? Otherwise " if near else ""
+    near = suggest(name, local_ids(base), "", count=3)
+    hint = f"{near} Otherwise " if near else ""
     raise DatasetError(f"dataset {name!r} is not under {base}: {hint}get it with {get}, or set MINARI_DATASETS_PATH")
 
 

@@ -1,6 +1,5 @@
 """Where numbers go: JSON lines always, the screen, and TensorBoard or W&B as extras. One small class per back end."""
 
-import difflib
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, suggest
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
 EVALUATED = ("success", "return", "normalized", "length")
@@ -117,8 +116,7 @@ def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
     makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder, config)}
     unknown = [name for name in names if name not in makers]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], makers, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(makers)}"
+        hint = suggest(unknown[0], makers)
         raise ConfigError(f"no logger {unknown[0]!r}; {hint} (metrics.jsonl is always written)")
     return [makers[name]() for name in names]
 

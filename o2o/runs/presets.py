@@ -1,7 +1,6 @@
 """From names to settings: agents by name, and the run that a preset, or a benchmark's cell, makes of a dataset."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from o2o import envs
 from o2o.agents import AGENTS
 from o2o.config import LoopConfig, RunConfig, TaskConfig, with_fields
 from o2o.data import datasets
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, suggest
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
 from o2o.types import Needs
@@ -18,10 +17,7 @@ from o2o.types import Needs
 def agent_class(name: str) -> Any:
     """Return the agent class; raises `ConfigError` suggesting a near name."""
     if name not in AGENTS:
-        near = difflib.get_close_matches(name, AGENTS, n=1)
-        raise ConfigError(
-            f"no agent {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(AGENTS)}")
-        )
+        raise ConfigError(f"no agent {name!r}; {suggest(name, AGENTS)}")
     return AGENTS[name]
 
 

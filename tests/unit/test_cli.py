@@ -80,7 +80,7 @@ def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys:
         (["train", "wsrl"], "no --dataset"),
         (
             ["train", "wsrl", "--dataset", "o2o/embeded/pointmaze-umaze-v0"],
-            "did you mean o2o/embedded/pointmaze-umaze-v0",
+            "did you mean 'o2o/embedded/pointmaze-umaze-v0'",
         ),
         (["data", "describe", "no/such-v0"], "no/such-v0"),
         (["data", "make", "nothing"], "pointmaze-umaze"),
