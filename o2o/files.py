@@ -1,21 +1,34 @@
-"""Files that a kill or a power cut leaves whole: text written at once, rows appended one by one."""
+"""Files that survive a kill or a power cut: written whole or not at all, or appended row by row."""
 
 import json
 import math
 import os
 import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all, in a power cut too; what was there stays until then."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it appears whole or not at all, even in a power cut; an old one stays until then.
+
+    `content` is text (stored as UTF-8), bytes, or a function that writes to the open binary file. Several processes may
+    write the same path: each uses a temporary file of its own in the same folder. Raises `OSError`.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class JsonLines:

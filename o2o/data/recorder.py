@@ -7,13 +7,12 @@ what a robot did stays. `export` makes a Minari dataset of them at any time.
 """
 
 import json
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +22,7 @@ from o2o.data import datasets
 from o2o.data.datasets import Episode
 from o2o.data.task import Task, any_success
 from o2o.errors import RunError
+from o2o.files import write_atomically
 
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
 """In a run folder: the episodes, the environment that they are of, the root of the dataset made of them."""
@@ -50,7 +50,7 @@ class Recorder(gym.Wrapper):
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
         self._replayable = bool(env.metadata.get("replayable", True))
         text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
-        _write_whole(folder / HEADER, lambda path: path.write_text(text + "\n"))
+        _write(folder / HEADER, text + "\n")
 
     def name_episode(self, name: Name) -> None:
         """Say what the episode of the next reset is called; without a name it is counted behind those there."""
@@ -111,7 +111,7 @@ class Recorder(gym.Wrapper):
         name = self._name or (0,)
         if self._path(name).exists() or not self._name:
             name = (*name[:-1], next_number(self.folder, name[:-1]))
-        _write_whole(self._path(name), lambda path: _save(path, arrays))
+        _write(self._path(name), lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
         self._name, self._rows = None, []
 
     def _path(self, name: Name) -> Path:
@@ -139,19 +139,10 @@ def _nested(space: gym.Space, arrays: Mapping[str, np.ndarray], prefix: str = "o
     return arrays[prefix]
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may record one run
+def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(scratch)
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_atomically(path, content)
     except OSError as error:
         raise RunError(f"cannot record to {path}: {error.strerror}; free some space and resume") from error
 

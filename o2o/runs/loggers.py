@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from o2o.errors import ConfigError, suggest
+from o2o.files import write_atomically
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
 EVALUATED = ("success", "return", "normalized", "length")
@@ -90,7 +91,7 @@ class WandB:
             raise ConfigError("logger 'wandb' needs wandb: pip install 'o2o[log]'") from error
         path = folder / WANDB_ID
         if not path.exists():
-            path.write_text(uuid.uuid4().hex + "\n")
+            write_atomically(path, uuid.uuid4().hex + "\n")
         run_id = path.read_text().strip()
         try:
             self._run = wandb.init(project="o2o", id=run_id, name=folder.name, config=config, resume="allow")
