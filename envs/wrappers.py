@@ -1,6 +1,6 @@
 """One gym wrapper per concern, here in the order, from the inside, in which `o2o.envs.make` stacks them."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
@@ -12,6 +12,8 @@ from o2o.data.history import History, joined_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
 from o2o.data.task import Task, any_success
 from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
+
+_log = logging.getLogger(__name__)
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 Reset = tuple[Any, dict[str, Any]]
@@ -144,17 +146,19 @@ class MapAction(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
     def _tell(self, takeover: np.ndarray) -> None:
-        """Say so if a takeover `[A]` reaches beyond the actions that can be stored."""
+        """Log a warning if a takeover `[A]` lies outside the actions that can be stored."""
         entries = np.flatnonzero(self.action_map.outside(takeover.reshape(self.action_map.shape)))
         if not len(entries):
             return
         i, self._told = entries[0], True
-        print(
-            f"o2o: a takeover's action has {takeover[i]:g} in entry {i}, the run's actions lie within "
-            f"[{self.action_map.low[i]:g}, {self.action_map.high[i]:g}] there: it is learnt from as if it had been "
-            "clipped to that (said once); where these are the dataset's (action_range 'data', agent residual), let "
-            "demonstrations reach as far, or begin a run with action_range 'space'",
-            file=sys.stderr,
+        _log.warning(
+            "a takeover's action has %g in entry %d, the run's actions lie within [%g, %g] there: the agent learns "
+            "from it as if it had been clipped (reported once). If this is the range of the dataset (action_range 'data', "
+            "agent residual), record demonstrations that reach as far, or start a run with action_range 'space'",
+            takeover[i],
+            i,
+            self.action_map.low[i],
+            self.action_map.high[i],
         )
 
 

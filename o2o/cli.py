@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -378,16 +378,40 @@ def _dispatch(args: list[str]) -> int:
     return _call(command, args[1:], f"o2o {args[0]}")
 
 
+class StandardError(logging.Handler):
+    """Print log records as `o2o: message` to whatever `sys.stderr` is then: a progress bar puts its own there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; a terminal that has gone away does not end the run."""
+        with contextlib.suppress(OSError):
+            print(f"o2o: {self.format(record)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Print the messages of logger `o2o` (level INFO and up) to standard error."""
+    logger, handler = logging.getLogger("o2o"), StandardError()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
     prepare_process()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its every merge
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every merge
     warnings.filterwarnings("ignore", module="orbax")
-    try:
-        code = _dispatch(list(sys.argv[1:] if args is None else args))
-    except O2OError as error:
-        print(f"o2o: error: {error}", file=sys.stderr)
-        code = 2
+    with logging_to_stderr():
+        try:
+            code = _dispatch(list(sys.argv[1:] if args is None else args))
+        except O2OError as error:
+            print(f"o2o: error: {error}", file=sys.stderr)
+            code = 2
     sys.exit(code)
 
 

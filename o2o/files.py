@@ -1,13 +1,15 @@
 """Files that survive a kill or a power cut: written whole or not at all, or appended row by row."""
 
 import json
+import logging
 import math
 import os
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
@@ -32,10 +34,13 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
 
 
 class JsonLines:
-    """Append rows to a file; every row is flushed, so a kill loses none, nor a power cut one before an `offset`."""
+    """A file of JSON rows to append to.
+
+    Every row is flushed, so a kill loses none. A power cut loses none of the rows before the last `offset`.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Append to `path`, which is opened by the first change: who only looks needs no right to write."""
+        """Append to `path`. The file is opened by the first write, so reading a run needs no right to write."""
         self.path = path
         self._opened: IO[str] | None = None
 
@@ -46,28 +51,30 @@ class JsonLines:
         return self._opened
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; NaN and infinity are written as null."""
+        """Append one row. NaN and infinity are written as null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
 
     def offset(self) -> int:
-        """Return the file's length in bytes, all of which are on the disk then."""
+        """Sync the file to disk and return its length in bytes."""
         os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:
-        """Forget what was written behind `offset`: a resumed run writes it again.
+        """Cut off what follows byte `offset`; a resumed run writes those rows again.
 
-        Of a file that is shorter the last line stays only if it is whole, and standard error has a line about it.
+        If the file is shorter than `offset`, log a warning and cut off an incomplete last line.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < offset:
             whole = self.path.read_bytes().rfind(b"\n") + 1 if size else 0
-            print(
-                f"o2o: {self.path} has {size} bytes, its checkpoint was taken at {offset}: rows are missing from it (a "
-                "power cut, or a copy by half); the run goes on without them",
-                file=sys.stderr,
+            _log.warning(
+                "%s has %d bytes but its checkpoint was taken at %d: rows are missing (a power cut, or an incomplete "
+                "copy); the run continues without them",
+                self.path,
+                size,
+                offset,
             )
             offset = whole
         if size > offset:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 
 from o2o.files import write_atomically
 
@@ -17,10 +18,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_dir() -> Path:
-    """Return O2O_CACHE, or `o2o` in the user's cache folder."""
-    if os.environ.get("O2O_CACHE"):
-        return Path(os.environ["O2O_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "o2o"
+    """Return the folder O2O_CACHE if that is set, else `o2o` in the user's cache folder (platformdirs)."""
+    return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
 
 
 def cached(

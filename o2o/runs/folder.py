@@ -8,20 +8,21 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import signal
 import subprocess
-import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from o2o import __version__
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
@@ -30,7 +31,8 @@ from o2o.replay.buffer import capacity_for
 from o2o.train import checkpoint
 from o2o.train.trainer import Trainer
 
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+_log = logging.getLogger(__name__)
+
 REPLAY = "replay"
 """Folder in a run's for the rows of a replay on disk."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
@@ -143,22 +145,25 @@ class RunFolder:
         self.path, self.keep_last = path, keep_last
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.episodes = JsonLines(path / "episodes.jsonl")
-        self._lock: IO[str] | None = None
+        # no soft lock where the file system has none: its file would outlive a kill and block the resume
+        self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
 
     def lock(self) -> Self:
-        """Keep every other process from training this run, until `close`; raises `RunError` if one does."""
-        if fcntl is None:
-            return self
-        self._lock = (self.path / "lock").open("w")
+        """Keep other processes from training this run until `close`; raises `RunError` if one trains it now.
+
+        On a file system without locks this does nothing.
+        """
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             self.close()
             raise RunError(
                 f"run {self.path} is being trained by another process; wait for its end, or stop it with Ctrl-C there"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except PermissionError as error:
+            raise RunError(f"cannot write {self._lock.lock_file}: {error.strerror}") from error
+        except OSError as error:
+            _log.info("no lock on %s: %s", self.path, error)
         return self
 
     @classmethod
@@ -214,7 +219,7 @@ class RunFolder:
         try:
             checkpoint.add_score(self.checkpoints, step, score)
         except CheckpointError as error:  # no reason to end a run
-            print(f"o2o: {error}", file=sys.stderr)
+            _log.warning("%s", error)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
         """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
@@ -266,8 +271,7 @@ class RunFolder:
         """Close the row files, and let others train the run."""
         self.metrics.close()
         self.episodes.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -318,7 +322,7 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
             if isinstance(error, EnvironmentFaultError):
                 error.args = (f"{error}; the run is saved, go on with `o2o resume {run.path}`",)
         except Exception as second:
-            print(f"o2o: the state could not be saved either: {second}", file=sys.stderr)
+            _log.warning("the state could not be saved either: %s", second)
         raise
     run.status("finished" if finished else "stopped")
     return finished

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one clear line for bad input, the whole way on a tiny run."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from o2o import cli
+from o2o.data import datasets
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import read_status
@@ -152,6 +154,22 @@ def test_a_broken_dataset_is_listed_as_such(
     assert run("data", "list", "--root", str(tmp_path / "data")) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("broken:") == 2 and "PointMaze_UMaze-v3" in shown
+
+
+def test_the_command_line_prints_the_librarys_messages_once(
+    embedded: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python callers get log records; the command prints each as one line and then removes its handler."""
+
+    def describe(*_: object) -> dict[str, str]:
+        logging.getLogger("o2o.data").warning("disk is nearly full")
+        return {}
+
+    monkeypatch.setattr(datasets, "describe", describe)
+    for _ in range(2):
+        assert run("data", "describe", embedded) == 0
+        assert capsys.readouterr().err == "o2o: disk is nearly full\n"
+    assert not logging.getLogger("o2o").handlers
 
 
 def test_module_runs_as_a_program(embedded: str) -> None:
