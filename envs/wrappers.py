@@ -152,9 +152,9 @@ class MapAction(gym.Wrapper):
             return
         i, self._told = entries[0], True
         _log.warning(
-            "a takeover's action has %g in entry %d, the run's actions lie within [%g, %g] there: the agent learns "
-            "from it as if it had been clipped (reported once). If this is the range of the dataset (action_range 'data', "
-            "agent residual), record demonstrations that reach as far, or start a run with action_range 'space'",
+            "a takeover's action has %g in entry %d, but the run's actions lie within [%g, %g] there: the agent learns "
+            "the clipped action (reported once). Is this range the dataset's (action_range 'data', agent residual)? "
+            "Then record demonstrations that reach as far, or start a run with action_range 'space'",
             takeover[i],
             i,
             self.action_map.low[i],

@@ -1,9 +1,15 @@
-"""The settings of a run: everything that defines it, as frozen dataclasses; `o2o.runs.session` acts on them."""
+"""The settings of a run: frozen dataclasses, their defaults, and how they become JSON and are read back."""
 
 import dataclasses
-from collections.abc import Iterable
+import json
+import types
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cattrs import Converter, transform_error
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn
 
 from o2o.errors import ConfigError, suggest
 
@@ -57,6 +63,11 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ConfigError(f"loop.{name} is {value}; expected at least {smallest}")
+
+FORMAT = 2
+"""Format of a run folder's config.json. It is raised when folders of before can no longer be opened."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,3 +175,116 @@ def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
     for head, parts in inside.items():
         values[head] = with_fields(values.get(head, getattr(config, head)), parts)
     return dataclasses.replace(config, **values) if values else config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain JSON types: nested dataclasses become objects, tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Return the config dataclass that `to_dict` wrote as `values`; missing fields take their defaults.
+
+    A union of dataclasses is resolved by the literal field `kind` where they have one, otherwise by the names of the
+    fields. Raises `ConfigError` for an unknown field, a value of another type (an int is also a float), a value that is
+    none of a `Literal`, and what the dataclass itself refuses. The message begins with `where` and the dotted path.
+    """
+    try:
+        return _converter.structure(values, cls)
+    except ClassValidationError as error:
+        message, _, place = transform_error(error, where, _explain)[0].rpartition(" @ ")
+        raise ConfigError(f"{place}: {message}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _explain(error: BaseException, _: type | None) -> str:
+    """Return an error of cattrs, or of a hook below, in our words."""
+    if isinstance(error, ForbiddenExtraKeysError):
+        name = min(error.extra_fields)
+        return f"{error.cl.__name__} has no field {name!r}; {suggest(name, _names(error.cl))}"
+    return "this field is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    """Return a bool, int, float or str as it is. cattrs itself would convert: "3" to 3, True to 1.0."""
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise ConfigError(f"got {value!r}; expected {kind.__name__}")
+
+
+def _literal(value: Any, kind: Any) -> Any:
+    options = get_args(kind)
+    if any(value == option and type(value) is type(option) for option in options):
+        return value
+    raise ConfigError(f"got {value!r}; {suggest(str(value), map(str, options))}")
+
+
+def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
+    """Return a tuple of a JSON list. cattrs itself would take a string for a list of letters."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"got {value!r}; expected a list")
+    kinds = get_args(kind)
+    if kinds[1:] == (...,):
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise ConfigError(f"got {len(value)} values; expected {len(kinds)}")
+    return tuple(_converter.structure(item, kind) for item, kind in zip(value, kinds, strict=True))
+
+
+def _table(cls: Any) -> Callable[[Any, Any], Any]:
+    structure = make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True)
+
+    def hook(value: Any, kind: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"got {value!r}; expected an object with the fields of {cls.__name__}")
+        return structure(dict(value), kind)
+
+    return hook
+
+
+def _union(value: Any, union: Any) -> Any:
+    kinds = [kind for kind in get_args(union) if kind is not type(None)]
+    if value is None and len(kinds) < len(get_args(union)):
+        return None
+    tables = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    if isinstance(value, Mapping) and tables:
+        return _converter.structure(value, _member(value, tables))
+    for kind in kinds[:-1]:
+        try:
+            return _converter.structure(value, kind)
+        except (ConfigError, ClassValidationError):
+            continue
+    try:
+        return _converter.structure(value, kinds[-1])
+    except ConfigError as error:
+        if len(kinds) == 1:
+            raise
+        raise ConfigError(f"got {value!r}; expected one of {', '.join(map(_word, kinds))}") from error
+
+
+def _word(kind: Any) -> str:
+    return ", ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+
+
+def _member(value: Mapping[str, Any], tables: list[Any]) -> Any:
+    """Return the dataclass of a union that `value` belongs to. cattrs itself needs a field of its own in each."""
+    tags = {tag: table for table in tables for tag in get_args(get_type_hints(table).get("kind"))}
+    if "kind" in value and tags:
+        if value["kind"] not in tags:
+            raise ConfigError(f"kind is {value['kind']!r}; {suggest(str(value['kind']), map(str, tags))}")
+        return tags[value["kind"]]
+    return min(tables, key=lambda table: len(set(value) ^ set(_names(table))))
+
+
+_converter = Converter()
+for _kind in (bool, int, float, str):
+    _converter.register_structure_hook(_kind, _scalar)
+_converter.register_structure_hook_factory(dataclasses.is_dataclass, _table)
+_converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _literal)
+_converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _tuple)
+_converter.register_structure_hook_func(lambda kind: get_origin(kind) in (Union, types.UnionType), _union)

@@ -5,8 +5,6 @@ A signal (SIGINT, SIGTERM, SIGHUP) saves first.
 """
 
 import contextlib
-import dataclasses
-import difflib
 import errno
 import importlib.metadata
 import json
@@ -16,8 +14,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +21,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from o2o import __version__
+from o2o.config import FORMAT
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.files import JsonLines, write_atomically
 from o2o.replay.buffer import capacity_for
@@ -74,40 +71,6 @@ class StopFlag:
     def __call__(self) -> bool:
         """Whether a signal has come."""
         return bool(self.seen)
-
-
-def to_dict(config: Any) -> Any:
-    """Return a dataclass as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
-    """Rebuild a dataclass from `to_dict`'s output; raises `ConfigError` naming an unknown field and its nearest one."""
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
-            raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}{hint}")
-    restored = {name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    try:
-        return cls(**restored)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _restore(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(hint, value, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _restore(next(arg for arg in args if arg is not type(None)), value, where)
-    if (origin is tuple or hint in (tuple,) or "Sequence" in str(hint)) and isinstance(value, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    return value
 
 
 def _commit() -> str:
@@ -177,7 +140,8 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "config.json", json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+            about = {"format": FORMAT, **config, "versions": versions()}
+            write_atomically(path / "config.json", json.dumps(about, indent=2) + "\n")
             run = cls(path, keep_last)
             for rows in (run.metrics, run.episodes):
                 rows.path.touch()
@@ -187,7 +151,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, keep_last: int = 2) -> Self:
-        """Open a run folder; raises `RunError` if there is none."""
+        """Open a run folder. Raises `RunError` if there is none, or if its format is not `FORMAT`."""
         read_config(path)
         return cls(path, keep_last)
 
@@ -275,9 +239,9 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.json; raises `RunError` if `path` is no run folder."""
+    """Return a run's config.json. Raises `RunError` if `path` is no run folder or its format is not `FORMAT`."""
     try:
-        return json.loads((path / "config.json").read_text())
+        values = json.loads((path / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(p.parent.name for p in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
@@ -288,6 +252,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy"
         ) from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path / 'config.json'} holds no JSON object: restore it from a copy")
+    if values.get("format") != FORMAT:
+        made = values.get("versions") or {}
+        by = f"o2o {made.get('o2o', 'of an older version')}" + (f" ({made['commit']})" if "commit" in made else "")
+        raise RunError(
+            f"run {path} was made by {by} in format {values.get('format', 1)}, but o2o {__version__} opens format "
+            f"{FORMAT} only: use that version for it, or train the run again"
+        )
+    return values
 
 
 def read_status(path: Path) -> str | None:

@@ -120,7 +120,7 @@ def test_a_takeover_beyond_the_runs_actions_is_said_once(caplog: pytest.LogCaptu
             executed = [env.step(np.zeros(1, np.float32))[4]["executed_action"][0] for _ in range(LIMIT)]
         assert executed[1] == (-1.0 if lines else -0.5)
         assert len(caplog.messages) == lines
-        words = "takeover's action has -1 in entry 0, the run's actions lie within [-0.5, 2] there"
+        words = "takeover's action has -1 in entry 0, but the run's actions lie within [-0.5, 2] there"
         assert (words in caplog.text) == lines
         caplog.clear()
 
