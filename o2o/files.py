@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut: written whole or not at all, or appended row by row."""
+"""Where files go, and how they are written so that they survive a kill or a power cut."""
 
 import json
 import logging
@@ -9,7 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from platformdirs import user_cache_path
+
 _log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Return the folder O2O_CACHE if that is set, else `o2o` in the user's cache folder (platformdirs)."""
+    return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:

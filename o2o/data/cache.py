@@ -3,23 +3,15 @@
 import contextlib
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_path
 
-from o2o.files import write_atomically
+from o2o.files import cache_dir, write_atomically
 
 Arrays = dict[str, np.ndarray]
-
-
-def cache_dir() -> Path:
-    """Return the folder O2O_CACHE if that is set, else `o2o` in the user's cache folder (platformdirs)."""
-    return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
 
 
 def cached(

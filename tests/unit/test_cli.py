@@ -87,6 +87,12 @@ def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys:
         (["data", "describe", "no/such-v0"], "no/such-v0"),
         (["data", "make", "nothing"], "pointmaze-umaze"),
         (["data", "lst"], "did you mean 'list'"),
+        ([], "Expected one of {train, resume, eval, play, plot, balance, data, bench, demo}; `o2o --help`"),
+        (["data"], "Expected one of {list, describe, make, check, export}; `o2o data --help`"),
+        (["--verison"], "Unrecognized options: --verison"),
+        (["plot"], "no run folder; give one or more"),
+        (["eval", "runs/absent", "--episods", "3"], "did you mean --episodes?; `o2o eval --help`"),
+        (["data", "list", "--rot", "x"], "did you mean --root?; `o2o data list --help`"),
         (["bench", "run", "nothing"], "nothing"),
         (["resume", "runs/absent"], "no run folder"),
         (["resume", __file__], "test_cli.py is no run folder"),
@@ -122,6 +128,25 @@ def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.C
     for option in ("--config.discount", "--config.online.utd-ratio", "--dataset", "--seeds"):
         assert option in text
     assert "0.99" in text
+
+
+@pytest.mark.parametrize("args", [[], ["data"], ["bench"], ["train"], ["eval"], ["data", "export"]])
+def test_help_of_every_level(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*args, "--help") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(" ".join(["usage: o2o", *args])) and not shown.err
+    words = {
+        "": "fine-tune it in its environment",
+        "data": "Minari dataset of the episodes",
+        "train": "agents: bc, iql",
+    }
+    assert words.get(" ".join(args), "") in " ".join(shown.out.replace("│", "").split())
+
+
+def test_help_needs_no_jax() -> None:
+    code = "import sys; from o2o import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
