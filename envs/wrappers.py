@@ -194,37 +194,6 @@ class TaskReward(gym.Wrapper):
         return any_success(self.task.success(raw, info.get("success")))
 
 
-class EpisodeStatistics(gym.Wrapper):
-    """`info["episode"]` at its end: raw `return`, `length`, `success` in any step, `success_last` (None if unknown)."""
-
-    def __init__(self, env: gym.Env) -> None:
-        """Count what the task's wrapper reports."""
-        super().__init__(env)
-        self._return, self._length = 0.0, 0
-        self._success: bool | None = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
-        """Reset the counts."""
-        self._return, self._length, self._success = 0.0, 0, None
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> Step:
-        """Step and count."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._return += info["raw_reward"]
-        self._length += 1
-        if info["success"] is not None:
-            self._success = bool(self._success) or info["success"]
-        if terminated or truncated:
-            info["episode"] = {
-                "return": self._return,
-                "length": self._length,
-                "success": self._success,
-                "success_last": info["success"],
-            }
-        return observation, reward, terminated, truncated, info
-
-
 class StackHistory(gym.Wrapper):
     """Observations joined to the last ones of their episode (see `o2o.data.history`)."""
 
