@@ -113,9 +113,14 @@ def make(
     if reference is not None:
         check_spaces(env, reference)
     env = wrap(
-        env, task, evaluation=evaluation, achieved_goal=achieved_goal, inner=inner, history=history,
+        env,
+        task,
+        evaluation=evaluation,
+        achieved_goal=achieved_goal,
+        inner=inner,
+        history=history,
         action_map=action_map,
-    )  # fmt: skip
+    )
     if seed is not None:
         env.reset(seed=seed)
         env.action_space.seed(seed)
@@ -132,9 +137,9 @@ def wrap(
     history: int = 1,
     action_map: ActionMap | None = None,
 ) -> gym.Env:
-    """Put o2o's wrappers around an environment made elsewhere, a robot's for instance.
+    """Put o2o's wrappers around an environment that was made elsewhere, such as a robot's.
 
-    `inner`, a recorder for instance, sits just outside the FaultGuard: it sees the environment's own units.
+    `inner`, such as a recorder, is put just outside the FaultGuard, where it sees the environment's own units.
     """
     env = FaultGuard(env)
     env = inner(env) if inner is not None else env
@@ -146,7 +151,7 @@ def wrap(
 
 
 def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
-    """Raise `EnvironmentMismatchError`, naming both, unless observations and actions are the dataset's."""
+    """Raise `EnvironmentMismatchError` unless observations and actions of `env` equal the dataset's."""
     name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
     theirs = ObservationSpec.from_space(dataset.observation_space, True)
     ours = ObservationSpec.from_space(env.observation_space, True)
@@ -164,7 +169,7 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
 
 
 def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
-    """Whether an id's environment is the one that a dataset names: same id, arguments, time limit and wrappers."""
+    """Whether an id stands for the environment of a dataset: same id, arguments, time limit and wrappers."""
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
@@ -172,7 +177,7 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
 
 
 def _settings(spec: EnvSpec) -> str:
-    """Return what of a specification says how its environment behaves, as JSON has it: tuples are lists there."""
+    """Return the parts of a specification that decide the environment's behaviour, as JSON text."""
     wrappers = [asdict(wrapper) for wrapper in spec.additional_wrappers]
     return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 

@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Changes to the task's own conventions; what is None stays as the preset, or else the task table, has it."""
+    """Changes to the conventions of the task. None keeps the value of the preset or of the task table."""
 
     binary: bool | None = None
     """Adroit: replace the dense reward by the sparse -1/0 success reward of the papers."""
@@ -81,84 +81,86 @@ class TaskConfig:
     reward_bias: float | None = None
     """Added to every scaled reward."""
     normalize_returns: float | None = None
-    """Set `reward_scale`, which must be None, so that the dataset's best and worst return lie this far apart (IQL's
-    paper: 1000)."""
+    """Distance between the dataset's best and worst return after scaling (IQL's paper: 1000). Sets `reward_scale`,
+    which must be None."""
     terminate_on_success: bool | None = None
     """End a training episode at its first success."""
     only_successes: bool | None = None
-    """Leave episodes without a success out of the dataset (the WSRL paper's Adroit data)."""
+    """Use only the episodes of the dataset that succeed (the WSRL paper's Adroit data)."""
     achieved_goal: bool = False
     """Keep `achieved_goal` of Dict observations."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; saved as config.json."""
+    """Everything that defines a run. It is saved as config.json in the run folder."""
 
     agent: str
     """Name in o2o.agents.AGENTS."""
     config: Any
     """The agent's config."""
     dataset: tuple[str, ...]
-    """Minari ids or paths, mixed by `weights`."""
+    """Minari ids or paths. Several datasets are mixed by `weights`."""
     weights: tuple[float, ...] = ()
-    """Share of each dataset in a batch; empty for the share of its rows."""
+    """Share of each dataset in a batch; empty: in proportion to their rows."""
     clip_actions: bool = False
-    """Clip actions of the dataset that lie outside its action space, instead of refusing it."""
+    """Clip the dataset's actions to its action space. Without this, a dataset with actions outside is refused."""
     env: str | None = None
     """Gymnasium id of the environment; None for the dataset's own."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """Changes to the task's conventions."""
+    """Changes to the conventions of the task."""
     history: int = 1
-    """Observations that a policy sees at once: the present one and those before it (`o2o.data.history`)."""
+    """Number of observations that the policy sees: the current one and those before it (`o2o.data.history`)."""
     cameras: tuple[str, ...] = ()
-    """MuJoCo cameras rendered into the observation (`free` is always there); empty for those that the dataset has."""
+    """MuJoCo cameras to render into the observation; `free` exists always. Empty: the cameras of the dataset."""
     image_size: int = 64
-    """Height and width of the images of `cameras`; those of the dataset's cameras are the dataset's."""
+    """Height and width of the images of `cameras`. The dataset's own cameras keep the size of the dataset."""
     normalize: bool = False
     """Normalise observations with the dataset's statistics, stored with the agent."""
     std_floor: float | None = None
-    """Normalise by max(std, std_floor); None for std + 0.001, and by 1 where nothing varies."""
+    """Divide by max(std, std_floor). None: divide by std + 0.001, or by 1 where nothing varies."""
     action_range: Literal["space", "data"] = "space"
-    """What [-1, 1] stands for: the action space, or the range of the dataset's actions and the agent's margin on it."""
+    """What [-1, 1] stands for: the action space, or the range of the dataset's actions plus the agent's margin."""
     base: str | None = None
-    """Residual agents: the frozen policy to correct: a run folder, a .onnx or .pt (TorchScript) file, module:name."""
+    """Frozen policy that a residual agent corrects: a run folder, a .onnx or .pt (TorchScript) file, or module:name."""
     base_member: int = 0
-    """Which of the base run's seeds."""
+    """Which seed of the base run to take, counted from 0."""
     base_sample: bool = False
-    """Draw from the base run's policy instead of taking its mode."""
+    """Sample from the base run's policy. Without this its mode acts."""
     base_labels: Literal["policy", "demo"] = "policy"
-    """Base actions of the dataset: the base's own, or the dataset's actions, so that the residual of its rows is 0."""
+    """Base actions of the dataset's rows: `policy`: the base's own; `demo`: the recorded actions (residual 0)."""
     base_timeout_s: float | None = 1.0
-    """Seconds that an action of the base may take, before the run or three times in a row in it; None for no limit."""
+    """Longest time for an action of the base, in s; None: no limit. It is tested once before the run. In the run, three
+    slow actions in a row are an error."""
     seed: int = 0
-    """Every random draw of the run comes from it."""
+    """All random numbers of the run derive from it."""
     seeds: int = 1
-    """Agents trained side by side in one program."""
+    """Number of agents that are trained side by side, each with a seed of its own."""
     offline_steps: int = 10_000
     """Gradient steps of pre-training."""
     online_steps: int = 10_000
     """Environment steps of the online phase per seed, warm-up included."""
     init_from: str | None = None
-    """WSRL only: a run of BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL, its pre-training finished, to start from instead of
-    pre-training; the policy keeps its `log_std_range`."""
+    """WSRL only: a pre-trained run (BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL) to start from in place of pre-training.
+    The policy keeps its `log_std_range`."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How often to log, evaluate and checkpoint."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, at least one (two outlast a power cut during a save); the best of those taken where the
-    run was evaluated is kept besides."""
+    """How many of the newest checkpoints to keep, at least 1; 2 survive a power cut during a save. The best checkpoint
+    with an evaluation is kept as well."""
     record: bool = False
-    """Write every finished training episode to disk; at the run's end they become a Minari dataset, RUN/recorded."""
+    """Write every finished training episode to disk. At the end they become the Minari dataset RUN/recorded."""
     loggers: tuple[str, ...] = ()
-    """`tensorboard`, `wandb`: besides metrics.jsonl."""
+    """Loggers in addition to metrics.jsonl: `tensorboard`, `wandb`."""
     preset: str = "paper"
-    """Which preset the agent's config started from (for the record)."""
+    """The preset that the settings started from; only a note."""
 
 
 def with_fields(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
-    """Return a dataclass with fields replaced by dotted name (`online.utd_ratio`); unknown ones raise `ConfigError`.
+    """Return a dataclass with fields replaced by dotted name, such as `online.utd_ratio`.
 
-    All at once, as what the changes amount to may be usable where a part of them is not; of one field the last counts.
+    All changes are made together, since a part of them may be invalid by itself. If a field is named twice, the last
+    value counts. Raises `ConfigError` for an unknown field.
     """
     values: dict[str, Any] = {}
     inside: dict[str, list[tuple[str, Any]]] = {}

@@ -20,11 +20,11 @@ class DatasetError(O2OError, ValueError):
 
 
 class EnvironmentMismatchError(O2OError, ValueError):
-    """Spaces of the dataset, environment or agent do not fit each other."""
+    """The spaces of dataset, environment and agent do not match."""
 
 
 class EnvironmentFaultError(O2OError, RuntimeError):
-    """The environment raised, or returned a value that is not finite or a takeover of another shape."""
+    """The environment raised, or returned a value that is not finite, or a takeover of the wrong shape."""
 
 
 class BaseFaultError(EnvironmentFaultError):
@@ -36,11 +36,11 @@ class RunError(O2OError, RuntimeError):
 
 
 class CheckpointError(O2OError, RuntimeError):
-    """A checkpoint that is missing, unreadable, or belongs to another agent or shape."""
+    """A checkpoint that is missing or unreadable, or belongs to an agent of another class or shape."""
 
 
 class DivergenceError(O2OError, ArithmeticError):
-    """The learner's numbers are not finite any more."""
+    """The learner diverged: its numbers are no longer finite."""
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str | None = None, count: int = 1) -> str:

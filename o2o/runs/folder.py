@@ -1,7 +1,7 @@
 """Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
 
-Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal.
-A signal (SIGINT, SIGTERM, SIGHUP) saves first.
+A run that was killed continues from its last checkpoint. Rows written after it are cut off and written again, the same.
+A run that gets a signal (SIGINT, SIGTERM, SIGHUP) saves a checkpoint and stops.
 """
 
 import contextlib
@@ -31,24 +31,24 @@ from o2o.train.trainer import Trainer
 _log = logging.getLogger(__name__)
 
 REPLAY = "replay"
-"""Folder in a run's for the rows of a replay on disk."""
+"""Folder in a run folder for the rows of a replay on disk."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
-"""Where there is such a signal: the terminal, or the ssh session, is gone."""
+"""The signal of a closed terminal or ssh session; None on systems without it."""
 
 
 class StopFlag:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that loops look at; the second SIGINT interrupts at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a flag that loops read. A second SIGINT interrupts at once.
 
-    A SIGHUP that is ignored already stays so: nohup.
+    If SIGHUP is ignored already (nohup), it stays ignored.
     """
 
     def __init__(self) -> None:
-        """Start with no signal seen."""
+        """Start without a signal."""
         self.seen = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Install the handlers (main thread only; elsewhere the flag just stays down)."""
+        """Install the handlers. Outside the main thread this does nothing and the flag stays False."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old[number] = signal.signal(number, self._handle)
@@ -64,17 +64,17 @@ class StopFlag:
         self.seen = number
 
     def __exit__(self, *_: object) -> None:
-        """Put the old handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return bool(self.seen)
 
 
 def _commit() -> str:
-    """Return the commit of the checkout that this code is in, `-dirty` behind it where files differ, or nothing."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it; empty outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
@@ -86,7 +86,7 @@ def _commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on, in a checkout of this code also its commit."""
+    """Return the versions that a result depends on; in a checkout of o2o also its commit."""
     names = ("jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     found = {"python": platform.python_version(), "machine": f"{platform.machine()} x {os.cpu_count()}"}
     found["o2o"] = __version__
@@ -131,7 +131,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
-        """Make a new run folder; raises `RunError` if something is there already."""
+        """Make a new run folder. Raises `RunError` if it exists with files in it, or cannot be written."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file, where a run needs a folder: choose another --name")
         if path.exists() and any(path.iterdir()):
@@ -171,25 +171,26 @@ class RunFolder:
         return self.saved and checkpoint.load_state(self.checkpoints)[1]["counters"]["phase"] == "online"
 
     def save(self, trainer: Trainer) -> None:
-        """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
-        (arrays, state), counters = trainer.save(), trainer.counters  # which may write the rows of an evaluation
+        """Save a checkpoint of the whole run, with the current lengths of the row files; sync all files to disk."""
+        (arrays, state), counters = trainer.save(), trainer.counters  # save() may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
         trainer.replay.sync()
-        score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
+        score = counters.score if counters.scored_at == counters.point else None  # an older score is of another policy
         checkpoint.save(self.checkpoints, counters.point, arrays, state, score, self.keep_last)
 
     def scored(self, step: int, score: float) -> None:
-        """Add the score of an evaluation to checkpoint `step`, if that was taken without waiting for it."""
+        """Add the score of an evaluation to checkpoint `step`, which was saved before the evaluation ended."""
         try:
             checkpoint.add_score(self.checkpoints, step, score)
-        except CheckpointError as error:  # no reason to end a run
+        except CheckpointError as error:  # the run can go on without it
             _log.warning("%s", error)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
-        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
+        """Restore `trainer` from checkpoint `step` (None: the latest) and return its step.
 
-        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved. To go on without any
-        checkpoint, unless the run had finished, is to begin again: every row is cut, `trainer` left as it is.
+        With `go_on`, training will continue: rows written after the checkpoint are cut off. If an unfinished run has no
+        checkpoint, all rows are cut off, `trainer` stays new and the result is 0. Without `go_on`, no row is cut and no
+        environment is made or moved.
         """
         if go_on and not self.saved and read_status(self.path) != "finished":
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
@@ -197,7 +198,7 @@ class RunFolder:
             self.episodes.truncate(0)
             return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
-        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that begins anew
+        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that will start again
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.load(state, load, online_steps, play=go_on)
@@ -207,14 +208,16 @@ class RunFolder:
         return step
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:
-        """Raise `ConfigError` if the run cannot go on from its latest checkpoint until `online_steps`."""
+        """Raise `ConfigError` if the run cannot continue from its latest checkpoint to `online_steps`."""
         if not self.saved:
             return
         state = checkpoint.load_state(self.checkpoints)[1]
         replay = state.get("replay", {})
         made, planned = state["counters"]["env_steps"], replay.get("planned")
         if online_steps < made:
-            raise ConfigError(f"run {self.path} has made {made} environment steps; expected online_steps from there on")
+            raise ConfigError(
+                f"run {self.path} has made {made} environment steps; give online_steps of at least {made}"
+            )
         short = planned and capacity_for(planned, replay_capacity) < capacity_for(online_steps, replay_capacity)
         if replay.get("kind") == "host" and short:
             raise ConfigError(
@@ -232,7 +235,7 @@ class RunFolder:
         write_atomically(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
 
     def close(self) -> None:
-        """Close the row files, and let others train the run."""
+        """Close the row files and release the lock."""
         self.metrics.close()
         self.episodes.close()
         self._lock.release()
@@ -265,7 +268,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_status(path: Path) -> str | None:
-    """Return the status of a run folder, `None` if it never started."""
+    """Return the status of a run folder; None if it never started."""
     try:
         return json.loads((path / "status.json").read_text())["status"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
@@ -273,7 +276,11 @@ def read_status(path: Path) -> str | None:
 
 
 def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
-    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved if it can be."""
+    """Do `work` and write the run's status: finished, stopped by a signal, or failed.
+
+    If `work` fails, a checkpoint is saved if that is possible, and the exception is raised again. A full disk raises
+    `RunError`.
+    """
     run.status("running", pid=os.getpid())
     try:
         finished = work()
@@ -281,15 +288,15 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
         run.status("stopped")
         raise
     except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk may have no room for it
+        with contextlib.suppress(OSError):  # a full disk may have no room for the status
             run.status("failed", error=f"{type(error).__name__}: {error}")
         if isinstance(error, CheckpointError | DivergenceError):
-            raise  # saving is what failed, or nothing that anybody would go on from
+            raise  # saving failed, or the state is of no use
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
                 f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"
             ) from error
-        with contextlib.suppress(Exception):  # an evaluation under way that fails, too, is no reason not to save
+        with contextlib.suppress(Exception):  # save even if an evaluation in progress fails too
             trainer.take_evaluations(wait=True)
         try:
             run.save(trainer)

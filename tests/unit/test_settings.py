@@ -45,9 +45,13 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def write(name: str, episodes: list[Episode], env_id: str | None = None, **metadata: float) -> str:
         datasets.write(
-            name, episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, metadata=metadata,
+            name,
+            episodes,
+            observation_space=OBSERVATIONS,
+            action_space=ACTIONS,
+            metadata=metadata,
             spec=None if env_id is None else gym.spec(env_id),
-        )  # fmt: skip
+        )
         return name
 
     return write
