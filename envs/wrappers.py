@@ -116,10 +116,10 @@ class FlattenObservation(gym.ObservationWrapper):
 
 
 class MapAction(gym.Wrapper):
-    """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins.
+    """Actions in [-1, 1], clipped. `info["executed_action"]` is the action executed: a takeover's if there was one.
 
-    `info["intervened"]` says whether there was one. What reaches beyond the map is clipped, too; the first time
-    standard error has a line about it.
+    `info["intervened"]` says whether a human took over (`intervene_action`). An action of theirs outside the map is
+    clipped too; the first one logs a warning.
     """
 
     def __init__(self, env: gym.Env, action_map: ActionMap) -> None:
