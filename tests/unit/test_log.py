@@ -19,7 +19,7 @@ from rich.console import Console
 from o2o import cli
 from o2o.data.recorder import Recorder
 from o2o.data.task import Task
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, RunError
 from o2o.files import JsonLines, write_atomically
 from o2o.report.plots import read_rows
 from o2o.runs import session
@@ -118,6 +118,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_atomically(tmp_path / "a.json", full)
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_stops_no_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(getattr(errno, code), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = RunFolder(tmp_path).lock(), RunFolder(tmp_path).lock()
+    first.close()
+    second.close()
+    monkeypatch.undo()
+    holder = RunFolder(tmp_path).lock()
+    with pytest.raises(RunError, match="is being trained by another process"):
+        RunFolder(tmp_path).lock()
+    holder.close()
+    RunFolder(tmp_path).lock().close()
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
