@@ -1,15 +1,13 @@
 """Environments: `make` builds one from a dataset or a Gymnasium id, with its task's conventions (the table `TASKS`)."""
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from o2o.data.datasets import DatasetInfo
@@ -21,14 +19,13 @@ from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_mode
 from o2o.envs.tasks import TASKS, register, task_for
 from o2o.envs.wrappers import (
     BaseAction,
-    EpisodeStatistics,
     FaultGuard,
     FlattenObservation,
     MapAction,
     StackHistory,
     TaskReward,
 )
-from o2o.errors import ConfigError, EnvironmentMismatchError
+from o2o.errors import ConfigError, EnvironmentMismatchError, suggest
 from o2o.user_code import import_module
 
 __all__ = [
@@ -39,11 +36,13 @@ __all__ = [
     "CameraObservation",
     "check_spaces",
     "embedded_id",
-    "final_info",
-    "final_observations",
     "make",
+    "make_embedded",
+    "register",
+    "same_environment",
+    "task_for",
+    "wrap",
 ]
-__all__ += ["make_embedded", "make_vec", "register", "same_environment", "task_for", "wrap"]
 
 DEMO_DATASET = "pointmaze-umaze"
 """The embedded dataset of `o2o demo`."""
@@ -72,15 +71,26 @@ def make(
 ) -> gym.Env:
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
-    From the inside: the environment with its time limit, FaultGuard, FlattenObservation, MapAction, TaskReward,
-    EpisodeStatistics. `info` has `raw_reward`, `success` (None if unknown), `executed_action` and `intervened` in every
-    step, `episode` in the last. With `evaluation`, success alone does not end the episode. `env_kwargs` win over the
-    task's. `seed` seeds it now, as a reset would. Its spaces must be those of `dataset` (or of `source`). `action_map`
-    is the dataset's, where [-1, 1] is not its action space. `inner` wraps it before o2o's conventions do (see `wrap`).
-    With `history` above 1, observations are joined to those before them (`o2o.data.history`), outside all else.
-    `cameras` are rendered into the observation, images of `image_size` squared (`o2o.envs.cameras`); without any,
-    the dataset's own. Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that
-    do not fit.
+    The wrappers, from the inside: FaultGuard, `inner` (see `wrap`), FlattenObservation, MapAction, TaskReward and, with
+    `history` above 1, StackHistory. Every step's `info` has `raw_reward`, `success` (None if unknown),
+    `executed_action` and `intervened`.
+
+    Args:
+        source: A Gymnasium id, `module:id`, or a dataset that names its environment.
+        task: Conventions of reward, success and termination; default: the table's for `source`.
+        evaluation: Success alone does not end the episode.
+        render_mode: Gymnasium's.
+        seed: Seeds the environment now, as a reset would.
+        achieved_goal: Keep `achieved_goal` of Dict observations.
+        env_kwargs: Arguments of the environment; they win over those of the task.
+        dataset: The environment's spaces must equal this dataset's; default: `source` if that is a dataset.
+        inner: A wrapper for the environment in its own units, such as a recorder.
+        history: Observations that are joined into one (`o2o.data.history`).
+        action_map: What [-1, 1] stands for; default: the action space.
+        cameras: Cameras to render into the observation (`o2o.envs.cameras`); default: those of the dataset.
+        image_size: Height and width of their images.
+
+    Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit.
     """
     about = source if isinstance(source, DatasetInfo) else None
     task = task if task is not None else task_for(source)
@@ -103,9 +113,14 @@ def make(
     if reference is not None:
         check_spaces(env, reference)
     env = wrap(
-        env, task, evaluation=evaluation, achieved_goal=achieved_goal, inner=inner, history=history,
+        env,
+        task,
+        evaluation=evaluation,
+        achieved_goal=achieved_goal,
+        inner=inner,
+        history=history,
         action_map=action_map,
-    )  # fmt: skip
+    )
     if seed is not None:
         env.reset(seed=seed)
         env.action_space.seed(seed)
@@ -122,21 +137,21 @@ def wrap(
     history: int = 1,
     action_map: ActionMap | None = None,
 ) -> gym.Env:
-    """Put o2o's wrappers around an environment made elsewhere, a robot's for instance.
+    """Put o2o's wrappers around an environment that was made elsewhere, such as a robot's.
 
-    `inner`, a recorder for instance, sits just outside the FaultGuard: it sees the environment's own units.
+    `inner`, such as a recorder, is put just outside the FaultGuard, where it sees the environment's own units.
     """
     env = FaultGuard(env)
     env = inner(env) if inner is not None else env
     spec = ObservationSpec.from_space(env.observation_space, achieved_goal)
     action_map = action_map if action_map is not None else ActionMap.from_space(env.action_space)
     env = MapAction(FlattenObservation(env, spec), action_map)
-    env = EpisodeStatistics(TaskReward(env, task, terminate=not evaluation))
+    env = TaskReward(env, task, terminate=not evaluation)
     return env if history == 1 else StackHistory(env, history)
 
 
 def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
-    """Raise `EnvironmentMismatchError`, naming both, unless observations and actions are the dataset's."""
+    """Raise `EnvironmentMismatchError` unless observations and actions of `env` equal the dataset's."""
     name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
     theirs = ObservationSpec.from_space(dataset.observation_space, True)
     ours = ObservationSpec.from_space(env.observation_space, True)
@@ -154,7 +169,7 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
 
 
 def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
-    """Whether an id's environment is the one that a dataset names: same id, arguments, time limit and wrappers."""
+    """Whether an id stands for the environment of a dataset: same id, arguments, time limit and wrappers."""
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
@@ -162,7 +177,7 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
 
 
 def _settings(spec: EnvSpec) -> str:
-    """Return what of a specification says how its environment behaves, as JSON has it: tuples are lists there."""
+    """Return the parts of a specification that decide the environment's behaviour, as JSON text."""
     wrappers = [asdict(wrapper) for wrapper in spec.additional_wrappers]
     return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 
@@ -189,66 +204,6 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
             import_module(module)  # where the environment is registered
         return gym.spec(name)
     except (gym.error.Error, ConfigError) as error:
-        near = difflib.get_close_matches(source, list(gym.registry), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "register it with gymnasium first, or give module:id"
+        hint = suggest(source, gym.registry, "register it with gymnasium first, or give module:id", count=3)
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"unknown environment {source!r} ({reason}); {hint}") from error
-
-
-def make_vec(
-    source: str | DatasetInfo,
-    num_envs: int,
-    task: Task | None = None,
-    *,
-    seed: int | None = None,
-    processes: bool = False,
-    **options: Any,
-) -> gym.vector.VectorEnv:
-    """Make `num_envs` environments of `make(source, task, **options)`, stepped together, seeded seed, seed + 1, ...
-
-    Autoreset is SAME_STEP: the step that ends an episode returns the next one's first observation; its last one is in
-    `final_observations`, its info in `final_info`. `processes` gives each environment its own process.
-    """
-    if num_envs < 1:
-        raise ConfigError(f"num_envs is {num_envs}, expected at least 1")
-
-    def maker() -> gym.Env:
-        return make(source, task, **options)
-
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    if processes:  # a fork would copy JAX's threads, and may hang
-        envs = gym.vector.AsyncVectorEnv([maker] * num_envs, autoreset_mode=mode, context="spawn")
-    else:
-        envs = gym.vector.SyncVectorEnv([maker] * num_envs, autoreset_mode=mode)
-    if seed is not None:
-        envs.reset(seed=seed)
-    return envs
-
-
-def final_observations(next_observations: Any, infos: Mapping[str, Any]) -> Any:
-    """Return the true next observations `[num_envs, ...]`: the last one where an episode ended."""
-    if "final_obs" not in infos:
-        return next_observations
-    done = infos["_final_obs"]
-
-    def replaced(batch: np.ndarray, rows: Any) -> np.ndarray:
-        batch = np.array(batch)
-        for i in np.flatnonzero(done):
-            batch[i] = rows(infos["final_obs"][i])
-        return batch
-
-    if isinstance(next_observations, dict):
-        return {key: replaced(value, lambda row, k=key: row[k]) for key, value in next_observations.items()}
-    return replaced(next_observations, lambda row: row)
-
-
-def final_info(infos: Mapping[str, Any], key: Literal["raw_reward", "success", "executed_action"] | str) -> np.ndarray:
-    """Return an entry of `infos` `[num_envs, ...]` of the step just taken, from `final_info` where an episode ended."""
-    if "final_info" not in infos:
-        return np.asarray(infos[key])
-    final, done = infos["final_info"], infos["_final_info"]
-    values = np.array(final[key])
-    if key in infos:
-        going = ~np.asarray(done)
-        values[going] = np.asarray(infos[key])[going]
-    return values

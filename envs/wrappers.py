@@ -1,6 +1,6 @@
 """One gym wrapper per concern, here in the order, from the inside, in which `o2o.envs.make` stacks them."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
@@ -12,6 +12,8 @@ from o2o.data.history import History, joined_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
 from o2o.data.task import Task, any_success
 from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
+
+_log = logging.getLogger(__name__)
 
 Step = tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]
 Reset = tuple[Any, dict[str, Any]]
@@ -114,10 +116,10 @@ class FlattenObservation(gym.ObservationWrapper):
 
 
 class MapAction(gym.Wrapper):
-    """Actions in [-1, 1], clipped; `info["executed_action"]` is what was done: a takeover's `intervene_action` wins.
+    """Actions in [-1, 1], clipped. `info["executed_action"]` is the action executed: a takeover's if there was one.
 
-    `info["intervened"]` says whether there was one. What reaches beyond the map is clipped, too; the first time
-    standard error has a line about it.
+    `info["intervened"]` says whether a human took over (`intervene_action`). An action of theirs outside the map is
+    clipped too; the first one logs a warning.
     """
 
     def __init__(self, env: gym.Env, action_map: ActionMap) -> None:
@@ -144,17 +146,19 @@ class MapAction(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
     def _tell(self, takeover: np.ndarray) -> None:
-        """Say so if a takeover `[A]` reaches beyond the actions that can be stored."""
+        """Log a warning if a takeover `[A]` lies outside the actions that can be stored."""
         entries = np.flatnonzero(self.action_map.outside(takeover.reshape(self.action_map.shape)))
         if not len(entries):
             return
         i, self._told = entries[0], True
-        print(
-            f"o2o: a takeover's action has {takeover[i]:g} in entry {i}, the run's actions lie within "
-            f"[{self.action_map.low[i]:g}, {self.action_map.high[i]:g}] there: it is learnt from as if it had been "
-            "clipped to that (said once); where these are the dataset's (action_range 'data', agent residual), let "
-            "demonstrations reach as far, or begin a run with action_range 'space'",
-            file=sys.stderr,
+        _log.warning(
+            "a takeover's action has %g in entry %d, but the run's actions lie within [%g, %g] there: the agent learns "
+            "the clipped action (reported once). Is this range the dataset's (action_range 'data', agent residual)? "
+            "Then record demonstrations that reach as far, or start a run with action_range 'space'",
+            takeover[i],
+            i,
+            self.action_map.low[i],
+            self.action_map.high[i],
         )
 
 
@@ -188,37 +192,6 @@ class TaskReward(gym.Wrapper):
 
     def _success(self, raw: float, info: dict[str, Any]) -> bool | None:
         return any_success(self.task.success(raw, info.get("success")))
-
-
-class EpisodeStatistics(gym.Wrapper):
-    """`info["episode"]` at its end: raw `return`, `length`, `success` in any step, `success_last` (None if unknown)."""
-
-    def __init__(self, env: gym.Env) -> None:
-        """Count what the task's wrapper reports."""
-        super().__init__(env)
-        self._return, self._length = 0.0, 0
-        self._success: bool | None = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
-        """Reset the counts."""
-        self._return, self._length, self._success = 0.0, 0, None
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> Step:
-        """Step and count."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._return += info["raw_reward"]
-        self._length += 1
-        if info["success"] is not None:
-            self._success = bool(self._success) or info["success"]
-        if terminated or truncated:
-            info["episode"] = {
-                "return": self._return,
-                "length": self._length,
-                "success": self._success,
-                "success_last": info["success"],
-            }
-        return observation, reward, terminated, truncated, info
 
 
 class StackHistory(gym.Wrapper):

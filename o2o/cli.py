@@ -1,4 +1,7 @@
-"""The `o2o` command: the only module that parses arguments. What it does is in `o2o.runs.session`, `bench`, `plots`."""
+"""The `o2o` command: parses arguments with tyro and calls what other modules do.
+
+Modules that need JAX are imported inside the commands, so that `o2o --help` starts fast.
+"""
 
 import contextlib
 import dataclasses
@@ -7,39 +10,48 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
+from tyro.extras import SubcommandApp
 
-from o2o.errors import ConfigError, DatasetError, O2OError
+from o2o.errors import ConfigError, DatasetError, O2OError, suggest
 from o2o.startup import prepare_process
-from o2o.usage import USAGE, lookup, one_line
+from o2o.usage import one_line
 
 Name = tyro.conf.Positional
+ABOUT = "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment."
 
 
-def _train(args: list[str]) -> int:
+def train(args: Name[tuple[str, ...]] = ()) -> int:
+    """Pre-train an agent on a dataset, then fine-tune it in its environment: `o2o train AGENT --dataset ID`.
+
+    Args:
+        args: Name of the agent and the options of the run; `o2o train --help` lists the agents.
+    """
     from o2o.agents import AGENTS
 
-    listing = (
+    if args and args[0] not in ("-h", "--help"):
+        return _run_training(*parse_train(args[0], list(args[1:])))
+    print(
         f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n"
-        "`o2o train AGENT --help` explains every option."
+        "`o2o train AGENT --help` explains every option. A residual agent corrects a policy given by --base: a run "
+        "folder, FILE.onnx, FILE.pt or module:function.",
+        file=sys.stdout if args else sys.stderr,
     )
-    if not args or args[0] in ("-h", "--help"):
-        print(listing, file=sys.stdout if args else sys.stderr)
-        return 0 if args else 2
-    return _run_training(*parse_train(args[0], args[1:]))
+    return 0 if args else 2
 
 
 def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
-    """Return the folder and the settings of a new run: those of `preset_run` with the same task, and `args` on top.
+    """Return the folder and the settings of a new run: those of `preset_run`, changed by `args`.
 
-    They are read twice: first those that the preset depends on, then all. A field of the task given as None is the
-    preset's, as in Python. Raises `ConfigError`; `--help` exits.
+    The defaults depend on the agent and the dataset, so tyro reads `args` twice: first for the options that decide the
+    preset, then for all, with the preset as default. An option of the task given as None keeps the preset's value.
+    Raises `ConfigError` for bad input; `--help` exits.
     """
     from o2o.runs import session
     from o2o.runs.presets import Chosen
@@ -88,7 +100,7 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
 
     Args:
         run: The run folder.
-        online_steps: Environment steps in all, where they are to be other than the run began with.
+        online_steps: Environment steps in total; default: as many as the run began with.
     """
     from o2o.report.tables import end
     from o2o.runs import session
@@ -103,7 +115,7 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
 def evaluate(
     run: Name[Path], episodes: int = 50, checkpoint: str = "latest", seed: int = 1, sample: bool = False
 ) -> int:
-    """Evaluate a run's policy anew, all its seeds.
+    """Evaluate the policies of all seeds of a run in fresh episodes.
 
     Args:
         run: The run folder.
@@ -132,7 +144,7 @@ def play(
 
     Args:
         run: The run folder.
-        out: Video file (.mp4, .gif, .webm); none opens a window.
+        out: Video file (.mp4, .gif, .webm); default: a window.
         episodes: Episodes to play.
         checkpoint: `latest`, `best` or a checkpoint's number.
         member: Which of the run's seeds plays.
@@ -156,13 +168,15 @@ def plot(
     """Draw the learning curves of runs, with bootstrap bands over seeds.
 
     Args:
-        runs: Run folders; those whose settings differ in their seeds only are pooled.
-        out: The picture.
-        metric: What is drawn; `auto` is what the tasks are judged by: success, return or a score of their own.
+        runs: Run folders. Runs whose settings differ only in their seeds are pooled into one curve.
+        out: File of the picture.
+        metric: What to draw. `auto` takes what the task is judged by: success, return or a score of its own.
         statistic: Mean or interquartile mean over seeds.
     """
     from o2o.report.plots import plot_runs
 
+    if not runs:
+        raise ConfigError("o2o plot: no run folder; give one or more, such as `o2o plot runs/demo`")
     plot_runs(list(runs), out, None if metric == "auto" else metric, statistic=statistic)
     print(f"wrote {out}")
     return 0
@@ -173,7 +187,7 @@ def balance(run: Name[Path], out: Path = Path("balance.png")) -> int:
 
     Args:
         run: The run folder.
-        out: The picture.
+        out: File of the picture.
     """
     from o2o.runs.balance import plot_balance
 
@@ -186,7 +200,7 @@ def data_list(root: Path | None = None) -> int:
     """List the local datasets.
 
     Args:
-        root: Folder of datasets; none means MINARI_DATASETS_PATH, else Minari's own.
+        root: Folder of datasets; default: MINARI_DATASETS_PATH, else Minari's own.
     """
     from o2o.data import datasets
     from o2o.report.tables import print_datasets
@@ -222,8 +236,8 @@ def data_make(name: Name[str], root: Path | None = None) -> int:
     """Make one of the toolkit's own small datasets with its scripted controller.
 
     Args:
-        name: Its id; an unknown one lists them.
-        root: Folder to write to; none means MINARI_DATASETS_PATH, else Minari's own.
+        name: Name of the dataset, such as pointmaze-umaze; an unknown name lists them.
+        root: Folder to write to; default: MINARI_DATASETS_PATH, else Minari's own.
     """
     from o2o import envs
 
@@ -232,7 +246,7 @@ def data_make(name: Name[str], root: Path | None = None) -> int:
 
 
 def data_check(dataset: Name[str], root: Path | None = None) -> int:
-    """Check a dataset: readable, finite, within its spaces, replayable as its environment.
+    """Check that a dataset can be read, is finite, stays within its spaces and fits its environment.
 
     Args:
         dataset: Minari id or path.
@@ -248,12 +262,12 @@ def data_check(dataset: Name[str], root: Path | None = None) -> int:
 
 
 def data_export(run: Name[Path], id: str | None = None, root: Path | None = None) -> int:
-    """Make a Minari dataset of the episodes that a run recorded (`o2o train ... --record`), finished or not.
+    """Make a Minari dataset of the episodes that a run recorded (`o2o train ... --record`).
 
     Args:
-        run: The run folder.
-        id: Id of the dataset; none means NAME-v0.
-        root: Folder of datasets to write to; none means `recorded` in the run folder, where it replaces an older one.
+        run: The run folder; the run may still be going on.
+        id: Id of the dataset; default: NAME-v0.
+        root: Folder of datasets to write to; default: `recorded` in the run folder, replacing an earlier export.
     """
     from o2o.data import recorder
 
@@ -268,14 +282,14 @@ def bench_run(
     seeds: int | None = None,
     out: Path | None = None,
 ) -> int:
-    """Run the missing cells of a suite; finished ones are never repeated, interrupted ones go on.
+    """Run the cells of a suite that are missing and resume those that were interrupted.
 
     Args:
         suite: Name of a file in benchmarks/.
         agents: Only these rows of the suite.
         tasks: Only these datasets.
-        seeds: Number of seeds; none means the suite's own.
-        out: Folder of results, its runs in `runs` there; none means benchmarks/results, with runs/bench.
+        seeds: Number of seeds; default: the suite's own.
+        out: Folder of results, with the runs in OUT/runs; default: benchmarks/results, with the runs in runs/bench.
     """
     from o2o.report import jobs as bench_jobs
     from o2o.runs import session
@@ -296,11 +310,11 @@ def bench_run(
 
 
 def bench_report(suite: Name[str], out: Path | None = None) -> int:
-    """Write the suite's Markdown table and curves from the raw rows.
+    """Write a suite's Markdown table and curves from its raw rows.
 
     Args:
         suite: Name of a file in benchmarks/.
-        out: Folder of results; none means benchmarks/results.
+        out: Folder of results; default: benchmarks/results.
     """
     from o2o.report.suite_report import write_report
 
@@ -309,11 +323,11 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
 
 
 def demo(runs: Path = Path("runs"), offline_steps: int = 4_000, online_steps: int = 8_000, seed: int = 0) -> int:
-    """Make a small dataset, pre-train, warm up, fine-tune, and show what the online phase gained.
+    """Make a small dataset, pre-train WSRL on it, fine-tune it, and show what the online phase gained.
 
     Args:
         runs: Folder that holds the runs.
-        offline_steps: Gradient steps of pre-training; few, so that there is something to gain online.
+        offline_steps: Gradient steps of pre-training; few, so that fine-tuning has something to gain.
         online_steps: Environment steps of the online phase.
         seed: Seed of the run.
     """
@@ -337,57 +351,112 @@ def demo(runs: Path = Path("runs"), offline_steps: int = 4_000, online_steps: in
     return code
 
 
-def _group(name: str, commands: dict[str, Callable[..., int]], args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
-        print(f"usage: o2o {name} {{{'|'.join(commands)}}} ...", file=sys.stdout if args else sys.stderr)
-        return 0 if args else 2
-    return _call(lookup(args[0], commands, f"o2o {name}"), args[1:], f"o2o {name} {args[0]}")
+Commands = Mapping[str, "Callable[..., int] | Commands"]
+DATA: Commands = {
+    "list": data_list,
+    "describe": data_describe,
+    "make": data_make,
+    "check": data_check,
+    "export": data_export,
+}
+BENCH: Commands = {"run": bench_run, "report": bench_report}
+COMMANDS: Commands = {
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "play": play,
+    "plot": plot,
+    "balance": balance,
+    "data": DATA,
+    "bench": BENCH,
+    "demo": demo,
+}
+GROUPS = {"data": "Local datasets: list, describe, make, check, export.", "bench": "Suites of benchmarks: run, report."}
 
 
-def _call(function: Callable[..., int], args: list[str], prog: str) -> int:
-    stderr = sys.stderr
+def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Return a function with the same signature that binds its arguments to `command` instead of calling it."""
 
-    @functools.wraps(function)
-    def command(*values: Any, **named: Any) -> int:
-        with contextlib.redirect_stderr(stderr):  # only the parser's words are caught
-            return function(*values, **named)
+    @functools.wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
 
-    with one_line(prog):
-        return tyro.cli(command, args=args, prog=prog)
+    return bind
 
 
-DATA = {"list": data_list, "describe": data_describe, "make": data_make, "check": data_check, "export": data_export}
-BENCH = {"run": bench_run, "report": bench_report}
-SIMPLE = {"resume": resume, "eval": evaluate, "play": play, "plot": plot, "balance": balance, "demo": demo}
+def _app(commands: Commands) -> SubcommandApp:
+    """Return tyro's parser of commands. Parsing returns the chosen command with its arguments bound."""
+    app = SubcommandApp()
+    for name, command in commands.items():
+        if callable(command):
+            app.command(name=name)(_bound(command))
+        else:
+            app.command(_app(command), name=name, help=GROUPS[name])
+    return app
+
+
+def _prog(args: Sequence[str]) -> str:
+    """Return the command that `args` name, such as `o2o data list`. Raises `ConfigError` for an unknown one.
+
+    tyro would list all commands; this suggests the nearest.
+    """
+    known, prog = COMMANDS, "o2o"
+    for word in args:
+        if callable(known) or word.startswith("-"):
+            break
+        if word not in known:
+            raise ConfigError(f"{prog} has no command {word!r}; {suggest(word, known)}")
+        known, prog = known[word], f"{prog} {word}"
+    return prog
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if args else sys.stderr)
-        return 0 if args else 2
-    if args[0] == "--version":
+    if args == ["--version"]:
         from o2o import __version__
 
         print(f"o2o {__version__}")
         return 0
-    command = lookup(args[0], {**SIMPLE, "train": 0, "data": 0, "bench": 0}, "o2o")
-    if args[0] == "train":
-        return _train(args[1:])
-    if args[0] in ("data", "bench"):
-        return _group(args[0], DATA if args[0] == "data" else BENCH, args[1:])
-    return _call(command, args[1:], f"o2o {args[0]}")
+    if args[:1] == ["train"]:  # its options depend on the agent, so tyro reads them later
+        return train(tuple(args[1:]))
+    with one_line(_prog(args)):
+        command = _app(COMMANDS).cli(prog="o2o", description=ABOUT, args=args)
+    return command()
+
+
+class StandardError(logging.Handler):
+    """Print log records as `o2o: message` to whatever `sys.stderr` is then: a progress bar puts its own there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; a terminal that has gone away does not end the run."""
+        with contextlib.suppress(OSError):
+            print(f"o2o: {self.format(record)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Print the messages of logger `o2o` (level INFO and up) to standard error."""
+    logger, handler = logging.getLogger("o2o"), StandardError()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
     prepare_process()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its every merge
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every merge
     warnings.filterwarnings("ignore", module="orbax")
-    try:
-        code = _dispatch(list(sys.argv[1:] if args is None else args))
-    except O2OError as error:
-        print(f"o2o: error: {error}", file=sys.stderr)
-        code = 2
+    with logging_to_stderr():
+        try:
+            code = _dispatch(list(sys.argv[1:] if args is None else args))
+        except O2OError as error:
+            print(f"o2o: error: {error}", file=sys.stderr)
+            code = 2
     sys.exit(code)
 
 

@@ -3,6 +3,9 @@
 The command line prints the message and exits with code 2; Python callers catch `O2OError` or a subclass.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class O2OError(Exception):
     """Base of every error that o2o raises on bad input."""
@@ -17,11 +20,11 @@ class DatasetError(O2OError, ValueError):
 
 
 class EnvironmentMismatchError(O2OError, ValueError):
-    """Spaces of the dataset, environment or agent do not fit each other."""
+    """The spaces of dataset, environment and agent do not match."""
 
 
 class EnvironmentFaultError(O2OError, RuntimeError):
-    """The environment raised, or returned a value that is not finite or a takeover of another shape."""
+    """The environment raised, or returned a value that is not finite, or a takeover of the wrong shape."""
 
 
 class BaseFaultError(EnvironmentFaultError):
@@ -29,12 +32,24 @@ class BaseFaultError(EnvironmentFaultError):
 
 
 class RunError(O2OError, RuntimeError):
-    """A run folder that exists already, is missing, or cannot be written."""
+    """A run folder that exists already, is missing, is of another format, or cannot be written."""
 
 
 class CheckpointError(O2OError, RuntimeError):
-    """A checkpoint that is missing, unreadable, or belongs to another agent or shape."""
+    """A checkpoint that is missing or unreadable, or belongs to an agent of another class or shape."""
 
 
 class DivergenceError(O2OError, ArithmeticError):
-    """The learner's numbers are not finite any more."""
+    """The learner diverged: its numbers are no longer finite."""
+
+
+def suggest(name: str, known: Iterable[str], otherwise: str | None = None, count: int = 1) -> str:
+    """Return a hint for an unknown name: "did you mean 'wsrl'?" with up to `count` close names.
+
+    If no known name is close, return `otherwise`; by default that lists the known names: "there are bc, iql".
+    """
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, names, n=count)
+    if close:
+        return f"did you mean {', '.join(map(repr, close))}?"
+    return f"there are {', '.join(names)}" if otherwise is None else otherwise

@@ -1,28 +1,53 @@
-"""Files that a kill or a power cut leaves whole: text written at once, rows appended one by one."""
+"""Where files go, and how they are written so that they survive a kill or a power cut."""
 
 import json
+import logging
 import math
 import os
-import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from platformdirs import user_cache_path
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all, in a power cut too; what was there stays until then."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+_log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Return the folder O2O_CACHE if that is set, else `o2o` in the user's cache folder (platformdirs)."""
+    return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it appears whole or not at all, even in a power cut; an old one stays until then.
+
+    `content` is text (stored as UTF-8), bytes, or a function that writes to the open binary file. Several processes may
+    write the same path: each uses a temporary file of its own in the same folder. Raises `OSError`.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class JsonLines:
-    """Append rows to a file; every row is flushed, so a kill loses none, nor a power cut one before an `offset`."""
+    """A file of JSON rows to append to.
+
+    Every row is flushed, so a kill loses none. A power cut loses none of the rows before the last `offset`.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Append to `path`, which is opened by the first change: who only looks needs no right to write."""
+        """Append to `path`. The file is opened by the first write, so reading a run needs no right to write."""
         self.path = path
         self._opened: IO[str] | None = None
 
@@ -33,28 +58,30 @@ class JsonLines:
         return self._opened
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; NaN and infinity are written as null."""
+        """Append one row. NaN and infinity are written as null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
 
     def offset(self) -> int:
-        """Return the file's length in bytes, all of which are on the disk then."""
+        """Sync the file to disk and return its length in bytes."""
         os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:
-        """Forget what was written behind `offset`: a resumed run writes it again.
+        """Cut off what follows byte `offset`; a resumed run writes those rows again.
 
-        Of a file that is shorter the last line stays only if it is whole, and standard error has a line about it.
+        If the file is shorter than `offset`, log a warning and cut off an incomplete last line.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < offset:
             whole = self.path.read_bytes().rfind(b"\n") + 1 if size else 0
-            print(
-                f"o2o: {self.path} has {size} bytes, its checkpoint was taken at {offset}: rows are missing from it (a "
-                "power cut, or a copy by half); the run goes on without them",
-                file=sys.stderr,
+            _log.warning(
+                "%s has %d bytes but its checkpoint was taken at %d: rows are missing (a power cut, or an incomplete "
+                "copy); the run continues without them",
+                self.path,
+                size,
+                offset,
             )
             offset = whole
         if size > offset:

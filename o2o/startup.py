@@ -1,4 +1,4 @@
-"""What the command line sets up for its own process before JAX starts; importing o2o changes nothing of the kind."""
+"""Settings of the command line's own process, made before JAX starts. Importing o2o sets none of them."""
 
 import hashlib
 import os
@@ -6,26 +6,26 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from o2o.data.cache import cache_dir
+from o2o.files import cache_dir
 
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
-"""Turns off a fusion of XLA's CPU back end that makes small products slower (`benchmarks/PERFORMANCE.md`)."""
+"""Turns off a fusion of XLA's CPU back end that makes small matrix products slower (`benchmarks/PERFORMANCE.md`)."""
 KNOWN_TO = ("0.10.",)
-"""Releases of jaxlib that know the flag: another might refuse to start with it."""
+"""Releases of jaxlib that know the flag. Others might refuse to start with it."""
 
 
 def processor() -> str:
-    """Return what programs compiled for this processor depend on."""
+    """Return a text that differs between processors for which XLA compiles different programs."""
     info = Path("/proc/cpuinfo")
     flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
     return flags[0] if flags else platform.machine()
 
 
 def prepare_process() -> None:
-    """Set the environment of a process of the command line; what the user has set stays.
+    """Set environment variables for JAX and BLAS; variables that the user has set stay.
 
-    Compiled programs are kept in the cache folder, one for each kind of processor and release of jaxlib, so that the
-    second start of the same run compiles nothing (JAX_ENABLE_COMPILATION_CACHE=0 turns that off).
+    Compiled programs are cached on disk, per kind of processor and release of jaxlib. The second start of the same run
+    then compiles nothing. JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads spin, and initialisers' QR then crawls
     jaxlib, flags = version("jaxlib"), os.environ.get("XLA_FLAGS", "")

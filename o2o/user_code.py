@@ -1,4 +1,4 @@
-"""Modules of the user's own: environments, tasks, controllers, suites."""
+"""Import the user's own modules: environments, tasks, controllers, suites."""
 
 import importlib
 import importlib.util
@@ -11,14 +11,14 @@ from o2o.errors import ConfigError
 
 
 def import_module(name: str) -> ModuleType:
-    """Import a module, one of the working folder too; raises `ConfigError` with whatever its own code raised."""
+    """Import a module, from the working folder too. Raises `ConfigError` with any exception of its code."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return _run(name, lambda: importlib.import_module(name))
 
 
 def run_file(path: Path) -> ModuleType:
-    """Run a Python file as a module of its own; raises `ConfigError` like `import_module`."""
+    """Run a Python file as a module. Raises `ConfigError` with any exception of its code."""
 
     def load() -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -87,14 +87,6 @@ class Dataset:
 
         return replace(self, arrays=empty(self.arrays))
 
-    def sequence_starts(self, horizon: int) -> np.ndarray:
-        """Return `[M]` rows from which `horizon` rows in a row belong to one episode."""
-        if horizon < 1:
-            raise ValueError(f"horizon is {horizon}, expected at least 1")
-        ends = np.concatenate([[0], np.cumsum(self.arrays["ends"])])
-        starts = np.arange(max(self.size - horizon + 1, 0))
-        return starts[ends[starts + horizon - 1] == ends[starts]]
-
 
 def _converters(about: DatasetInfo, achieved_goal: bool) -> tuple[ObservationSpec, ActionMap]:
     try:

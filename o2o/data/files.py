@@ -1,6 +1,5 @@
-"""Minari's files: find, read, validate and write them, for `o2o.data.datasets`."""
+"""Find, read, check and write the files of Minari datasets."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from minari.serialization import deserialize_space
 
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task
-from o2o.errors import DatasetError, EnvironmentMismatchError
+from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
@@ -43,12 +42,12 @@ class Episode:
     """Success after each step, `[T]`; None if the environment does not say."""
     seed: int | None = None
     intervened: np.ndarray | None = None
-    """Which steps a human took over, `[T]`, written as `infos/intervened`; None if it is not known that one did."""
+    """Whether a human acted in each step, `[T]`; written as `infos/intervened`. None if unknown."""
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetInfo:
-    """What the metadata of a dataset (or of several alike) says; `episode_*` once it is loaded."""
+    """The metadata of a dataset, or of several mixed ones. The fields `episode_*` are set when it is loaded."""
 
     ids: tuple[str, ...]
     env_id: str | None
@@ -69,13 +68,13 @@ class DatasetInfo:
 
     @property
     def name(self) -> str:
-        """Return the ids as one line."""
+        """The ids as one line."""
         return " + ".join(self.ids)
 
     def normalized(self, returns: Any, task: Task | None = None) -> np.ndarray | None:
         """Return 100 * (return - min) / (max - min), or None without reference scores.
 
-        Also None if `task` builds another environment than the one the scores were measured in.
+        The result is also None if `task` makes an environment other than that of the reference scores.
         """
         if self.ref_min_score is None or self.ref_max_score is None or self.ref_max_score == self.ref_min_score:
             return None
@@ -93,7 +92,7 @@ def default_root() -> Path:
 
 
 def local_ids(root: str | Path | None = None) -> list[str]:
-    """Return the ids of the datasets under a root, sorted; raises `DatasetError` for a root that is a file."""
+    """Return the sorted ids of the datasets under a root. Raises `DatasetError` if the root is a file."""
     base = Path(root) if root is not None else default_root()
     if base.is_file():
         raise DatasetError(f"{base} is a file, expected a folder of datasets: give another root")
@@ -105,7 +104,7 @@ def local_ids(root: str | Path | None = None) -> list[str]:
 def locate(dataset: str | Path, root: str | Path | None = None, download: bool = False) -> Path:
     """Return the `data` folder of a dataset given by id or by path.
 
-    Raises `DatasetError` with near ids and how to download if it is not there.
+    Raises `DatasetError` if it is not there, with similar ids and how to get it.
     """
     base = Path(root) if root is not None else default_root()
     for candidate in (Path(dataset) / "data", Path(dataset), base / dataset / "data"):
@@ -116,11 +115,11 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
         raise DatasetError(f"dataset {name}: its data folder has no {METADATA_FILE_NAME}; copy or download it again")
     if download:
         return _download(name, base)
-    near = difflib.get_close_matches(name, local_ids(base), n=3, cutoff=0.4)
     get = f"`minari download {name}` (needs the network and o2o[hub])"
     if name.startswith(EMBEDDED_PREFIX):
         get = f"`o2o data make {name.removeprefix(EMBEDDED_PREFIX).rsplit('-v', 1)[0]}`"
-    hint = f"did you mean {', '.join(near)}? Otherwise " if near else ""
+    near = suggest(name, local_ids(base), "", count=3)
+    hint = f"{near} Otherwise " if near else ""
     raise DatasetError(f"dataset {name!r} is not under {base}: {hint}get it with {get}, or set MINARI_DATASETS_PATH")
 
 
@@ -146,7 +145,7 @@ def _download(name: str, base: Path) -> Path:
 
 
 def read_metadata(data: Path) -> dict[str, Any]:
-    """Return metadata.json as it is, after a check of the entries that o2o relies on."""
+    """Return metadata.json. Raises `DatasetError` if it cannot be read or lacks an entry that o2o needs."""
     try:
         metadata = json.loads((data / METADATA_FILE_NAME).read_text())
     except (OSError, ValueError) as error:
@@ -162,7 +161,7 @@ def read_metadata(data: Path) -> dict[str, Any]:
 
 
 def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | None:
-    """Return the environment specification stored under a key, or None; raises `DatasetError` if it does not parse."""
+    """Return the environment specification under a key, or None. Raises `DatasetError` if it cannot be parsed."""
     text = metadata.get(key)
     if not text:
         return None
@@ -175,25 +174,25 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
 
 
 def without_own_wrappers(spec: EnvSpec) -> EnvSpec:
-    """Return a specification without the wrappers that o2o adds, and adds again."""
+    """Return a specification without o2o's own wrappers, which `o2o.envs.make` adds again."""
     others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
     return replace(spec, additional_wrappers=tuple(others))
 
 
 def storable(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a specification as datasets have it, without o2o's own wrappers; None if it has no JSON form."""
+    """Return a specification for a dataset: without o2o's own wrappers; None if it has no JSON form."""
     if spec is None:
         return None
     spec = without_own_wrappers(spec)
     try:
         spec.to_json()
-    except (TypeError, ValueError):  # it is registered with a class, or has an argument that JSON cannot say
+    except (TypeError, ValueError):  # registered with a class, or with an argument that is no JSON
         return None
     return spec
 
 
 def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
-    """Open the data; raises `DatasetError` if there is none, or no space can be read."""
+    """Open the data of a dataset. Raises `DatasetError` if the data or the spaces cannot be read."""
     try:
         return MinariStorage.read(data)
     except Exception as error:
@@ -201,12 +200,12 @@ def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
 
 
 def info(dataset: str | Path, root: str | Path | None = None, download: bool = False) -> DatasetInfo:
-    """Return a dataset's metadata without reading its data; raises `DatasetError`."""
+    """Return a dataset's metadata without reading its data. Raises `DatasetError`."""
     return read_info(locate(dataset, root, download))
 
 
 def read_info(data: Path) -> DatasetInfo:
-    """Return what metadata.json in a `data` folder says; raises `DatasetError`."""
+    """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
     spec, name = env_spec(metadata), metadata["dataset_id"]
     found = {}
@@ -234,7 +233,7 @@ def read_info(data: Path) -> DatasetInfo:
 
 
 def file_digest(data: Path) -> str:
-    """Return the sha256 of all files of the dataset, names and contents, whatever their folder."""
+    """Return the sha256 of the names and contents of all files of the dataset; its location does not matter."""
     digest = hashlib.sha256()
     for path in sorted(p for p in data.rglob("*") if p.is_file()):
         digest.update(path.relative_to(data).as_posix().encode())
@@ -244,7 +243,7 @@ def file_digest(data: Path) -> str:
 
 
 def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
-    """Yield every episode; raises `DatasetError` naming the episode that cannot be read."""
+    """Yield every episode. Raises `DatasetError` with the number of an episode that cannot be read."""
     total = storage.total_episodes
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
@@ -271,7 +270,7 @@ def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
 
 
 def _success(infos: Mapping[str, Any], steps: int) -> np.ndarray | None:
-    """Take infos' success, with one entry per observation (T+1) or per step (T)."""
+    """Return the success flags of the steps `[T]` from infos with one entry per observation (T+1) or step (T)."""
     flags = np.asarray(infos["success"]).reshape(-1) if "success" in infos else np.empty(0)
     if not steps or len(flags) not in (steps, steps + 1):
         return None
@@ -281,7 +280,7 @@ def _success(infos: Mapping[str, Any], steps: int) -> np.ndarray | None:
 def problems(
     episode: Episode, index: int, spec: ObservationSpec, actions: ActionMap, clip: bool = False
 ) -> Iterator[str]:
-    """Yield what is wrong with an episode, one line each; `clip` allows actions out of bounds."""
+    """Yield one line for each error in an episode. With `clip`, actions outside the bounds are allowed."""
     where, steps = f"episode {index}", len(episode.rewards)
     if steps == 0:
         yield f"{where} has no steps; delete it"
@@ -317,7 +316,7 @@ def problems(
 
 
 def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
-    """Return the folder of a dataset still to be written; raises `DatasetError` if the id is malformed or taken."""
+    """Return the folder for a new dataset. Raises `DatasetError` if the id is malformed or exists already."""
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
@@ -339,10 +338,10 @@ def write_dataset(
     root: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write episodes as a Minari dataset and return its folder; it appears whole or not at all.
+    """Write episodes as a Minari dataset and return its folder, which appears whole or not at all.
 
-    A specification without a JSON form is left out: the dataset then needs `--env`. Raises `DatasetError` if the id is
-    malformed or taken, the folder cannot be written, or an episode has no steps.
+    A specification without a JSON form is left out; training on the dataset then needs `--env`. Raises `DatasetError`
+    if the id is malformed or exists already, the folder cannot be written, or an episode has no steps.
     """
     base = Path(root) if root is not None else default_root()
     target = check_new(dataset_id, base)

@@ -1,19 +1,18 @@
-"""Record what a run does in its training environments, so that today's run is tomorrow's offline data.
+"""Record the training episodes of a run, so that they can serve as offline data later.
 
 Every finished episode is one file under `RUN/episodes`, in the environment's own units: observations (Dict too), the
-actions that were executed, which of them a human's, raw rewards. A file appears whole or not at all and is named by run
-seed, stream, member and episode; none is written over. What a resumed run will play again is deleted first (`forget`),
-what a robot did stays. `export` makes a Minari dataset of them at any time.
+executed actions, which of them were a human's, and raw rewards. A file is written atomically, named by run seed,
+stream, member and episode, and never overwritten. A resumed run first deletes the episodes that it will play again
+(`forget`); those of a robot stay. `export` makes a Minari dataset of the files at any time.
 """
 
 import json
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gymnasium as gym
 import numpy as np
@@ -23,23 +22,24 @@ from o2o.data import datasets
 from o2o.data.datasets import Episode
 from o2o.data.task import Task, any_success
 from o2o.errors import RunError
+from o2o.files import write_atomically
 
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
-"""In a run folder: the episodes, the environment that they are of, the root of the dataset made of them."""
+"""In a run folder: the episodes, the description of their environment, the root of the exported dataset."""
 Name = tuple[int, ...]
-"""Run seed, stream, member, ..., and last the number of the episode."""
+"""Run seed, stream, member, and so on; the last entry is the number of the episode."""
 
 
 class Recorder(gym.Wrapper):
-    """Writes each finished episode to `folder` at the moment it ends.
+    """Write each episode to `folder` when it ends.
 
-    One that is broken off is dropped, as it will be played again; where it cannot be, it is written, truncated.
-    It belongs inside the wrappers that change observations, actions or rewards. The `task` says whether success ends
-    an episode; such an end, which the environment itself knows nothing of, is recorded as a truncation.
+    An unfinished episode is dropped, since a resumed run plays it again; in an environment that cannot be replayed it
+    is written as truncated. The wrapper belongs inside those that change observations, actions or rewards. If the
+    `task` ends an episode at success, the environment itself does not, and the end is recorded as a truncation.
     """
 
     def __init__(self, env: gym.Env, folder: Path, task: Task, metadata: Mapping[str, Any] | None = None) -> None:
-        """Record `env`; `metadata` (JSON-able) goes into the exported dataset. Raises `RunError` if it cannot write."""
+        """Record `env`. `metadata` (JSON-able) goes into the exported dataset. Raises `RunError` if writing fails."""
         super().__init__(env)
         self.folder, self.task = folder, task
         self._name: Name | None = None
@@ -50,14 +50,14 @@ class Recorder(gym.Wrapper):
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
         self._replayable = bool(env.metadata.get("replayable", True))
         text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
-        _write_whole(folder / HEADER, lambda path: path.write_text(text + "\n"))
+        _write(folder / HEADER, text + "\n")
 
     def name_episode(self, name: Name) -> None:
-        """Say what the episode of the next reset is called; without a name it is counted behind those there."""
+        """Set the name of the episode that starts at the next reset; default: the next free number."""
         self._next = name
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; what was not finished is forgotten, or written if it cannot be played again."""
+        """Reset. An unfinished episode is dropped, or written if it cannot be played again."""
         self._break_off()
         observation, info = self.env.reset(seed=seed, options=options)
         self._name, self._next = self._next, None
@@ -65,7 +65,7 @@ class Recorder(gym.Wrapper):
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step; the episode's last one writes it."""
+        """Step. The last step of an episode writes its file."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         executed = np.array(info.get("intervene_action", action))
         flag = info.get("success")
@@ -78,7 +78,7 @@ class Recorder(gym.Wrapper):
         return observation, reward, bool(terminated), bool(truncated), info
 
     def close(self) -> None:
-        """Close the environment; the episode under way is broken off."""
+        """Close the environment. An unfinished episode is treated as in `reset`."""
         try:
             self._break_off()
         finally:
@@ -111,7 +111,7 @@ class Recorder(gym.Wrapper):
         name = self._name or (0,)
         if self._path(name).exists() or not self._name:
             name = (*name[:-1], next_number(self.folder, name[:-1]))
-        _write_whole(self._path(name), lambda path: _save(path, arrays))
+        _write(self._path(name), lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
         self._name, self._rows = None, []
 
     def _path(self, name: Name) -> Path:
@@ -119,7 +119,7 @@ class Recorder(gym.Wrapper):
 
 
 def _entries(space: gym.Space, observation: Any, prefix: str = "observations") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of an observation with their paths."""
+    """Yield the paths and the leaves of an observation."""
     if isinstance(space, spaces.Dict):
         for key, sub in space.spaces.items():
             yield from _entries(sub, observation[key], f"{prefix}/{key}")
@@ -131,7 +131,7 @@ def _entries(space: gym.Space, observation: Any, prefix: str = "observations") -
 
 
 def _nested(space: gym.Space, arrays: Mapping[str, np.ndarray], prefix: str = "observations") -> Any:
-    """Undo `_entries`."""
+    """Return the nested observation of the leaves that `_entries` yields."""
     if isinstance(space, spaces.Dict):
         return {key: _nested(sub, arrays, f"{prefix}/{key}") for key, sub in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
@@ -139,49 +139,41 @@ def _nested(space: gym.Space, arrays: Mapping[str, np.ndarray], prefix: str = "o
     return arrays[prefix]
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may record one run
+def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(scratch)
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_atomically(path, content)
     except OSError as error:
         raise RunError(f"cannot record to {path}: {error.strerror}; free some space and resume") from error
 
 
 def _files(folder: Path) -> dict[Name, Path]:
-    """Return the episodes of a folder in order of their names: members one after the other, each in order of time."""
+    """Return the recorded episodes of a folder, sorted by member and then by time."""
     named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
     return dict(sorted(named.items()))
 
 
 def _header(folder: Path) -> dict[str, Any]:
-    """Return what is written of the environment beside its episodes; raises `RunError` if it cannot be read."""
+    """Return the description of the environment in a folder of episodes. Raises `RunError` if it cannot be read."""
     try:
         return json.loads((folder / HEADER).read_text())
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it anew once the "
-            "environment is made, or copy that of another recorded run in the same environment"
+            f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it again, or "
+            "copy the file of another recorded run in the same environment"
         ) from error
 
 
 def next_number(folder: Path, prefix: Name) -> int:
-    """Return the number behind those of all recorded episodes of `prefix` (run seed, stream, member)."""
+    """Return the number after those of all recorded episodes of `prefix` (run seed, stream, member)."""
     return 1 + max((name[-1] for name in _files(folder) if name[:-1] == prefix), default=-1)
 
 
 def forget(run: Path, going_on: Mapping[Name, int]) -> None:
-    """Delete the episodes that a resumed run will play again; none where the environment cannot be replayed.
+    """Delete the episodes that a resumed run will play again; none if the environment cannot be replayed.
 
-    `going_on`: (run seed, stream, member) to the number of the episode under way; of members not named, all go.
+    `going_on` maps (run seed, stream, member) to the number of the current episode. Of members that it does not name,
+    all episodes are deleted.
     """
     if (run / EPISODES / HEADER).exists() and not _header(run / EPISODES).get("replayable", True):
         return
@@ -203,10 +195,10 @@ def _read(path: Path, space: gym.Space) -> Episode:
 
 
 def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -> Path:
-    """Make a Minari dataset of a run's recorded episodes and return its folder; the run may still be going on.
+    """Make a Minari dataset of a run's recorded episodes and return its folder. The run may still be going on.
 
-    By default it is `NAME-v0` under `RUN/recorded`, and replaces one made before. Raises `RunError` if nothing is
-    recorded there, `DatasetError` if the id is malformed, or taken in another root.
+    By default it is `NAME-v0` under `RUN/recorded`, replacing an earlier one. Raises `RunError` if nothing is recorded,
+    `DatasetError` if the id is malformed, or exists already in another root.
     """
     if not run.is_dir():
         raise RunError(f"{run} is no run folder: there is no such folder")

@@ -7,7 +7,6 @@ results go to another folder `out` than the committed ones: what is measured aga
 
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -130,9 +129,7 @@ def collect(job: Job) -> bool:
     for name in KEPT:
         if not (job.run / name).exists():
             raise RunError(f"{job.run} is marked finished but has no {name}; resume or delete it")
-        partial = job.results / f".{name}.part"
-        shutil.copyfile(job.run / name, partial)
-        partial.replace(job.results / name)
+        write_atomically(job.results / name, (job.run / name).read_bytes())
     return True
 
 

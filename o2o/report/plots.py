@@ -1,7 +1,4 @@
-"""Pictures of runs: one line with its interval per method, pre-training and fine-tuning side by side on one scale.
-
-Also how the rows behind them are read, of one run or of several.
-"""
+"""Plots of learning curves, one line with its interval per method, and the reading of the rows behind them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +15,7 @@ from o2o.errors import ConfigError, RunError
 from o2o.report.stats import Band, Curve, curve, statistic_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's palette: told apart with any colour vision and on a grey print together with `MARKERS`."""
+"""The palette of Okabe and Ito, for any colour vision; `MARKERS` tell the lines apart on grey prints."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABELS = {
     "return": "return",
@@ -33,7 +30,7 @@ INK, GRID, SHADE = "#333333", "#dddddd", "#f3f3f0"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a jsonl file; a last line cut off by a kill is left out. Raises `RunError`."""
+    """Return the rows of a jsonl file. A last line that a kill cut off is left out. Raises `RunError`."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -50,9 +47,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def pool(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return the episode rows of several run folders, `seed` counted on from run to run: one number per (run, member).
+    """Return the episode rows of several run folders with one `seed` number for each pair of run and seed.
 
-    The rows themselves count the members of their run, from 0. Raises `RunError`.
+    In the files, the seeds of every run count from 0. Raises `RunError`.
     """
     numbers: dict[tuple[int, int], int] = {}
     rows = [(run, row) for run, path in enumerate(runs) for row in read_rows(path / "episodes.jsonl")]
@@ -192,7 +189,7 @@ def plot_curves(
 
 
 def check_picture(out: Path) -> None:
-    """Raise `ConfigError` unless the suffix of `out` is that of a picture."""
+    """Raise `ConfigError` unless `out` has the suffix of a picture."""
     if out.suffix.lstrip(".").lower() not in FigureCanvasAgg.get_supported_filetypes():
         raise ConfigError(f"picture {out} has no known suffix; use one of .png, .pdf, .svg, .jpg")
 
@@ -225,7 +222,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], last: str | None) -> None:
 
 
 def _name(config: Mapping[str, Any], run: Path) -> str:
-    """Name a run by the agent's name in its configuration, or by its folder."""
+    """Return the name of the run's agent, or of its folder if the configuration has none."""
     return str(config.get("agent") if isinstance(config.get("agent"), str) else run.name)
 
 
@@ -241,7 +238,7 @@ def judged_by(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _replicates(runs: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[list[Path]]:
-    """Group runs of equal settings and data but for their seeds; a second run of a seed starts a group of its own."""
+    """Group runs whose settings and data differ only in their seeds. A second run of a seed starts a new group."""
     groups: list[tuple[dict[str, Any], set[int], list[Path]]] = []
     for run, config in zip(runs, configs, strict=True):
         settings = {key: value for key, value in config.items() if key not in ("seed", "seeds", "versions")}
@@ -257,11 +254,11 @@ def _replicates(runs: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> l
 
 
 def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statistic: str = "iqm") -> dict[str, Curve]:
-    """Compare run folders in one picture, read from `episodes.jsonl` and `config.json`; return the curves drawn.
+    """Draw the learning curves of run folders in one picture and return the curves.
 
-    Runs whose settings differ in their seeds only are one curve. Without `metric`, what the runs are judged by is drawn
-    (`judged_by`). Raises `RunError` for a folder without rows, or when none has the metric, `ConfigError` for an
-    unknown `statistic` and a picture that cannot be written.
+    Runs whose settings differ only in their seeds are one curve. Without `metric`, the plot shows what the runs are
+    judged by (`judged_by`). Raises `RunError` for a folder without rows, or if no row has the metric. Raises
+    `ConfigError` for an unknown `statistic`, or a picture that cannot be written.
     """
     check_picture(out)
     reduce = statistic_of(statistic)

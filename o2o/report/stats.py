@@ -1,6 +1,6 @@
 """Statistics over seeds: means, interquartile means, stratified bootstrap intervals, probability of improvement.
 
-A seed's score at an evaluation point is the mean over its episodes; every interval is over seeds, never over episodes.
+A seed's score at an evaluation is the mean over its episodes. Every interval is over seeds, never over episodes.
 Aggregates and intervals follow Agarwal et al., "Deep RL at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 """
 
@@ -29,7 +29,7 @@ def mean(scores: ArrayLike) -> Any:
 
 
 def iqm(scores: ArrayLike) -> Any:
-    """Return the mean without the floor(n / 4) lowest and highest of the last axis; below n = 4 that is the mean."""
+    """Return the interquartile mean over the last axis: the mean without the floor(n / 4) lowest and highest values."""
     return scipy_stats.trim_mean(np.asarray(scores, np.float64), 0.25, axis=-1)
 
 
@@ -37,7 +37,7 @@ STATISTICS: dict[str, Statistic] = {"mean": mean, "iqm": iqm}
 
 
 def statistic_of(name: str) -> Statistic:
-    """Return a statistic by its name in `STATISTICS`. Raises `ConfigError` for another."""
+    """Return a statistic by its name in `STATISTICS`. Raises `ConfigError` for an unknown name."""
     if name not in STATISTICS:
         raise ConfigError(f"unknown statistic {name!r}; expected one of {', '.join(STATISTICS)}")
     return STATISTICS[name]
@@ -56,33 +56,61 @@ def as_strata(scores: Any) -> list[Floats]:
     return strata
 
 
-def _resample(strata: Sequence[Floats], samples: int, rng: np.random.Generator) -> Floats:
-    """Draw seeds with replacement within each task, `[samples, all seeds]`."""
-    return np.concatenate([row[rng.integers(row.size, size=(samples, row.size))] for row in strata], axis=1)
+def _bootstrap(
+    strata: Sequence[Floats],
+    statistic: Callable[[list[Floats]], Any],
+    confidence: float,
+    samples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a statistic of rows, each row resampled by itself.
 
-
-def _percentiles(values: Floats, confidence: float) -> tuple[float, float]:
-    """Return the limits between which the middle `confidence` of the values lies."""
+    `statistic` takes one array `[..., n]` per row and returns `[...]`. `scipy.stats.bootstrap` refuses rows of one
+    value, so these are passed to the statistic as they are.
+    """
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence must lie between 0 and 1, got {confidence}")
-    low, high = np.quantile(values, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
-    return float(low), float(high)
+    several = [i for i, row in enumerate(strata) if row.size > 1]
+    if not several:
+        value = float(statistic(list(strata)))
+        return value, value
+
+    def resampled(*rows: Floats, axis: int = -1) -> Any:
+        drawn = dict(zip(several, rows, strict=True))
+        shape = (*rows[0].shape[:-1], 1)
+        return statistic([drawn.get(i, np.broadcast_to(row[:1], shape)) for i, row in enumerate(strata)])
+
+    found = scipy_stats.bootstrap(
+        [strata[i] for i in several],
+        resampled,
+        n_resamples=samples,
+        confidence_level=confidence,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def interval(
     scores: Any, statistic: Statistic = mean, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of `statistic` over seeds resampled within each task.
+    """Return the percentile bootstrap interval of `statistic` over seeds, which are resampled within each task.
 
     `scores` is `[tasks, seeds]`, `[seeds]`, or a list of rows of unequal length. One seed gives an interval of width
-    zero, and a handful gives one that is too narrow (three seeds cover about 75 % where 95 % is asked for).
+    zero. A handful gives one that is too narrow: three seeds cover about 75 % where 95 % is asked for.
     """
-    values = statistic(_resample(as_strata(scores), samples, np.random.default_rng(seed)))
-    return _percentiles(values, confidence)
+    return _bootstrap(
+        as_strata(scores), lambda rows: statistic(np.concatenate(rows, axis=-1)), confidence, samples, seed
+    )
 
 
 def _better(x: Floats, y: Floats) -> Floats:
-    """Return P(X > Y) + P(X = Y) / 2 of `[..., n]` against `[..., m]`."""
+    """Return P(X > Y) + P(X = Y) / 2 of `[..., n]` against `[..., m]`.
+
+    This is the Mann-Whitney U statistic over n m. `scipy.stats.mannwhitneyu` also computes p-values, for every
+    resample of a bootstrap, and takes five times as long.
+    """
     pairs = np.sign(x[..., :, None] - y[..., None, :])
     return np.mean(0.5 * (pairs + 1.0), axis=(-2, -1))
 
@@ -90,22 +118,25 @@ def _better(x: Floats, y: Floats) -> Floats:
 def probability_of_improvement(
     x: Any, y: Any, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return how often a seed of `x` beats one of `y` on the same task (ties count half), averaged over tasks.
+    """Return how often a seed of `x` beats a seed of `y` on the same task, averaged over tasks; ties count half.
 
-    With its bootstrap interval: (probability, low, high). Both are `[tasks, seeds]` or `[seeds]`, tasks in one order.
+    The result is (probability, low, high) with the bootstrap interval. `x` and `y` are `[tasks, seeds]` or `[seeds]`,
+    with the tasks in the same order. Raises `ConfigError` if they differ in the number of tasks.
     """
     strata_x, strata_y = as_strata(x), as_strata(y)
     if len(strata_x) != len(strata_y):
         raise ConfigError(f"probability of improvement needs the same tasks: {len(strata_x)} against {len(strata_y)}")
-    rng = np.random.default_rng(seed)
-    pairs = list(zip(strata_x, strata_y, strict=True))
-    drawn = [_better(_resample([a], samples, rng), _resample([b], samples, rng)) for a, b in pairs]
-    return float(np.mean([_better(a, b) for a, b in pairs])), *_percentiles(np.mean(drawn, axis=0), confidence)
+    rows = [row for pair in zip(strata_x, strata_y, strict=True) for row in pair]
+
+    def probability(rows: list[Floats]) -> Any:
+        return np.mean([_better(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)], axis=0)
+
+    return float(probability(rows)), *_bootstrap(rows, probability, confidence, samples, seed)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run: where it was made and every seed's mean score over its episodes."""
+    """One evaluation of a run: its phase and steps, and each seed's mean score over its episodes."""
 
     phase: str
     env_steps: int
@@ -120,10 +151,10 @@ class Point:
 
 
 def aggregate(rows: Iterable[Row], metric: str = "return") -> list[Point]:
-    """Return the evaluation points of episode rows in the order of the run, without episodes whose `metric` is None.
+    """Return the evaluation points of episode rows in the order of the run; episodes without the metric are left out.
 
-    Offline points are told apart by gradient steps, the others by environment steps; rows with one `seed` are taken for
-    one agent's, so rows of several runs, each counted from 0, have to come from `o2o.report.plots.pool`.
+    Offline points are identified by gradient steps, the others by environment steps. Rows with the same `seed` count as
+    the same agent, so rows of several runs must come from `o2o.report.plots.pool`, which numbers their seeds apart.
     """
     groups: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     updates: dict[tuple[int, int], int] = defaultdict(int)
@@ -164,7 +195,7 @@ class Curve:
     offline: Band
     online: Band
     seeds: int
-    """Of the online part, where there is one."""
+    """Number of seeds: of the online part if there is one, else of the offline part."""
     warmup_steps: int = 0
     """Environment steps at the evaluation that ended the warm-up; 0 without one."""
 
@@ -179,8 +210,8 @@ def _band(points: Sequence[tuple[int, Floats]], statistic: Statistic, confidence
     )
 
 
-def _of_everyone(points: Sequence[Point]) -> list[Point]:
-    """Return the points that all seeds have that have any of these."""
+def _complete(points: Sequence[Point]) -> list[Point]:
+    """Return the points that have a score of as many seeds as the most complete one."""
     most = max((len(point.scores) for point in points), default=0)
     return [point for point in points if len(point.scores) == most]
 
@@ -188,17 +219,17 @@ def _of_everyone(points: Sequence[Point]) -> list[Point]:
 def curve(
     rows: Iterable[Row], metric: str = "return", statistic: Statistic = iqm, confidence: float = 0.95
 ) -> Curve | None:
-    """Return the learning curve of episode rows, or None where no row has the metric.
+    """Return the learning curve of episode rows, or None if no row has the metric.
 
-    The online part begins at 0 with the last offline evaluation, so that what the switch does can be seen.
-    Of each part, points that not all of its seeds have, because a run was broken off or is still going, are left out.
+    The online part begins at step 0 with the last offline evaluation, so that the plot shows the effect of the switch.
+    Points without a score of every seed are left out, in each part: some run was stopped or is still going.
     """
     points = aggregate(rows, metric)
     if not points:
         return None
     before = [point for point in points if point.phase == "offline"]
-    after = _of_everyone([point for point in points if point.phase != "offline"])
-    complete = _of_everyone(before)
+    after = _complete([point for point in points if point.phase != "offline"])
+    complete = _complete(before)
     offline = [(point.gradient_steps, point.values) for point in complete]
     online = {point.env_steps: point.values for point in after}
     if after and before and (common := after[0].scores.keys() & before[-1].scores.keys()):

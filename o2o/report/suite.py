@@ -8,11 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from o2o.errors import ConfigError, RunError
+from o2o.errors import ConfigError, RunError, suggest
 from o2o.user_code import run_file
 
 
@@ -200,9 +199,7 @@ def _slug(text: str) -> str:
 def _known(what: str, asked: Sequence[str], known: Sequence[str], suite: str) -> None:
     for name in asked:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(dict.fromkeys(known))}"
-            raise ConfigError(f"suite {suite} has no {what} {name!r}; {hint}")
+            raise ConfigError(f"suite {suite} has no {what} {name!r}; {suggest(name, known)}")
 
 
 def status_of(folder: Path) -> dict[str, Any] | None:
@@ -241,10 +238,8 @@ def load_suite(name: str, folder: Path = Path("benchmarks")) -> Suite:
     path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.py") if "SUITE" in file.read_text())
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        found = f"suites there: {', '.join(known)}" if known else "no suite there; run from a checkout or name a file"
-        raise ConfigError(f"no benchmark suite {name!r} in {folder}; {hint}{found}")
+        hint = suggest(name, known) if known else "the folder has no suite; run from a checkout or name a file"
+        raise ConfigError(f"no benchmark suite {name!r} in {folder}; {hint}")
     suite = getattr(run_file(path), "SUITE", None)
     if not isinstance(suite, Suite):
         raise ConfigError(f"{path} defines no `SUITE` of type o2o.report.suite.Suite")

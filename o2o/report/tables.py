@@ -1,4 +1,4 @@
-"""Tables on the screen."""
+"""Tables and closing lines of the command line, printed with rich."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,10 @@ from o2o.report.plots import judged_by, plot_runs, read_rows
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    """Print mean and sample deviation over seeds of the per-seed means; score and human share where they say more."""
+    """Print mean and sample deviation over seeds of the per-seed means of evaluation rows.
+
+    The task's own score, and the share of a human's steps, are printed only where they are not trivial.
+    """
     table = Table(title=title)
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
@@ -31,13 +34,13 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
 
 
 def end(path: Path, finished: bool, console: Console) -> int:
-    """Draw the curve of a run that has finished, say how to go on, and return the exit code."""
+    """Draw the curve of a finished run, print how to continue or watch it, and return exit code 0."""
     if not finished:
         console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
         return 0
     try:
         plot_runs([path], path / "curve.png")
-    except (O2OError, OSError, ValueError) as error:  # the run itself is well
+    except (O2OError, OSError, ValueError) as error:  # the run itself is complete
         console.print(f"no curve drawn: {error}", highlight=False)
     console.print(
         f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
@@ -46,7 +49,7 @@ def end(path: Path, finished: bool, console: Console) -> int:
 
 
 def before_after(path: Path, console: Console) -> None:
-    """Print the last evaluation before the switch next to the last one of all, and how to look further."""
+    """Print the last offline evaluation beside the last online one, and commands to look further."""
     rows = read_rows(path / "episodes.jsonl")
     offline, online = [r for r in rows if r["phase"] == "offline"], [r for r in rows if r["phase"] == "online"]
     if not offline or not online:
@@ -68,7 +71,7 @@ def before_after(path: Path, console: Console) -> None:
 
 
 def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], console: Console) -> None:
-    """Print one line per dataset; of one that cannot be read, why."""
+    """Print one line per dataset; for one that cannot be read, the error."""
     table = Table()
     for column in ("dataset", "environment", "episodes", "steps"):
         table.add_column(column)
@@ -81,6 +84,6 @@ def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], cons
 
 
 def print_episodes(rows: list[dict[str, Any]]) -> None:
-    """Print one line per episode that was played."""
+    """Print one line per played episode."""
     for row in rows:
         print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")

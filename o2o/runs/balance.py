@@ -1,7 +1,7 @@
-"""The picture that FamO2O argues with: which balance coefficient the agent chooses where (arXiv 2310.17966).
+"""Plot which balance coefficient a FamO2O agent chooses in which states (arXiv 2310.17966).
 
-In mazes a map: states of the dataset at their position, coloured by coefficient. Elsewhere a histogram, and the
-coefficient against the critics' value of the policy's action.
+In mazes the plot is a map: states of the dataset at their position, coloured by coefficient. In other environments it
+is a histogram, and the coefficient against the critics' value of the policy's action.
 """
 
 from pathlib import Path
@@ -21,14 +21,14 @@ from o2o.report.plots import COLORS, GRID, INK, check_picture, save_picture
 from o2o.runs.session import agent_class, check_member, load_config, open_run
 
 STATES = 5_000
-"""Dataset states drawn at most: spread evenly over its rows."""
+"""Most states of the dataset in a plot, spread evenly over its rows."""
 
 
 def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") -> np.ndarray:
-    """Draw the coefficient of one seed of the run in folder `path` into the picture `out`; return it, `[N]`.
+    """Draw the coefficients of one seed of the run in folder `path` into the picture `out`; return them, `[N]`.
 
-    `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if the agent has no balance, for a seed
-    that the run does not have, and for a picture that cannot be written.
+    `member` is the seed, counted from 0; `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if
+    the agent has no balance coefficient, the run no such seed, or the picture cannot be written.
     """
     config = load_config(path)
     if not hasattr(agent_class(config.agent), "balance"):
@@ -61,16 +61,16 @@ def _choices(agent: Any, observations: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def choices(agent: Any, observations: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return the agent's coefficients at observations `[N, D]` and the least critic's value of its action there."""
+    """Return the coefficients `[N]` at observations `[N, D]`, and the smallest critic value of the policy's action."""
     betas, values = _choices(agent, observations)
     return np.asarray(betas), np.asarray(values)
 
 
 def position(data: Dataset, width: int) -> list[int] | None:
-    """Return the columns of x and y in a maze's flat observations `[N, width]`; None if they are not there.
+    """Return the columns of x and y in a maze's flat observations `[N, width]`; None if there are none.
 
-    That is `achieved_goal` if it is kept, else the first two numbers of the state, which in a Dict observation of an
-    AntMaze are no position. Of a history of observations, the last one's.
+    The position is `achieved_goal` if that is kept, else the first two numbers of the state. (In Dict observations of
+    AntMaze these are no position.) In a history of observations the columns are those of the newest one.
     """
     if data.task.family not in ("pointmaze", "antmaze"):
         return None
@@ -87,7 +87,7 @@ def position(data: Dataset, width: int) -> list[int] | None:
 
 
 def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
-    """Draw states at positions `[N, 2]`, coloured by coefficients `[N]`, into `out`; title and legend name `ends`."""
+    """Draw states at positions `[N, 2]`, coloured by coefficients `[N]`, into `out`. The title names `ends`."""
     figure, (axes,) = _figure(title, ends, 1, (6.4, 5.2))
     points = axes.scatter(positions[:, 0], positions[:, 1], c=betas, s=7, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="balance coefficient (larger: more improvement)")
@@ -96,7 +96,7 @@ def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float]
 
 
 def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
-    """Draw the histogram of coefficients `[N]`, and them against values `[N]`, into `out`."""
+    """Draw a histogram of coefficients `[N]`, and a scatter plot of them against values `[N]`, into `out`."""
     figure, (left, right) = _figure(title, ends, 2, (9.0, 4.2))
     low, high = (ends[0] - 0.5, ends[1] + 0.5) if ends[0] == ends[1] else ends
     low, high = min(low, float(betas.min())), max(high, float(betas.max()))

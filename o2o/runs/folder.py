@@ -1,55 +1,54 @@
 """Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
 
-Killed at any instant, a run goes on from its last checkpoint: the rows behind it are cut off and written again, equal.
-A signal (SIGINT, SIGTERM, SIGHUP) saves first.
+A run that was killed continues from its last checkpoint. Rows written after it are cut off and written again, the same.
+A run that gets a signal (SIGINT, SIGTERM, SIGHUP) saves a checkpoint and stops.
 """
 
 import contextlib
-import dataclasses
-import difflib
 import errno
-import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import signal
 import subprocess
-import sys
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from o2o import __version__
+from o2o.config import FORMAT
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.files import JsonLines, write_atomically
 from o2o.replay.buffer import capacity_for
 from o2o.train import checkpoint
 from o2o.train.trainer import Trainer
 
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+_log = logging.getLogger(__name__)
+
 REPLAY = "replay"
-"""Folder in a run's for the rows of a replay on disk."""
+"""Folder in a run folder for the rows of a replay on disk."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
-"""Where there is such a signal: the terminal, or the ssh session, is gone."""
+"""The signal of a closed terminal or ssh session; None on systems without it."""
 
 
 class StopFlag:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that loops look at; the second SIGINT interrupts at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a flag that loops read. A second SIGINT interrupts at once.
 
-    A SIGHUP that is ignored already stays so: nohup.
+    If SIGHUP is ignored already (nohup), it stays ignored.
     """
 
     def __init__(self) -> None:
-        """Start with no signal seen."""
+        """Start without a signal."""
         self.seen = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Install the handlers (main thread only; elsewhere the flag just stays down)."""
+        """Install the handlers. Outside the main thread this does nothing and the flag stays False."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old[number] = signal.signal(number, self._handle)
@@ -65,51 +64,17 @@ class StopFlag:
         self.seen = number
 
     def __exit__(self, *_: object) -> None:
-        """Put the old handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return bool(self.seen)
 
 
-def to_dict(config: Any) -> Any:
-    """Return a dataclass as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
-    """Rebuild a dataclass from `to_dict`'s output; raises `ConfigError` naming an unknown field and its nearest one."""
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
-            raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}{hint}")
-    restored = {name: _restore(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    try:
-        return cls(**restored)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _restore(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(hint, value, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _restore(next(arg for arg in args if arg is not type(None)), value, where)
-    if (origin is tuple or hint in (tuple,) or "Sequence" in str(hint)) and isinstance(value, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    return value
-
-
 def _commit() -> str:
-    """Return the commit of the checkout that this code is in, `-dirty` behind it where files differ, or nothing."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it; empty outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
@@ -121,7 +86,7 @@ def _commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on, in a checkout of this code also its commit."""
+    """Return the versions that a result depends on; in a checkout of o2o also its commit."""
     names = ("jax", "flax", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     found = {"python": platform.python_version(), "machine": f"{platform.machine()} x {os.cpu_count()}"}
     found["o2o"] = __version__
@@ -143,27 +108,30 @@ class RunFolder:
         self.path, self.keep_last = path, keep_last
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.episodes = JsonLines(path / "episodes.jsonl")
-        self._lock: IO[str] | None = None
+        # no soft lock where the file system has none: its file would outlive a kill and block the resume
+        self._lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False)
 
     def lock(self) -> Self:
-        """Keep every other process from training this run, until `close`; raises `RunError` if one does."""
-        if fcntl is None:
-            return self
-        self._lock = (self.path / "lock").open("w")
+        """Keep other processes from training this run until `close`; raises `RunError` if one trains it now.
+
+        On a file system without locks this does nothing.
+        """
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             self.close()
             raise RunError(
                 f"run {self.path} is being trained by another process; wait for its end, or stop it with Ctrl-C there"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except PermissionError as error:
+            raise RunError(f"cannot write {self._lock.lock_file}: {error.strerror}") from error
+        except OSError as error:
+            _log.info("no lock on %s: %s", self.path, error)
         return self
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
-        """Make a new run folder; raises `RunError` if something is there already."""
+        """Make a new run folder. Raises `RunError` if it exists with files in it, or cannot be written."""
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file, where a run needs a folder: choose another --name")
         if path.exists() and any(path.iterdir()):
@@ -172,7 +140,8 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "config.json", json.dumps({**config, "versions": versions()}, indent=2) + "\n")
+            about = {"format": FORMAT, **config, "versions": versions()}
+            write_atomically(path / "config.json", json.dumps(about, indent=2) + "\n")
             run = cls(path, keep_last)
             for rows in (run.metrics, run.episodes):
                 rows.path.touch()
@@ -182,7 +151,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, keep_last: int = 2) -> Self:
-        """Open a run folder; raises `RunError` if there is none."""
+        """Open a run folder. Raises `RunError` if there is none, or if its format is not `FORMAT`."""
         read_config(path)
         return cls(path, keep_last)
 
@@ -202,25 +171,26 @@ class RunFolder:
         return self.saved and checkpoint.load_state(self.checkpoints)[1]["counters"]["phase"] == "online"
 
     def save(self, trainer: Trainer) -> None:
-        """Checkpoint everything, with the lengths of the row files at this point; what it refers to is on the disk."""
-        (arrays, state), counters = trainer.save(), trainer.counters  # which may write the rows of an evaluation
+        """Save a checkpoint of the whole run, with the current lengths of the row files; sync all files to disk."""
+        (arrays, state), counters = trainer.save(), trainer.counters  # save() may write the rows of an evaluation
         state["files"] = {"metrics": self.metrics.offset(), "episodes": self.episodes.offset()}
         trainer.replay.sync()
-        score = counters.score if counters.scored_at == counters.point else None  # an older one is another policy's
+        score = counters.score if counters.scored_at == counters.point else None  # an older score is of another policy
         checkpoint.save(self.checkpoints, counters.point, arrays, state, score, self.keep_last)
 
     def scored(self, step: int, score: float) -> None:
-        """Add the score of an evaluation to checkpoint `step`, if that was taken without waiting for it."""
+        """Add the score of an evaluation to checkpoint `step`, which was saved before the evaluation ended."""
         try:
             checkpoint.add_score(self.checkpoints, step, score)
-        except CheckpointError as error:  # no reason to end a run
-            print(f"o2o: {error}", file=sys.stderr)
+        except CheckpointError as error:  # the run can go on without it
+            _log.warning("%s", error)
 
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
-        """Put `trainer` where checkpoint `step` (`None`: the latest) stands and cut the rows written behind it.
+        """Restore `trainer` from checkpoint `step` (None: the latest) and return its step.
 
-        Not to `go_on`, but to look at it: no row is cut, and no environment made or moved. To go on without any
-        checkpoint, unless the run had finished, is to begin again: every row is cut, `trainer` left as it is.
+        With `go_on`, training will continue: rows written after the checkpoint are cut off. If an unfinished run has no
+        checkpoint, all rows are cut off, `trainer` stays new and the result is 0. Without `go_on`, no row is cut and no
+        environment is made or moved.
         """
         if go_on and not self.saved and read_status(self.path) != "finished":
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
@@ -228,7 +198,7 @@ class RunFolder:
             self.episodes.truncate(0)
             return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
-        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that begins anew
+        if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that will start again
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
         load = lambda targets: checkpoint.load_arrays(self.checkpoints, step, targets)  # noqa: E731
         trainer.load(state, load, online_steps, play=go_on)
@@ -238,14 +208,16 @@ class RunFolder:
         return step
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:
-        """Raise `ConfigError` if the run cannot go on from its latest checkpoint until `online_steps`."""
+        """Raise `ConfigError` if the run cannot continue from its latest checkpoint to `online_steps`."""
         if not self.saved:
             return
         state = checkpoint.load_state(self.checkpoints)[1]
         replay = state.get("replay", {})
         made, planned = state["counters"]["env_steps"], replay.get("planned")
         if online_steps < made:
-            raise ConfigError(f"run {self.path} has made {made} environment steps; expected online_steps from there on")
+            raise ConfigError(
+                f"run {self.path} has made {made} environment steps; give online_steps of at least {made}"
+            )
         short = planned and capacity_for(planned, replay_capacity) < capacity_for(online_steps, replay_capacity)
         if replay.get("kind") == "host" and short:
             raise ConfigError(
@@ -263,17 +235,16 @@ class RunFolder:
         write_atomically(self.path / "status.json", json.dumps({"status": value, **extra}) + "\n")
 
     def close(self) -> None:
-        """Close the row files, and let others train the run."""
+        """Close the row files and release the lock."""
         self.metrics.close()
         self.episodes.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.json; raises `RunError` if `path` is no run folder."""
+    """Return a run's config.json. Raises `RunError` if `path` is no run folder or its format is not `FORMAT`."""
     try:
-        return json.loads((path / "config.json").read_text())
+        values = json.loads((path / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(p.parent.name for p in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
@@ -284,10 +255,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path / 'config.json'} is not valid JSON (line {error.lineno}): restore it from a copy"
         ) from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path / 'config.json'} holds no JSON object: restore it from a copy")
+    if values.get("format") != FORMAT:
+        made = values.get("versions") or {}
+        by = f"o2o {made.get('o2o', 'of an older version')}" + (f" ({made['commit']})" if "commit" in made else "")
+        raise RunError(
+            f"run {path} was made by {by} in format {values.get('format', 1)}, but o2o {__version__} opens format "
+            f"{FORMAT} only: use that version for it, or train the run again"
+        )
+    return values
 
 
 def read_status(path: Path) -> str | None:
-    """Return the status of a run folder, `None` if it never started."""
+    """Return the status of a run folder; None if it never started."""
     try:
         return json.loads((path / "status.json").read_text())["status"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
@@ -295,7 +276,11 @@ def read_status(path: Path) -> str | None:
 
 
 def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
-    """Do `work` under the run's status: finished, stopped by a signal, or failed with the state saved if it can be."""
+    """Do `work` and write the run's status: finished, stopped by a signal, or failed.
+
+    If `work` fails, a checkpoint is saved if that is possible, and the exception is raised again. A full disk raises
+    `RunError`.
+    """
     run.status("running", pid=os.getpid())
     try:
         finished = work()
@@ -303,22 +288,22 @@ def guarded(run: RunFolder, trainer: Trainer, work: Callable[[], bool]) -> bool:
         run.status("stopped")
         raise
     except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk may have no room for it
+        with contextlib.suppress(OSError):  # a full disk may have no room for the status
             run.status("failed", error=f"{type(error).__name__}: {error}")
         if isinstance(error, CheckpointError | DivergenceError):
-            raise  # saving is what failed, or nothing that anybody would go on from
+            raise  # saving failed, or the state is of no use
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
                 f"no space left on the disk of {run.path}: free some and go on with `o2o resume {run.path}`"
             ) from error
-        with contextlib.suppress(Exception):  # an evaluation under way that fails, too, is no reason not to save
+        with contextlib.suppress(Exception):  # save even if an evaluation in progress fails too
             trainer.take_evaluations(wait=True)
         try:
             run.save(trainer)
             if isinstance(error, EnvironmentFaultError):
                 error.args = (f"{error}; the run is saved, go on with `o2o resume {run.path}`",)
         except Exception as second:
-            print(f"o2o: the state could not be saved either: {second}", file=sys.stderr)
+            _log.warning("the state could not be saved either: %s", second)
         raise
     run.status("finished" if finished else "stopped")
     return finished

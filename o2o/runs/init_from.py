@@ -1,6 +1,6 @@
 """What a run takes over from another that pre-trained its agents (`init_from`), and what has to fit for that."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from o2o.config import RunConfig
 from o2o.errors import CheckpointError
 from o2o.runs.folder import read_status
 from o2o.train.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def check_settings(source: RunConfig, config: RunConfig) -> None:
@@ -37,7 +39,7 @@ def check_trained(source: Trainer, settings: RunConfig, path: str) -> None:
             f"`o2o resume {path}`"
         )
     if (status := read_status(Path(path))) != "finished":
-        print(f"o2o: {path} is {status}, not finished; taken as it is at step {counters.point}", file=sys.stderr)
+        _log.warning("%s is %s, not finished; taken as it is at step %d", path, status, counters.point)
 
 
 def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig) -> None:

@@ -1,6 +1,5 @@
-"""Where numbers go: JSON lines always, the screen, and TensorBoard or W&B as extras. One small class per back end."""
+"""Loggers: the screen, TensorBoard and W&B. The run folder itself always writes metrics.jsonl."""
 
-import difflib
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,29 +17,30 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, suggest
+from o2o.files import write_atomically
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
 EVALUATED = ("success", "return", "normalized", "length")
-"""What the back ends get of an evaluation."""
+"""Quantities of an evaluation that go to the loggers."""
 WANDB_ID = "wandb.id"
-"""File of a run folder: the W&B run that a resume goes on with."""
+"""File in a run folder with the id of its W&B run, so that a resumed run continues it."""
 
 
 class Logger(Protocol):
-    """A back end for rows of metrics."""
+    """Takes rows of metrics."""
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Take one row: position keys and numbers."""
+        """Take one row: the keys of `POSITION_KEYS` and numbers."""
         ...
 
     def close(self) -> None:
-        """Flush and release."""
+        """Flush and close."""
         ...
 
 
 def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per seed for the episodes of an evaluation: its position, and means as `eval/return` and so on."""
+    """Return one row per seed for the episodes of an evaluation: phase and steps, and means such as `eval/return`."""
     seeds: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         seeds.setdefault(row["seed"], []).append(row)
@@ -53,10 +53,10 @@ def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Rows as scalars, one directory per seed (extra `log`)."""
+    """Write rows as TensorBoard scalars, one directory per seed (extra `log`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open writers below `folder`; raises `ConfigError` if tensorboardX is not installed."""
+        """Write below `folder`. Raises `ConfigError` if tensorboardX is not installed."""
         try:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -81,17 +81,17 @@ class TensorBoard:
 
 
 class WandB:
-    """Rows as a Weights & Biases history (extra `log`)."""
+    """Write rows as a Weights & Biases history (extra `log`)."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        """Start the run of a folder or go on with it; raises `ConfigError` if wandb is not installed or cannot."""
+        """Start the W&B run of a run folder, or continue it. Raises `ConfigError` if wandb is missing or fails."""
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError("logger 'wandb' needs wandb: pip install 'o2o[log]'") from error
         path = folder / WANDB_ID
         if not path.exists():
-            path.write_text(uuid.uuid4().hex + "\n")
+            write_atomically(path, uuid.uuid4().hex + "\n")
         run_id = path.read_text().strip()
         try:
             self._run = wandb.init(project="o2o", id=run_id, name=folder.name, config=config, resume="allow")
@@ -102,7 +102,7 @@ class WandB:
             ) from error
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Log the row, keys prefixed by its seed."""
+        """Log a row, with its seed in front of the keys: `seed0/critic/loss`."""
         prefix = f"seed{row.get('seed', 0)}/"
         values = {prefix + k: v for k, v in row.items() if k not in POSITION_KEYS}
         self._run.log({**values, "env_steps": row["env_steps"], "gradient_steps": row["gradient_steps"]})
@@ -113,21 +113,20 @@ class WandB:
 
 
 def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> list[Logger]:
-    """Build the extra back ends by name."""
+    """Return the loggers with these names. Raises `ConfigError` for an unknown or unavailable one."""
     makers = {"tensorboard": lambda: TensorBoard(folder / "tensorboard"), "wandb": lambda: WandB(folder, config)}
     unknown = [name for name in names if name not in makers]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], makers, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(makers)}"
+        hint = suggest(unknown[0], makers)
         raise ConfigError(f"no logger {unknown[0]!r}; {hint} (metrics.jsonl is always written)")
     return [makers[name]() for name in names]
 
 
 class Screen:
-    """One progress bar per phase with the newest score and rates; without a terminal, a plain line per evaluation."""
+    """Show one progress bar per phase with the newest score. Without a terminal, print one line per evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Draw on `console` (standard error by default)."""
+        """Draw on `console`; default: standard error."""
         self.console = console or Console(stderr=True)
         columns = (
             TextColumn("{task.description:<9}"),
@@ -153,7 +152,7 @@ class Screen:
             self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int, _: dict[str, float]) -> None:
-        """Move the bar of `phase`."""
+        """Show `done` of `total` steps on the bar of `phase`."""
         name = "offline" if phase == "offline" else "online"
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
@@ -161,7 +160,7 @@ class Screen:
         self._progress.update(self._tasks[name], completed=done, total=total, description=label, note=self._note)
 
     def episodes(self, rows: list[dict[str, Any]]) -> None:
-        """Print one line for an evaluation; a terminal that has gone is no reason to end a run."""
+        """Print one line for an evaluation. A terminal that has gone away does not end the run."""
         returns = [row["return"] for row in rows]
         parts = [f"return {sum(returns) / len(returns):.1f}"]
         known = [row["success"] for row in rows if row["success"] is not None]

@@ -1,7 +1,6 @@
-"""From names to settings: agents by name, and the run that a preset, or a benchmark's cell, makes of a dataset."""
+"""Settings from names: the run that an agent's preset, or a cell of a benchmark, makes of a dataset."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,32 @@ from o2o import envs
 from o2o.agents import AGENTS
 from o2o.config import LoopConfig, RunConfig, TaskConfig, with_fields
 from o2o.data import datasets
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, suggest
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
 from o2o.types import Needs
 
 
 def agent_class(name: str) -> Any:
-    """Return the agent class; raises `ConfigError` suggesting a near name."""
+    """Return the agent class of a name. Raises `ConfigError` with a suggestion for an unknown name."""
     if name not in AGENTS:
-        near = difflib.get_close_matches(name, AGENTS, n=1)
-        raise ConfigError(
-            f"no agent {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(AGENTS)}")
-        )
+        raise ConfigError(f"no agent {name!r}; {suggest(name, AGENTS)}")
     return AGENTS[name]
 
 
 def config_class(name: str) -> Any:
-    """Return the config dataclass of an agent."""
+    """Return the class of an agent's config."""
     return type(agent_class(name).preset("other", "small").config)
 
 
 def config_needs(name: str) -> Needs:
-    """Return what an agent needs with its default settings."""
+    """Return what an agent with default settings needs."""
     return agent_class(name).preset("other", "small").config.needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What of a new run's settings its preset depends on."""
+    """The settings of a new run that its preset depends on."""
 
     dataset: tuple[str, ...] = ()
     env: str | None = None
@@ -45,23 +41,30 @@ class Chosen:
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
 
     def run(self, agent: str) -> RunConfig:
-        """Return the run of the preset; without a dataset, for help alone, that of the family `other`."""
+        """Return the run of the preset; without a dataset (for help texts), of the preset for the family `other`."""
         if self.dataset:
             return preset_run(agent, self.dataset, self.preset, env=self.env, task=self.task)
         kind = agent_class(agent)
         preset = kind.preset("other", "small" if self.preset == "small" else "paper")
         return RunConfig(
-            agent=agent, config=preset.config, dataset=("DATASET",), preset=self.preset, task=self.task,
-            offline_steps=preset.offline_steps, online_steps=preset.online_steps, **preset.run,
-        )  # fmt: skip
+            agent=agent,
+            config=preset.config,
+            dataset=("DATASET",),
+            preset=self.preset,
+            task=self.task,
+            offline_steps=preset.offline_steps,
+            online_steps=preset.online_steps,
+            **preset.run,
+        )
 
 
 def preset_run(
     agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any
 ) -> RunConfig:
-    """Return the run that the agent's preset makes of a dataset; `changes` are fields of `RunConfig`.
+    """Return the run that an agent's preset makes of a dataset, with the fields of `RunConfig` in `changes` replaced.
 
-    What else a method asks of its run stands in `Preset.run`.
+    `size` is `paper` or `small`. The papers of the presets scale only sparse rewards, and the settings of `task` win
+    over those of the preset. Raises `ConfigError` for an unknown agent or size, `DatasetError` for the dataset.
     """
     ids = (dataset,) if isinstance(dataset, str) else tuple(dataset)
     if size not in ("paper", "small"):
@@ -73,7 +76,9 @@ def preset_run(
     if family == "adroit" and task_config.binary is None:
         task_config = dataclasses.replace(task_config, binary=True)
     binary = {} if task_config.binary is None else {"binary": task_config.binary}
-    suits = envs.task_for(env or about, **binary).sparse or family == "kitchen"  # the papers shift sparse rewards only
+    suits = (
+        envs.task_for(env or about, **binary).sparse or family == "kitchen"
+    )  # the papers scale and shift sparse rewards only
     rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
     untouched = all(value is None for value in rewards)
     if preset.reward is not None and suits and untouched:
@@ -97,7 +102,7 @@ def preset_run(
 
 
 def cell_run(cell: Cell, path: Path) -> RunConfig:
-    """Return the run of a benchmark cell that will live in folder `path`."""
+    """Return the settings of the run in folder `path` for a cell of a benchmark."""
     task = with_fields(TaskConfig(), cell.options)
     run = preset_run(cell.agent, cell.dataset, cell.preset, task=task, seed=cell.seed, seeds=cell.seeds)
     loop = dataclasses.replace(
@@ -109,6 +114,12 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
     )
     source, (base, member) = cell.source(path), cell.base_of(path) or (None, 0)
     return dataclasses.replace(
-        run, config=with_fields(run.config, cell.overrides), loop=loop, offline_steps=cell.offline_steps,
-        online_steps=cell.online_steps, init_from=source and str(source), base=base, base_member=member,
-    )  # fmt: skip
+        run,
+        config=with_fields(run.config, cell.overrides),
+        loop=loop,
+        offline_steps=cell.offline_steps,
+        online_steps=cell.online_steps,
+        init_from=source and str(source),
+        base=base,
+        base_member=member,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from o2o import envs
 from o2o.agents import AGENTS
 from o2o.closing import Closing
-from o2o.config import RunConfig, TaskConfig, with_fields
+from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import check_length, with_history
@@ -23,7 +23,7 @@ from o2o.errors import ConfigError
 from o2o.policies.base import Base, Source, base_labels, load_base, run_source, with_base_labels
 from o2o.policies.trained import TrainedPolicy
 from o2o.runs import init_from as warm_start
-from o2o.runs.folder import REPLAY, RunFolder, StopFlag, from_dict, guarded, read_config, to_dict
+from o2o.runs.folder import REPLAY, RunFolder, StopFlag, guarded, read_config
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.train.collect import BESIDE
@@ -186,10 +186,8 @@ def _to_look_at(config: RunConfig) -> RunConfig:
 def load_config(path: Path) -> RunConfig:
     """Return the settings of a run folder."""
     values = read_config(path)
-    values.pop("versions", None)
-    values.pop("fingerprint", None)
-    values.pop("dataset_summary", None)
-    values.pop("base_fingerprint", None)
+    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint"):
+        values.pop(name, None)
     agent_config = values.pop("config", {})
     config = from_dict(config_class(values["agent"]), agent_config, f"{path}/config.json config")
     return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, f"{path}/config.json"), config=config)

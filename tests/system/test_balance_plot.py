@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from o2o import cli
+from o2o.config import FORMAT, to_dict
 from o2o.data.spaces import ObservationSpec
 from o2o.data.task import Task
 from o2o.errors import ConfigError
 from o2o.runs import balance as balance_plot
 from o2o.runs import session
-from o2o.runs.folder import to_dict
 
 
 def test_the_map_of_a_run(tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: Any) -> None:
@@ -53,7 +53,7 @@ def test_the_title_names_the_coefficients_that_can_be_reached(
 def test_a_run_without_balance_is_one_line(
     tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny_run("bc"))))
+    (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT, **to_dict(tiny_run("bc"))}))
     with pytest.raises(SystemExit) as ended:
         cli.main(["balance", str(tmp_path), "--out", str(tmp_path / "balance.png")])
     error = capsys.readouterr().err

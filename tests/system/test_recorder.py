@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gymnasium as gym
 import jax
@@ -17,7 +17,7 @@ from minari.dataset.minari_storage import MinariStorage
 
 from o2o import envs
 from o2o.config import LoopConfig
-from o2o.data import datasets, recorder
+from o2o.data import datasets
 from o2o.data.recorder import EPISODES, Recorder, export, forget
 from o2o.data.task import Task
 from o2o.errors import DatasetError, RunError
@@ -153,11 +153,11 @@ def test_a_kill_while_writing_leaves_no_half_episode(tmp_path: Path, monkeypatch
     played(tmp_path / EPISODES, task, 1)
     whole = (tmp_path / EPISODES / "3-0-1-0.npz").read_bytes()
 
-    def full(path: Path, _: Any) -> None:
-        path.write_bytes(whole[:50])
+    def full(file: IO[bytes], **_: Any) -> None:
+        file.write(whole[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recorder, "_save", full)
+    monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(RunError, match="cannot record to .*3-0-1-1.npz: No space left"):
         played(tmp_path / EPISODES, task, 1)
     assert (tmp_path / EPISODES / "3-0-1-0.npz").read_bytes() == whole

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from o2o import __version__
-from o2o.config import LoopConfig
+from o2o.config import LoopConfig, from_dict, to_dict
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
 from o2o.report.plots import read_rows
 from o2o.runs import session
-from o2o.runs.folder import RunFolder, StopFlag, from_dict, read_config, read_status, to_dict
+from o2o.runs.folder import RunFolder, StopFlag, read_config, read_status
 from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
 from o2o.train.evaluation import Evaluator

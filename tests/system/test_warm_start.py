@@ -91,20 +91,20 @@ def test_the_same_rewards_of_other_raw_ones_are_the_same(calql: Path, tiny_run: 
     session.build(run, alike).close()
 
 
-def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, caplog: pytest.LogCaptureFixture) -> None:
     run, folder = tiny_run("wsrl", loop=LOOP, init_from=str(calql)), RunFolder.open(calql)
     session.build(run).close()
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
     folder.status("stopped")
     session.build(run).close()
-    assert capsys.readouterr().err == f"o2o: {calql} is stopped, not finished; taken as it is at step 10\n"
+    assert caplog.messages == [f"{calql} is stopped, not finished; taken as it is at step 10"]
     folder.change(offline_steps=20)
     with pytest.raises(CheckpointError, match=r"has made 10 of its 20 gradient steps of .*`o2o resume .*calql`"):
         session.build(run)
 
 
 def test_a_run_goes_on_whatever_its_source_has_become(
-    calql: Path, tiny_run: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calql: Path, tiny_run: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it took is in its own checkpoints; a run from it does not ask about that source either."""
     run = tiny_run("wsrl", online_steps=5, loop=LOOP, init_from=str(calql))
@@ -112,10 +112,10 @@ def test_a_run_goes_on_whatever_its_source_has_become(
     folder = RunFolder.open(calql)
     folder.status("stopped")
     folder.change(offline_steps=20, config={**read_config(calql)["config"], "discount": 0.9})
-    capsys.readouterr()
+    caplog.clear()
     assert session.resume(tmp_path / "run", online_steps=6)
     session.build(dataclasses.replace(run, init_from=str(tmp_path / "run"))).close()
-    assert "calql" not in capsys.readouterr().err
+    assert "calql" not in caplog.text
     with pytest.raises(CheckpointError, match="has made 10 of its 20"):
         session.train(run, tmp_path / "another")
     shutil.rmtree(calql)

@@ -66,7 +66,7 @@ def test_unknown_id_suggests_near_ones_and_says_how_to_download(root):
     with pytest.raises(DatasetError) as caught:
         datasets.load("test/bat-v0", root=root)
     message = str(caught.value)
-    assert "did you mean test/bad-v0?" in message and "minari download test/bat-v0" in message
+    assert "did you mean 'test/bad-v0'?" in message and "minari download test/bat-v0" in message
     with pytest.raises(DatasetError, match="o2o data make pointmaze-umaze"):
         datasets.load("o2o/embedded/pointmaze-umaze-v0", root=root / "nowhere")
 

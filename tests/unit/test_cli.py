@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one clear line for bad input, the whole way on a tiny run."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from o2o import cli
+from o2o.data import datasets
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import read_status
@@ -86,11 +88,17 @@ def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys:
         (["train", "wsrl"], "no --dataset"),
         (
             ["train", "wsrl", "--dataset", "o2o/embeded/pointmaze-umaze-v0"],
-            "did you mean o2o/embedded/pointmaze-umaze-v0",
+            "did you mean 'o2o/embedded/pointmaze-umaze-v0'",
         ),
         (["data", "describe", "no/such-v0"], "no/such-v0"),
         (["data", "make", "nothing"], "pointmaze-umaze"),
         (["data", "lst"], "did you mean 'list'"),
+        ([], "Expected one of {train, resume, eval, play, plot, balance, data, bench, demo}; `o2o --help`"),
+        (["data"], "Expected one of {list, describe, make, check, export}; `o2o data --help`"),
+        (["--verison"], "Unrecognized options: --verison"),
+        (["plot"], "no run folder; give one or more"),
+        (["eval", "runs/absent", "--episods", "3"], "did you mean --episodes?; `o2o eval --help`"),
+        (["data", "list", "--rot", "x"], "did you mean --root?; `o2o data list --help`"),
         (["bench", "run", "nothing"], "nothing"),
         (["resume", "runs/absent"], "no run folder"),
         (["resume", __file__], "test_cli.py is no run folder"),
@@ -128,6 +136,25 @@ def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.C
     assert "0.99" in text
 
 
+@pytest.mark.parametrize("args", [[], ["data"], ["bench"], ["train"], ["eval"], ["data", "export"]])
+def test_help_of_every_level(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*args, "--help") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(" ".join(["usage: o2o", *args])) and not shown.err
+    words = {
+        "": "fine-tune it in its environment",
+        "data": "Minari dataset of the episodes",
+        "train": "agents: bc, iql",
+    }
+    assert words.get(" ".join(args), "") in " ".join(shown.out.replace("│", "").split())
+
+
+def test_help_needs_no_jax() -> None:
+    code = "import sys; from o2o import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
 def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "list") == 0
     assert "PointMaze" in capsys.readouterr().out
@@ -158,6 +185,22 @@ def test_a_broken_dataset_is_listed_as_such(
     assert run("data", "list", "--root", str(tmp_path / "data")) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("broken:") == 2 and "PointMaze_UMaze-v3" in shown
+
+
+def test_the_command_line_prints_the_librarys_messages_once(
+    embedded: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python callers get log records; the command prints each as one line and then removes its handler."""
+
+    def describe(*_: object) -> dict[str, str]:
+        logging.getLogger("o2o.data").warning("disk is nearly full")
+        return {}
+
+    monkeypatch.setattr(datasets, "describe", describe)
+    for _ in range(2):
+        assert run("data", "describe", embedded) == 0
+        assert capsys.readouterr().err == "o2o: disk is nearly full\n"
+    assert not logging.getLogger("o2o").handlers
 
 
 def test_module_runs_as_a_program(embedded: str) -> None:

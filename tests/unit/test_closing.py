@@ -53,7 +53,7 @@ def test_a_failing_close_leaves_no_robot_open_and_no_half_episode_unwritten(
     tiny_run: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The environment made second is the evaluation's, the third the training's, which fails in a step or not."""
     env = envs.make(datasets.info(embedded))
@@ -90,20 +90,21 @@ def test_a_failing_close_leaves_no_robot_open_and_no_half_episode_unwritten(
     assert (tmp_path / "run" / RECORDED).exists() == (not fault)
     (episode,) = (tmp_path / "run" / EPISODES).glob("*.npz")
     assert np.load(episode)["rewards"].size == (11 if fault else 30)
-    assert ("besides, while closing: " if fault else "o2o: while closing: ") in (told := capsys.readouterr().err)
-    assert words in told
+    assert any(told.startswith("besides, while closing: " if fault else "while closing: ") for told in caplog.messages)
+    assert words in caplog.text
 
 
-def test_an_evaluation_closes_all_its_environments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_closes_all_its_environments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("whole", "diverged"):
         (tmp_path / name).mkdir()
     rows = evaluate(Pendulum(gains=jnp.zeros(2)), stuck(tmp_path / "whole", 2), episodes=4)
     assert len(rows) == 4 and closed(tmp_path / "whole") == {"0", "1", "2", "3"}
-    assert "RuntimeError: brake stuck as it was closed" in capsys.readouterr().err
+    assert "RuntimeError: brake stuck as it was closed" in caplog.text
+    caplog.clear()
     with pytest.raises(DivergenceError, match="action has nan in entry 0"):
         evaluate(Pendulum(gains=jnp.full(2, jnp.nan)), stuck(tmp_path / "diverged", 0), episodes=2)
     assert closed(tmp_path / "diverged") == {"0", "1"}
-    assert capsys.readouterr().err.startswith("o2o: besides, while closing: environment Arm raised")
+    assert caplog.messages[0].startswith("besides, while closing: environment Arm raised")
 
 
 def test_what_does_not_fit_is_said_though_it_cannot_be_closed(tmp_path: Path) -> None:
@@ -122,17 +123,19 @@ def test_a_process_closes_all_its_environments(tmp_path: Path, capfd: pytest.Cap
     assert error.count("\n") == 1 and "brake stuck as it was closed" in error
 
 
-def test_an_interruption_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_stays_one(caplog: pytest.LogCaptureFixture) -> None:
     def failing() -> None:
         raise OSError("disk gone")
 
     with pytest.raises(KeyboardInterrupt), Closing() as closing:
         closing.callback(failing)
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == "o2o: besides, while closing: disk gone\n"
+    assert caplog.messages == ["besides, while closing: disk gone"]
+    caplog.clear()
     with Closing() as closing:
         closing.callback(failing)
-    assert capsys.readouterr().err == "o2o: while closing: disk gone\n"
+    assert caplog.messages == ["while closing: disk gone"]
+    caplog.clear()
 
     def unkept() -> None:
         raise RunError("cannot record")
@@ -142,4 +145,4 @@ def test_an_interruption_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), Closing() as closing:
         closing.callback(unkept)
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == "o2o: besides, while closing: cannot record\n"
+    assert caplog.messages == ["besides, while closing: cannot record"]

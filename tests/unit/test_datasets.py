@@ -188,14 +188,6 @@ def test_returns_without_end_mark_empty_and_undiscounted():
         G(np.ones(2), np.ones(2), np.zeros(2, bool), 1.0, -1.0)
 
 
-def test_sequence_starts_do_not_cross_ends(tmp_path):
-    data = datasets.load(put(tmp_path, [episode(4, 0), episode(2, 1)]), root=tmp_path)
-    assert data.sequence_starts(1).tolist() == [0, 1, 2, 3, 4, 5]
-    assert data.sequence_starts(2).tolist() == [0, 1, 2, 4]
-    assert data.sequence_starts(3).tolist() == [0, 1]
-    assert data.sequence_starts(7).tolist() == []
-
-
 def test_path_root_and_variable_find_the_same_data(tmp_path, monkeypatch):
     name = put(tmp_path, [episode(3, 0)])
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))

@@ -146,19 +146,3 @@ def test_a_history_below_one_is_refused(walks: tuple[datasets.Dataset, list[int]
     for refused in (lambda: History(0), lambda: with_history(walks[0], 0), lambda: envs.wrap(Walk(), TASK, history=0)):
         with pytest.raises(ConfigError, match="history is 0; expected at least 1"):
             refused()
-
-
-def test_vector_environments_begin_with_a_fresh_history() -> None:
-    env = envs.make_vec("PointMaze_UMaze-v3", 1, seed=0, env_kwargs={"max_episode_steps": 3}, history=2)
-    observations, _ = env.reset(seed=1)
-    half = observations.shape[-1] // 2
-    np.testing.assert_array_equal(observations[:, :half], observations[:, half:])
-    before, info = observations, {}
-    for step in range(3):
-        before = observations
-        observations, *_, info = env.step(np.full((1, 2), 0.5))
-        if step < 2:
-            np.testing.assert_array_equal(observations[:, :half], before[:, half:])
-    np.testing.assert_array_equal(envs.final_observations(observations, info)[:, :half], before[:, half:])
-    np.testing.assert_array_equal(observations[:, :half], observations[:, half:])
-    env.close()

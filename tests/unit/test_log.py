@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -19,7 +19,7 @@ from rich.console import Console
 from o2o import cli
 from o2o.data.recorder import Recorder
 from o2o.data.task import Task
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, RunError
 from o2o.files import JsonLines, write_atomically
 from o2o.report.plots import read_rows
 from o2o.runs import session
@@ -52,7 +52,7 @@ def test_who_only_looks_at_rows_opens_no_file(tmp_path: Path) -> None:
 
 
 def test_rows_that_a_power_cut_took_are_reported_and_a_half_one_is_cut_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
@@ -61,35 +61,82 @@ def test_rows_that_a_power_cut_took_are_reported_and_a_half_one_is_cut_off(
     rows.write({"a": 3})
     rows.close()
     assert read_rows(path) == [{"a": 1}, {"a": 3}]
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "rows.jsonl has 16 bytes, its checkpoint was taken at 500: rows are miss" in error
+    (warning,) = caplog.messages
+    assert "rows.jsonl has 16 bytes but its checkpoint was taken at 500: rows are missing" in warning
 
 
 def test_what_is_renamed_or_counted_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, str]] = []
+    synced: set[str] = set()
     fsync, replace = os.fsync, os.replace
 
     def syncing(descriptor: int) -> None:
-        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.add(path)
+        if not path.endswith(".tmp"):
+            done.append(("sync", Path(path).name))
         fsync(descriptor)
 
     def replacing(source: Any, target: Any) -> None:
-        done.append(("rename", Path(source).name))
+        assert os.path.realpath(source) in synced and Path(source).parent == Path(target).parent
+        done.append(("rename", Path(target).name))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
     write_atomically(tmp_path / "status.json", "{}")
     Recorder(gymnasium.make("InvertedPendulum-v5"), tmp_path / "episodes", Task("pole")).close()
-    header = f"environment.json.{os.getpid()}.tmp"
-    wanted = [(what, name) for name in ("status.tmp", header) for what in ("sync", "rename")]
-    assert done == wanted
+    assert done == [("rename", "status.json"), ("rename", "environment.json")]
     RunFolder.create(tmp_path / "run", {"agent": "bc"})
-    assert done[4:] == [("sync", "config.tmp"), ("rename", "config.tmp")]
+    assert done[2:] == [("rename", "config.json")]
     rows = JsonLines(tmp_path / "rows.jsonl")
     rows.write({"a": 1})
-    assert rows.offset() == 9 and done[6:] == [("sync", "rows.jsonl")]
+    assert rows.offset() == 9 and done[3:] == [("sync", "rows.jsonl")]
     rows.close()
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """The second write of a path ends while the first is under way; the file then holds what the first one wrote."""
+
+    def slowly(file: IO[bytes]) -> None:
+        file.write(b"first ")
+        write_atomically(tmp_path / "x.bin", b"second")
+        assert (tmp_path / "x.bin").read_bytes() == b"second"
+        file.write(b"writer")
+
+    write_atomically(tmp_path / "x.bin", slowly)
+    assert (tmp_path / "x.bin").read_bytes() == b"first writer"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    def full(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomically(tmp_path / "a.json", "old")
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a.json", full)
+    assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_stops_no_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(getattr(errno, code), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = RunFolder(tmp_path).lock(), RunFolder(tmp_path).lock()
+    first.close()
+    second.close()
+    monkeypatch.undo()
+    holder = RunFolder(tmp_path).lock()
+    with pytest.raises(RunError, match="is being trained by another process"):
+        RunFolder(tmp_path).lock()
+    holder.close()
+    RunFolder(tmp_path).lock().close()
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -12,13 +13,13 @@ import pytest
 from gymnasium import spaces
 
 from o2o import cli, envs
-from o2o.agents import WSRL, PPOConfig
+from o2o.agents import AGENTS, WSRL, PPOConfig
+from o2o.config import FORMAT, RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import returns_scale
 from o2o.data.datasets import Episode
 from o2o.errors import ConfigError, DatasetError
 from o2o.runs import session
-from o2o.runs.session import RunConfig, TaskConfig, with_fields
 from o2o.train import checkpoint
 
 Maker = Callable[..., RunConfig]
@@ -44,9 +45,13 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def write(name: str, episodes: list[Episode], env_id: str | None = None, **metadata: float) -> str:
         datasets.write(
-            name, episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, metadata=metadata,
+            name,
+            episodes,
+            observation_space=OBSERVATIONS,
+            action_space=ACTIONS,
+            metadata=metadata,
             spec=None if env_id is None else gym.spec(env_id),
-        )  # fmt: skip
+        )
         return name
 
     return write
@@ -236,3 +241,115 @@ def test_another_environment_is_one_of_another_id_arguments_or_time_limit(put: C
     lighter = dataclasses.replace(about, env_spec=dataclasses.replace(spec, kwargs={"healthy_reward": 0.0}))
     assert not envs.same_environment("Hopper-v5", longer) and not envs.same_environment("Hopper-v5", lighter)
     assert not envs.same_environment("Hopper-v5", dataclasses.replace(about, env_spec=None))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_preset_survives_json(agent: str) -> None:
+    for family in ("pointmaze", "adroit", "locomotion", "other"):
+        config = AGENTS[agent].preset(family, "paper").config
+        again = from_dict(type(config), json.loads(json.dumps(to_dict(config))))
+        assert again == config and hash(again) == hash(config)
+
+
+RUN: dict[str, Any] = {"agent": "bc", "config": None, "dataset": ["a/b-v0"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": "x"}, "run.seeds: got 'x'; expected int"),
+        ({"seeds": True}, "run.seeds: got True; expected int"),
+        ({"seeds": 1.0}, "run.seeds: got 1.0; expected int"),
+        ({"normalize": 1}, "run.normalize: got 1; expected bool"),
+        ({"std_floor": "1"}, "run.std_floor: got '1'; expected float"),
+        ({"dataset": "a/b-v0"}, "run.dataset: got 'a/b-v0'; expected a list"),
+        ({"weights": [1, "2"]}, "run.weights: got '2'; expected float"),
+        ({"action_range": "spce"}, "run.action_range: got 'spce'; did you mean 'space'?"),
+        ({"loop": {"eval_everi": 1}}, "run.loop: LoopConfig has no field 'eval_everi'; did you mean 'eval_every'?"),
+        ({"loop": 3}, "run.loop: got 3; expected an object with the fields of LoopConfig"),
+        ({"loop": {"eval_every": -1}}, "run.loop: loop.eval_every is -1; expected at least 0"),
+        ({"loop": {"eval_every": None}}, "run.loop.eval_every: got None; expected int"),
+        ({"seeeds": 2}, "run: RunConfig has no field 'seeeds'; did you mean 'seeds'?"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_its_path(change: dict[str, Any], message: str) -> None:
+    assert from_dict(RunConfig, RUN).seeds == 1
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, {**RUN, **change}, "run")
+    assert str(caught.value) == message
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(ConfigError, match="^run.agent: this field is missing$"):
+        from_dict(RunConfig, {"config": None, "dataset": []}, "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauss:
+    kind: Literal["gauss"] = "gauss"
+    std: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    kind: Literal["flow"] = "flow"
+    widths: tuple[int, ...] = (8, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    width: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    width: int = 1
+    depth: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    policy: Gauss | Flow = Gauss()
+    network: Narrow | Wide | None = None
+    rule: Literal["never"] | Literal["auto"] = "auto"
+    range: tuple[float, float] | None = None
+
+
+def test_unions_of_configs_are_told_apart() -> None:
+    """By the literal `kind`, or by the names of their fields."""
+    for config in (
+        Nested(),
+        Nested(Flow(widths=(3,)), Narrow(5), "never", (0.0, 1.0)),
+        Nested(Gauss(std=2.0), Wide(5, 6)),
+    ):
+        assert from_dict(Nested, to_dict(config)) == config
+    for values, message in (
+        ({"policy": {"kind": "flwo"}}, "run.policy: kind is 'flwo'; did you mean 'flow'?"),
+        ({"policy": {"kind": "flow", "std": 1.0}}, "run.policy: Flow has no field 'std'; there are kind, widths"),
+        ({"network": {"depth": 3, "widht": 1}}, "run.network: Wide has no field 'widht'; did you mean 'width'?"),
+        ({"network": "wide"}, "run.network: got 'wide'; expected one of Narrow, Wide"),
+        ({"rule": "ever"}, "run.rule: got 'ever'; expected one of 'never', 'auto'"),
+        ({"range": [1.0]}, "run.range: got 1 values; expected 2"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            from_dict(Nested, values, "run")
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "made by o2o of an older version in format 1, but o2o"),
+        ({"versions": {"o2o": "0.1.0", "commit": "abc"}}, r"made by o2o 0.1.0 \(abc\) in format 1"),
+        ({"format": FORMAT + 1}, f"in format {FORMAT + 1}, .* opens format {FORMAT} only"),
+    ],
+)
+def test_a_run_folder_of_another_format_is_one_line(
+    values: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**RUN, **values}))
+    for command in ("resume", "eval"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, str(tmp_path)])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and re.search(words, error)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
 from o2o.errors import ConfigError
 from o2o.report.stats import aggregate, curve, interval, iqm, mean, probability_of_improvement
@@ -83,6 +84,22 @@ def test_probability_of_improvement_counts_pairs():
     assert low < value < high
     with pytest.raises(ConfigError, match="1 against 2"):
         probability_of_improvement([1.0], [[1.0], [2.0]])
+
+
+def test_probability_of_improvement_is_mann_whitneys_u_over_all_pairs():
+    rng = np.random.default_rng(11)
+    x, y = rng.integers(0, 4, size=(3, 6)).astype(float), rng.integers(0, 4, size=(3, 5)).astype(float)  # with ties
+    expected = np.mean([mannwhitneyu(a, b).statistic / (6 * 5) for a, b in zip(x, y, strict=True)])
+    assert probability_of_improvement(x, y)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_task_of_one_seed_is_kept_beside_others():
+    """Its only seed is in every resample: the interval is that of the other task, shifted and scaled."""
+    alone = interval([1.0, 2.0, 6.0], mean)
+    both = interval([[1.0, 2.0, 6.0], [8.0]], mean)
+    np.testing.assert_allclose(both, [(3 * end + 8) / 4 for end in alone])
+    assert interval([[3.0], [5.0]]) == (4.0, 4.0)
+    assert probability_of_improvement([[2.0], [0.0]], [[1.0], [1.0]]) == (0.5, 0.5, 0.5)
 
 
 def test_aggregate_averages_episodes_then_keeps_seeds_apart():
