@@ -179,7 +179,9 @@ def meter_of(case: dict[str, Any], session: Any) -> Meter:
         return sum(row["length"] for _ in range(count) for row in trainer.evaluate())
 
     if form == "act":
-        return Meter(evaluate, unit=evaluate())
+        meter = Meter(evaluate)
+        meter.unit = evaluate()
+        return meter
     evaluate()
     overhead = statistics.median(timed(evaluate, 1) for _ in range(3))
     online = config.config.online

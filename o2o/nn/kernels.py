@@ -26,7 +26,7 @@ from o2o.types import Array, Params
 PIECE_ROWS = 32
 """Rows whose intermediate values, some dozens of each, still fit a CPU core's cache."""
 BATCHED_NUMBERS = 2_000_000
-"""Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/seeds.py`)."""
+"""Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/results/seeds`)."""
 RowSum = Callable[[Params, Any, Any], tuple[Array, Any]]
 """Parameters, rows that gradients flow to and rows that they do not: a sum over the rows `[]`, and other sums."""
 

@@ -491,3 +491,17 @@ def test_a_base_that_is_no_variant_serves_all_seeds_in_one_run(suite, tmp_path):
     for base in ("robot:act", "policy.onnx"):
         (cell,) = replace(suite, variants=(Variant("residual", "residual", base=base),)).cells(tasks=[PEN])
         assert cell.seeds == 3 and cell.base_of(tmp_path / cell.name) == (base, 0)
+
+
+def test_a_rate_is_measured_through_the_public_doors(tmp_path):
+    """`benchmarks/throughput.py` in a process of its own: a dataset, a run's settings, a trainer, two rates."""
+    code = (
+        "import os, sys, throughput as t; sys.path.insert(0, str(t.CHECKOUT)); name = 'bc/cheetah/1/offline'\n"
+        "with t.datasets(True, ['cheetah']) as data:\n"
+        "    worker = t.worker_of(t.case_of(name, True, data), t.CHECKOUT)\n"
+        "    ready = worker.answer(); rates = t.in_turns([worker], [['offline']], True); worker.close()\n"
+        "print(ready['forms'], len(rates[0]), min(rates[0]) > 0)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["['offline'] 2 True"], done.stderr
