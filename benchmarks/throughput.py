@@ -1,212 +1,476 @@
-"""How fast every agent learns and plays, and how fast other libraries do.
+"""How fast our agents learn and play, through the public doors of o2o: `session.build`, `Trainer.offline`, `.online`.
 
-    python benchmarks/throughput.py [--peers] [--quick] [WORD ...]
+    python benchmarks/throughput.py [--again] [--smoke] [PATTERN ...]
+    python benchmarks/throughput.py --against CHECKOUT [PATTERN ...]
 
-Without a flag our agents are measured; `--peers` measures the comparison with other libraries as well, which go into an
-environment of their own. Words select: an agent (`iql`), a shape (`pen` 45/24, `cheetah` 17/6, `pixels`), seeds
-(`1seed`, `5seeds`, `10seeds`), a form (`offline`, `utd1`, `utd4`, `utd20`, `online`); of the comparison, a case
-(`sac-utd1`, `sac-utd20`, `iql`, `cql`, `loop`) or a library (`sbx`, `sb3`, `d3rlpy`); `agents` and `comparison` for
-all of either. Words of one kind are alternatives; words of several kinds must all fit, and what does not know a word is
-left out. `--quick` runs a few tiny ones to show that every path works, and writes to `runs/throughput-quick`.
+A case is AGENT/SHAPE/SEEDS/FORM, such as `iql/pen/1/offline`; a PATTERN selects cases (`'iql/*'`, `'*/1/utd1'`).
+Shapes: `pen` (45 observations, 24 actions), `cheetah` (17 and 6), `pixels` (a camera of 64 x 64 x 3 besides). Forms:
 
-Results go to `benchmarks/results/throughput/`, row by row: what is measured anew replaces what was there. A case of the
-comparison is replaced as a whole: with `--peers comparison sbx` the other libraries' rows are gone. Run it alone on the
-machine.
+    offline   gradient steps per second of pre-training, drawing the minibatches included
+    utdN      environment steps per second of the whole online loop, with N updates each
+    online    the same for agents that learn from roll-outs, or that do not learn online
+    act       environment steps per second of an evaluation: the policy acts, the environment steps
+    insert    environment steps per second of the online loop with random actions, stored, and no update
+
+Each case runs in a process of its own, on random data and in a real environment. A rate is steps by seconds without the
+evaluation that ends each call, and of all seeds together. The first call, which compiles, does not count.
+
+Rates go to `benchmarks/results/rates/`, row by row; a case that has a row is left out unless `--again`. `--smoke`
+measures a few tiny cases into `runs/rates-smoke`: it shows that all works, its figures mean nothing. `--against` runs
+each case with the code of this checkout and with that of CHECKOUT, in turns, and prints the ratio of the rates. Run it
+alone on the machine.
 """
 
-import difflib
+import argparse
+import csv
+import dataclasses
+import fnmatch
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parts import machine_here
-from throughput_peers import CASES, PEERS, PeersError, contest
-from throughput_report import Results, Row, middle, number
-
-from o2o.agents import AGENTS
-from o2o.startup import prepare_process
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "throughput"
-QUICK_RESULTS = HERE.parent / "runs" / "throughput-quick"
-CELL_SECONDS = 3600.0
-"""A process that takes longer is ended; the rows it has given stay."""
-SEEDS = {"1seed": 1, "5seeds": 5, "10seeds": 10}
-RATIOS = ("utd1", "utd4", "utd20")
-FORMS = ("offline", *RATIOS, "online")
-FLAGS = ("--peers", "--quick")
+CHECKOUT = HERE.parent
+RATES, SMOKE_RATES = HERE / "results" / "rates", CHECKOUT / "runs" / "rates-smoke"
+NEVER = 10**9
+SHAPES = {"pen": ("AdroitHandPen-v1", 45, 24), "cheetah": ("HalfCheetah-v5", 17, 6)}
+SHAPES["pixels"] = SHAPES["cheetah"]
+IMAGE_SIZE, EPISODE_STEPS = 64, 100
+SEEDS = (1, 5, 10)
+AGAINST = (
+    "iql/pen/1/offline", "iql/pen/5/offline", "cql/pen/1/offline", "td3bc/cheetah/1/offline", "wsrl/pen/1/offline",
+    "uni_o4/cheetah/1/offline", "rlpd/pen/1/utd1", "rlpd/pen/1/utd20", "sac/cheetah/1/utd1", "sac/cheetah/1/insert",
+    "sac/cheetah/1/act", "sac/cheetah/5/utd1", "qc/pen/1/act", "ppo/cheetah/1/online",
+)  # fmt: skip
+"""Cases of `--against` without a pattern."""
+SMOKE = ("iql/pen/1/offline", "bc/cheetah/1/act", "sac/cheetah/5/utd1", "sac/cheetah/1/insert", "ppo/cheetah/1/online")
+COLUMNS = ("device", "case", "unit", "per_second", "least", "most", "first_call_s", "peak_mb", "matmul_gflops")
+COLUMNS = (*COLUMNS, "jax", "commit", "date")
+REPEATS, SECONDS, SMOKE_SECONDS, PAUSE = 5, 3.0, 0.1, 0.3
+ANSWER_SECONDS = 3600.0
+"""A process that says nothing for longer is ended."""
 
 
-class UsageError(Exception):
-    """The command line cannot be understood."""
+class MeasureError(Exception):
+    """A case cannot be measured."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one process measures."""
-
-    agent: str
-    shape: str
-    seeds: int
-    forms: tuple[str, ...]
+# The measuring process: one case, with whichever o2o is on its path.
 
 
-def forms_of(agent: Any) -> tuple[str, ...]:
-    """Return the forms of an agent class: on-policy agents, and those that only act online, have no update ratio."""
-    own = agent.preset("locomotion", "paper").config.online.replay in ("none", "rollout")
-    return ("offline", "online") if own else ("offline", *RATIOS)
+def timed(run: Callable[[int], object], count: int) -> float:
+    """Return the seconds that `run(count)` takes."""
+    started = time.perf_counter()
+    run(count)
+    return time.perf_counter() - started
 
 
-def shapes_of(agent: Any) -> tuple[str, ...]:
-    """Return the shapes that an agent class takes."""
-    images = hasattr(agent.preset("locomotion", "paper").config, "encoder")
-    return ("pen", "cheetah", "pixels") if images else ("pen", "cheetah")
+class Meter:
+    """Measures how often per second `run` does a thing; `run` gets how often, and returns when the last is done."""
+
+    def __init__(self, run: Callable[[int], object], overhead: float = 0.0, step: int = 1, unit: float = 1.0) -> None:
+        """Call `run` once, which compiles, then until its rate is known.
+
+        `overhead`: seconds of each call that do not count; `step`: counts are multiples of it; `unit`: what once is
+        worth.
+        """
+        self.run, self.overhead, self.step, self.unit = run, overhead, step, unit
+        self.first = timed(run, step)
+        count, seconds = step, timed(run, step) - overhead
+        while seconds < 0.1 + overhead:
+            count *= 4
+            seconds = timed(run, count) - overhead
+        self.rate = count / seconds
+
+    def measure(self, seconds: float) -> float:
+        """Run for about so many seconds, at least for eight times the overhead; return units per second."""
+        wanted = self.rate * max(seconds, 8.0 * self.overhead)
+        count = max(1, round(wanted / self.step)) * self.step
+        self.rate = count / (timed(self.run, count) - self.overhead)
+        return self.rate * self.unit
 
 
-def all_cells() -> list[Cell]:
-    """Return the whole table, one seed first."""
-    return [
-        Cell(name, shape, seeds, forms_of(agent))
-        for seeds in SEEDS.values()
-        for name, agent in AGENTS.items()
-        for shape in shapes_of(agent)
-    ]
+def with_settings(config: Any, **values: Any) -> Any:
+    """Return a dataclass with these fields replaced wherever it, or a dataclass inside it, has them."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in values:
+            changes[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = with_settings(value, **values)
+    return dataclasses.replace(config, **changes)
 
 
-QUICK_CELLS = [
-    Cell("iql", "cheetah", 1, ("offline", "utd4")),
-    Cell("bc", "pen", 1, ("offline", "online")),
-    Cell("sac", "cheetah", 2, ("utd1",)),
-    Cell("ppo", "cheetah", 1, ("online",)),
-    Cell("residual", "pixels", 1, ("utd1",)),
-]
-KINDS: dict[str, Sequence[str]] = {
-    "agent": tuple(AGENTS), "shape": ("pen", "cheetah", "pixels"), "seeds": tuple(SEEDS), "form": FORMS,
-    "all agents": ("agents",), "case": tuple(CASES), "library": PEERS, "all cases": ("comparison",),
-}  # fmt: skip
-OF_AGENTS, OF_CASES = ("agent", "shape", "seeds", "form", "all agents"), ("case", "library", "all cases")
+def still(observation: Any) -> np.ndarray:
+    """Act with zeros: the base policy of residual agents."""
+    state = observation["state"] if isinstance(observation, dict) else observation
+    return np.zeros(24 if len(state) == SHAPES["pen"][1] else 6, np.float32)
 
 
-def selected(words: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
-    """Return the words of each of these kinds, all that there are where none is given; None if one is unknown here."""
-    known = {word for kind in kinds for word in KINDS[kind]}
-    if any(word not in known for word in words):
-        return None
-    return {kind: tuple(word for word in KINDS[kind] if word in words) or tuple(KINDS[kind]) for kind in kinds}
+def run_config(session: Any, case: dict[str, Any]) -> Any:
+    """Return the settings of a case's run: the agent's paper preset (`small`: for a smoke test) on the case's data."""
+    env, form, smoke = SHAPES[case["shape"]][0], case["form"], case["smoke"]
+    task = session.TaskConfig(binary=False if case["shape"] == "pen" else None)
+    config = session.preset_run(case["agent"], case["dataset"], "small" if smoke else "paper", env=env, task=task)
+    if "settings" in case:  # of a comparison, whose numbers are its own
+        config = dataclasses.replace(config, config=type(config.config)())
+    settings: dict[str, Any] = {"batch_size": 16 if smoke else 256, **case.get("settings", {})}
+    if config.config.online.replay == "rollout":
+        settings |= {"rollout_steps": 64, "num_envs": 2} if smoke else {}
+    else:
+        warmup = NEVER if form in ("act", "insert") else case["rows"]
+        settings |= {"warmup_steps": warmup, "random_steps": NEVER if form == "insert" else 0, "min_rows": 0}
+        settings |= {"initial_updates": 0, **({"utd_ratio": int(form[3:])} if form.startswith("utd") else {})}
+    loop = dataclasses.replace(
+        config.loop, eval_every=0, offline_eval_every=NEVER, eval_episodes=1, checkpoint_every=NEVER,
+        replay_capacity=case["rows"],
+    )  # fmt: skip
+    return dataclasses.replace(
+        config, config=with_settings(config.config, **settings), loop=loop, seeds=case["seeds"],
+        cameras=("free",) if case["shape"] == "pixels" else (), image_size=IMAGE_SIZE,
+        base=f"{Path(__file__).resolve()}:still" if case["agent"] == "residual" else None,
+    )  # fmt: skip
 
 
-def chosen_cells(words: Sequence[str], quick: bool) -> list[Cell]:
-    """Return the cells, and of each the forms, that the words select."""
-    chosen = selected(words, OF_AGENTS)
-    if chosen is None:
-        return []
-    narrow = any(word not in KINDS["all agents"] for word in words)
-    cells, seeds = QUICK_CELLS if quick and not narrow else all_cells(), [SEEDS[word] for word in chosen["seeds"]]
-    if not narrow:
-        return cells
-    fitting = [c for c in cells if c.agent in chosen["agent"] and c.shape in chosen["shape"] and c.seeds in seeds]
-    kept = [Cell(c.agent, c.shape, c.seeds, tuple(f for f in c.forms if f in chosen["form"])) for c in fitting]
-    return [cell for cell in kept if cell.forms]
+def session_of(case: dict[str, Any]) -> Any:
+    """Return the module of the case's checkout that makes runs and trainers."""
+    from o2o.startup import prepare_process
 
-
-def chosen_cases(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the cases of the comparison that the words select, each with the libraries that take part."""
-    chosen = selected(words, OF_CASES)
-    return [] if chosen is None else [(case, chosen["library"]) for case in chosen["case"]]
-
-
-def arguments(args: Sequence[str]) -> tuple[set[str], list[str]]:
-    """Return flags and words; raises `UsageError` for what is neither."""
-    flags, words = {arg for arg in args if arg.startswith("-")}, [arg for arg in args if not arg.startswith("-")]
-    known = {word for kind in KINDS.values() for word in kind}
-    for arg in (*sorted(flags - set(FLAGS)), *(word for word in words if word not in known)):
-        near = difflib.get_close_matches(arg, [*FLAGS, *known], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"flags: {', '.join(FLAGS)}; words: {', '.join(sorted(known))}"
-        raise UsageError(f"throughput.py does not know {arg!r}; {hint}")
-    return flags, words
-
-
-def run_cell(cell: Cell, quick: bool, results: Results, folder: Path) -> bool:
-    """Measure a cell in its own process, taking and showing its rows as they come; False if it failed."""
-    about = {"agent": cell.agent, "shape": cell.shape, "seeds": cell.seeds, "quick": quick, "forms": cell.forms}
-    command = [sys.executable, str(HERE / "throughput_agents.py"), "cell", json.dumps(about)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(CELL_SECONDS, process.kill)
-    timer.start()
-    assert process.stdout is not None
+    prepare_process()
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # what is measured compiles anew
     try:
-        for line in process.stdout:
-            found = json.loads(line)
-            if "machine" in found:
-                results.machines[found["machine"]["device"]] = found["machine"]
-                continue
-            row = Row(**found)
-            results.add(rows=[row])
-            show(row)
-        code = process.wait()
-    finally:
+        from o2o.runs import session  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        from o2o import experiment as session  # before the packages  # pyright: ignore[reportAttributeAccessIssue]
+    if not Path(session.__file__).is_relative_to(case["checkout"]):
+        raise MeasureError(f"o2o was imported from {session.__file__}, not from {case['checkout']}")
+    return session
+
+
+def meter_of(case: dict[str, Any], session: Any) -> Meter:
+    """Return what measures a case of ours."""
+    import gymnasium
+
+    for env in {env for env, _, _ in SHAPES.values()}:
+        gymnasium.registry[env].max_episode_steps = EPISODE_STEPS  # keeps the evaluations short
+    config, form = run_config(session, case), case["form"]
+    trainer, done = session.build(config), 0
+
+    def go(count: int) -> None:
+        nonlocal done
+        done += count
+        (trainer.offline if form == "offline" else trainer.online)(done)
+
+    def evaluate(count: int = 1) -> int:
+        return sum(row["length"] for _ in range(count) for row in trainer.evaluate())
+
+    if form == "act":
+        meter = Meter(evaluate)
+        meter.unit = evaluate()
+        return meter
+    evaluate()
+    overhead = statistics.median(timed(evaluate, 1) for _ in range(3))
+    online = config.config.online
+    if form != "offline" and online.replay != "rollout":
+        go(case["rows"] + 1)  # the replay buffer is full and grows no more; the next step is the first with an update
+    step = online.rollout_steps if form != "offline" and online.replay == "rollout" else 1
+    return Meter(go, overhead, step, case["seeds"])
+
+
+def machine() -> dict[str, Any]:
+    """Return the device, its rate of float32 products of 2048 x 2048 in GFLOP/s, and JAX's version."""
+    import jax
+    import jax.numpy as jnp
+
+    name, info = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
+    if jax.default_backend() == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        lines = info.read_text().splitlines() if info.exists() else []
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name = f"{model}, {cores} cores"
+    matrix = jnp.eye(2048, dtype=jnp.float32)
+    product = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: x @ y, x))
+    meter = Meter(lambda count: product(matrix, count).block_until_ready(), unit=2 * 2.048**3)
+    rate = statistics.median(meter.measure(0.3) for _ in range(3))
+    return {"device": name, "matmul_gflops": rate, "jax": jax.__version__}
+
+
+def serve(make: Callable[[], dict[str, Meter]], about: Callable[[], dict[str, Any]] = machine) -> None:
+    """Make a meter per form, say that they are ready, and answer requests `[form, seconds]` until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to standard error
+    try:
+        meters = make()
+        first = next(iter(meters.values())).first
+        ready = {"forms": list(meters), "first_call_s": first, **about()}
+    except Exception as error:
+        answers.write(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}) + "\n")
+        raise
+    answers.write(json.dumps(ready) + "\n")
+    for line in sys.stdin:
+        form, seconds = json.loads(line)
+        rate = meters[form].measure(seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1000.0 if sys.platform == "linux" else 1e6)
+        answers.write(json.dumps({"rate": rate, "peak_mb": peak}) + "\n")
+
+
+# The process that asks.
+
+
+class Worker:
+    """A measuring process."""
+
+    def __init__(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+        """Start it; it makes itself ready meanwhile."""
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """Return its next answer; raises `MeasureError` if it has ended, or says nothing for too long."""
+        assert self.process.stdout is not None
+        timer = threading.Timer(ANSWER_SECONDS, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
         timer.cancel()
-        process.kill()
-    results.save(folder, CASES, quick)
-    if code:
-        why = f"ended after {CELL_SECONDS:g} s" if code < 0 else "see above"
-        print(f"{cell.agent} {cell.shape} {cell.seeds} seeds: not measured to the end, {why}", flush=True)
-    return code == 0
+        found = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in found:
+            raise MeasureError(f"{self.name}: {found['error']}")
+        return found
+
+    def _last_words(self) -> str:
+        self.process.wait(10.0)
+        self.errors.seek(0)
+        said = [line.strip() for line in self.errors if line.strip()]
+        return f"ended with code {self.process.returncode}" + (f"; {said[-1]}" if said else "")
+
+    def measure(self, form: str, seconds: float) -> dict[str, Any]:
+        """Return what a form makes now."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([form, seconds]) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
 
 
-def show(row: Row) -> None:
-    """Print one line."""
-    updates, steps, share = number(middle(row.updates)), number(middle(row.steps)), row.share("small")
-    print(
-        f"{row.agent:<12} {row.shape:<8} {row.seeds:>2} {row.form:<16} {updates:>9} updates/s {steps:>8} steps/s "
-        f"{'' if share is None else f'{100 * share:.0f} % of its matmuls'}",
-        flush=True,
-    )
+def worker_of(case: dict[str, Any], checkout: Path) -> Worker:
+    """Start the process that measures a case with the code of a checkout."""
+    message = json.dumps({**case, "checkout": str(checkout)})
+    cache = Path(case["dataset"]).parents[1] / f"cache{str(checkout).replace(os.sep, '-')}"  # formats may differ
+    env = {**os.environ, "PYTHONPATH": str(checkout), "O2O_CACHE": str(cache)}
+    return Worker(case["name"], [sys.executable, str(Path(__file__).resolve()), "--child", message], env)
 
 
-def run_case(name: str, libraries: tuple[str, ...], device: str, quick: bool, results: Results, folder: Path) -> bool:
-    """Measure a case of the comparison; False if a library failed, whose case is then left as it was."""
-    try:
-        found = contest(name, libraries, device, quick)
-    except PeersError as error:
-        print(f"{name}: {error}", flush=True)
-        return False
-    results.add(contests=found)
-    results.save(folder, CASES, quick)
-    for row in found:
-        print(f"{name:<10} {row.who:<7} {row.form:<13} {number(middle(row.rates)) or row.note:>9}", flush=True)
-    return True
+def in_turns(workers: Sequence[Worker], forms: Sequence[Sequence[str]], smoke: bool) -> list[list[float]]:
+    """Return each worker's rates of its forms: a list per form, all taking turns, in another order each round."""
+    rounds, seconds = (2, SMOKE_SECONDS) if smoke else (REPEATS, SECONDS)
+    pairs = [(worker, form) for worker, own in zip(workers, forms, strict=True) for form in own]
+    turns: list[tuple[Worker, str, list[float]]] = [(*pair, []) for pair in pairs]
+    for i in range(rounds):
+        for worker, form, rates in turns if i % 2 == 0 else reversed(turns):
+            time.sleep(PAUSE)  # threads that spin for more work have given up by then
+            rates.append(worker.measure(form, seconds)["rate"])
+    return [rates for _, _, rates in turns]
 
 
-def main(args: Sequence[str]) -> int:
-    """Measure what the arguments select; return the exit code."""
-    try:
-        flags, words = arguments(args)
-        quick, peers = "--quick" in flags, "--peers" in flags
-        cells, cases = chosen_cells(words, quick), chosen_cases(words) if peers else []
-        if not cells and not cases:
-            hint = "" if peers or not chosen_cases(words) else " without --peers"
-            raise UsageError(f"nothing fits {' '.join(words)}{hint}; give fewer words")
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    prepare_process()  # what is measured inherits what the command line sets, but compiles anew
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    folder = QUICK_RESULTS if quick else RESULTS
-    results = Results.load(folder)
-    fine = [run_cell(cell, quick, results, folder) for cell in cells]
-    if cases:
-        about = machine_here()
-        results.machines[about["device"]] = about
-        fine += [run_case(name, libraries, about["device"], quick, results, folder) for name, libraries in cases]
+@contextmanager
+def datasets(smoke: bool, shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Write random Minari datasets, one per shape, for as long as they are needed; yield their folders and rows."""
+    import gymnasium
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    warnings.simplefilter("ignore", UserWarning)  # of data without an author
+    rng, sizes = np.random.default_rng(0), {"pen": 20_000, "cheetah": 20_000, "pixels": 2_000}
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["MINARI_DATASETS_PATH"], found = root, {}
+        for shape in dict.fromkeys(shapes):
+            _, observation, action = SHAPES[shape]
+            rows = 1_000 if smoke else sizes[shape]
+            spaces: dict[str, gymnasium.Space] = {
+                "state": gymnasium.spaces.Box(-np.inf, np.inf, (observation,), np.float32),
+                "free": gymnasium.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+            }
+
+            episodes = []
+            for _ in range(rows // EPISODE_STEPS):
+                state = rng.standard_normal((EPISODE_STEPS + 1, observation)).astype(np.float32)
+                images = rng.integers(0, 256, (EPISODE_STEPS + 1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+                arrays: dict[str, Any] = {
+                    "observations": {"state": state, "free": images} if shape == "pixels" else state,
+                    "actions": np.tanh(rng.standard_normal((EPISODE_STEPS, action))).astype(np.float32),
+                }
+                ends = [*[False] * (EPISODE_STEPS - 1), True]
+                rewards = rng.standard_normal(EPISODE_STEPS).tolist()
+                never = [False] * EPISODE_STEPS
+                episodes.append(EpisodeBuffer(**arrays, rewards=rewards, terminations=never, truncations=ends))
+            minari.create_dataset_from_buffers(
+                f"bench/{shape}-v0", episodes,
+                observation_space=gymnasium.spaces.Dict(spaces) if shape == "pixels" else spaces["state"],
+                action_space=gymnasium.spaces.Box(-1.0, 1.0, (action,), np.float32),
+            )  # fmt: skip
+            found[shape] = {"dataset": f"{root}/bench/{shape}-v0", "rows": rows}
+        yield found
+
+
+def all_cases() -> list[str]:
+    """Return the names of all cases."""
+    from o2o.agents import AGENTS
+
+    names = []
+    for agent, kind in AGENTS.items():
+        config: Any = kind.preset("locomotion", "paper").config
+        forms = ("offline", "act", "insert", "utd1", "utd4", "utd20")
+        if config.online.replay in ("none", "rollout"):
+            forms = ("offline", "act", "online")
+        shapes = SHAPES if hasattr(config, "encoder") else ("pen", "cheetah")
+        names += [f"{agent}/{shape}/{seeds}/{form}" for shape in shapes for seeds in SEEDS for form in forms]
+    return names
+
+
+def chosen(patterns: Sequence[str], without: Sequence[str]) -> list[str]:
+    """Return the cases that the patterns select, `without` them those; raises `MeasureError` for one without a case."""
+    found = {pattern: fnmatch.filter(all_cases(), pattern) for pattern in patterns}
+    for pattern, names in found.items():
+        if not names:
+            raise MeasureError(f"no case is like {pattern!r}; a case is AGENT/SHAPE/SEEDS/FORM, such as {AGAINST[0]}")
+    return list(dict.fromkeys(sum(found.values(), []))) if patterns else list(without)
+
+
+def case_of(name: str, smoke: bool, data: dict[str, Any]) -> dict[str, Any]:
+    """Return what the process that measures a case is told; `data` is what `datasets` made."""
+    agent, shape, seeds, form = name.split("/")
+    about = {"name": name, "agent": agent, "shape": shape, "seeds": int(seeds), "form": form, "smoke": smoke}
+    return {**about, **data[shape]}
+
+
+def spread(values: Sequence[float], form: str = ",.3g") -> str:
+    """Return the median, with least and most in brackets."""
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def measure_rates(names: Sequence[str], smoke: bool, again: bool) -> int:
+    """Measure the cases that have no row yet, or all `again`; write every row at once. Return the exit code."""
+    folder, failed = SMOKE_RATES if smoke else RATES, 0
+    have = set() if again or smoke else {row["case"] for row in read_table(folder / "rates.csv")}
+    names = [name for name in names if name not in have]
+    commit = subprocess.run(["git", "-C", CHECKOUT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    shared = {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    with datasets(smoke, [name.split("/")[1] for name in names]) as data:
+        for name in names:
+            case = case_of(name, smoke, data)
+            worker = worker_of(case, CHECKOUT)
+            try:
+                ready, seconds = worker.answer(), SMOKE_SECONDS if smoke else SECONDS
+                found = [worker.measure(case["form"], seconds) for _ in range(REPEATS)]
+            except MeasureError as error:
+                print(error, flush=True)
+                failed = 1
+                continue
+            finally:
+                worker.close()
+            rates, unit = [each["rate"] for each in found], "updates" if case["form"] == "offline" else "steps"
+            row = {**shared, **ready, "case": name, "unit": unit, "per_second": statistics.median(rates)}
+            row |= {"least": min(rates), "most": max(rates), "peak_mb": found[-1]["peak_mb"]}
+            texts = {key: f"{v:.4g}" if isinstance(v := row[key], float) else str(v) for key in COLUMNS}
+            old = [r for r in read_table(folder / "rates.csv") if (r["device"], r["case"]) != (row["device"], name)]
+            rows = sorted([*old, texts], key=lambda r: (r["device"], r["case"]))
+            text = "# Rates\n\nMade by `python benchmarks/throughput.py`, whose docstring explains the cases.\n\n"
+            write_table(folder, "rates.csv", rows, text + markdown_table(COLUMNS, rows))
+            print(f"{name:<28} {spread(rates)} {unit}/s", flush=True)
     print(f"written to {folder}")
-    return 0 if all(fine) else 1
+    return failed
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none without the file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_table(folder: Path, name: str, rows: Sequence[dict[str, str]], text: str) -> None:
+    """Write rows into the CSV file `name` of a folder, and `text` into its `README.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.part").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / f"{name}.part").replace(folder / name)
+    (folder / "README.md").write_text(text)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
+    """Return rows as a table in Markdown."""
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row[name] for name in columns)} |" for row in rows), ""])
+
+
+def compare(names: Sequence[str], other: Path, smoke: bool) -> int:
+    """Print, case by case, the ratio of this checkout's rates to those of another one's. Return the exit code."""
+    failed = 0
+    print("| case | here, per second | there, per second | ratio |\n| --- | --: | --: | --: |", flush=True)
+    with datasets(smoke, [name.split("/")[1] for name in names]) as data:
+        for name in names:
+            case, workers = case_of(name, smoke, data), []
+            try:
+                for checkout in (CHECKOUT, other):
+                    workers.append(worker_of(case, checkout))
+                    workers[-1].answer()  # one at a time: they compile
+                forms = [[case["form"]]] * 2
+                here, there = in_turns(workers, forms, smoke)
+            except MeasureError as error:
+                print(error, flush=True)
+                failed = 1
+                continue
+            finally:
+                for worker in workers:
+                    worker.close()
+            ratios = [a / b for a, b in zip(here, there, strict=True)]
+            print(f"| {name} | {spread(here)} | {spread(there)} | {spread(ratios, '.2f')} |", flush=True)
+    return failed
+
+
+def main(args: list[str]) -> int:
+    """Measure what the arguments select; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN")
+    parser.add_argument("--again", action="store_true", help="measure cases that have a row, too")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny cases")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout to measure in turns with")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args(args)
+    if given.child:
+        serve(lambda: {given.child["form"]: meter_of(given.child, session_of(given.child))})
+        return 0
+    sys.path.insert(0, str(CHECKOUT))
+    if given.against and not (given.against / "o2o" / "__init__.py").exists():
+        parser.error(f"--against {given.against}: no checkout of o2o there")
+    try:
+        names = chosen(given.patterns, SMOKE if given.smoke else AGAINST if given.against else all_cases())
+    except MeasureError as error:
+        parser.error(str(error))
+    if given.against:
+        return compare(names, given.against.resolve(), given.smoke)
+    return measure_rates(names, given.smoke, given.again)
 
 
 if __name__ == "__main__":

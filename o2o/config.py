@@ -64,6 +64,7 @@ class LoopConfig:
             if value is not None and value < smallest:
                 raise ConfigError(f"loop.{name} is {value}; expected at least {smallest}")
 
+
 FORMAT = 2
 """Format of a run folder's config.json. It is raised when folders of before can no longer be opened."""
 

@@ -23,7 +23,7 @@ from jax.custom_batching import custom_vmap, sequential_vmap
 from o2o.types import Array
 
 BATCHED_NUMBERS = 2_000_000
-"""Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/seeds.py`)."""
+"""Numbers in an agent from which on a CPU updates seed after seed faster (`benchmarks/results/seeds`)."""
 
 
 def sums_as_products() -> bool:

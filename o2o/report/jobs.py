@@ -1,8 +1,9 @@
 """The bookkeeping of benchmark suites: where every cell stands, and running each once.
 
-A cell's run folder, with the checkpoints, stands under `runs/bench/<suite>/`, or under `<out>/runs/<suite>/` where the
-results go to another folder `out` than the committed ones: what is measured again starts with no earlier run. Beside it
-`<cell>.json` says with which settings it began. A finished run's raw rows are copied to `<results>/<suite>/<cell>/`.
+The run folder of a cell, with the checkpoints, stands under `runs/bench/<suite>/`. With another folder of results `out`
+than the committed one it stands under `<out>/runs/<suite>/`, so that nothing that ran before counts. Beside the run
+folder `<cell>.json` says with which settings the run began. The results of a finished run go to `<results>/<suite>/`
+(`o2o.report.scores`).
 """
 
 import json
@@ -15,12 +16,10 @@ from typing import Any, Literal
 
 from o2o.errors import O2OError, RunError
 from o2o.files import write_atomically
+from o2o.report.scores import CELLS, keep, read_cells
 from o2o.report.suite import Cell, Suite, covered, load_suite, split, status_of
 
 State = Literal["missing", "interrupted", "active", "finished"]
-KEPT = ("config.json", "episodes.jsonl", "metrics.jsonl", "status.json")
-"""Files of a finished run that are copied to the results."""
-CELL_FILE = "cell.json"
 RESULTS = Path("benchmarks/results")
 RUNS = Path("runs/bench")
 
@@ -32,7 +31,9 @@ class Job:
     cell: Cell
     state: State
     run: Path
+    """Its run folder."""
     results: Path
+    """The suite's folder of results."""
 
     @property
     def record(self) -> Path:
@@ -63,11 +64,8 @@ def _alive(status: Mapping[str, Any]) -> bool:
     return pid != os.getpid()
 
 
-def state_of(run: Path, results: Path) -> State:
-    """Tell where a cell stands from the `status.json` of its results or, before those exist, of its run folder."""
-    finished = status_of(results)
-    if finished is not None and finished.get("status") == "finished":
-        return "finished"
+def state_of(run: Path) -> State:
+    """Tell where the run of an unfinished cell stands, from the `status.json` of its folder."""
     status = status_of(run)
     if status is None:
         return "interrupted" if (run / "config.json").exists() else "missing"
@@ -79,38 +77,38 @@ def state_of(run: Path, results: Path) -> State:
 def jobs(suite: Suite, cells: Sequence[Cell], results_dir: Path, runs_dir: Path) -> list[Job]:
     """Return where every cell stands; seeds beyond those of an earlier run become cells of their own.
 
-    Raises `RunError` if a cell's results are of other settings than the suite now has: such rows are never mixed.
+    Raises `RunError` if a cell's results are of other settings than the suite now has: such scores are never mixed.
     """
-    found = []
+    results, runs, found = results_dir / suite.name, runs_dir / suite.name, []
+    finished = read_cells(results)
     for planned in cells:
-        results_root, runs_root = results_dir / suite.name, runs_dir / suite.name
-        blocks = covered(results_root, planned.stem) | covered(runs_root, planned.stem)
-        for cell in split(planned, blocks):
-            run, results = runs_root / cell.name, results_root / cell.name
-            changed = changed_settings(cell, results / CELL_FILE)
+        own = {cell.seeds: cell for cell in finished if cell.method == (planned.dataset, planned.label)}
+        for cell in split(planned, own.keys() | covered(runs, planned.stem)):
+            run, kept = runs / cell.name, own.get((cell.seed, cell.seed + cell.seeds - 1))
+            changed = changed_settings(cell, kept.cell) if kept is not None else ""
             if changed:
-                raise RunError(f"{results} has other settings ({changed}); restore them, or remove it and {run}")
-            found.append(Job(cell, state_of(run, results), run, results))
+                raise RunError(
+                    f"{results / CELLS} has {cell.name} with other settings ({changed}); restore them, or remove its "
+                    f"line and {run}"
+                )
+            found.append(Job(cell, "finished" if kept is not None else state_of(run), run, results))
     return found
 
 
-def changed_settings(cell: Cell, path: Path) -> str:
-    """Describe how the settings in file `path` differ from the cell's; empty if they do not, or without the file."""
-    if not path.exists():
-        return ""
-    stored, now = json.loads(path.read_text()), cell.settings()
-    keys = [key for key in now | stored if stored.get(key) != now.get(key) and key not in ("seed", "seeds")]
+def changed_settings(cell: Cell, stored: Mapping[str, Any]) -> str:
+    """Describe how `stored` settings differ from the cell's; empty if they do not. Seeds are no setting."""
+    now = cell.settings()
+    keys = [key for key in {**now, **stored} if stored.get(key) != now.get(key) and key not in ("seed", "seeds")]
     return ", ".join(f"{key}: {stored.get(key)} then, {now.get(key)} now" for key in keys)
 
 
 def check_run(job: Job) -> None:
-    """Raise `RunError` if the cell's rows would come from a run of other settings, or of settings not on record."""
+    """Raise `RunError` if the run of an unfinished cell began with other settings, or if its settings are not known."""
     if job.state in ("finished", "missing"):
         return
-    record = job.record if job.record.exists() else job.results / CELL_FILE
-    if not record.exists():
+    if not job.record.exists():
         raise RunError(f"{job.run} was begun with settings that are not on record ({job.record.name}); remove it")
-    changed = changed_settings(job.cell, record)
+    changed = changed_settings(job.cell, json.loads(job.record.read_text()))
     if changed:
         raise RunError(f"{job.run} was begun with other settings ({changed}); restore them, or remove it")
 
@@ -121,21 +119,11 @@ def pending(suite: Suite, results_dir: Path = RESULTS, runs_dir: Path = RUNS) ->
 
 
 def collect(job: Job) -> bool:
-    """Copy the raw rows of a run that has finished to the results; return whether it has."""
-    status = status_of(job.run)
-    if status is None or status.get("status") != "finished":
+    """Keep the results of a run that has finished; return whether it has."""
+    if (status_of(job.run) or {}).get("status") != "finished":
         return False
-    _write_cell(job.cell, job.results / CELL_FILE)
-    for name in KEPT:
-        if not (job.run / name).exists():
-            raise RunError(f"{job.run} is marked finished but has no {name}; resume or delete it")
-        write_atomically(job.results / name, (job.run / name).read_bytes())
+    keep(job.results, job.cell, job.run)
     return True
-
-
-def _write_cell(cell: Cell, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(cell), indent=2) + "\n")
 
 
 def run_suite(
@@ -157,7 +145,8 @@ def run_suite(
     Raises `RunError` before the first one if a cell has results, or a run to go on with, of other settings.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
-    planned = jobs(suite, suite.cells(agents, tasks, seeds), *folders(out, runs))
+    cells = suite.cells(agents, tasks, seeds)
+    planned = jobs(suite, cells, *folders(out, runs))
     for job in planned:
         check_run(job)
     for number, job in enumerate(planned, start=1):
@@ -166,21 +155,22 @@ def run_suite(
             say(f"{place}: {'finished already' if job.state == 'finished' else 'running in another process'}")
             continue
         if collect(job):
-            say(f"{place}: copied from {job.run}, which has the same settings")
+            say(f"{place}: results taken from {job.run}, which has the same settings")
         else:
             say(f"{place}: {'resuming' if job.state == 'interrupted' else 'starting'}")
             _run(job, train, resume, lambda text, place=place: say(f"{place}: {text}"))
         if (status_of(job.run) or {}).get("status") == "stopped":
             say(f"{place}: stopped; the same command goes on from here")
             break
-    return int(any(state_of(job.run, job.results) != "finished" for job in planned))
+    return int(any(job.state != "finished" for job in jobs(suite, cells, *folders(out, runs))))
 
 
 def _run(
     job: Job, train: Callable[[Cell, Path], object], resume: Callable[[Path], object], say: Callable[[str], None]
 ) -> None:
-    """Run one cell as far as it goes and keep its rows if it finished."""
-    _write_cell(job.cell, job.record)
+    """Run one cell as far as it goes and keep its results if it finished."""
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.record, json.dumps(asdict(job.cell), indent=2) + "\n")
     try:
         if job.state == "interrupted":
             resume(job.run)

@@ -1,31 +1,18 @@
 """Benchmark suites: typed tables of what to run.
 
-A cell is one run of one method on one dataset with some seeds. `o2o.report.jobs` runs each once and keeps its raw rows;
-reports are in `o2o.report.suite_report`.
+A cell is one run of one method on one dataset with some seeds. `o2o.report.jobs` runs each cell once,
+`o2o.report.scores` keeps its results, and `o2o.report.suite_report` writes the report.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from o2o.errors import ConfigError, RunError, suggest
 from o2o.user_code import run_file
-
-
-@dataclass(frozen=True)
-class Published:
-    """A figure that somebody else reported."""
-
-    value: float
-    metric: str
-    """Metric of our rows that it speaks of, in the same unit."""
-    source: str
-    """Paper and table, or repository and commit."""
-    same_data: bool = False
-    """Whether it was measured on this very dataset; if not, it never stands beside our figures."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +130,6 @@ class Suite:
     eval_episodes: int = 20
     metrics: tuple[str, ...] = ("success", "return")
     statistic: Literal["iqm", "mean"] = "mean"
-    published: Mapping[tuple[str, str], Published | None] = field(default_factory=dict)
-    """(dataset, label) to a published figure."""
 
     def cells(self, agents: Sequence[str] = (), tasks: Sequence[str] = (), seeds: int | None = None) -> list[Cell]:
         """Return the planned cells with all their seeds: only `agents` (labels) and `tasks` (datasets) where given.
@@ -215,7 +200,7 @@ def status_of(folder: Path) -> dict[str, Any] | None:
 
 
 def covered(folder: Path, stem: str) -> set[tuple[int, int]]:
-    """Return the (first, last) seeds of a method's folders in `folder`."""
+    """Return the (first, last) seeds of a method's run folders in `folder`."""
     pattern = re.compile(re.escape(stem) + r"--seeds(\d+)-(\d+)")
     names = [path.name for path in folder.glob(f"{stem}--seeds*")] if folder.is_dir() else []
     return {(int(m[1]), int(m[2])) for m in map(pattern.fullmatch, names) if m}
@@ -234,13 +219,22 @@ def split(cell: Cell, blocks: Iterable[tuple[int, int]]) -> list[Cell]:
 
 
 def load_suite(name: str, folder: Path = Path("benchmarks")) -> Suite:
-    """Return `SUITE` of `folder/<name>.py`, or of the Python file `name`. Raises `ConfigError` if there is none."""
-    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    """Return the suite `name` of `folder/suites.py`, or `SUITE` of the Python file `name`.
+
+    Raises `ConfigError` if there is no such suite.
+    """
+    if name.endswith(".py"):
+        suite = getattr(run_file(Path(name)), "SUITE", None)
+        if not isinstance(suite, Suite):
+            raise ConfigError(f"{name} defines no `SUITE` of type o2o.report.suite.Suite")
+        return suite
+    path = folder / "suites.py"
     if not path.is_file():
-        known = sorted(file.stem for file in folder.glob("*.py") if "SUITE" in file.read_text())
-        hint = suggest(name, known) if known else "the folder has no suite; run from a checkout or name a file"
-        raise ConfigError(f"no benchmark suite {name!r} in {folder}; {hint}")
-    suite = getattr(run_file(path), "SUITE", None)
-    if not isinstance(suite, Suite):
-        raise ConfigError(f"{path} defines no `SUITE` of type o2o.report.suite.Suite")
-    return suite
+        raise ConfigError(
+            f"no benchmark suite {name!r}: {path} does not exist; run from a checkout, or give a Python file that "
+            "defines SUITE"
+        )
+    suites: dict[str, Suite] = run_file(path).SUITES
+    if name not in suites:
+        raise ConfigError(f"no benchmark suite {name!r} in {path}; {suggest(name, suites)}")
+    return suites[name]

@@ -1,22 +1,22 @@
-"""Markdown and pictures of a benchmark suite, from the raw rows alone.
+"""Markdown and pictures of a benchmark suite, from its kept results alone (`o2o.report.scores`).
 
-For every metric one table: each method's score after pre-training, at the end of the warm-up, after the first 1000
-updates online, and at the end, with the bootstrap interval over seeds, and the dataset's own mean beside them; then the
-same over the tasks. One table more says how probably each method is better than the suite's first.
+There is one table per metric. It has each method's score after pre-training, at the end of the warm-up, after the first
+1000 updates online and at the end, with the bootstrap interval over seeds and the dataset's own mean beside them; then
+the same over the tasks. A last table says how often each method is better than the suite's first.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from o2o.errors import RunError
 from o2o.report.jobs import Job, folders, jobs
-from o2o.report.plots import LABELS, judged_by, plot_curves, pool, read_json, read_rows
+from o2o.report.plots import LABELS, judged_by, plot_curves
+from o2o.report.scores import SCORES, FinishedCell, Row, read_cells, read_scores
 from o2o.report.stats import Floats, Point, aggregate, curve, interval, probability_of_improvement, statistic_of
-from o2o.report.suite import Cell, Suite, covered, load_suite
+from o2o.report.suite import Cell, Suite, load_suite
 
 FIRST_UPDATES, FEW = 1000, 20
 """Critic updates of the whole agent online before the column `early`, and how many of them may be missing there: the
@@ -40,27 +40,42 @@ class Method:
 
     dataset: str
     label: str
-    rows: list[dict[str, Any]]
-    configs: list[dict[str, Any]]
+    rows: list[Row]
+    """One per seed and evaluation."""
+    cells: list[FinishedCell]
 
     @property
     def initial_updates(self) -> int:
-        """Updates in one go before the first online one (`OnlineConfig.initial_updates`); `config.json` has them."""
-        online = self.configs[0].get("config", {}).get("online") or {}
-        return int(online.get("initial_updates", 0))
+        """Updates in one go before the first online one."""
+        return self.cells[0].initial_updates
 
 
-def _join(found: Sequence[Job]) -> list[Method]:
-    """Join the finished cells that differ in their seeds only, whose rows are pooled."""
-    groups: dict[tuple[str, str], list[Path]] = {}
-    for job in found:
-        if job.state != "finished":
+def read_methods(suite: Suite, folder: Path) -> list[Method]:
+    """Return the suite's methods, in its order, that have results in `folder`.
+
+    Cells that differ in their seeds only are joined. Raises `RunError` if a finished cell lacks a seed in `scores.csv`.
+    """
+    cells: dict[tuple[str, str], list[FinishedCell]] = {}
+    for cell in read_cells(folder):
+        cells.setdefault(cell.method, []).append(cell)
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for row in read_scores(folder):
+        rows.setdefault((row["dataset"], row["method"]), []).append(row)
+    methods = []
+    for method in dict.fromkeys((cell.dataset, cell.label) for cell in suite.cells()):
+        found = cells.get(method, [])
+        if not found:
             continue
-        seeds = len({row["seed"] for row in read_rows(job.results / "episodes.jsonl")})
-        if seeds != job.cell.seeds:
-            raise RunError(f"{job.results}: {seeds} seeds in episodes.jsonl, expected {job.cell.seeds}; run it again")
-        groups.setdefault((job.cell.dataset, job.cell.label), []).append(job.results)
-    return [Method(*key, pool(paths), [read_json(p / "config.json") for p in paths]) for key, paths in groups.items()]
+        wanted = {seed for cell in found for seed in range(cell.seeds[0], cell.seeds[1] + 1)}
+        own = [row for row in rows.get(method, []) if row["seed"] in wanted]
+        missing = wanted - {row["seed"] for row in own}
+        if missing:
+            raise RunError(
+                f"{folder / SCORES} lacks seed {min(missing)} of {method[1]} on {method[0]}, which is finished; "
+                "restore the file from git, or remove the cell's line beside it and run it again"
+            )
+        methods.append(Method(*method, own, found))
+    return methods
 
 
 def stages(points: Sequence[Point], initial_updates: int = 0) -> dict[str, Point | None]:
@@ -98,11 +113,10 @@ def _score(tasks: Sequence[Floats], metric: str, statistic: str) -> str:
     return f"{centre} [{_number(low, metric)}, {_number(high, metric)}]"
 
 
-def _dataset_mean(configs: Sequence[dict[str, Any]], metric: str) -> str:
-    """Return the dataset's mean of the metric: `config.json` has it as `dataset_summary.<metric>`."""
-    values = [config.get("dataset_summary", {}).get(metric) for config in configs]
-    known = [value for value in values if value is not None]
-    return _number(float(known[0]), metric) if known else NO_POINT
+def _dataset_mean(methods: Sequence[Method], metric: str) -> float | None:
+    """Return the mean of the metric over the dataset that all `methods` learnt from; None if it is not known."""
+    values = (cell.dataset_means.get(metric) for method in methods for cell in method.cells)
+    return next((float(value) for value in values if value is not None), None)
 
 
 def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metric: str) -> list[str]:
@@ -110,25 +124,21 @@ def _table(suite: Suite, methods: Sequence[Method], planned: Sequence[Job], metr
     points = {(m.dataset, m.label): aggregate(m.rows, metric) for m in methods}
     if not any(points.values()):
         return []
-    published = {key: p for key, p in suite.published.items() if p is not None and p.same_data and p.metric == metric}
-    configs = {(m.dataset, m.label): m.configs for m in methods}
     picked = {(m.dataset, m.label): stages(points[m.dataset, m.label], m.initial_updates) for m in methods}
     columns = COLUMNS if any(job.cell.online_steps for job in planned) else {"offline": COLUMNS["offline"]}
     head = ["dataset", "dataset's mean", "method", "n", *columns.values()]
-    head += ["published, same data"] if published else []
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for key in dict.fromkeys((job.cell.dataset, job.cell.label) for job in planned):
-        shared = [c for (dataset, _), found in configs.items() if dataset == key[0] for c in found]
-        row = [f"`{key[0]}`", _dataset_mean(configs.get(key, shared), metric), key[1]]
+        own = [m for m in methods if (m.dataset, m.label) == key]
+        level = _dataset_mean(own or [m for m in methods if m.dataset == key[0]], metric)
+        row = [f"`{key[0]}`", NO_POINT if level is None else _number(level, metric), key[1]]
         if not points.get(key):
             row += ["0", "not run" if key not in points else NO_POINT, *[""] * (len(columns) - 1)]
         else:
             row += [str(max(len(p.scores) for p in points[key]))]
             row += [_score(_values([picked[key][stage]]), metric, suite.statistic) for stage in columns]
-        if published:
-            row += [f"{_number(published[key].value, metric)} ({published[key].source})" if key in published else ""]
         lines.append(f"| {' | '.join(row)} |")
-    return lines + _over_tasks(suite, points, picked, metric, list(columns), len(head))
+    return lines + _over_tasks(suite, points, picked, metric, list(columns))
 
 
 def _values(points: Sequence[Point | None]) -> list[Floats]:
@@ -143,7 +153,6 @@ def _over_tasks(
     picked: dict[tuple[str, str], dict[str, Point | None]],
     metric: str,
     columns: Sequence[str],
-    width: int,
 ) -> list[str]:
     """Return the rows of a metric's table over the tasks that all methods share; empty without a unit in common."""
     methods = [v.label for v in suite.variants if any(points.get((task.dataset, v.label)) for task in suite.tasks)]
@@ -156,7 +165,7 @@ def _over_tasks(
         seeds = sum(max(len(point.scores) for point in points[dataset, label]) for dataset in shared)
         row = [f"{len(shared)} tasks", NO_POINT, label, str(seeds)]
         row += [_score(_values([stage[name] for stage in found]), metric, suite.statistic) for name in columns]
-        lines.append(f"| {' | '.join(row + [''] * (width - len(row)))} |")
+        lines.append(f"| {' | '.join(row)} |")
     which = ", ".join(f"`{dataset}`" for dataset in shared)
     return [*lines, "", f"{len(shared)} tasks: {which}; their seeds together, resampled within each task."]
 
@@ -214,18 +223,8 @@ def _better(where: str, label: str, pairs: Sequence[tuple[str, Floats, Floats]])
 
 
 def _machines(methods: Sequence[Method]) -> list[str]:
-    names = dict.fromkeys(c.get("versions", {}).get("machine") for m in methods for c in m.configs)
+    names = dict.fromkeys(cell.versions.get("machine") for method in methods for cell in method.cells)
     return [str(name) for name in names if name] or ["not recorded"]
-
-
-def _elsewhere(suite: Suite) -> list[str]:
-    rows = [
-        f"- {dataset}, {label}: {_number(p.value, p.metric)} ({LABELS.get(p.metric, p.metric)}; {p.source})"
-        for (dataset, label), p in suite.published.items()
-        if p is not None and not p.same_data
-    ]
-    note = "These were measured on other datasets of similar names; they are context, not targets."
-    return ["## Published figures on other data", "", note, "", *rows, ""] if rows else []
 
 
 def _protocol(suite: Suite, machines: Sequence[str]) -> list[str]:
@@ -293,34 +292,35 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
             continue
         found = {m.label: curve(m.rows, metric, statistic_of(suite.statistic)) for m in here}
         curves = {label: item for label, item in found.items() if item is not None}
-        level = [c["dataset_summary"].get(metric) for m in here for c in m.configs if c.get("dataset_summary")]
-        reference = ("dataset mean", float(level[0])) if level and level[0] is not None else None
+        level = _dataset_mean(here, metric)
+        reference = None if level is None else ("dataset mean", level)
         name = f"{task.dataset.replace('/', '-')}.png"
         plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference)
         links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
     return links
 
 
-def _planned(suite: Suite, results: Path) -> list[Cell]:
-    """Return the suite's cells, with all seeds that folder `results` has beyond the suite's own."""
-    methods, cells = {cell.stem: cell for cell in suite.cells()}, []
-    for stem, cell in methods.items():
-        last = max((last for _, last in covered(results, stem)), default=0)
-        cells += suite.cells([cell.label], [cell.dataset], max(suite.seeds, last + 1))
-    return cells
+def _planned(suite: Suite, finished: Sequence[FinishedCell]) -> list[Cell]:
+    """Return the suite's cells, with all `finished` seeds beyond the suite's own."""
+    last = {cell.method: 0 for cell in finished}
+    for cell in finished:
+        last[cell.method] = max(last[cell.method], cell.seeds[1])
+    methods = dict.fromkeys((cell.dataset, cell.label) for cell in suite.cells())
+    counts = {method: max(suite.seeds, last.get(method, 0) + 1) for method in methods}
+    return [cell for (dataset, label), n in counts.items() for cell in suite.cells([label], [dataset], n)]
 
 
 def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None = None) -> Path:
     """Write the suite's Markdown and pictures into its folder of results `out/<suite>/`; return the Markdown's path.
 
-    It has all seeds that were run, also beyond the suite's own; cells that were not run are listed. Raises `RunError`
-    for results of other settings than the suite's.
+    All seeds that were run are in it, also those beyond the suite's own; cells that were not run are listed. Raises
+    `RunError` if the results are of other settings than the suite's.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     results_dir, runs_dir = folders(out, runs)
     folder = results_dir / suite.name
-    planned = jobs(suite, _planned(suite, folder), results_dir, runs_dir)
-    methods = _join(planned)
+    methods = read_methods(suite, folder)
+    planned = jobs(suite, _planned(suite, [cell for m in methods for cell in m.cells]), results_dir, runs_dir)
     lines = [f"# {suite.name}", "", suite.description, ""]
     if methods:
         lines += _protocol(suite, _machines(methods))
@@ -329,8 +329,8 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None 
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
     lines += _improvement(suite, methods) + _pictures(suite, methods, folder)
-    lines += _targets(suite, methods) + _elsewhere(suite) + _unrun(planned)
-    lines += [f"Made by `o2o bench report {suite.name}` from the raw rows in this folder.", ""]
+    lines += _targets(suite, methods) + _unrun(planned)
+    lines += [f"Made by `o2o bench report {suite.name}` from `{SCORES}` in this folder.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
     path.write_text("\n".join(lines))

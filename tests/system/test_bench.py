@@ -1,20 +1,25 @@
 """Benchmark bookkeeping and reports, on row files whose numbers are known."""
 
+import csv
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from o2o.errors import CheckpointError, ConfigError, RunError
 from o2o.report.jobs import jobs, pending, run_suite
-from o2o.report.suite import BenchTask, Published, Suite, Variant, load_suite
+from o2o.report.scores import keep, read_cells, read_scores
+from o2o.report.suite import BenchTask, Suite, Variant, load_suite
 from o2o.report.suite_report import write_report
+from o2o.user_code import run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PEN, DOOR = "demo/pen-v0", "demo/door-v0"
@@ -30,10 +35,6 @@ def suite():
         seeds=3,
         offline_steps=1000,
         online_steps=500,
-        published={
-            (PEN, "wsrl"): Published(0.9, "success", "Paper A, table 1", same_data=True),
-            (DOOR, "wsrl"): Published(0.5, "success", "Paper B, figure 2"),
-        },
     )
 
 
@@ -119,8 +120,11 @@ def test_a_cell_runs_once(suite, tmp_path):
     done = runner(suite)
     assert runner.calls == [("train", name) for name in ALL]
     assert done == ["finished"] * 4
-    kept = sorted(path.name for path in (tmp_path / "results/tiny" / ALL[0]).iterdir())
-    assert kept == ["cell.json", "config.json", "episodes.jsonl", "metrics.jsonl", "status.json"]
+    folder = tmp_path / "results/tiny"
+    assert [(c.method, c.seeds) for c in read_cells(folder)] == [
+        ((task, label), (0, 2)) for task in (DOOR, PEN) for label in ("sac", "wsrl")
+    ]
+    assert len(read_scores(folder)) == 4 * 3 * 4, "cells x seeds x evaluations"
     assert pending(suite, **runner.dirs) == []
     out, runs = runner.dirs["results_dir"], runner.dirs["runs_dir"]
     assert run_suite(suite, runner.train, runner.resume, out=out, runs=runs, say=runner.said.append) == 0
@@ -142,14 +146,14 @@ def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_
     for cell, status in zip(cells, ("running", "", "failed", "finished"), strict=True):
         begin(cell, runs / cell.name, status)
     (runs / ALL[1] / "status.json").rename(runs / ALL[1] / "config.json")  # killed before its first status
-    write_run(cells[3], runs / ALL[3])  # killed before its rows were copied
+    write_run(cells[3], runs / ALL[3])  # killed before its results were kept
     done = runner(suite)
     assert runner.calls == [("resume", name) for name in ALL[:3]]
     assert done == ["finished"] * 4
     copied = runs / ALL[3]
-    assert runner.said[-1] == f"[4/4] {ALL[3]}: copied from {copied}, which has the same settings"
-    kept = json.loads((tmp_path / "results/tiny" / ALL[3] / "cell.json").read_text())
-    assert kept == json.loads(json.dumps(asdict(cells[3])))
+    assert runner.said[-1] == f"[4/4] {ALL[3]}: results taken from {copied}, which has the same settings"
+    kept = [c.cell for c in read_cells(tmp_path / "results/tiny") if c.method == (DOOR, "sac")]
+    assert kept == [json.loads(json.dumps(asdict(cells[3])))]
 
 
 def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
@@ -252,7 +256,7 @@ def test_measuring_again_into_another_folder_trains_again(suite, tmp_path, monke
         assert run_suite(suite, runner.train, runner.resume, out=out, say=runner.said.append) == 0
         assert runner.calls == ([("train", name) for name in ALL] if root else [])
         assert root is None or Path(root, "tiny", ALL[0], "status.json").exists()
-    assert Path("benchmarks/results/tiny", ALL[0], "status.json").exists()
+    assert Path("benchmarks/results/tiny/scores.csv").exists()
     assert "Not run" not in write_report(suite, Path("again")).read_text()
 
 
@@ -267,20 +271,15 @@ def test_a_report_says_what_the_rows_say(suite, tmp_path):
         if line.startswith("|") and "---" not in line
     ]
     assert head[:4] == ["dataset", "dataset's mean", "method", "n"]
-    assert head[4:] == ["offline", "end of warm-up", "after the first 1000 updates", "end", "published, same data"]
+    assert head[4:] == ["offline", "end of warm-up", "after the first 1000 updates", "end"]
     # Seeds 0..2 score .4 .5 .6 offline; the interval over three seeds is their range.
     assert pen_wsrl[:4] == ["`demo/pen-v0`", "42 %", "wsrl", "3"]
     assert pen_wsrl[4:8] == ["50 % [40 %, 60 %]", "50 % [40 %, 60 %]", "30 % [20 %, 40 %]", "80 % [70 %, 90 %]"]
-    assert pen_wsrl[8] == "90 % (Paper A, table 1)"
-    assert pen_sac[2:5] == ["sac", "3", "40 % [30 %, 50 %]"] and pen_sac[8] == ""
+    assert pen_sac[2:5] == ["sac", "3", "40 % [30 %, 50 %]"]
     assert door_wsrl[2:5] == ["wsrl", "0", "not run"] and door_sac[4] == "not run"
     returns = text.split("## Return")[1]
-    assert "| 250 | wsrl | 3 | 500 [400, 600] |" in returns and "published" not in returns.split("##")[0]
+    assert "| 250 | wsrl | 3 | 500 [400, 600] |" in returns
     assert "Machine: test bench x 2." in text
-    assert (
-        "- demo/door-v0, wsrl: 50 % (success rate; Paper B, figure 2)"
-        in text.split("## Published figures on other data")[1]
-    )
     assert f"- `{ALL[2]}` (missing)" in text.split("## Not run")[1]
     folder = tmp_path / "results/tiny"
     assert (folder / "README.md").read_text() == text
@@ -293,15 +292,29 @@ def table(text, title):
     return [[c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("|") and "---" not in x]
 
 
+def is_of(row, dataset, method):
+    return (row["dataset"], row["method"]) == (dataset, method)
+
+
+def change_scores(folder, change):
+    """Rewrite `scores.csv`: each row as `change` returns it, left out where that is None."""
+    with (folder / "scores.csv").open(newline="") as file:
+        rows = [row for row in map(change, csv.DictReader(file)) if row is not None]
+    with (folder / "scores.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def test_methods_are_compared_with_the_first_and_over_the_tasks(suite, tmp_path):
     runner = Runner(tmp_path)
     runner(suite)
-    rows = tmp_path / "results/tiny" / ALL[2] / "episodes.jsonl"  # wsrl on door: every seed always succeeds
-    rows.write_text(rows.read_text().replace('"success": false', '"success": true'))
+    always = {"success": "1.0"}
+    change_scores(tmp_path / "results/tiny", lambda row: row | always if is_of(row, DOOR, "wsrl") else row)
     text = runner.report(suite)
     wsrl, sac = [row for row in table(text, "Success rate") if row[0] == "2 tasks"]
     # pen .4 .5 .6, door 1: resampled within pen alone, whose seeds are half of all
-    assert wsrl[:5] == ["2 tasks", "-", "wsrl", "6", "75 % [70 %, 80 %]"] and wsrl[8] == ""
+    assert wsrl[:5] == ["2 tasks", "-", "wsrl", "6", "75 % [70 %, 80 %]"]
     assert sac[2:5] == ["sac", "6", "40 % [33 %, 47 %]"], "1.96 standard errors of six seeds are 6.5 %"
     assert "2 tasks" not in text.split("## Return")[1].split("##")[0], "returns of two tasks have no unit in common"
     assert "2 tasks: `demo/pen-v0`, `demo/door-v0`; their seeds together" in text
@@ -326,7 +339,7 @@ def test_what_does_not_compare_is_left_out(suite, tmp_path):
 
 def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
     runner = Runner(tmp_path)
-    offline = replace(suite, online_steps=0, published={})
+    offline = replace(suite, online_steps=0)
     text = runner.report(offline)
     assert "warm-up" not in text and "Machine" not in text and text.count("(missing)") == 4
 
@@ -334,9 +347,73 @@ def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
 def test_rows_that_lack_seeds_are_refused(suite, tmp_path):
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"], tasks=[PEN])
-    path = tmp_path / "results/tiny" / ALL[0] / "episodes.jsonl"
-    path.write_text("".join(line for line in path.open() if json.loads(line)["seed"] < 2))
+    change_scores(tmp_path / "results/tiny", lambda row: row if row["seed"] != "1" else None)
+    with pytest.raises(RunError, match="lacks seed 1 of wsrl on demo/pen-v0, which is finished"):
+        runner.report(suite)
+
+
+def test_a_run_that_lacks_seeds_is_not_kept(suite, tmp_path):
+    cell = suite.cells()[0]
+    write_run(replace(cell, seeds=2), tmp_path / "run")
     with pytest.raises(RunError, match="2 seeds in episodes.jsonl, expected 3"):
+        keep(tmp_path / "results", cell, tmp_path / "run")
+    assert not (tmp_path / "results").exists()
+
+
+def test_scores_are_the_means_over_an_evaluations_episodes(suite, tmp_path):
+    """Seeds count on from the cell's first; a metric counts the episodes that have it; floats stay exact."""
+    cell = replace(suite.cells()[0], seed=5, seeds=2)
+    write_run(cell, tmp_path)
+    place = {"phase": "online", "env_steps": 500, "gradient_steps": 2800}
+    values = [(0.1, None, 7), (0.2, None, 8), (0.4, 1 / 3, 9)]
+    rows = [
+        {**place, "seed": seed, "episode": i, "return": r + seed, "success": i == 0, "normalized": n, "length": length}
+        for seed in (0, 1)
+        for i, (r, n, length) in enumerate(values)
+    ]
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep(tmp_path / "results", cell, tmp_path)
+    found = read_scores(tmp_path / "results")
+    assert [(row["seed"], row["episodes"], row["env_steps"], row["gradient_steps"]) for row in found] == [
+        (5, 3, 500, 2800),
+        (6, 3, 500, 2800),
+    ]
+    assert found[0]["return"] == float(np.mean([0.1, 0.2, 0.4])) and found[0]["normalized"] == 1 / 3
+    assert (found[0]["success"], found[0]["length"], found[0]["score"]) == (1 / 3, 8.0, None)
+    (kept,) = read_cells(tmp_path / "results")
+    assert kept.seeds == (5, 6) and kept.dataset_means == {"success": 0.42, "return": 250.0}
+
+
+def test_a_kill_between_scores_and_cells_costs_nothing(suite, tmp_path):
+    """Scores are written before the cell's line; without that line the cell is not finished and is kept again."""
+    runner = Runner(tmp_path)
+    runner(suite)
+    folder = tmp_path / "results/tiny"
+    whole, scores = runner.report(suite), (folder / "scores.csv").read_text()
+    lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cells.jsonl").write_text("".join(lines[1:]))
+    assert f"- `{ALL[3]}` (interrupted)" in runner.report(suite)
+    assert runner(suite) == ["finished"] * 4 and runner.calls == []
+    assert runner.report(suite) == whole and (folder / "scores.csv").read_text() == scores
+
+
+def test_cells_kept_by_several_processes_at_once_are_all_there(suite, tmp_path):
+    cells = [replace(suite.cells()[0], seed=seed, seeds=1) for seed in range(8)]
+    for cell in cells:
+        write_run(cell, tmp_path / cell.name)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda cell: keep(tmp_path / "results", cell, tmp_path / cell.name), cells))
+    assert [cell.seeds for cell in read_cells(tmp_path / "results")] == [(seed, seed) for seed in range(8)]
+    assert len(read_scores(tmp_path / "results")) == 8 * 4
+
+
+@pytest.mark.parametrize("text", ["dataset,method\n", "HEAD\nd,m,x,offline,0,1,1,0.5,,,,,\n", "HEAD\nd,m,0,offline\n"])
+def test_broken_results_are_named(text, suite, tmp_path):
+    runner = Runner(tmp_path)
+    runner(suite, agents=["wsrl"], tasks=[PEN])
+    path = tmp_path / "results/tiny/scores.csv"
+    path.write_text(text.replace("HEAD", path.read_text().splitlines()[0]))
+    with pytest.raises(RunError, match=r"scores.csv.*restore the file"):
         runner.report(suite)
 
 
@@ -351,25 +428,44 @@ def test_unknown_names_are_suggested(suite, tmp_path):
         load_suite("ofline", ROOT / "benchmarks")
     with pytest.raises(ConfigError, match="run from a checkout"):
         load_suite("wsrl", tmp_path)
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    (tmp_path / "script.py").write_text("import no_such_thing  # SUITE\n")
-    with pytest.raises(ConfigError, match=r"script.py' cannot be imported \(ModuleNotFoundError: No module named"):
-        load_suite("script", tmp_path)
+
+
+def test_a_users_own_file_is_a_suite(tmp_path):
+    mine, empty, broken = (tmp_path / f"{name}.py" for name in ("mine", "empty", "broken"))
+    mine.write_text("from o2o.report.suite import Suite\n\nSUITE = Suite('mine', 'My own.', (), ())\n")
+    assert load_suite(str(mine)).name == "mine"
+    empty.write_text("x = 1\n")
     with pytest.raises(ConfigError, match="defines no `SUITE`"):
-        load_suite("empty", tmp_path)
+        load_suite(str(empty))
+    broken.write_text("import no_such_thing\n")
+    with pytest.raises(ConfigError, match=r"broken.py' cannot be imported \(ModuleNotFoundError: No module named"):
+        load_suite(str(broken))
+    with pytest.raises(ConfigError, match="missing.py' cannot be imported"):
+        load_suite(str(tmp_path / "missing.py"))
 
 
-SUITES = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "SUITE" in path.read_text()]
+SUITES = run_file(ROOT / "benchmarks/suites.py").SUITES
 
 
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_every_suite_loads_and_its_cells_are_distinct(path):
-    suite = load_suite(path.stem, ROOT / "benchmarks")
-    assert suite.name == path.stem
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_loads_and_its_cells_are_distinct(name):
+    suite = load_suite(name, ROOT / "benchmarks")
+    assert suite.name == name
     cells = suite.cells()
     each = sum(suite.seeds if variant.base else 1 for variant in suite.variants)  # a base's seeds run one by one
     assert len({cell.name for cell in cells}) == len(cells) == len(suite.tasks) * each
-    assert all(published is None or published.source for published in suite.published.values())
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_committed_reports_are_what_the_committed_scores_say(name, tmp_path):
+    """Every README and picture of a suite is made anew, from its two files alone."""
+    committed = ROOT / "benchmarks/results" / name
+    shutil.copytree(committed, tmp_path / name, ignore=shutil.ignore_patterns("README.md", "*.png"))
+    report = write_report(SUITES[name], tmp_path)
+    assert report.read_text() == (committed / "README.md").read_text()
+    assert {path.name for path in report.parent.glob("*.png")} == {
+        path.name for path in committed.glob("*.png") if path.name != "balance.png"
+    }
 
 
 def test_a_base_of_an_earlier_variant_gives_one_run_per_seed(suite, tmp_path):
@@ -395,3 +491,17 @@ def test_a_base_that_is_no_variant_serves_all_seeds_in_one_run(suite, tmp_path):
     for base in ("robot:act", "policy.onnx"):
         (cell,) = replace(suite, variants=(Variant("residual", "residual", base=base),)).cells(tasks=[PEN])
         assert cell.seeds == 3 and cell.base_of(tmp_path / cell.name) == (base, 0)
+
+
+def test_a_rate_is_measured_through_the_public_doors(tmp_path):
+    """`benchmarks/throughput.py` in a process of its own: a dataset, a run's settings, a trainer, two rates."""
+    code = (
+        "import os, sys, throughput as t; sys.path.insert(0, str(t.CHECKOUT)); name = 'bc/cheetah/1/offline'\n"
+        "with t.datasets(True, ['cheetah']) as data:\n"
+        "    worker = t.worker_of(t.case_of(name, True, data), t.CHECKOUT)\n"
+        "    ready = worker.answer(); rates = t.in_turns([worker], [['offline']], True); worker.close()\n"
+        "print(ready['forms'], len(rates[0]), min(rates[0]) > 0)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["['offline'] 2 True"], done.stderr

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from o2o.report.scores import keep
 from o2o.report.stats import Point
 from o2o.report.suite import BenchTask, Suite, Variant
 from o2o.report.suite_report import stages, write_report
@@ -38,7 +39,7 @@ def test_a_report_takes_the_initial_updates_from_the_runs_config(tmp_path: Path,
     suite = Suite("tiny", "One method.", tasks, (Variant("residual", "residual"),), seeds=1, online_steps=500)
     config: dict[str, Any] = {"config": {"online": {"initial_updates": initial}}}
     for cell in suite.cells():
-        run = tmp_path / "tiny" / cell.name
+        run = tmp_path / "runs/tiny" / cell.name
         run.mkdir(parents=True)
         rows = [("warmup", 100, 0, 0), ("online", 200, 1400, 2), ("online", 400, 2000, 9), ("online", 500, 2400, 10)]
         keys = ("phase", "env_steps", "gradient_steps", "success", "seed", "return")
@@ -49,7 +50,7 @@ def test_a_report_takes_the_initial_updates_from_the_runs_config(tmp_path: Path,
         ]
         (run / "episodes.jsonl").write_text("\n".join(lines) + "\n")
         (run / "config.json").write_text(json.dumps(config))
-        (run / "status.json").write_text(json.dumps({"status": "finished"}))
+        keep(tmp_path / "tiny", cell, run)
     text = write_report(suite, tmp_path).read_text()
     for which in ("`demo/pen-v0` | -", "2 tasks | -"):
         count = 2 if which.startswith("2") else 1
