@@ -19,6 +19,7 @@ from o2o.data.history import check_length, with_history
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
+from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.exported import FILES, load_file
@@ -33,7 +34,6 @@ from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
-from o2o.train.workers import EnvMaker
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]

@@ -11,7 +11,6 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from mmap import mmap
 from multiprocessing.connection import Connection
@@ -29,24 +28,6 @@ LINE = 64
 INSTEAD = "set loop.env_processes to 0"
 Outcome = tuple[Any, float, bool, bool, dict[str, Any]]
 """What `gymnasium.Env.step` returns."""
-
-
-@dataclass(frozen=True, eq=False)
-class EnvMaker:
-    """Makes a run's environments, here or in another process: it can be pickled and holds no rows of a dataset."""
-
-    make: Callable[..., gymnasium.Env]
-    """Given `evaluation`, `inner` (`o2o.envs.wrap`) and what else a caller wants."""
-    recorder: Callable[[gymnasium.Env], gymnasium.Env] | None = None
-    """The `inner` of training environments."""
-    outside: Callable[[gymnasium.Env], gymnasium.Env] | None = None
-    """Goes around the whole."""
-
-    def __call__(self, evaluation: bool, **options: Any) -> gymnasium.Env:
-        """Make one environment; `evaluation` says what for."""
-        recorder = {} if self.recorder is None or evaluation else {"inner": self.recorder}
-        env = self.make(evaluation=evaluation, **recorder, **options)
-        return env if self.outside is None else self.outside(env)
 
 
 def _leaves(observation: Any) -> list[np.ndarray]:
@@ -252,7 +233,7 @@ class Crew:
         try:
             for share, memory in zip(self.shares, self._memories, strict=True):
                 what = f"the process of training environments {share[0]} to {share[-1]}"
-                self.children.append(Child("o2o.train.workers:serve", what, memory.fd))
+                self.children.append(Child("o2o.train.env_processes:serve", what, memory.fd))
                 self.children[-1].ask(("make", (maker, len(share))))
             made = [child.receive() for child in self.children]
         except BaseException:
