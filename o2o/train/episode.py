@@ -143,9 +143,9 @@ class EnvSlot:
         return {"episode": self.episode, "first": self.first, "actions": actions}
 
     def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
-        """Play the snapshot's episode up to the same point; return whether the observation there is `observation`, bitwise.
+        """Play the snapshot's episode up to the same point; return whether it ends at `observation`, bit for bit.
 
-        If it is not (a robot, another version of the simulator), a new episode begins. If already the first
+        If it does not (a robot, another version of the simulator), a new episode begins. If already the first
         observation differs, no action is played before.
         """
         if self.replayable:

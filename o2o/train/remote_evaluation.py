@@ -64,9 +64,7 @@ class RemoteEvaluator(Evaluator):
         self._structure: Any = None
         self._asked: deque[Any] = deque()
 
-    def __call__(
-        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
-    ) -> list[Row]:
+    def __call__(self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True) -> list[Row]:
         """Play all episodes with the stacked `agent` and wait for their rows; earlier calls stay for `take`."""
         self.ask(agent, normalizer, point, deterministic)
         self._collect(0)
