@@ -239,7 +239,7 @@ class RecordedEpisodes:
         episode = self._episodes[self.number]
         return step_of(episode, min(len(self.actions), length_of(episode) - 1))
 
-    def reset(self, episode: int) -> Any:
+    def reset(self, episode: int) -> None:
         """Begin the episode of this number."""
         self.number, self.actions = episode, []
 
