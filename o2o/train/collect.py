@@ -31,7 +31,7 @@ class Fleet:
     """The training environments of all seeds: S * N of them, seed-major (N = `per_seed`)."""
 
     def __init__(self, env_fn: EnvFn, seed: int, seeds: int, per_seed: int = 1, processes: int = 0) -> None:
-        """Make and reset `per_seed` environments for each seed; `processes` above 0 hold them (`o2o.train.env_processes`).
+        """Make and reset `per_seed` environments for each seed, in `processes` processes (0: in this one).
 
         Resets are seeded by (`seed` + k, stream, environment, episode), so seed k plays what a run of it alone would.
         """

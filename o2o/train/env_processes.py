@@ -1,9 +1,9 @@
 """Training environments in processes of their own (`LoopConfig.env_processes`).
 
-The processes hold environments only. The training process keeps the episodes under way in them
-(`o2o.train.collect`), as it does for its own environments. Resets and single steps (a resume plays episodes again) are messages. A step of all environments goes
-through shared memory, with one signal each way. Of a step's `info` only `executed_action`, `intervened`, `raw_reward`
-and `success` come back. The processes import JAX only if making their environments does.
+The processes hold environments only. The training process keeps the episodes under way in them (`o2o.train.collect`),
+as it does for its own environments. Resets and single steps (a resume plays episodes again) are messages. A step of all
+environments goes through shared memory, with one signal each way. Of a step's `info` only `executed_action`,
+`intervened`, `raw_reward` and `success` come back. The processes import JAX only if making their environments does.
 """
 
 import math
