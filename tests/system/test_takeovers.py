@@ -89,7 +89,7 @@ def test_an_action_that_is_not_finite_reaches_no_robot_in_evaluation_and_play() 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: int) -> None:
-    fleet = Fleet(arms(human=(0,)), 0, 2, False, processes=processes)
+    fleet = Fleet(arms(human=(0,)), 0, 2, processes=processes)
     before = fleet.snapshot()
     with pytest.raises(DivergenceError, match="action has inf in entry 0"):
         fleet.step(np.float32([[0.1], [np.inf]]), lambda *_: None)
