@@ -1,13 +1,15 @@
-"""Episodes played in a bare environment, a robot's for instance, to make its first dataset of."""
+"""Record episodes in a bare environment, such as a robot's, for its first dataset."""
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from o2o.data.files import Episode
+from o2o.data.rollout import OneEach, Played, rollout
 from o2o.data.spaces import ActionMap
 from o2o.data.task import any_success
 from o2o.errors import DatasetError
@@ -18,51 +20,89 @@ def record(
 ) -> Iterator[Episode]:
     """Yield whole episodes of `policy(observation, rng) -> action` in a bare environment until they hold `steps` steps.
 
-    Each is reset with its own seed, so that its actions replay it. A policy's `reset(rng)`, if any, is called first.
-    The actions are those executed: a human's `info["intervene_action"]` wins. Raises `DatasetError` for an action that
-    is not finite or of another shape; the policy's is not played. Also for an environment of `o2o.envs.make`, whose
-    rewards, observations and actions are not those that a dataset holds.
+    Every episode is reset with a seed of its own, so its actions replay it. If the policy has a `reset(rng)`, it is
+    called at the start of each episode. The recorded actions are those executed: a human's `info["intervene_action"]`
+    replaces the policy's. Raises `DatasetError` for an action that is not finite or has another shape; such an action
+    of the policy is not played. Raises `DatasetError` for an environment of `o2o.envs.make` too: a dataset holds the
+    rewards, observations and actions of the bare environment.
     """
     if env.has_wrapper_attr("action_map") and isinstance(env.get_wrapper_attr("action_map"), ActionMap):
         raise DatasetError(
             "o2o's wrappers are around the environment to record in, and would be applied to the dataset once more: "
             "make it with gymnasium.make (for images, o2o.envs.CameraObservation around that)"
         )
-    rng, done, number = np.random.default_rng(seed), 0, 0
-    while done < steps:
-        start = int(rng.integers(2**31))
-        observation, _ = env.reset(seed=start)
-        if callable(begin := getattr(policy, "reset", None)):
-            begin(rng)
-        observations, rows, over = [copy.deepcopy(observation)], [], False
-        while not over:
-            where = f"step {len(rows)} of episode {number}"
-            action = policy(observation, rng)
-            executed = _checked(action, env, f"the policy's action at {where}")
-            observation, reward, terminated, truncated, step_info = env.step(action)
-            human = "intervene_action" in step_info
-            if human:
-                executed = _checked(step_info["intervene_action"], env, f"the intervene_action at {where}")
-            observations.append(copy.deepcopy(observation))  # which may be the same array every time
-            success = any_success(step_info.get("success"))
-            rows.append((executed, float(reward), bool(terminated), bool(truncated), success, human))
-            over = terminated or truncated
-        done, number = done + len(rows), number + 1
-        actions, rewards, terminations, truncations, success, human = zip(*rows, strict=True)
-        yield Episode(
-            observations=_stack(observations),
+    rng = np.random.default_rng(seed)
+    slot = _Recording(env, rng)
+    for _ in rollout(OneEach(_Demonstrator(policy, rng)), [slot], [slot.numbers(steps)]):
+        yield slot.episode()
+
+
+@dataclass
+class _Demonstrator:
+    """The policy, as the loop calls it; it draws from the generator that also gives the seeds of resets."""
+
+    policy: Callable[[Any, np.random.Generator], np.ndarray]
+    rng: np.random.Generator
+
+    def reset(self, seed: int) -> None:
+        if callable(begin := getattr(self.policy, "reset", None)):
+            begin(self.rng)
+
+    def interrupt(self) -> None:
+        pass
+
+    def act(self, observation: Any) -> np.ndarray:
+        return self.policy(observation, self.rng)
+
+
+class _Recording:
+    """A bare environment (`o2o.data.rollout.Slot`) that remembers the episode under way."""
+
+    def __init__(self, env: gym.Env, rng: np.random.Generator) -> None:
+        self._env, self._rng, self._total = env, rng, 0
+
+    def numbers(self, steps: int) -> Iterator[int]:
+        """Number episodes until `steps` steps are played."""
+        number = 0
+        while self._total < steps:
+            yield number
+            number += 1
+
+    def reset(self, episode: int) -> None:
+        self._number, self._seed = episode, int(self._rng.integers(2**31))
+        self.observation, _ = self._env.reset(seed=self._seed)
+        self._observations, self._rows = [copy.deepcopy(self.observation)], []
+
+    def step(self, action: Any) -> Played:
+        where = f"step {len(self._rows)} of episode {self._number}"
+        executed = _checked(action, self._env, f"the policy's action at {where}")
+        self.observation, reward, terminated, truncated, info = self._env.step(action)
+        human = "intervene_action" in info
+        if human:
+            executed = _checked(info["intervene_action"], self._env, f"the intervene_action at {where}")
+        self._observations.append(copy.deepcopy(self.observation))  # environments may write into one array
+        success = any_success(info.get("success"))
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), success, human))
+        self._total += 1
+        return Played(bool(terminated or truncated), human)
+
+    def episode(self) -> Episode:
+        """Return the episode that has just ended."""
+        actions, rewards, terminations, truncations, success, human = zip(*self._rows, strict=True)
+        return Episode(
+            observations=_stack(self._observations),
             actions=np.stack(actions),
             rewards=np.asarray(rewards),
             terminations=np.asarray(terminations),
             truncations=np.asarray(truncations),
             success=None if None in success else np.asarray(success, bool),
-            seed=start,
+            seed=self._seed,
             intervened=np.asarray(human) if any(human) else None,
         )
 
 
 def _checked(action: Any, env: gym.Env, what: str) -> np.ndarray:
-    """Return a copy of an action `[*shape]`."""
+    """Return a copy of an action `[*shape]`; raise `DatasetError`, naming `what`, if it cannot be stored."""
     found = np.array(action)
     if found.shape != env.action_space.shape or found.dtype.kind not in "fiub" or not np.isfinite(found).all():
         raise DatasetError(

@@ -1,7 +1,7 @@
-"""Observation history: the last k observations as one, the same for a dataset and for a live environment.
+"""Observation history: the last k observations joined into one, for datasets and live environments alike.
 
-Entries are joined along their last axis, oldest first: flat observations `[k D]`, images `[H, W, k C]`. At the start of
-an episode its first observation stands for those that came before it.
+Entries are joined along their last axis, the oldest first: flat observations `[k * D]`, images `[H, W, k * C]`. At the
+start of an episode its first observation is repeated.
 """
 
 from collections import deque
@@ -18,13 +18,13 @@ from o2o.errors import ConfigError
 
 
 def check_length(length: int) -> None:
-    """Raise `ConfigError` for a history of less than one observation."""
+    """Raise `ConfigError` if `length` is below 1."""
     if length < 1:
         raise ConfigError(f"history is {length}; expected at least 1, the present observation alone")
 
 
 def copied(observation: Any) -> Any:
-    """Return an observation that stays as it is when its environment writes into its own arrays again."""
+    """Return a copy of an observation: an environment may write into the same arrays in every step."""
     if isinstance(observation, dict):
         return {key: copied(entry) for key, entry in observation.items()}
     return np.array(observation)
@@ -41,7 +41,7 @@ class History:
     """The last `length` observations of an episode under way."""
 
     def __init__(self, length: int) -> None:
-        """Begin empty; raises `ConfigError` for a length below 1."""
+        """Begin empty; raise `ConfigError` for a length below 1."""
         check_length(length)
         self._last: deque[Any] = deque(maxlen=length)
 
@@ -57,7 +57,7 @@ class History:
 
 
 def joined_space(space: gym.Space, length: int) -> gym.Space:
-    """Return the space of `length` joined observations of a Box, or of a Dict of Boxes."""
+    """Return the space of `length` joined observations of a Box or a Dict of Boxes."""
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: joined_space(entry, length) for key, entry in space.spaces.items()})
     assert isinstance(space, spaces.Box)
@@ -66,7 +66,7 @@ def joined_space(space: gym.Space, length: int) -> gym.Space:
 
 
 def past(observations: Any, rows: np.ndarray, first: Any, length: int) -> list[Any]:
-    """Return the `length` observations up to each of `rows`, the oldest first; before `first`, that one repeated."""
+    """Return the `length` observations up to each row in `rows`, the oldest first; none is earlier than row `first`."""
 
     def at(index: np.ndarray) -> Any:
         whole = observations
@@ -78,8 +78,8 @@ def past(observations: Any, rows: np.ndarray, first: Any, length: int) -> list[A
 def with_history(data: Dataset, length: int) -> Dataset:
     """Return the dataset with every observation joined to the `length` - 1 before it in its episode.
 
-    `next_observations` have the history of the next step. Rows, actions and `observation_spec` (of a single
-    observation) stay. Raises `ConfigError` for a length below 1.
+    `next_observations` get the history of the next step. Everything else stays as it is, `observation_spec` (of a
+    single observation) too. Raises `ConfigError` for a length below 1.
     """
     check_length(length)
     if length == 1:

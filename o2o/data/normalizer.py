@@ -1,4 +1,4 @@
-"""Observation normalisation; its statistics are frozen with the agent (they must not change when it goes online)."""
+"""Observation normalisation. Its statistics are those of the dataset; they do not change online."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -14,17 +14,18 @@ from o2o.types import Array
 
 
 class Normalizer(struct.PyTreeNode):
-    """(s - mean) / std per dimension, `[D]` each, of flat observations or of the `state` of a dict; no other entry."""
+    """(s - mean) / std, with `mean` and `std` `[D]`. Of a dict of observations only the entry `state` is normalised."""
 
     mean: Array
     std: Array
 
     @classmethod
     def fit(cls, observations: Any, epsilon: float = 1e-3, floor: float | None = None) -> Self:
-        """Take the statistics of observations `[N, D]`, or of a dict's `state`.
+        """Take the statistics of observations `[N, D]`, or of the `state` of a dict.
 
-        std + epsilon as in TD3+BC, dimensions that never vary are only centred; with a `floor` max(std, floor) as in
-        ResFiT (arXiv 2509.19301). Raises `ConfigError` where there is no flat part.
+        Without a `floor` the divisor is std + epsilon as in TD3+BC, and dimensions that never vary are only centred.
+        With one it is max(std, floor) as in ResFiT (arXiv 2509.19301). Raises `ConfigError` if there is no flat part
+        or `floor` is not positive.
         """
         flat = observations.get(STATE) if isinstance(observations, Mapping) else observations
         if not isinstance(flat, np.ndarray | jax.Array):
@@ -46,7 +47,7 @@ class Normalizer(struct.PyTreeNode):
 
 
 def normalize(normalizer: Normalizer | None, observations: Any) -> Any:
-    """Apply `normalizer`, or nothing where there is none."""
+    """Return `observations` normalised, or as they are if `normalizer` is None."""
     return observations if normalizer is None else normalizer(observations)
 
 

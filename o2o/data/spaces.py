@@ -1,7 +1,7 @@
-"""Spaces of the outside world to the toolkit's: flat float32 observations (images apart) and actions in [-1, 1].
+"""From an environment's spaces to the toolkit's: flat float32 observations beside images, and actions in [-1, 1].
 
-Order of a flat observation: entries of a Dict by name, alphabetically and depth first; of a Tuple by index.
-`achieved_goal` is left out unless asked for. A uint8 Box of three axes is an image and keeps shape, type and name.
+A flat observation holds the entries of a Dict in alphabetical order, depth first, and those of a Tuple by index.
+`achieved_goal` is left out unless asked for. A uint8 Box of three axes is an image: it keeps shape, type and name.
 """
 
 from collections.abc import Iterator
@@ -16,24 +16,24 @@ from gymnasium import spaces
 from o2o.errors import EnvironmentMismatchError
 
 STATE = "state"
-"""Key of the flat part when there are images too."""
+"""Key of the flat part of an observation that is a dict."""
 BASE_ACTION = "base_action"
-"""Key of what a base policy would do, `[A]` in [-1, 1], for agents that correct one."""
+"""Key of the base policy's action, `[A]` in [-1, 1], for agents that correct one."""
 ACTION_LIMIT = 0.99999
 """Dataset actions are clipped to this, so that a tanh policy's density stays finite (Cal-QL's and WSRL's code)."""
 SMALLEST_HALF_RANGE = 0.05
-"""Of an action coordinate that a dataset hardly moves, in the environment's units (arXiv 2509.19301, released code)."""
+"""Smallest half range of an action coordinate, in the environment's units (arXiv 2509.19301, released code)."""
 
 
 def not_finite(array: np.ndarray) -> np.ndarray:
-    """Return where float32 holds no finite number for an array's, booleans of its shape."""
+    """Return booleans of the array's shape: true where a number is not finite as float32."""
     with np.errstate(over="ignore"):
         return ~np.isfinite(array.astype(np.float32))
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One entry of an observation: where it is, its shape, whether it is an image."""
+    """One entry of an observation: its path, its shape, and whether it is an image."""
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Leaf:
     def of(self, observation: Any) -> np.ndarray:
         """Return this entry of an observation `[..., *shape]`.
 
-        Raises `EnvironmentMismatchError` if it is not there, of another shape, or an image that is not uint8.
+        Raises `EnvironmentMismatchError` if it is missing, has another shape, or is an image but not uint8.
         """
         for key in self.path:
             try:
@@ -86,13 +86,13 @@ def _leaves(space: gym.Space, path: tuple[str | int, ...], achieved_goal: bool) 
 
 @dataclass(frozen=True)
 class ObservationSpec:
-    """How observations of one space are flattened; the same object serves the dataset and the live environment."""
+    """How observations of one space are flattened, for the dataset and the live environment alike."""
 
     leaves: tuple[Leaf, ...]
 
     @classmethod
     def from_space(cls, space: gym.Space, achieved_goal: bool = False) -> Self:
-        """Build the spec of a space; raises `EnvironmentMismatchError` for entries that are not numeric arrays."""
+        """Return the spec of a space; raise `EnvironmentMismatchError` for entries that are not numeric arrays."""
         leaves = tuple(_leaves(space, (), achieved_goal))
         if not leaves:
             raise EnvironmentMismatchError(f"observation space {space} has nothing left to observe")
@@ -140,7 +140,7 @@ class ObservationSpec:
         return ({STATE: np.concatenate(parts, axis=-1)} if parts else {}) | images
 
     def unflatten(self, observation: Any) -> Any:
-        """Undo `flatten`: one observation, or a batch, as the environment gives it; numbers stay float32."""
+        """Undo `flatten` for one observation or a batch; numbers stay float32."""
         state: Any = observation.get(STATE) if isinstance(observation, dict) else observation
         tree: Any = {}
         at = 0
@@ -160,19 +160,19 @@ class ObservationSpec:
         return _nested(tree)
 
     def latest(self, observation: Any) -> Any:
-        """Return the present one of observations joined along their last axis (`o2o.data.history`)."""
+        """Return the newest of observations that are joined along their last axis (`o2o.data.history`)."""
         if not isinstance(observation, dict):
             return observation[..., -self.state_dim :]
         widths = {STATE: self.state_dim} | {name: shape[-1] for name, shape in self.images.items()}
         return {key: entry[..., -widths[key] :] for key, entry in observation.items() if key in widths}
 
     def __str__(self) -> str:
-        """Return one line, such as `desired_goal[2] + observation[4]`."""
+        """Return a description such as `desired_goal[2] + observation[4]`."""
         return " + ".join(f"{leaf.name}[{'x'.join(map(str, leaf.shape))}]" for leaf in self.leaves)
 
 
 def _nested(tree: Any) -> Any:
-    """Turn the dicts with integer keys of a tree into tuples."""
+    """Return a tree whose dicts with integer keys are tuples."""
     if not isinstance(tree, dict):
         return tree
     entries = {key: _nested(value) for key, value in tree.items()}
@@ -195,7 +195,7 @@ class ActionMap:
 
     @classmethod
     def from_space(cls, space: gym.Space) -> Self:
-        """Build the map of an action space; raises `EnvironmentMismatchError` unless it is a bounded float Box."""
+        """Return the map of an action space; raise `EnvironmentMismatchError` unless it is a bounded float Box."""
         if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
             raise EnvironmentMismatchError(
                 f"the action space is {space}: o2o's agents act in a continuous Box; discrete actions are not supported"
@@ -208,9 +208,9 @@ class ActionMap:
         return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
 
     def fitted(self, actions: Any, margin: float = 0.0) -> Self:
-        """Return the map of the range that environment actions `[N, *shape]` take, within this map's bounds.
+        """Return the map of the range of environment actions `[N, *shape]`, within this map's bounds.
 
-        Each half range is at least `SMALLEST_HALF_RANGE`, then (1 + margin) times as wide (arXiv 2509.19301).
+        Each half range is at least `SMALLEST_HALF_RANGE` and then widened by the factor 1 + margin (arXiv 2509.19301).
         """
         flat = np.asarray(actions, np.float64).reshape(-1, self.dim)
         low, high = flat.min(axis=0), flat.max(axis=0)
@@ -234,13 +234,13 @@ class ActionMap:
 
     @cached_property
     def _float32_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bounds rounded inwards: a float64 space holds whatever float32 holds between them."""
+        """Return the bounds, rounded inwards to float32: a float64 space then contains every mapped action."""
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
         up, down = np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf))
         return np.where(low < np.asarray(self.low), up, low), np.where(high > np.asarray(self.high), down, high)
 
     def to_env(self, actions: Any) -> np.ndarray:
-        """Return float32 environment actions `[..., *shape]` for `[..., A]` in [-1, 1]; what is outside is clipped."""
+        """Return float32 environment actions `[..., *shape]` for `[..., A]`, which are clipped to [-1, 1]."""
         centre, half = self._centre_and_half()
         actions = np.clip(np.asarray(actions, np.float32), -1.0, 1.0)
         mapped = np.clip(centre + half * actions, *self._float32_bounds)
@@ -254,7 +254,7 @@ class ActionMap:
         return np.clip((flat - centre) / half, -1.0, 1.0)
 
     def outside(self, actions: Any, tolerance: float = 1e-5) -> np.ndarray:
-        """Return `[..., A]` booleans: which entries lie outside the bounds by more than `tolerance` of the range."""
+        """Return booleans `[..., A]`: entries outside the bounds by more than `tolerance` times the range."""
         low, high = np.asarray(self.low), np.asarray(self.high)
         actions = np.asarray(actions, np.float64)
         flat = actions.reshape(*actions.shape[: actions.ndim - len(self.shape)], self.dim)

@@ -1,4 +1,4 @@
-"""Exported policies as bases: ONNX graphs (extra `onnx`), TorchScript modules and torch exports (extra `torch`)."""
+"""Base policies in files: ONNX graphs (extra `onnx`), TorchScript modules and torch exports (extra `torch`)."""
 
 import hashlib
 import importlib
@@ -10,20 +10,21 @@ import jax
 import numpy as np
 
 from o2o.data.datasets import Dataset
+from o2o.data.rollout import Controller
 from o2o.data.spaces import STATE
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.policies.source import Policy, Source
+from o2o.policies.base import BasePolicy
 
 FILES = {".onnx": "onnxruntime", ".pt": "torch", ".pth": "torch", ".pt2": "torch"}
-"""Suffix of an exported policy to the module that runs it; the extras are `onnx` and `torch`."""
+"""Suffix of a file -> the module that runs it."""
 
 
-def load_file(path: Path) -> Source:
-    """Return the policy in a file; raises `ConfigError` if it is not there or its extra is not installed."""
+def load_file(path: Path) -> BasePolicy:
+    """Return the policy in a file; raise `ConfigError` if the file or the module that runs it is missing."""
     if not path.is_file():
         raise ConfigError(f"base {path}: there is no such file")
     _import(FILES[path.suffix], path)
-    kind = OnnxSource if path.suffix == ".onnx" else TorchSource
+    kind = OnnxPolicy if path.suffix == ".onnx" else TorchPolicy
     return kind(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), path=path)
 
 
@@ -36,13 +37,13 @@ def _import(module: str, path: Path) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxSource(Source):
+class OnnxPolicy(BasePolicy):
     """An ONNX graph of one input `[1, D]`, or one per key of a dict observation; its first output is the action."""
 
     path: Path
 
     def check(self, data: Dataset) -> None:
-        """Compare its inputs with the observations."""
+        """Raise `EnvironmentMismatchError` unless the graph's inputs are the observations of `data`."""
         inputs = {entry.name: entry.shape for entry in self._session().get_inputs()}
         shape = data.observation_spec.shape
         wanted = dict(zip(inputs, [shape], strict=False)) if isinstance(shape, tuple) else shape
@@ -66,12 +67,12 @@ class OnnxSource(Source):
         except Exception as error:
             raise ConfigError(f"base {self.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
-    def policy(self, data: Dataset) -> Policy:
-        """Return it in a session of its own."""
-        return OnnxPolicy(self._session())
+    def controller(self, data: Dataset) -> Controller:
+        """Return the graph in a session of its own."""
+        return OnnxController(self._session())
 
 
-class OnnxPolicy:
+class OnnxController:
     """An ONNX graph at work; it has no memory."""
 
     def __init__(self, session: Any) -> None:
@@ -98,16 +99,17 @@ class OnnxPolicy:
 
 
 @dataclass(frozen=True, eq=False)
-class TorchSource(Source):
-    """A TorchScript module, or a `torch.export` program (.pt2): `[1, D]`, or a dict of such tensors, to the action.
+class TorchPolicy(BasePolicy):
+    """A TorchScript module or a `torch.export` program (.pt2).
 
-    `reset()`, if a module exports it, begins an episode, `interrupt()` follows a step that a human took over.
+    It maps `[1, D]`, or a dict of such tensors, to an action `[1, *shape]`. If the module exports `reset()`, it is
+    called in every episode; if it exports `interrupt()`, it is called after a step that a human took over.
     """
 
     path: Path
 
-    def policy(self, data: Dataset) -> Policy:
-        """Return it loaded anew."""
+    def controller(self, data: Dataset) -> Controller:
+        """Return the module, loaded anew. Raises `ConfigError` if it cannot be loaded."""
         torch = _import("torch", self.path)
         try:
             if self.path.suffix == ".pt2":
@@ -117,18 +119,18 @@ class TorchSource(Source):
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"base {self.path} is not of torch.jit.save or torch.export.save: {reason}") from error
-        return TorchPolicy(torch, module)
+        return TorchController(torch, module)
 
 
 @dataclass
-class TorchPolicy:
+class TorchController:
     """A TorchScript module at work."""
 
     torch: Any
     module: Any
 
     def reset(self, seed: int) -> None:
-        """Seed torch, for a module that draws, and reset a module that can be."""
+        """Seed torch and call the module's `reset()`, if it exports one."""
         self.torch.manual_seed(seed)
         reset = getattr(self.module, "reset", None)
         if reset is not None:

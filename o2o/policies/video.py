@@ -1,29 +1,32 @@
-"""Play episodes and write them as a video."""
+"""Play episodes in a window or into a video file."""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from o2o.data.normalizer import Normalizer, normalize
+from o2o.data.normalizer import Normalizer
+from o2o.data.rollout import rollout
 from o2o.errors import ConfigError, EnvironmentFaultError
-from o2o.rl.chunks import outdated
+from o2o.train.acting import Agents, stack_of_one
 from o2o.train.episode import EnvSlot, reset_seed
+from o2o.types import Array
 
 SUFFIXES = (".mp4", ".gif", ".webm")
 
 
 def check_window() -> None:
-    """Raise `ConfigError` where no window can open: GLFW would end the process without a word."""
+    """Raise `ConfigError` if there is no display: without one GLFW ends the process without a message."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise ConfigError("there is no display for a window; write a video instead, with --out play.mp4")
 
 
 def check_out(out: Path | None) -> None:
-    """Raise `ConfigError` if no video can be written to `out`; its folder is made."""
+    """Make the folder of the video file `out`; raise `ConfigError` if no video can be written there."""
     if out is None:
         return
     if out.suffix not in SUFFIXES:
@@ -41,26 +44,27 @@ def check_out(out: Path | None) -> None:
 def record(
     slot: EnvSlot, agent: Any, normalizer: Normalizer | None, episodes: int, out: Path | None
 ) -> list[dict[str, Any]]:
-    """Play `episodes` with the mode of `agent`; frames go to `out`, None for a window. Returns one row each."""
+    """Play `episodes` episodes with the mode of `agent` and return one row each (`EnvSlot.row`).
+
+    Frames go to the video file `out`; None: the environment draws into its own window.
+    """
     check_out(out)
-    act = jax.jit(lambda a, o, c, k: a.sample_actions(o, c, k, True))
-    rows, frames, rng = [], [], jax.random.key(reset_seed(*slot.seeds))
-    for _ in range(episodes):
-        observation, carry, ended, terminated = slot.reset(), agent.initial_carry((1,)), False, False
-        while not ended:
-            rng, key = jax.random.split(rng)
-            batched = jax.tree.map(lambda leaf: np.asarray(leaf)[None], normalize(normalizer, observation))
-            actions, carry = act(agent, batched, carry, key)
-            if out is not None:
-                frames.append(_frame(slot))
-            step = slot.step(np.asarray(actions[0]))
-            observation, ended, terminated = step.next_observation, step.ended, step.terminated
-            if outdated(carry, ended, step.intervened):
-                carry = agent.initial_carry((1,))
-        rows.append(slot.row(terminated))
+    frames: list[np.ndarray] = []
+    policy = Agents(stack_of_one(agent), normalizer, 1, _keys(slot))
+    draw = (lambda: None) if out is None else (lambda: frames.append(_frame(slot)))
+    played = rollout(policy, [slot], [iter(range(episodes))], before_step=draw)
+    rows = [slot.row(step.terminated) for _, step in played]
     if out is not None:
         _write(out, frames, int(slot.env.metadata.get("render_fps", 30)))
     return rows
+
+
+def _keys(slot: EnvSlot) -> Iterator[Array]:
+    """Yield the random keys `[1]` of every step."""
+    rng = jax.random.key(reset_seed(*slot.seeds))
+    while True:
+        rng, key = jax.random.split(rng)
+        yield key[None]
 
 
 def _frame(slot: EnvSlot) -> np.ndarray:

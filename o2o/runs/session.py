@@ -19,23 +19,25 @@ from o2o.data.history import check_length, with_history
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
+from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError
-from o2o.policies.base import Base, Source, base_labels, load_base, run_source, with_base_labels
-from o2o.policies.trained import TrainedPolicy
+from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
+from o2o.policies.exported import FILES, load_file
+from o2o.policies.python import python_policy
+from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, guarded, read_config
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.train.collect import BESIDE
-from o2o.train.episode import EnvSlot
+from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
-from o2o.train.workers import EnvMaker
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
-__all__ += ["evaluate_run", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume", "train"]
-__all__ += ["with_fields"]
+__all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
+__all__ += ["train", "with_fields"]
 
 
 def task_of(config: RunConfig) -> Task:
@@ -63,8 +65,11 @@ def _check_scale(config: RunConfig) -> None:
         )
 
 
-def base_of(config: RunConfig) -> Source | None:
-    """Return the base policy of a run, None if there is none; raises `ConfigError` unless its agent needs one."""
+def base_of(config: RunConfig) -> BasePolicy | None:
+    """Return the base policy of a run, None if it has none.
+
+    Raises `ConfigError` if its agent needs a base and there is none, or takes none and there is one.
+    """
     takers = [name for name in AGENTS if config_needs(name).base_policy]
     agent_class(config.agent)
     if config.base is None and config.agent in takers:
@@ -79,8 +84,49 @@ def base_of(config: RunConfig) -> Source | None:
     return load_base(config.base, config.base_member, config.base_sample)
 
 
-def load_data(config: RunConfig, base: Source | None = None) -> datasets.Dataset:
-    """Load the run's dataset under its task's conventions, with history and the base's actions in its observations."""
+def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolicy:
+    """Return the base policy of a run folder, a `.onnx` or TorchScript `.pt` file, `module:name`, or a Python object.
+
+    `seed_index`: which seed of a run, from 0. `sample`: draw from a run's policy in place of its mode. See
+    `o2o.policies.python.python_policy` for what a Python object must do. Raises `ConfigError`, `RunError` or
+    `CheckpointError`.
+    """
+    if callable(spec) or hasattr(spec, "act"):
+        return python_policy(spec)
+    path, text = Path(str(spec)), str(spec)
+    if path.suffix in FILES and ":" not in text:
+        return load_file(path)
+    if path.is_dir():
+        return run_policy(path, seed_index, sample)
+    if ":" in text:
+        return python_policy(text)
+    raise ConfigError(
+        f"base {spec!r} is none that o2o knows: give a run folder, a .onnx or .pt file, or module:function"
+    )
+
+
+def run_policy(path: Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
+    """Return the agent of one seed of a run at checkpoint `which` (`open_run`) as a base policy."""
+    config, trainer = open_run(path, which)
+    trainer.close()
+    if not 0 <= seed_index < trainer.seeds:
+        raise ConfigError(f"base_member is {seed_index}; run {path} has {trainer.seeds} seed(s), numbered from 0")
+    return RunPolicy.of(
+        str(path),
+        trainer.agent_of(seed_index),
+        trainer.normalizer,
+        trainer.data,
+        history=config.history,
+        deterministic=not sample,
+        inner=base_of(config),
+    )
+
+
+def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dataset:
+    """Load the run's dataset with its task's rewards; observations get their history and the base's actions.
+
+    `base`: the run's base policy, if it is loaded already.
+    """
     check_length(config.history)
     if not 0.0 <= config.config.discount <= 1.0:
         raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
@@ -104,13 +150,15 @@ def load_data(config: RunConfig, base: Source | None = None) -> datasets.Dataset
 
 
 def make_env(
-    config: RunConfig, data: datasets.Dataset, base: Source | None = None, evaluation: bool = False, **options: Any
+    config: RunConfig, data: datasets.Dataset, base: BasePolicy | None = None, evaluation: bool = False, **options: Any
 ) -> Any:
-    """Make one environment of a run, its observations with the base's action where there is one."""
+    """Make one environment of a run; `options` go to `o2o.envs.make`. With a base, observations hold its action."""
     return env_maker(config, data, base)(evaluation, **options)
 
 
-def env_maker(config: RunConfig, data: datasets.Dataset, base: Source | None = None, recorder: Any = None) -> EnvMaker:
+def env_maker(
+    config: RunConfig, data: datasets.Dataset, base: BasePolicy | None = None, recorder: Any = None
+) -> EnvMaker:
     """Return the maker of a run's environments; `recorder` goes around the training ones (`o2o.envs.wrap`, `inner`)."""
     make = partial(
         envs.make, config.env or data.info, data.task, achieved_goal=config.task.achieved_goal, dataset=data.info,
@@ -119,12 +167,12 @@ def env_maker(config: RunConfig, data: datasets.Dataset, base: Source | None = N
     if base is None:
         return EnvMaker(make, recorder)
     return EnvMaker(
-        make, recorder, partial(_with_base, source=base, data=data.without_rows(), timeout_s=config.base_timeout_s)
+        make, recorder, partial(_with_base, policy=base, data=data.without_rows(), timeout_s=config.base_timeout_s)
     )
 
 
-def _with_base(env: Any, source: Source, data: datasets.Dataset, timeout_s: float | None) -> Any:
-    return envs.BaseAction(env, Base(source, data, timeout_s))
+def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: float | None) -> Any:
+    return envs.BaseAction(env, Base(policy, data, timeout_s))
 
 
 def build(
@@ -132,7 +180,7 @@ def build(
     data: datasets.Dataset | None = None,
     hooks: Hooks | None = None,
     folder: Path | None = None,
-    base: Source | None = None,
+    base: BasePolicy | None = None,
     begins: bool = True,
 ) -> Trainer:
     """Return the trainer of a run, nothing done yet; `folder` is for what it records and for replay on disk.
@@ -202,7 +250,7 @@ class Session:
         run: RunFolder,
         data: datasets.Dataset,
         screen: Screen | None = None,
-        base: Source | None = None,
+        base: BasePolicy | None = None,
     ) -> None:
         """Build the trainer and connect it to the run folder."""
         self.config, self.run, self.screen = config, run, screen
@@ -337,17 +385,18 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     return config, trainer
 
 
-def load_policy(path: Path, which: str = "latest", member: int = 0) -> TrainedPolicy:
-    """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act` (`o2o.policies.trained`).
+def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
+    """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
-    It acts by its mode. The run's dataset must be where it was, and its base policy if it has one.
+    It acts by its mode. The run's dataset, and its base policy if it has one, must be where they were. Raises
+    `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
     """
-    check_member(path, member)
-    return TrainedPolicy(run_source(path, member, which=which))
+    check_member(path, seed_index)
+    return TrainedPolicy(run_policy(path, seed_index, which=which))
 
 
 def check_member(path: Path, member: int) -> None:
-    """Raise `ConfigError` unless a run has a seed of that number."""
+    """Raise `ConfigError` unless a run has a seed of this index."""
     if not 0 <= member < (seeds := load_config(path).seeds):
         raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
 
@@ -360,7 +409,10 @@ def _check_seed(seed: int) -> None:
 def evaluate_run(
     path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True
 ) -> list[dict[str, Any]]:
-    """Evaluate every seed of a run anew; one row per episode."""
+    """Play `episodes` new episodes with every seed of a run and return one row per episode.
+
+    `seed` is that of the resets. Raises `ConfigError` if it is negative.
+    """
     _check_seed(seed)
     _, trainer = open_run(path, which)
     evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
@@ -371,21 +423,25 @@ def evaluate_run(
 
 
 def play_run(
-    path: Path, out: Path | None, episodes: int = 1, which: str = "latest", member: int = 0, seed: int = 1
+    path: Path, out: Path | None, episodes: int = 1, which: str = "latest", seed_index: int = 0, seed: int = 1
 ) -> list[dict[str, Any]]:
-    """Play a run's policy on the screen (`out` None) or into a video file; returns the episodes' rows."""
+    """Play episodes with one seed of a run and return their rows.
+
+    `out`: a video file; None: a window on the screen. Raises `ConfigError` for settings out of range, an unknown kind
+    of video file or a missing display.
+    """
     from o2o.policies.video import check_out, check_window, record
 
     check_out(out) if out is not None else check_window()
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
     _check_seed(seed)
-    check_member(path, member)
+    check_member(path, seed_index)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)
-    slot = EnvSlot(env, (seed, 1, member, 0))
+    slot = EnvSlot(env, (seed, EVAL_STREAM, seed_index, 0))
     with Closing() as closing:
         closing.callback(trainer.close)
         closing.callback(env.close)
-        return record(slot, trainer.agent_of(member), trainer.normalizer, episodes, out)
+        return record(slot, trainer.agent_of(seed_index), trainer.normalizer, episodes, out)

@@ -11,9 +11,9 @@ import numpy as np
 from o2o.closing import Closing
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.rl.chunks import outdated
+from o2o.train.env_processes import Crew
 from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.train.evaluation import EnvFn
-from o2o.train.workers import Crew
 from o2o.types import Carry
 
 BESIDE = (
@@ -31,7 +31,7 @@ class Fleet:
     """The training environments of all seeds: S * N of them, seed-major (N = `per_seed`)."""
 
     def __init__(self, env_fn: EnvFn, seed: int, seeds: int, per_seed: int = 1, processes: int = 0) -> None:
-        """Make and reset `per_seed` environments for each seed; `processes` above 0 hold them (`o2o.train.workers`).
+        """Make and reset `per_seed` environments for each seed, in `processes` processes (0: in this one).
 
         Resets are seeded by (`seed` + k, stream, environment, episode), so seed k plays what a run of it alone would.
         """

@@ -1,10 +1,10 @@
-"""One environment being played: episode counters, reset seeds, and what it takes to stand at the same point again.
+"""One environment and the episode under way in it: counters, reset seeds, and how to return to the same point.
 
-Every reset has a seed derived from (run seed, stream, member, episode), so an episode is a function of that seed and
-the actions taken. A checkpoint keeps both, and resuming replays them: exact for any deterministic simulator, no
-knowledge of its internals needed. Where the reset does not give the very observation that the episode began with (a
-robot), no action is played and a new episode begins; nor with `metadata["replayable"] = False`, which also says that
-what was recorded cannot be played again.
+Every reset has a seed derived from (run seed, stream, seed index, episode). So an episode is a function of that seed
+and of the actions taken. A checkpoint keeps both, and a resume plays the actions again. This is exact for every
+deterministic simulator and needs no knowledge of its internals. If the reset does not return the observation that the
+episode began with (a robot), no action is played and a new episode begins. An environment with
+`metadata["replayable"] = False` is never asked to play an episode again.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ def reset_seed(*parts: int) -> int:
 
 @dataclass
 class Step:
-    """What one environment step gave, in the toolkit's conventions."""
+    """The result of one environment step, in the toolkit's conventions."""
 
     action: np.ndarray
-    """The action executed, `[A]` in [-1, 1]."""
+    """The action that was executed, `[A]` in [-1, 1]: a human's takeover replaces the policy's."""
     reward: float
-    """Transformed by the task."""
+    """The reward after the task's transformation."""
     terminated: bool
     truncated: bool
     next_observation: Any
@@ -53,17 +53,17 @@ class Step:
 
 @dataclass
 class EnvSlot:
-    """An environment with the episode under way in it."""
+    """An environment and the episode under way in it (`o2o.data.rollout.Slot`)."""
 
     env: gymnasium.Env
     seeds: tuple[int, ...]
-    """Prefix of the reset seed: run seed, stream, member."""
+    """Prefix of the reset seed: run seed, stream, seed index and, if needed, further indices."""
     episode: int = -1
     observation: Any = None
     first: str | None = None
-    """The fingerprint of what the episode began with."""
+    """The fingerprint of the episode's first observation."""
     exact: bool = True
-    """Whether `restore` stands where the snapshot stood."""
+    """Whether the last `restore` returned to the very point of its snapshot."""
     actions: list[np.ndarray] = field(default_factory=list)
     raw_return: float = 0.0
     raw_last: float = 0.0
@@ -71,14 +71,14 @@ class EnvSlot:
     success: bool | None = None
     success_last: bool | None = None
     interventions: int = 0
-    """Steps of the episode that a human took over."""
+    """Steps of the episode in which a human took over."""
 
     def reset(self, episode: int | None = None) -> Any:
-        """Begin the next episode, or `episode`, and return its first observation."""
+        """Begin the next episode, or number `episode`, and return its first observation."""
         return self.began(self.env.reset(seed=self.begin(episode))[0])
 
     def begin(self, episode: int | None = None) -> int:
-        """Go on to the next episode, or to `episode`, and return the seed of its reset, which is the caller's to do."""
+        """Begin the next episode, or number `episode`, and return its reset seed. The caller resets the environment."""
         self.episode = self.episode + 1 if episode is None else episode
         self.first, self.actions = None, []
         self.raw_return, self.raw_last, self.interventions = 0.0, 0.0, 0
@@ -88,16 +88,16 @@ class EnvSlot:
         return reset_seed(*self.seeds, self.episode)
 
     def began(self, observation: Any) -> Any:
-        """Note the first observation of the episode, and return it."""
+        """Store the first observation of the episode, and return it."""
         self.observation, self.first = observation, fingerprint(observation)
         return observation
 
     def step(self, action: np.ndarray) -> Step:
-        """Play `action` `[A]`; the slot does not reset by itself."""
+        """Play `action` `[A]` in [-1, 1]. An ended episode is not reset."""
         return self.played(action, self.env.step(action))
 
     def played(self, action: np.ndarray, outcome: tuple[Any, Any, bool, bool, dict[str, Any]]) -> Step:
-        """Note that `action` was played, and the `outcome` that the environment's step returned."""
+        """Count a step: `action` was played, and the environment's `step` returned `outcome`."""
         observation, reward, terminated, truncated, info = outcome
         executed = np.asarray(info.get("executed_action", action), np.float32)
         self.observation = observation
@@ -112,9 +112,11 @@ class EnvSlot:
         return step
 
     def row(self, terminated: bool, normalized: Callable[[float], float | None] | None = None) -> dict[str, Any]:
-        """Return the finished episode's row; `normalized` gives the dataset's normalised score of a raw return.
+        """Return the finished episode's row.
 
-        `score` is what its task judges it by (`Task.score`); `intervention` the share of its steps that a human took.
+        `return` is the sum of raw rewards, `score` the number by which the task judges the episode (`Task.score`) and
+        `intervention` the share of steps in which a human took over. `normalized` maps a raw return to the dataset's
+        normalised score.
         """
         task = self.env.get_wrapper_attr("task") if self.env.has_wrapper_attr("task") else None
         judge = task if isinstance(task, Task) else Task("unknown")
@@ -132,19 +134,19 @@ class EnvSlot:
 
     @property
     def replayable(self) -> bool:
-        """Whether the environment says, or does not deny, that an episode can be played again."""
+        """Whether an episode can be played again; true unless the environment's metadata denies it."""
         return bool(self.env.metadata.get("replayable", True))
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what `restore` needs, JSON-able."""
+        """Return what `restore` needs, as JSON types."""
         actions = [action.tolist() for action in self.actions]
         return {"episode": self.episode, "first": self.first, "actions": actions}
 
     def restore(self, snapshot: dict[str, Any], observation: Any) -> bool:
-        """Play the snapshot's episode up to the same point; True if the observation there equals `observation` bitwise.
+        """Play the snapshot's episode up to the same point; return whether it ends at `observation`, bit for bit.
 
-        Otherwise (a robot, another simulator version) a new episode is begun and False returned; where it begins
-        otherwise already, without an action having been played.
+        If it does not (a robot, another version of the simulator), a new episode begins. If already the first
+        observation differs, no action is played before.
         """
         if self.replayable:
             self.exact = self._replay(snapshot, observation)
@@ -167,7 +169,7 @@ class EnvSlot:
 
 
 def fingerprint(observation: Any) -> str:
-    """Return a digest of an observation's bytes, shapes and types."""
+    """Return a digest of an observation's bytes, shapes and types as hexadecimal text."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(observation):
         array = np.asarray(leaf)

@@ -1,8 +1,8 @@
-"""A fresh Python interpreter for work beside training, and the line to it.
+"""Child processes: a fresh Python interpreter for work beside training, and the connection to it.
 
-Not `multiprocessing.Process`: its spawn would run a script that has no `if __name__ == "__main__"` again from its first
-line, and closures cannot go to it. Nothing is left behind however either side ends: the line and the shared memory have
-no name in any file system, and a child whose parent is gone ends itself.
+`multiprocessing.Process` does not serve: with "spawn" it runs a script without `if __name__ == "__main__"` again from
+its first line, and it takes no closures. Nothing is left behind, whichever side ends first: the connection and the
+shared memory have no name in a file system, and a child whose parent is gone ends itself.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ ONE_CORE = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-"""A child keeps to one core and leaves accelerators to training."""
+"""Environment variables of a child: it uses one core and no accelerator."""
 PATIENCE_S = 30.0
-"""A child that is told to end may take so long to close its environments, all of them: a robot parks."""
+"""Seconds that a child has to close its environments when it is told to end; a robot may have to park."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Failure:
 
 
 def packed(value: Any, what: str, instead: str) -> bytes:
-    """Pickle `value`, closures and notebook functions too; raises `ConfigError` naming `what` if it cannot be done."""
+    """Pickle `value`, closures and notebook functions too; raise `ConfigError` naming `what` if that fails."""
     try:
         return cloudpickle.dumps(value)
     except Exception as error:
@@ -62,7 +62,7 @@ def packed(value: Any, what: str, instead: str) -> bytes:
 
 
 def loaded(raw: bytes, what: str, instead: str) -> Any:
-    """Undo `packed`; raises `ConfigError` naming `what` if that cannot be done in this process."""
+    """Undo `packed`; raise `ConfigError` naming `what` if that fails in this process."""
     try:
         return pickle.loads(raw)
     except O2OError:
@@ -76,7 +76,7 @@ def loaded(raw: bytes, what: str, instead: str) -> Any:
 
 
 class Memory:
-    """Bytes shared with a child; they have no name, so nothing can be left behind."""
+    """Memory shared with a child. It has no name, so nothing is left behind."""
 
     def __init__(self) -> None:
         """Reserve nothing yet."""
@@ -88,20 +88,20 @@ class Memory:
         self._ended = weakref.finalize(self, os.close, self.fd)
 
     def mapped(self, size: int) -> mmap.mmap:
-        """Make them `size` bytes, zeros, and map them."""
+        """Make the memory `size` bytes of zeros and map it."""
         os.ftruncate(self.fd, size)
         return mmap.mmap(self.fd, size)
 
     def close(self) -> None:
-        """Let go; what is mapped stays until it is forgotten."""
+        """Close the file; maps of it stay valid until they are deleted."""
         self._ended()
 
 
 class Child:
-    """A process that runs `function(connection, *fds)` of a module, and its end of the line."""
+    """A process that runs `function(connection, *fds)` of a module, and the connection to it."""
 
     def __init__(self, entry: str, what: str, *fds: int) -> None:
-        """Start `entry`, "module:function"; `what` is its name in errors."""
+        """Start `entry`, "module:function"; `what` names the process in errors."""
         self.what, self._owed = what, False
         self.connection, theirs = Pipe()
         inherited = (theirs.fileno(), *fds)
@@ -122,10 +122,10 @@ class Child:
         self._poll = select.poll()
         self._poll.register(self.connection.fileno(), select.POLLIN)
         self.close = weakref.finalize(self, _end, self.process, self.connection, os.getpid())
-        """End the process: at once if it is idle, by force if it does not go. Also done at exit and when forgotten."""
+        """End the process: an idle one at once, a deaf one by force. Also called at exit and on garbage collection."""
 
     def send(self, message: Any) -> None:
-        """Send anything that can be pickled, or bytes as they are; raises `EnvironmentFaultError` if it has died."""
+        """Send bytes as they are, or any other object pickled; raise `EnvironmentFaultError` if the child died."""
         raw = message if isinstance(message, bytes) else pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         try:
             self.connection.send_bytes(raw)
@@ -133,14 +133,14 @@ class Child:
             raise self._died() from None
 
     def ask(self, message: Any) -> None:
-        """Send what must be answered before anything else is asked; if that was broken off, the child is no more."""
+        """Send a message that must be answered before the next one. If an answer was never taken, end the child."""
         if self._owed:
             self.close()
         self._owed = True
         self.send(message)
 
     def receive(self) -> Any:
-        """Wait for the next answer; raises what the child raised, `EnvironmentFaultError` if it has died."""
+        """Wait for the next answer; raise what the child raised, or `EnvironmentFaultError` if it died."""
         try:
             raw = self.connection.recv_bytes()
         except (EOFError, OSError):
@@ -153,7 +153,7 @@ class Child:
         return answer
 
     def ready(self, timeout_s: float | None = 0.0) -> bool:
-        """Whether `receive` would return, or raise, at once; wait so long for it, None for ever."""
+        """Return whether `receive` would not block; wait up to `timeout_s` seconds for that (None: without limit)."""
         return self.connection.closed or bool(self._poll.poll(None if timeout_s is None else 1000 * timeout_s))
 
     def _died(self) -> EnvironmentFaultError:
@@ -168,7 +168,7 @@ class Child:
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the parent: neither line nor child is its own
+    if os.getpid() != owner:  # in a fork of the parent: connection and child belong to the parent
         return
     connection.close()  # which tells the child
     try:
@@ -181,7 +181,7 @@ def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -
 
 
 def end(children: Sequence[Child]) -> None:
-    """End several children: they have `PATIENCE_S` together, and what interrupts the wait ends them at once."""
+    """End several children: they have `PATIENCE_S` together; an interruption of the wait ends them at once."""
     until = time.monotonic() + PATIENCE_S
     try:
         for child in children:
@@ -196,9 +196,9 @@ def end(children: Sequence[Child]) -> None:
 
 
 def run(entry: str, fd: int, *fds: int) -> None:
-    """Be the child: call `entry` with the line to the parent, until the line is closed."""
+    """Run as the child: call `entry` with the connection to the parent, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # sent to a whole job, it is the parent that saves and ends
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a signal to a whole job is the parent's: it saves and ends
         signal.signal(number, signal.SIG_IGN)
     module, _, name = entry.partition(":")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -206,7 +206,7 @@ def run(entry: str, fd: int, *fds: int) -> None:
 
 
 def answer(connection: Connection, work: Callable[[], Any]) -> None:
-    """Send the parent what `work` returns (None as nothing), or what it raises."""
+    """Send the parent what `work` returns (None as an empty message), or what it raises."""
     try:
         value = work()
         raw = b"" if value is None else pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
@@ -220,7 +220,7 @@ def _failure(error: Exception) -> bytes:
     try:
         raw = cloudpickle.dumps(Failure(error, trace))
         pickle.loads(raw)
-    except Exception:  # one that cannot travel, such as those with other arguments than their message
+    except Exception:  # it cannot be pickled, for instance if its arguments are not its message
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raw = pickle.dumps(Failure(EnvironmentFaultError(words), trace))
     return raw

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from o2o.data.normalizer import Normalizer, normalize
 from o2o.keys import ACT, INIT, key_at
 from o2o.nn.kernels import over_seeds, seeds_in_turn
-from o2o.nn.modules import where_leading
 from o2o.replay.source import Dataset, Sampling, Source
 from o2o.rl.chunks import planned_in_turn
+from o2o.train.acting import act, clear_carry
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Phase
 
 OWN = Sampling(0)
@@ -136,13 +136,13 @@ def learn_and_act(
     """
     if source is not None:
         agent, totals = _learned(agent, totals, source, keys, at, sampling)
-    act = partial(_act, normalizer=normalizer, env_step=env_step, action_dim=action_dim, random=random)
-    each = over_seeds(act, keys.shape[0], in_turn=planned_in_turn(carry))
+    choose = partial(_choose, normalizer=normalizer, env_step=env_step, action_dim=action_dim, random=random)
+    each = over_seeds(choose, keys.shape[0], in_turn=planned_in_turn(carry))
     actions, carry = each(agent, carry, keys, observations, over)
     return agent, totals, carry, actions
 
 
-def _act(
+def _choose(
     agent: Any,
     carry: Carry,
     key: Array,
@@ -157,12 +157,6 @@ def _act(
     """Return one seed's actions `[N, A]` for raw `observations` `[N, D]`, and the next carry."""
     key = key_at(key, ACT, env_step)
     carry = clear_carry(carry, agent.initial_carry(over.shape), over)
-    observations = normalize(normalizer, observations)
     if random:
-        return agent.random_actions(observations, key, action_dim), carry
-    return agent.sample_actions(observations, carry, key, False)
-
-
-def clear_carry(carry: Carry, fresh: Carry, over: Any) -> Carry:
-    """Put `fresh` where `over [...]` is true, leaves `[..., *]`: what a policy remembers ends with its episode."""
-    return where_leading(over, fresh, carry)
+        return agent.random_actions(normalize(normalizer, observations), key, action_dim), carry
+    return act(agent, normalizer, observations, carry, key)

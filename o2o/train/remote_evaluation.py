@@ -1,8 +1,8 @@
-"""Evaluation in a process of its own, on one core and the CPU, while training goes on (`LoopConfig.eval_process`).
+"""Evaluation in a process of its own, on one CPU core, while training goes on (`LoopConfig.eval_process`).
 
-The process plays what `Evaluator` would play here, the same program on the same numbers, so its rows are the same to
-the last bit wherever training, too, runs on a CPU. It gets the agents' arrays at the moment an evaluation is due; what
-else an agent is made of (its class, networks, settings) goes there once.
+The process plays the episodes that `Evaluator` would play here, with the same program. If training runs on a CPU too,
+its rows are the same to the last bit. The process gets the agents' arrays when an evaluation is due. The rest of an
+agent (its class, networks and settings) is sent once.
 """
 
 import os
@@ -24,11 +24,11 @@ from o2o.closing import Closing
 from o2o.config import LoopConfig
 from o2o.data.normalizer import Normalizer
 from o2o.errors import O2OError
-from o2o.train.evaluation import EnvFn, Evaluator
+from o2o.train.evaluation import EnvFn, Evaluator, Row
 from o2o.train.processes import Child, answer, loaded, packed
 
 MOST_IN_FLIGHT = 2
-"""One evaluation is played, one waits; who asks for a third waits for the first."""
+"""One evaluation is played and one waits. Asking for a third waits for the end of the first."""
 JAX_SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -38,10 +38,10 @@ JAX_SETTINGS = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
-"""What decides the numbers, and where compiled programs are kept."""
+"""JAX settings that the process takes over: those that decide numbers, and where compiled programs are kept."""
 INSTEAD = "set loop.eval_process to False"
 GIVE_UP_S = 2.5
-"""An evaluation under way has so long to end when nobody waits for it any more; no robot is in it."""
+"""Seconds that an evaluation under way has to end when its parent is gone. It never moves a robot."""
 
 
 def evaluator_of(
@@ -56,7 +56,7 @@ class RemoteEvaluator(Evaluator):
     """An `Evaluator` whose episodes are played in another process, started at first use."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare as an `Evaluator`; raises `ConfigError` if `env_fn` cannot be pickled, closures included."""
+        """Prepare as an `Evaluator`; raise `ConfigError` if `env_fn` or what it refers to cannot be pickled."""
         super().__init__(*args, **kwargs)
         settings = (self.env_fn, self.seeds, self.episodes, self.seed, None, self.slots)
         self._settings = packed(settings, "env_fn", INSTEAD)
@@ -64,18 +64,16 @@ class RemoteEvaluator(Evaluator):
         self._structure: Any = None
         self._asked: deque[Any] = deque()
 
-    def __call__(
-        self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
-    ) -> list[dict[str, Any]]:
-        """Play all episodes with the stacked `agent`, wait for their rows; what was asked before stays for `take`."""
+    def __call__(self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True) -> list[Row]:
+        """Play all episodes with the stacked `agent` and wait for their rows; earlier calls stay for `take`."""
         self.ask(agent, normalizer, point, deterministic)
         self._collect(0)
         return self._finished.pop()[1]
 
     def until_stopped(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True
-    ) -> list[dict[str, Any]] | None:
-        """Play the episodes of a call; None if `should_stop` says so before, a later stop waits for their rows."""
+    ) -> list[Row] | None:
+        """Play the episodes of a call. Return None if `should_stop` is true before; a later stop waits for the rows."""
         return None if self.should_stop() else self(agent, normalizer, point, deterministic)
 
     def ask(
@@ -95,13 +93,13 @@ class RemoteEvaluator(Evaluator):
         self._asked.append(about)
 
     def under_way(self) -> list[Any]:
-        """Return the `about` of what was asked for and is not known to have been played, in that order."""
+        """Return the `about` of every call that is not known to be finished, in the order of the calls."""
         return list(self._asked)
 
-    def take(self, wait: bool = False, leave: int = 0) -> list[tuple[Any, list[dict[str, Any]]]]:
-        """Return (about, rows) of what has been played, in the order asked; `wait` for all but the last `leave`.
+    def take(self, wait: bool = False, leave: int = 0) -> list[tuple[Any, list[Row]]]:
+        """Return (about, rows) of the finished calls in their order; `wait` for all but the last `leave` first.
 
-        Raises what the environment or the agent raised there, and `EnvironmentFaultError` if the process died.
+        Raises what the environment or the agent raised in the process, and `EnvironmentFaultError` if it died.
         """
         if wait:
             self._collect(leave)
@@ -124,7 +122,7 @@ class RemoteEvaluator(Evaluator):
             raise
 
     def _collect(self, leave: int) -> None:
-        """Wait until only `leave` evaluations are under way; if one fails, for all, and raise the first failure."""
+        """Wait until only `leave` evaluations are under way. If one fails, wait for all and raise the first failure."""
         failure: Exception | None = None
         while len(self._asked) > (leave if failure is None else 0):
             try:
@@ -134,11 +132,11 @@ class RemoteEvaluator(Evaluator):
         if failure is not None:
             raise failure
 
-    def _next(self) -> tuple[Any, list[dict[str, Any]]]:
+    def _next(self) -> tuple[Any, list[Row]]:
         """Wait for the rows of the oldest evaluation."""
         assert self._child is not None
         about = self._asked[0]
-        self._child.ready(None)  # an interruption here leaves all as it is
+        self._child.ready(None)  # an interruption here changes nothing
         try:
             rows = self._child.receive()
         except Exception as error:
@@ -150,7 +148,7 @@ class RemoteEvaluator(Evaluator):
                 where = f"{about['env_steps']} environment steps and {about['gradient_steps']} updates"
                 error.args = (f"{error} (in the evaluation after {where}, whose rows are missing)",)
             raise
-        except BaseException:  # an answer read by half
+        except BaseException:  # an answer was read only in part
             self.close()
             raise
         self._asked.popleft()
@@ -159,7 +157,7 @@ class RemoteEvaluator(Evaluator):
         return about, rows
 
     def close(self) -> None:
-        """End the process; an evaluation under way is given up."""
+        """End the process, and with it an evaluation under way."""
         if self._child is not None:
             self._child.close()
         self._child = None
@@ -167,19 +165,19 @@ class RemoteEvaluator(Evaluator):
 
 
 def _on_host(leaf: Any) -> Any:
-    """Return an array in host memory; keys of a random stream travel as they are."""
+    """Return an array in host memory; random keys are sent as they are."""
     return leaf if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
 class _Player:
-    """The evaluator in the process, and what the agents there are made of."""
+    """The evaluator in the process, and the structure of the agents that it plays."""
 
     def __init__(self, settings: bytes) -> None:
         self._settings = settings
         self.evaluator: Evaluator | None = None
         self._structure: Any = None
 
-    def play(self, request: bytes) -> list[dict[str, Any]]:
+    def play(self, request: bytes) -> list[Row]:
         """Play one evaluation."""
         if self.evaluator is None:
             self.evaluator = Evaluator(*loaded(self._settings, "env_fn", INSTEAD))
@@ -196,7 +194,7 @@ class _Player:
 
 
 def serve(connection: Connection) -> None:
-    """Be the evaluation process: play what is asked for, one after the other, until the parent is gone."""
+    """Run the evaluation process: play one evaluation after the other until the parent is gone."""
     inbox: SimpleQueue[bytes | None] = SimpleQueue()
     Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     settings, world = inbox.get(), inbox.get()
@@ -212,7 +210,7 @@ def serve(connection: Connection) -> None:
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[bytes | None]) -> None:
-    """Take requests while an evaluation is played; when the parent is gone, end the process, idle or not."""
+    """Receive requests while an evaluation is played; end the process when the parent is gone."""
     with suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv_bytes())

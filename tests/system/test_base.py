@@ -13,7 +13,8 @@ from o2o import envs
 from o2o.data.datasets import Dataset
 from o2o.data.task import Task
 from o2o.errors import BaseFaultError, ConfigError, EnvironmentFaultError, EnvironmentMismatchError
-from o2o.policies.base import Base, base_labels, load_base
+from o2o.policies.base import Base, base_labels
+from o2o.runs.session import load_base
 from tests.helpers.toy_world import Toy
 
 
@@ -113,7 +114,7 @@ def test_demonstrations_as_labels_leave_no_residual(world: Dataset) -> None:
 
 def test_each_environment_has_a_controller_of_its_own_and_its_seed_from_the_reset(world: Dataset) -> None:
     one, two = (toy_env(world, Chunks) for _ in range(2))
-    controllers = [env.get_wrapper_attr("base")._policy.function.__self__ for env in (one, two)]
+    controllers = [env.get_wrapper_attr("base")._controller.function.__self__ for env in (one, two)]
     assert controllers[0].number != controllers[1].number
     for env in (one, two):
         env.reset(seed=11)
@@ -124,7 +125,7 @@ def test_each_environment_has_a_controller_of_its_own_and_its_seed_from_the_rese
     two.reset(seed=12)
     two.reset()
     assert controllers[0].seed == controllers[1].seed  # without a seed the sequence goes on
-    shared = toy_env(world, Chunks()).get_wrapper_attr("base")._policy.function.__self__
+    shared = toy_env(world, Chunks()).get_wrapper_attr("base")._controller.function.__self__
     assert isinstance(shared, Chunks) and shared is not controllers[0]
 
 

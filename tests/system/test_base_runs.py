@@ -18,10 +18,12 @@ from o2o.data.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import CheckpointError, ConfigError, EnvironmentMismatchError, RunError
 from o2o.nn.encoders import EncoderConfig
-from o2o.policies import base as bases
-from o2o.policies.base import Base, base_labels, load_base
+from o2o.policies import run as run_policies
+from o2o.policies.base import Base, base_labels
 from o2o.report.plots import read_rows
 from o2o.runs import session
+from o2o.runs.session import load_base
+from o2o.train.acting import act_side_by_side
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
@@ -83,20 +85,19 @@ def test_a_run_labels_side_by_side_what_it_does_step_by_step(
     chunked_run: Path, maze_run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = datasets.load(envs.embedded_id("pointmaze-umaze"))
-    source = load_base(chunked_run, member=1)
+    source = load_base(chunked_run, seed_index=1)
     source.check(data)
     episode = data.arrays["observations"][:7]
     (together,) = source.actions(data, [episode]) or [None]
     calls = []
-    original = bases._act
-    monkeypatch.setattr(bases, "_act", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(run_policies, "act_side_by_side", lambda *args: calls.append(1) or act_side_by_side(*args))
     alone = Base(source, data)
     for _ in range(2):  # the second time after a queue that was left half full
         alone.reset(0)
         actions = np.stack([alone.act_in_env(observation) for observation in episode])
         np.testing.assert_allclose(actions, together, atol=1e-5)
     assert len(calls) == 2 * 4  # one call to the device per chunk of two
-    assert source.fingerprint != load_base(chunked_run, member=0).fingerprint
+    assert source.fingerprint != load_base(chunked_run, seed_index=0).fingerprint
     np.testing.assert_array_equal(
         *(np.concatenate(source.actions(data, [episode, data.arrays["observations"][9:12]]) or []) for _ in range(2))
     )
@@ -141,7 +142,7 @@ def test_the_first_evaluation_is_the_bases_own(chunked_run: Path, maze_run: Runs
     run = maze_run("residual", RESIDUAL, base=str(chunked_run), base_member=1)
     trainer = session.build(run)
     ours = trainer.evaluate()
-    own = load_base(chunked_run, member=1)
+    own = load_base(chunked_run, seed_index=1)
     env = envs.make(trainer.data.info, trainer.data.task, evaluation=True)
     base, data = Base(own, dataclasses.replace(trainer.data, action_map=own.data.action_map)), trainer.data
     slot = EnvSlot(env, (0, EVAL_STREAM, 0, 0))

@@ -12,7 +12,8 @@ from flax import struct
 from o2o import envs
 from o2o.data.normalizer import Normalizer
 from o2o.errors import ConfigError
-from o2o.train.evaluation import EnvFn, Evaluator, clear_carry, evaluate
+from o2o.train.acting import clear_carry
+from o2o.train.evaluation import EnvFn, Evaluator, evaluate
 from o2o.types import Agent, Array, Batch, Carry, Info
 
 LIMIT = 12

@@ -20,9 +20,10 @@ from o2o.data.spaces import ActionMap
 from o2o.data.task import Task
 from o2o.errors import BaseFaultError, DatasetError, DivergenceError, EnvironmentFaultError
 from o2o.policies import video
-from o2o.policies.base import Base, RunSource, load_base
-from o2o.policies.trained import TrainedPolicy
+from o2o.policies.base import Base
+from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.rl.chunks import empty_queue, outdated
+from o2o.runs.session import load_base
 from o2o.train.collect import Fleet
 from o2o.train.episode import EnvSlot
 from o2o.train.evaluation import EnvFn, evaluate
@@ -88,7 +89,7 @@ def test_an_action_that_is_not_finite_reaches_no_robot_in_evaluation_and_play() 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: int) -> None:
-    fleet = Fleet(arms(human=(0,)), 0, 2, False, processes=processes)
+    fleet = Fleet(arms(human=(0,)), 0, 2, processes=processes)
     before = fleet.snapshot()
     with pytest.raises(DivergenceError, match="action has inf in entry 0"):
         fleet.step(np.float32([[0.1], [np.inf]]), lambda *_: None)
@@ -97,13 +98,13 @@ def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: 
 
 
 def test_a_sensor_or_a_policy_that_is_not_finite_gives_no_action(arm_data: Dataset) -> None:
-    source: Any = RunSource("run", None, probe(arm_data), None, arm_data, 2, True, None)
+    source: Any = RunPolicy("run", None, probe(arm_data), None, arm_data, 2, True, None)
     policy, plain = TrainedPolicy(source), TrainedPolicy(source)
     with pytest.raises(EnvironmentFaultError, match="observation has nan, for which there is no action"):
         policy.act(np.float32([np.nan, 0.0]))
     seen = np.float32([0.5, 3.0])
     np.testing.assert_array_equal(policy.act(seen), plain.act(seen))  # nothing of the bad one is remembered
-    source = RunSource("run", None, Diverged(0.0, jnp.zeros(()), None, 1), None, arm_data, 1, True, None)  # pyright: ignore
+    source = RunPolicy("run", None, Diverged(0.0, jnp.zeros(()), None, 1), None, arm_data, 1, True, None)  # pyright: ignore
     with pytest.raises(DivergenceError, match="policy of run has nan in its action: its learner diverged"):
         TrainedPolicy(source).act(seen)
     base = Base(source, arm_data)
@@ -215,7 +216,7 @@ def source_of(kind: str, data: Dataset) -> Any:
     if kind != "run":
         return load_base(Planner if kind == "controller" else planned)
     inner = load_base(planned)
-    return RunSource("run", None, Follower(0.0, jnp.zeros(()), None, 1), None, data, 1, True, inner)  # pyright: ignore
+    return RunPolicy("run", None, Follower(0.0, jnp.zeros(()), None, 1), None, data, 1, True, inner)  # pyright: ignore
 
 
 class Diverged(Probe):
@@ -243,7 +244,7 @@ def test_a_takeover_interrupts_a_base_policy(kind: str, arm_data: Dataset) -> No
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(loaded: bool, arm_data: Dataset) -> None:
-    source: Any = RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)
+    source: Any = RunPolicy("run", None, probe(arm_data), None, arm_data, 1, True, None)
     source = load_base(TrainedPolicy(source)) if loaded else source
     env = envs.BaseAction(arms()(False), Base(source, arm_data))
     seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
@@ -252,7 +253,7 @@ def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(loaded: bool, arm_d
 
 
 def test_a_takeover_in_a_loop_of_ones_own_interrupts_the_policy(arm_data: Dataset) -> None:
-    policy, arm = TrainedPolicy(RunSource("run", None, probe(arm_data), None, arm_data, 1, True, None)), Arm()
+    policy, arm = TrainedPolicy(RunPolicy("run", None, probe(arm_data), None, arm_data, 1, True, None)), Arm()
     for _ in range(2):
         observation, over = arm.reset()[0], False
         policy.reset()

@@ -8,7 +8,8 @@ import pytest
 
 from o2o.data.datasets import Dataset
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.policies.base import base_labels, load_base
+from o2o.policies.base import base_labels
+from o2o.runs.session import load_base
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ def dense(tiny_run: Maker) -> Maker:
     return lambda agent, fields=(), **changes: tiny_run(agent, fields, **{"env": ENV, "online_steps": 0, **changes})
 
 
-def by_hand(path: Path, seed: int, member: int = 0) -> dict[str, Any]:
+def by_hand(path: Path, seed: int, seed_index: int = 0) -> dict[str, Any]:
     """Play the first episode of an evaluation with this seed."""
-    return play(load_policy(path, member=member), reset_seed(seed, EVAL_STREAM, 0, 0, 0))
+    return play(load_policy(path, seed_index=seed_index), reset_seed(seed, EVAL_STREAM, 0, 0, 0))
 
 
 def evaluated(path: Path, seed: int) -> dict[str, Any]:
@@ -63,12 +63,12 @@ def test_an_episode_by_hand_is_the_evaluations(dense: Maker, tmp_path: Path) -> 
 
 def test_each_seed_has_its_own_policy(dense: Maker, tmp_path: Path) -> None:
     assert session.train(dense("bc", seeds=2), tmp_path / "run")
-    found = [by_hand(tmp_path / "run", 3, member) for member in range(2)]
+    found = [by_hand(tmp_path / "run", 3, index) for index in range(2)]
     assert found[0]["return"] != found[1]["return"]
     _, trainer = session.open_run(tmp_path / "run")
-    for member in range(2):
-        (row,) = evaluate(trainer.agent_of(member), trainer.env_fn, 1, 3)
-        assert found[member] == {"return": row["return"], "length": row["length"]}
+    for index in range(2):
+        (row,) = evaluate(trainer.agent_of(index), trainer.env_fn, 1, 3)
+        assert found[index] == {"return": row["return"], "length": row["length"]}
     trainer.close()
 
 
@@ -91,6 +91,6 @@ def test_which_checkpoint_and_what_it_refuses(dense: Maker, tmp_path: Path) -> N
     with pytest.raises(EnvironmentMismatchError, match="the observation has no entry 'desired_goal'"):
         late.act({"observation": np.zeros(4)})
     with pytest.raises(ConfigError, match=r"no member 1: .* trained 1 seed\(s\), counted from 0"):
-        load_policy(tmp_path / "run", member=1)
+        load_policy(tmp_path / "run", seed_index=1)
     with pytest.raises(CheckpointError, match="no checkpoint 7"):
         load_policy(tmp_path / "run", "7")

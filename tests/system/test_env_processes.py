@@ -17,10 +17,10 @@ import pytest
 from o2o import envs
 from o2o.errors import ConfigError, EnvironmentFaultError, EnvironmentMismatchError
 from o2o.train.collect import Fleet
+from o2o.train.env_processes import Board, Crew, Layout
 from o2o.train.evaluation import EnvFn
-from o2o.train.workers import Board, Crew, Layout
 
-MEMBERS = 3
+ENVS = 3
 STEPS = 60
 
 
@@ -51,21 +51,21 @@ def pictured(limit: int = 12) -> EnvFn:
 @pytest.fixture(scope="module")
 def fleets() -> Iterator[tuple[Fleet, Fleet]]:
     """Return a fleet in this process and one in two others."""
-    pair = Fleet(pictured(), 3, 1, MEMBERS), Fleet(pictured(), 3, 1, MEMBERS, processes=2)
+    pair = Fleet(pictured(), 3, 1, ENVS), Fleet(pictured(), 3, 1, ENVS, processes=2)
     yield pair
     for fleet in pair:
         fleet.close()
 
 
 def actions(steps: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-0.2, 0.2, (steps, MEMBERS, 1)).astype(np.float32)
+    return np.random.default_rng(seed).uniform(-0.2, 0.2, (steps, ENVS, 1)).astype(np.float32)
 
 
 def played(fleet: Fleet, given: np.ndarray) -> list[Any]:
     """Return all that stepping the fleet gives."""
     seen: list[Any] = []
     for action in given:
-        seen.append(fleet.step(action, lambda member, row: seen.append((member, row))))
+        seen.append(fleet.step(action, lambda index, row: seen.append((index, row))))
         seen.append(fleet.observations)
     return seen
 
@@ -84,16 +84,16 @@ def test_a_fleet_in_processes_is_the_same_to_the_last_bit_also_resumed(fleets: t
     expected = played(here, first)
     assert_same(played(there, first), expected)
     rows = [row for _, row in (entry for entry in expected if isinstance(entry, tuple)) if isinstance(row, dict)]
-    assert len(rows) > MEMBERS and {row["terminated"] for row in rows} == {False, True}
+    assert len(rows) > ENVS and {row["terminated"] for row in rows} == {False, True}
     snapshot = json.loads(json.dumps(here.snapshot()))
     assert json.loads(json.dumps(there.snapshot())) == snapshot
     observations = here.observations
     expected = played(here, second)
     assert_same(played(there, second), expected)
-    assert there.restore(snapshot, observations) == [True] * MEMBERS
+    assert there.restore(snapshot, observations) == [True] * ENVS
     assert_same(played(there, second), expected)
-    assert there.restore(snapshot, jax.tree.map(lambda leaf: leaf + 1, observations)) == [False] * MEMBERS
-    assert here.restore(snapshot, jax.tree.map(lambda leaf: leaf + 1, observations)) == [False] * MEMBERS
+    assert there.restore(snapshot, jax.tree.map(lambda leaf: leaf + 1, observations)) == [False] * ENVS
+    assert here.restore(snapshot, jax.tree.map(lambda leaf: leaf + 1, observations)) == [False] * ENVS
     assert_same(there.observations, here.observations)
     assert there.snapshot() == here.snapshot()
 
@@ -109,15 +109,15 @@ def test_a_failing_environment_takes_the_others_back(fleets: tuple[Fleet, Fleet]
             fleet.step(bad, lambda *_: None)
         words.append(str(caught.value))
         assert fleet.snapshot() == before
-        assert fleet.restore(json.loads(json.dumps(before)), observations) == [True] * MEMBERS
+        assert fleet.restore(json.loads(json.dumps(before)), observations) == [True] * ENVS
         played(fleet, actions(2, 4))
     assert words[0] == words[1]
     assert_same(fleets[0].observations, fleets[1].observations)
 
 
 def test_a_killed_process_is_named_and_none_is_left() -> None:
-    fleet = Fleet(pictured(), 0, 1, MEMBERS, processes=8)
-    assert fleet.crew is not None and [len(share) for share in fleet.crew.shares] == [1] * MEMBERS, "no idle process"
+    fleet = Fleet(pictured(), 0, 1, ENVS, processes=8)
+    assert fleet.crew is not None and [len(share) for share in fleet.crew.shares] == [1] * ENVS, "no idle process"
     fleet.step(actions(1, 0)[0], lambda *_: None)
     before = fleet.snapshot()
     pids = [child.process.pid for child in fleet.crew.children]

@@ -1,9 +1,9 @@
-"""Training environments in processes of their own (`LoopConfig.env_processes`): shared memory, one signal each way.
+"""Training environments in processes of their own (`LoopConfig.env_processes`).
 
-The processes hold environments only; the episodes under way in them are kept by the fleet (`o2o.train.collect`), to
-which an environment is the same wherever it is. Resets and single steps (a resume plays episodes again) go as
-messages; a step of all environments goes through the memory. Of a step's `info` only `executed_action`, `intervened`,
-`raw_reward` and `success` come back. The processes import no JAX, unless what makes their environments does.
+The processes hold environments only. The training process keeps the episodes under way in them (`o2o.train.collect`),
+as it does for its own environments. Resets and single steps (a resume plays episodes again) are messages. A step of all
+environments goes through shared memory, with one signal each way. Of a step's `info` only `executed_action`,
+`intervened`, `raw_reward` and `success` come back. The processes import JAX only if making their environments does.
 """
 
 import math
@@ -11,7 +11,6 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from mmap import mmap
 from multiprocessing.connection import Connection
@@ -25,28 +24,10 @@ from o2o.train.processes import Child, Memory, answer, end, loaded, packed
 
 STEP = b"step"
 LINE = 64
-"""Bytes of a cache line: arrays begin at one."""
+"""Bytes of a cache line; every array begins at a multiple of it."""
 INSTEAD = "set loop.env_processes to 0"
 Outcome = tuple[Any, float, bool, bool, dict[str, Any]]
 """What `gymnasium.Env.step` returns."""
-
-
-@dataclass(frozen=True, eq=False)
-class EnvMaker:
-    """Makes a run's environments, here or in another process: it can be pickled and holds no rows of a dataset."""
-
-    make: Callable[..., gymnasium.Env]
-    """Given `evaluation`, `inner` (`o2o.envs.wrap`) and what else a caller wants."""
-    recorder: Callable[[gymnasium.Env], gymnasium.Env] | None = None
-    """The `inner` of training environments."""
-    outside: Callable[[gymnasium.Env], gymnasium.Env] | None = None
-    """Goes around the whole."""
-
-    def __call__(self, evaluation: bool, **options: Any) -> gymnasium.Env:
-        """Make one environment; `evaluation` says what for."""
-        recorder = {} if self.recorder is None or evaluation else {"inner": self.recorder}
-        env = self.make(evaluation=evaluation, **recorder, **options)
-        return env if self.outside is None else self.outside(env)
 
 
 def _leaves(observation: Any) -> list[np.ndarray]:
@@ -68,7 +49,7 @@ def _rebuilt(example: Any, leaves: list[Any]) -> Any:
 
 
 def _told(observation: Any, reward: Any, terminated: Any, truncated: Any, info: dict[str, Any], action: Any) -> Outcome:
-    """Return what the fleet wants to know of a step, plain types."""
+    """Return what comes back of a step, as plain types."""
     success = info.get("success")
     told = {
         "executed_action": np.asarray(info.get("executed_action", action), np.float32),
@@ -80,7 +61,7 @@ def _told(observation: Any, reward: Any, terminated: Any, truncated: Any, info: 
 
 
 class Layout(NamedTuple):
-    """What the memory of one process has to hold."""
+    """What the shared memory of one process holds."""
 
     envs: int
     """Environments."""
@@ -90,7 +71,7 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Return the bytes that a board of it needs."""
+        """Return the number of bytes of a `Board` with this layout."""
         entries = sum(np.dtype(kind).itemsize * math.prod(shape) for shape, kind in self.leaves)
         return self.envs * (8 * 6 + 2 * 4 * math.prod(self.action) + entries) + LINE * (4 + len(self.leaves))
 
@@ -99,7 +80,7 @@ class Board:
     """The shared memory of one process, as arrays `[count, ...]`."""
 
     def __init__(self, memory: mmap, layout: Layout) -> None:
-        """Lay the memory out."""
+        """Place the arrays in the memory."""
         self._memory, self._at, self._count = memory, 0, layout.envs
         self.numbers = self._take((2,), "f8")
         """Reward and raw reward."""
@@ -186,7 +167,7 @@ class _Bench:
 
 
 def serve(connection: Connection, fd: int) -> None:
-    """Be a process of environments: do what is asked for until the parent is gone."""
+    """Run a process of environments: answer orders until the parent is gone."""
     bench = _Bench(fd)
     with suppress(EOFError, OSError):
         while True:
@@ -200,48 +181,51 @@ def serve(connection: Connection, fd: int) -> None:
         with ExitStack() as closing:
             for env in bench.envs:
                 closing.callback(env.close)
-    except Exception as error:  # the parent does not listen any more
+    except Exception as error:  # the parent is gone: only standard error is left
         print(f"o2o: {error}", file=sys.stderr)
 
 
 class RemoteEnv(gymnasium.Env):
-    """One environment of a process; `Crew` steps all of them at once."""
+    """An environment in another process; `Crew` steps all environments at once."""
 
     def __init__(self, child: Child, index: int, action_space: Any, observation_space: Any, metadata: Any, named: bool):
-        """Stand for environment `index` of `child`."""
+        """Represent environment `index` of `child`."""
         self.child, self.index = child, index
         self.action_space, self.observation_space, self.metadata = action_space, observation_space, metadata
         self._named, self.name = named, None
 
     def has_wrapper_attr(self, name: str) -> bool:
-        """Whether the environment there wants its episodes named."""
+        """Return whether the environment there takes names of episodes; other names: of this wrapper."""
         return self._named if name == "name_episode" else super().has_wrapper_attr(name)
 
     def name_episode(self, name: tuple[int, ...]) -> None:
-        """Say what the episode of the next reset is called."""
+        """Name the episode that the next reset begins."""
         self.name = name
 
     def order(self, seed: int | None) -> tuple[int, int | None, Any]:
-        """Return what the process needs to know of the next reset."""
+        """Return the message for the next reset."""
         name, self.name = self.name, None
         return self.index, seed, name
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset there."""
+        """Reset the environment there."""
         self.child.ask(("reset", ([self.order(seed)],)))
         return self.child.receive()[0], {}
 
     def step(self, action: Any) -> Outcome:
-        """Step there, this one alone."""
+        """Step only this environment there."""
         self.child.ask(("step", (self.index, np.asarray(action))))
         return self.child.receive()
 
 
 class Crew:
-    """`count` environments in `processes` processes, neighbours together."""
+    """`count` environments in `processes` processes; each process holds a range of consecutive ones."""
 
     def __init__(self, env_fn: Callable[[bool], gymnasium.Env], count: int, processes: int) -> None:
-        """Start the processes and make the environments, in all at the same time."""
+        """Start the processes and make the environments, in all processes at the same time.
+
+        Raises `ConfigError` if `processes` is below 1 or `env_fn` cannot be pickled.
+        """
         if processes < 1:
             raise ConfigError(f"env_processes is {processes}; expected 0 for none, or more")
         maker = packed(env_fn, "env_fn", INSTEAD)
@@ -252,7 +236,7 @@ class Crew:
         try:
             for share, memory in zip(self.shares, self._memories, strict=True):
                 what = f"the process of training environments {share[0]} to {share[-1]}"
-                self.children.append(Child("o2o.train.workers:serve", what, memory.fd))
+                self.children.append(Child("o2o.train.env_processes:serve", what, memory.fd))
                 self.children[-1].ask(("make", (maker, len(share))))
             made = [child.receive() for child in self.children]
         except BaseException:
@@ -266,7 +250,7 @@ class Crew:
         self._examples: list[Any] = [None] * count
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Any]:
-        """Reset environments, number to seed, in all processes at the same time; return their observations."""
+        """Reset environments (number -> seed) in all processes at once; return number -> first observation."""
         wanted = [[n for n in share if n in seeds] for share in self.shares]
         asked = [(child, numbers) for child, numbers in zip(self.children, wanted, strict=True) if numbers]
         for child, numbers in asked:
@@ -280,7 +264,7 @@ class Crew:
         return found
 
     def send(self, actions: np.ndarray) -> None:
-        """Let all environments begin a step with `actions` `[count, A]`."""
+        """Start a step of all environments with `actions` `[count, A]`."""
         if not self._boards:
             self._lay_out(actions.shape[1:])
         for child, share, board in zip(self.children, self.shares, self._boards, strict=True):
@@ -288,13 +272,13 @@ class Crew:
             child.ask(STEP)
 
     def receive(self) -> list[Outcome]:
-        """Wait for what came of that step, environment by environment; raises the first failure."""
+        """Wait for the step that `send` started and return one outcome per environment; raise the first failure."""
         self._receive(self.children)
         boards = zip(self.shares, self._boards, strict=True)
         return [board.read(i, self._examples[n]) for share, board in boards for i, n in enumerate(share)]
 
     def _receive(self, children: Sequence[Child]) -> list[Any]:
-        """Return the answers of all; raises the first failure when all have answered."""
+        """Wait for the answers of all and return them; raise the first failure when all have answered."""
         answers, failure = [], None
         for child in children:
             try:
@@ -306,7 +290,7 @@ class Crew:
         return answers
 
     def _lay_out(self, action: tuple[int, ...]) -> None:
-        """Share the memory out, by the observations of the first reset."""
+        """Divide the shared memory by the shapes of the first observations."""
         for child, share, memory in zip(self.children, self.shares, self._memories, strict=True):
             leaves = tuple((leaf.shape, leaf.dtype.str) for leaf in _leaves(self._examples[share[0]]))
             layout = Layout(len(share), action, leaves)
@@ -315,7 +299,7 @@ class Crew:
         self._receive(self.children)
 
     def close(self) -> None:
-        """End the processes, all at the same time."""
+        """End all processes at the same time."""
         end(self.children)
         for memory in self._memories:
             memory.close()

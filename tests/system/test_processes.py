@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from o2o.errors import ConfigError, EnvironmentFaultError
-from o2o.train import processes as spawned
+from o2o.train import processes
 from o2o.train.processes import Child, Memory, end, loaded, packed
 
 
@@ -47,7 +47,7 @@ def test_what_cannot_travel_is_refused_in_one_line() -> None:
 
 
 def test_answers_failures_and_death() -> None:
-    child = Child("tests.system.test_spawned:echo", "the echo")
+    child = Child("tests.system.test_processes:echo", "the echo")
     child.send("word")
     assert child.receive() == "word"
     child.send(EnvironmentFaultError("lost contact"))
@@ -87,7 +87,7 @@ def echo(connection: object) -> None:
 def test_none_outlives_a_killed_parent() -> None:
     code = (
         "import time; from o2o.train.processes import Child\n"
-        "child = Child('tests.system.test_spawned:echo', 'x'); child.send(1); child.receive()\n"
+        "child = Child('tests.system.test_processes:echo', 'x'); child.send(1); child.receive()\n"
         "print(child.process.pid, flush=True); time.sleep(60)"
     )
     root = str(Path(__file__).parents[2])
@@ -108,7 +108,7 @@ def test_none_outlives_a_killed_parent() -> None:
 
 
 def test_an_answer_that_was_broken_off_is_never_taken_for_another() -> None:
-    child = Child("tests.system.test_spawned:echo", "the echo")
+    child = Child("tests.system.test_processes:echo", "the echo")
     child.ask("first")
     with pytest.raises(EnvironmentFaultError, match="was interrupted: resume the run"):
         child.ask("second")
@@ -120,8 +120,8 @@ def hang(_: object) -> None:
 
 
 def test_several_that_hang_have_their_patience_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spawned, "PATIENCE_S", 2.0)
-    children = [Child("tests.system.test_spawned:hang", "the deaf") for _ in range(4)]
+    monkeypatch.setattr(processes, "PATIENCE_S", 2.0)
+    children = [Child("tests.system.test_processes:hang", "the deaf") for _ in range(4)]
     began = time.monotonic()
     end(children)
     assert 2.0 <= time.monotonic() - began < 6.0, "8 one after the other"
@@ -129,12 +129,12 @@ def test_several_that_hang_have_their_patience_together(monkeypatch: pytest.Monk
 
 
 def test_an_interrupted_wait_ends_them_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    children = [Child("tests.system.test_spawned:hang", "the deaf") for _ in range(3)]
+    children = [Child("tests.system.test_processes:hang", "the deaf") for _ in range(3)]
 
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spawned, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(processes, "PATIENCE_S", 60.0)
     wait = children[1].process.wait
     monkeypatch.setattr(children[0].process, "wait", lambda t=None: interrupt(t) if t else wait())
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_an_interrupted_wait_ends_them_all_at_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_one_that_is_forgotten_ends() -> None:
-    child = Child("tests.system.test_spawned:echo", "the echo")
+    child = Child("tests.system.test_processes:echo", "the echo")
     pid, closed = child.process.pid, child.close
     del child
     assert not closed.alive and within(10, lambda: gone(pid))
