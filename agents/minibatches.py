@@ -33,11 +33,25 @@ def minibatches_in(batch: Batch) -> int:
     return batch["actions"].shape[0]
 
 
+def check_keys(agent: Any, batch: Batch) -> None:
+    """Raise DatasetError if the batch lacks a key that the agent needs."""
+    missing = [key for key in agent.needs.keys if key not in batch]
+    if missing:
+        raise DatasetError(
+            f"batch has no {', '.join(missing)}, which {type(agent).__name__} needs; draw it from an OfflineData or "
+            "ReplayBuffer made with the agent's needs"
+        )
+
+
 A = TypeVar("A")
 
 
 def each_minibatch(step: Callable[[A, Batch], tuple[A, Info]], agent: A, batch: Batch) -> tuple[A, Info]:
-    """Run `step` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+    """Run `step` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them.
+
+    Raises `DatasetError` if the batch lacks a key that the agent needs.
+    """
     minibatches_in(batch)
+    check_keys(agent, batch)
     agent, infos = jax.lax.scan(step, agent, batch)
     return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
