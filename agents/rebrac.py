@@ -26,7 +26,6 @@ import jax.numpy as jnp
 
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.errors import ConfigError
-from o2o.nn.modules import Adam, CriticEnsemble, Model
 from o2o.rl.losses import td_target
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 
@@ -72,13 +71,9 @@ class ReBRAC(TD3):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: ReBRACConfig = _DEFAULT) -> Self:
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
-        agent_rng, critic_rng = jax.random.split(rng)
-        judges = CriticEnsemble(
-            config.critic_hidden_dims, config.num_critics, config.critic_layer_norm, config.init_scheme, norm_last=True
-        )
-        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, actions)
-        agent = super().create(agent_rng, observations, actions, config)
-        return agent.replace(critic=critic, target_critic=jax.tree.map(jnp.copy, critic.params))
+        agent = super().create(rng, observations, actions, config)
+        judges = agent.critic.module.clone(norm_last=True)  # LayerNorm behind the activation; the same parameters
+        return agent.replace(critic=agent.critic.replace(module=judges))
 
     def targets(self, batch: Batch, rng: Array) -> tuple[Array, Info]:
         """Return y = r + discount m (min_k Q'_k(s', a') - beta_2 |a' - a'_data|^2) `[B]`, and the mean distance.

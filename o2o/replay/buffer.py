@@ -25,8 +25,8 @@ from o2o.types import Array, Batch
 
 TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
 FOLLOWING = ("next_actions", "next_valid")
-"""`next_actions [..., A]`: the action of the next step of the same episode, as executed. `next_valid [...]`: 1 where it is
-known. Both are 0 in the last row of an episode, and in the newest row of an episode under way."""
+"""`next_actions [..., A]`: the action executed in the next step of the same episode. `next_valid [...]`: 1 where there
+is one. Both are 0 in the last row of an episode, and in the newest row of an episode under way."""
 
 
 def _windows(batch: Batch, inside: Array) -> Batch:
