@@ -141,11 +141,11 @@ def two_modes(rows: int = 256) -> Batch:
 @pytest.fixture(scope="module")
 def trained() -> dict[float, Any]:
     """Return the agent trained on two modes with a large and with a small alpha."""
-    config = FQLConfig(actor_hidden_dims=(64, 64), critic_hidden_dims=(32, 32), actor_lr=1e-3, critic_lr=3e-3)
+    config = FQLConfig(actor_hidden_dims=(64, 64), critic_hidden_dims=(32, 32), actor_lr=3e-3, critic_lr=3e-3)
 
     def train(agent: Any) -> Any:
         batch = jax.tree.map(lambda leaf: leaf[None], two_modes())
-        return jax.lax.fori_loop(0, 4000, lambda _, agent: agent.update(batch)[0], agent)
+        return jax.lax.fori_loop(0, 3000, lambda _, agent: agent.update(batch)[0], agent)
 
     make = lambda alpha: FQL.create(KEY, jnp.zeros((1, 1)), jnp.zeros((1, 1)), replace(config, alpha=alpha))  # noqa: E731
     return {alpha: jax.jit(train)(make(alpha)) for alpha in (1e6, 0.3)}
@@ -156,7 +156,7 @@ def test_with_a_large_alpha_the_policy_is_the_flow_noise_for_noise(trained: dict
     agent, states = trained[1e6], jnp.zeros((500, 1))
     noise = jax.random.normal(jax.random.key(1), (500, 1))
     one, flow = np.asarray(agent.one_step(states, noise))[:, 0], np.asarray(agent.flow_actions(states, noise))[:, 0]
-    assert np.corrcoef(one, flow)[0, 1] > 0.99
+    assert np.corrcoef(one, flow)[0, 1] > 0.97 and abs(np.corrcoef(one, np.roll(flow, 1))[0, 1]) < 0.2
     assert 0.4 < np.mean(flow > 0) < 0.6 and np.mean(np.abs(np.abs(flow) - 0.5) < 0.2) > 0.8
 
 
