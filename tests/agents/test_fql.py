@@ -125,7 +125,7 @@ def test_the_target_lags_one_step_behind_the_critics() -> None:
     assert [steps(model) for model in (two.critic, two.actor, two.one_step)] == [2, 2, 2]
 
 
-def two_modes(rows: int = 256) -> Batch:
+def two_modes(rows: int = 64) -> Batch:
     """Return terminal transitions of one state with actions -0.5 and 0.5 in turn; the reward is the action."""
     actions = jnp.where(jnp.arange(rows) % 2 == 0, -0.5, 0.5)[:, None]
     states, zeros = jnp.zeros((rows, 1)), jnp.zeros(rows)
