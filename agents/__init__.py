@@ -6,6 +6,7 @@ from o2o.agents.cql import CQL, CalQL, CalQLConfig, Conservative, CQLConfig
 from o2o.agents.expo import EXPO, EXPOConfig
 from o2o.agents.famo2o import FamO2O, FamO2OConfig
 from o2o.agents.famo2o_cql import FamO2OCQL, FamO2OCQLConfig
+from o2o.agents.fql import FQL, FQLConfig
 from o2o.agents.generative_bc import DiffusionBC, DiffusionBCConfig, FlowBC, FlowBCConfig
 from o2o.agents.ibrl import IBRL, IBRLConfig
 from o2o.agents.iql import IQL, IQLConfig
@@ -13,6 +14,7 @@ from o2o.agents.jsrl import JSRL, JSRLConfig
 from o2o.agents.pex import PEX, PEXConfig
 from o2o.agents.ppo import PPO, PPOConfig
 from o2o.agents.qc import QC, QCConfig
+from o2o.agents.rebrac import ReBRAC, ReBRACConfig
 from o2o.agents.residual import Residual, ResidualConfig
 from o2o.agents.sac import RLPD, SAC, RLPDConfig, SACConfig
 from o2o.agents.td3bc import TD3BC, TD3BCConfig
@@ -28,6 +30,7 @@ AGENTS |= {"famo2o": FamO2O, "famo2o_cql": FamO2OCQL}
 AGENTS |= {"ppo": PPO, "uni_o4": UniO4}
 AGENTS |= {"awac": AWAC, "td3bc": TD3BC, "pex": PEX}
 AGENTS |= {"ibrl": IBRL, "jsrl": JSRL}
+AGENTS |= {"rebrac": ReBRAC, "fql": FQL}
 
 __all__ = [
     "AGENTS",
@@ -35,6 +38,7 @@ __all__ = [
     "BC",
     "CQL",
     "EXPO",
+    "FQL",
     "IBRL",
     "IQL",
     "JSRL",
@@ -45,6 +49,7 @@ __all__ = [
     "SAC",
     "TD3BC",
     "WSRL",
+    "ReBRAC",
     "Residual",
     "UniO4",
     "AWACConfig",
@@ -61,6 +66,7 @@ __all__ = [
     "FamO2OCQLConfig",
     "FamO2OConfig",
     "FlowBC",
+    "FQLConfig",
     "FlowBCConfig",
     "IBRLConfig",
     "IQLConfig",
@@ -69,6 +75,7 @@ __all__ = [
     "PPOConfig",
     "QCConfig",
     "RLPDConfig",
+    "ReBRACConfig",
     "ResidualConfig",
     "SACConfig",
     "UniO4Config",

@@ -33,6 +33,16 @@ def minibatches_in(batch: Batch) -> int:
     return batch["actions"].shape[0]
 
 
+def check_keys(agent: Any, batch: Batch) -> None:
+    """Raise DatasetError if the batch lacks a key that the agent needs."""
+    missing = [key for key in agent.needs.keys if key not in batch]
+    if missing:
+        raise DatasetError(
+            f"batch has no {', '.join(missing)}, which {type(agent).__name__} needs; draw it from an OfflineData or "
+            "ReplayBuffer made with the agent's needs"
+        )
+
+
 A = TypeVar("A")
 
 
@@ -42,8 +52,10 @@ def each_minibatch(
     """Run `step(agent, rows)` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them.
 
     With `rng` it is `step(agent, rows, key)`, with a key of its own for each minibatch.
+    Raises `DatasetError` if the batch lacks a key that the agent needs.
     """
     utd = minibatches_in(batch)
+    check_keys(agent, batch)
     inputs = (batch,) if rng is None else (batch, jax.random.split(rng, utd))
     agent, infos = jax.lax.scan(lambda agent, each: step(agent, *each), agent, inputs)
     return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)

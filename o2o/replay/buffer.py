@@ -7,6 +7,9 @@ minibatch has exactly its share of dataset rows, for any UTD (RLPD interleaves t
 
 Both also give windows of rows in a row, cut at any offset. A window joins neither rows over the ring's cursor nor two
 sources; behind an episode's end its rows are marked invalid.
+
+Both give the action of the next step to an agent that needs it, under the keys `FOLLOWING`. The dataset's are made once
+(`following_actions`); the ring looks at the row behind each drawn one and stores nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +24,25 @@ from o2o.errors import ConfigError, DatasetError
 from o2o.types import Array, Batch
 
 TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observations")
+FOLLOWING = ("next_actions", "next_valid")
+"""`next_actions [..., A]`: the action executed in the next step of the same episode. `next_valid [...]`: 1 where there
+is one. Both are 0 in the last row of an episode, and in the newest row of an episode under way."""
 
 
-def _windows(rows: Batch, slots: Array, inside: Array) -> Batch:
-    """Gather windows at `slots [..., W]`; `valid` is 1 up to and including the first end, while `inside [..., W]`."""
-    batch = jax.tree.map(lambda leaf: leaf[slots], rows)
+def _windows(batch: Batch, inside: Array) -> Batch:
+    """Add `valid` to windows `[..., W]`: 1 up to and including the first end, while `inside [..., W]`."""
     ends = batch["ends"].astype(jnp.float32)
     ended_before = jnp.cumsum(ends, axis=-1) - ends
     return {**batch, "ends": ends, "valid": ((ended_before == 0) & inside).astype(jnp.float32)}
+
+
+def following_actions(actions: Any, ends: Any) -> Batch:
+    """Return the columns `FOLLOWING` for `actions [N, A]` in order of time; `ends [N]` is 1 at the end of each episode.
+
+    No row lies behind the last one, so it has no next action, whatever its `ends` says.
+    """
+    valid = 1.0 - jnp.asarray(ends, jnp.float32).at[-1].set(1.0)
+    return {"next_actions": valid[:, None] * jnp.roll(jnp.asarray(actions), -1, axis=0), "next_valid": valid}
 
 
 class OfflineData(struct.PyTreeNode):
@@ -45,19 +59,23 @@ class OfflineData(struct.PyTreeNode):
     ) -> Self:
         """Move the transition keys and `needs` to the device; `sources` are (start, size, weight), default one.
 
+        Next actions that are needed and not among `rows` are made from the actions and `ends`.
         Raises `DatasetError` if a needed key is absent.
         """
-        missing = [key for key in (*TRANSITION_KEYS, *needs) if key not in rows]
+        made = FOLLOWING if "ends" in rows else ()
+        missing = [key for key in (*TRANSITION_KEYS, *needs) if key not in (*rows, *made)]
         if missing:
             raise DatasetError(
                 f"dataset has no {', '.join(missing)}, which the agent needs; found {', '.join(sorted(rows))}: "
                 "load it with o2o.data.datasets.load, which computes them"
             )
+        table = list(sources) or [(0, len(rows["rewards"]), 1.0)]
+        if "ends" in rows:  # the next source, or what an agent appends, begins a new episode
+            last = jnp.asarray([start + size - 1 for start, size, _ in table])
+            rows = {**rows, "ends": jnp.asarray(rows["ends"]).at[last].set(True)}
+        if set(made) & set(needs):
+            rows = {**following_actions(rows["actions"], rows["ends"]), **rows}
         kept = {key: jax.tree.map(jnp.asarray, rows[key]) for key in (*TRANSITION_KEYS, *needs)}
-        count = len(rows["rewards"])
-        table = list(sources) or [(0, count, 1.0)]
-        if "ends" in kept:  # the next source, or what an agent appends, begins a new episode
-            kept["ends"] = kept["ends"].at[jnp.asarray([start + size - 1 for start, size, _ in table])].set(True)
         weights = np.asarray([weight for _, _, weight in table], np.float64)
         with np.errstate(divide="ignore"):
             logits = np.log(weights / weights.sum())
@@ -97,7 +115,8 @@ class OfflineData(struct.PyTreeNode):
         begin = jax.random.randint(rng, shape, 0, jnp.maximum(size - horizon + 1, 1))
         positions = begin[..., None] + jnp.arange(horizon)
         inside = positions < size[..., None]
-        return _windows(self.rows, jnp.where(inside, first[..., None] + positions, self.size - 1), inside)
+        slots = jnp.where(inside, first[..., None] + positions, self.size - 1)
+        return _windows(jax.tree.map(lambda leaf: leaf[slots], self.rows), inside)
 
     def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
         """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
@@ -129,15 +148,22 @@ class ReplayBuffer(struct.PyTreeNode):
     cursor: Array
     size: Array
     pending: Array
+    following: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    """Which of `FOLLOWING` a draw gives."""
 
     @classmethod
     def create(cls, example: Batch, capacity: int) -> Self:
-        """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis)."""
+        """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis).
+
+        Of `FOLLOWING` those in the example are given by every draw; this takes `ends`.
+        """
         if capacity < 1:
             raise ConfigError(f"replay capacity is {capacity}; it must be at least 1")
-        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), jnp.asarray(leaf).dtype), dict(example))
+        stored = {key: leaf for key, leaf in example.items() if key not in FOLLOWING}
+        rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), jnp.asarray(leaf).dtype), stored)
         zero = jnp.zeros((), jnp.int32)
-        return cls(rows=rows, cursor=zero, size=zero, pending=zero)
+        following = tuple(key for key in FOLLOWING if key in example)
+        return cls(rows=rows, cursor=zero, size=zero, pending=zero, following=following)
 
     @property
     def capacity(self) -> int:
@@ -211,10 +237,20 @@ class ReplayBuffer(struct.PyTreeNode):
         """Map positions in order of age (0 = oldest) to ring slots."""
         return (self.cursor - self.size + age_order) % self.capacity
 
+    def _take(self, age_order: Array) -> Batch:
+        """Return the rows at positions `[...]` in order of age, with their next actions where they are wanted."""
+        slots = self._slots(age_order)
+        batch = jax.tree.map(lambda leaf: leaf[slots], self.rows)
+        if not self.following:
+            return batch
+        valid = jnp.where(age_order + 1 < self.size, 1.0 - batch["ends"], 0.0)
+        actions = self.rows["actions"][self._slots(age_order + 1)]
+        made = {"next_actions": valid[..., None] * actions, "next_valid": valid}
+        return {**batch, **{key: made[key] for key in self.following}}
+
     def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
         """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`. There must be one."""
-        slots = self._slots(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
-        return jax.tree.map(lambda leaf: leaf[slots], self.rows)
+        return self._take(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
 
     def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
         """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
@@ -225,7 +261,7 @@ class ReplayBuffer(struct.PyTreeNode):
         last_start = jnp.maximum(self.visible - horizon + 1, 1)
         starts = jax.random.randint(rng, shape, 0, last_start)
         positions = starts[..., None] + jnp.arange(horizon)
-        return _windows(self.rows, self._slots(positions), positions < self.visible)
+        return _windows(self._take(positions), positions < self.visible)
 
     def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
         """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
@@ -245,7 +281,8 @@ def sample_minibatches(
 
     With `window` W > 1 the leaves are `[utd, B, W, ...]`, and `ends` and `valid` `[utd, B, W]` come with them.
     """
-    keys = [key for key in buffer.rows if key != "ends"] + (["ends", "valid"] if window > 1 else [])
+    keys = [key for key in (*buffer.rows, *buffer.following) if key != "ends"]
+    keys += ["ends", "valid"] if window > 1 else []
     offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
     offline_rng, online_rng = jax.random.split(rng)
     parts = []

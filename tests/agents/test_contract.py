@@ -65,7 +65,7 @@ def test_a_missing_needed_key_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in AGENTS if name not in WINDOWED])
 def test_a_minibatch_without_its_leading_axis_is_refused(name: str) -> None:
     case = make_case(name, "offline")
-    assert case.agent.needs.needs.window == 1  # in windows, their axis would stand where the rows' does
+    assert case.agent.needs.window == 1  # in windows, their axis would stand where the rows' does
     rows = jax.tree.map(lambda leaf: leaf[0], case.batch(1))
     with pytest.raises(DatasetError, match=r"\[utd, B, A\]: give one minibatch as leaf\[None\]"):
         case.agent.update(rows)

@@ -5,7 +5,7 @@ A `Case` is one agent at toy size, in one phase, with jitted methods that count 
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -102,25 +102,36 @@ CONFIGS: dict[str, Any] = {
     "pex": replace(PEXConfig(), **CRITICS, value_hidden_dims=(16, 16), evaluation_randomness=0.0),
 }
 
+
+def toy(config: Any) -> Any:
+    """Return an agent's settings with minibatches of ROWS, and two hidden layers of 16 for every network."""
+    widths = {field.name: (16, 16) for field in fields(config) if field.name.endswith("hidden_dims")}
+    return replace(config, **widths, batch_size=ROWS)
+
+
+CONFIGS = {name: toy(kind.preset("other", "small").config) for name, kind in AGENTS.items()} | CONFIGS
+"""An agent that needs nothing else is not listed above."""
+
 EVERY_BLOCK = {"bc": ("actor",), "iql": ("actor", "critic", "value"), "diffusion_bc": ("actor",), "flow_bc": ("actor",)}
 EVERY_BLOCK |= {"qc": ("actor", "critic", "one_step"), "awac": ("actor", "critic")}
 EVERY_BLOCK |= {"ppo": ("actor", "value"), "uni_o4": ("policies", "value", "critic", "actor")}
 EVERY_BLOCK |= {"pex": ("actor", "critic", "value"), "ibrl": ("critic", "reference/actor")}
 EVERY_BLOCK |= {"jsrl": ("actor", "critic", "value")}
+EVERY_BLOCK |= {"fql": ("actor", "critic", "one_step")}
 EVERY_BLOCK |= {"famo2o": ("actor", "critic", "value", "balance_actor", "temperature")}
 """Networks that step once per minibatch; the others step once per call. Every agent not listed steps its critic so."""
 BEFORE_ONLINE = {"expo": ("base",), "uni_o4": ("value", "critic", "policies"), "ibrl": ("reference/actor",)}
 """Networks that learn before `online()`, for agents where these are not all."""
 FROZEN_ONLINE = {"ibrl": ("reference/actor",)}
 """Networks that learn no more after it."""
-ALWAYS_SAMPLED = {"expo"}
+ALWAYS_SAMPLED = {"expo", "fql"}
 """Agents whose deterministic action is a sample like any other."""
 NEW_AT_THE_SWITCH = {"pex", "ibrl"}
 """Agents whose switch changes the policy by design."""
 
 
 def make_batch(utd: int, seed: int = 0, window: int = 1) -> Batch:
-    """Return random transitions with Monte-Carlo returns, leaves `[utd, ROWS, ...]`.
+    """Return random transitions with Monte-Carlo returns and next actions, leaves `[utd, ROWS, ...]`.
 
     With a `window` W above 1: `[utd, ROWS, W, ...]`, with `ends` and `valid`.
     """
@@ -136,6 +147,8 @@ def make_batch(utd: int, seed: int = 0, window: int = 1) -> Batch:
         "masks": (jax.random.uniform(keys[3], shape) > 0.2).astype(jnp.float32),
         "next_observations": jax.random.normal(keys[4], (*shape, OBSERVATION_DIM)),
         "mc_returns": jax.random.normal(keys[5], shape),
+        "next_actions": jnp.tanh(jax.random.normal(jax.random.fold_in(keys[5], 1), (*shape, ACTION_DIM))),
+        "next_valid": (jax.random.uniform(jax.random.fold_in(keys[5], 2), shape) > 0.2).astype(jnp.float32),
     }
 
 

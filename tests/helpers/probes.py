@@ -1,6 +1,7 @@
 """Probe environments as static datasets: tiny Markov decision processes whose values are known (after rejax's tests).
 
-Each is a table of `ROWS` transitions with observations `[1]` and actions `[1]` in [-1, 1]; the discount is 0.5.
+Each is a table of `ROWS` transitions with observations `[1]` and actions `[1]` in [-1, 1]; the discount is 0.5. No row
+has a next action unless its table says so.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ def _table(observations: np.ndarray, rewards: np.ndarray, masks: np.ndarray, **a
         "masks": masks,
         "next_observations": observations,
         "mc_returns": rewards,
+        "next_actions": np.zeros((ROWS, 1)),
+        "next_valid": np.zeros(ROWS),
         **arrays,
     }
     return {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}

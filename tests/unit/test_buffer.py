@@ -1,4 +1,4 @@
-"""Replay: the ring against a deque, pending rows, sequences, sources, and exact shares of dataset rows."""
+"""Replay: the ring against a deque, pending rows, sequences, next actions, sources, exact shares of dataset rows."""
 
 from collections import deque
 from functools import partial
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from o2o.errors import ConfigError, DatasetError
-from o2o.replay.buffer import OfflineData, ReplayBuffer, sample_minibatches
+from o2o.replay.buffer import FOLLOWING, OfflineData, ReplayBuffer, following_actions, sample_minibatches
 
 KEY = jax.random.key(5)
 add = jax.jit(ReplayBuffer.add, static_argnames="pending")
@@ -209,6 +209,79 @@ def test_too_few_rows_for_a_window_are_marked_invalid() -> None:
     buffer = fill(fill(empty(8), [1, 2]), [3, 4], pending=True)
     batch = sample_sequences(buffer, KEY, shape=(10,), horizon=4)
     np.testing.assert_array_equal(batch["valid"], np.broadcast_to([1.0, 1.0, 0.0, 0.0], (10, 4)))
+
+
+# ---------------------------------------------------------------- next actions
+
+NEXT = {"next_actions": np.zeros(1, np.float32), "next_valid": np.float32(0.0)}
+"""The columns of an agent that needs the next action, for `row`."""
+
+
+def known(buffer: ReplayBuffer) -> dict[float, float | None]:
+    """Return the tag of every row that is drawn with its next action, None where there is none."""
+    batch = sample(buffer.replace(pending=jnp.zeros((), jnp.int32)), KEY, shape=(200,))
+    columns = (np.asarray(batch[key]).ravel().tolist() for key in ("rewards", "next_actions", "next_valid"))
+    found = {(tag, action if valid else None) for tag, action, valid in zip(*columns, strict=True)}
+    assert len(found) == len(dict(found)), "one row, one next action"
+    return dict(found)
+
+
+def test_next_actions_of_a_dataset_stay_in_their_episode() -> None:
+    """Episodes of 3 and 2 rows; the last row of each has none, whether or not the dataset marks the very last."""
+    actions = np.asarray([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]], np.float32)
+    for last in (0, 1):
+        columns = following_actions(actions, np.asarray([0, 0, 1, 0, last]))
+        np.testing.assert_array_equal(columns["next_valid"], [1, 1, 0, 1, 0])
+        np.testing.assert_array_equal(columns["next_actions"], [[3, 4], [5, 6], [0, 0], [9, 10], [0, 0]])
+
+
+def test_next_actions_of_a_dataset_are_made_where_they_are_needed() -> None:
+    data = rows(np.arange(1.0, 7.0), [0, 1, 0, 0, 0, 0])
+    made = OfflineData.create(data, FOLLOWING, [(0, 4, 1.0), (4, 2, 1.0)]).rows
+    np.testing.assert_array_equal(made["next_actions"][:, 0], [2, 0, 4, 0, 6, 0])  # row 3 ends its source
+    np.testing.assert_array_equal(made["next_valid"], [1, 0, 1, 0, 1, 0])
+    assert not set(FOLLOWING) & set(OfflineData.create(data).rows)
+    given = {"next_actions": np.full((6, 1), 9.0, np.float32), "next_valid": np.ones(6, np.float32)}
+    np.testing.assert_array_equal(OfflineData.create({**data, **given}, FOLLOWING).rows["next_actions"], 9.0)
+    del data["ends"]
+    with pytest.raises(DatasetError, match="no next_actions, next_valid, which the agent needs"):
+        OfflineData.create(data, FOLLOWING)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(ends=st.lists(st.booleans(), max_size=14), pending=st.booleans())
+def test_next_actions_of_the_ring_are_those_of_the_next_row_of_the_episode(ends: list[bool], pending: bool) -> None:
+    """Over any ends, also across the wrap: the newest row has none yet, no row has that of another episode."""
+    buffer, capacity = ReplayBuffer.create({**row(0.0), **NEXT}, 4), 4
+    for i, end in enumerate(ends):
+        buffer = add(buffer, row(i + 1.0, float(end)), pending=pending)
+        stored = range(max(i + 1 - capacity, 0), i + 1)
+        assert known(buffer) == {j + 1.0: j + 2.0 if j < i and not ends[j] else None for j in stored}
+
+
+def test_an_episode_broken_off_has_no_next_action() -> None:
+    """`mark_ends` closes the episode of the newest row in the first of two rings only."""
+    ring = fill(ReplayBuffer.create({**row(0.0), **NEXT}, 4), [1, 2])
+    rings = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), ring).mark_ends(np.asarray([True, False]))
+    rings = jax.vmap(lambda ring: ring.add(row(3.0)))(rings)
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], rings) for i in (0, 1))
+    assert known(first) == {1.0: 2.0, 2.0: None, 3.0: None} and known(second) == {1.0: 2.0, 2.0: 3.0, 3.0: None}
+
+
+def test_next_actions_go_through_every_draw() -> None:
+    """A ring that begins with a dataset, then grows by an episode; the batch says what the rows say."""
+    data = OfflineData.create(rows([-3.0, -2.0, -1.0]), ("ends", "mc_returns", *FOLLOWING))
+    buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], data.rows), 5).extend(data.rows)
+    buffer = fill(buffer, [1, 2, 3])
+    expected = {-2.0: -1.0, -1.0: None, 1.0: 2.0, 2.0: 3.0, 3.0: None}
+    assert known(buffer) == expected
+    batch = sample_minibatches(KEY, data, buffer, 2, 64, 0.25)
+    for tag, action, valid in zip(*(np.asarray(batch[key]).ravel() for key in ("rewards", *FOLLOWING)), strict=True):
+        assert (action if valid else None) == {**expected, -3.0: -2.0}[tag]
+    windows = sample_sequences(buffer, KEY, shape=(50,), horizon=2)
+    inside = np.asarray(windows["next_valid"])[:, 0] > 0
+    assert inside.any() and not inside.all()
+    np.testing.assert_array_equal(windows["next_actions"][inside, 0], windows["actions"][inside, 1])
 
 
 # ---------------------------------------------------------------- the dataset and its share

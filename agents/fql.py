@@ -1,0 +1,188 @@
+"""FQL: flow Q-learning (arXiv 2502.02538).
+
+A flow model clones the data and sees no critic. A one-step policy mu(s, z) maps noise straight to an action: it is held
+to what the flow makes of the same noise, and climbs the critics. So no gradient passes the steps of the flow, and the
+policy that acts can have several modes.
+
+Where we differ from the paper and its code (seohongpark/fql)
+
+| what | there | here |
+| --- | --- | --- |
+| optimiser | one Adam on the sum of the losses | one Adam for each network: the same steps |
+| the flow's first weights | Xavier uniform | flax's default draw (`o2o.nn.generative`) |
+| online buffer | max(2M, dataset + 1) rows, can overwrite the dataset | the dataset and `loop.replay_capacity` rows |
+| alpha | one for each dataset | one for each family; Adroit has the one for fine-tuning |
+| locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 |
+| Adroit's rewards | dense | -1/0 for success, the house's task |
+
+Not here: chunks of actions and n-step returns (`qc` has them), and best of N over the one-step policy.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from o2o.agents.minibatches import check_counts, check_flat, each_minibatch
+from o2o.agents.qc import OneStep
+from o2o.errors import ConfigError
+from o2o.nn.generative import Denoiser, Flow
+from o2o.nn.modules import Adam, CriticEnsemble, Model
+from o2o.rl.losses import critic_loss, td_target
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+
+
+@dataclass(frozen=True)
+class FQLConfig(AgentConfig):
+    """Settings of FQL."""
+
+    alpha: float = 10.0
+    """Weight of the distance to the flow; it depends on the scale of Q unless `normalize_q`."""
+    normalize_q: bool = False
+    """Divide the climbed Q by its mean size."""
+    aggregate: Literal["mean", "min"] = "mean"
+    """How the target reduces over the target critics."""
+    num_critics: int = 2
+    """Number of critics."""
+    flow_steps: int = 10
+    """Euler steps of the flow."""
+    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """Widths of the hidden layers of the flow and of the one-step policy."""
+    critic_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """Widths of every critic's hidden layers."""
+    actor_lr: float = 3e-4
+    """Adam's rate of the flow and of the one-step policy."""
+    critic_lr: float = 3e-4
+    """Adam's rate of the critics."""
+    tau: float = 0.005
+    """Weight of the critics in the target's average, after every update."""
+    online: OnlineConfig = OnlineConfig(replay="append")
+    """Online phase: one buffer that starts with the dataset, one update per step."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot be used."""
+        check_counts(self, "num_critics", "flow_steps")
+        if self.aggregate not in ("mean", "min"):
+            raise ConfigError(f"FQLConfig.aggregate is {self.aggregate!r}; expected 'mean' or 'min'.")
+        if not self.alpha >= 0.0:
+            raise ConfigError(f"FQLConfig.alpha is {self.alpha}; expected 0 or more, such as 10.")
+
+
+_DEFAULT = FQLConfig()
+
+
+class FQL(Agent):
+    """Flow Q-learning."""
+
+    actor: Model
+    """The flow's velocity v(s, x, t)."""
+    one_step: Model
+    """The policy mu(s, z) that acts."""
+    critic: Model
+    target_critic: Params
+    rng: Array
+    config: FQLConfig = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, rng: Array, observations: Array, actions: Array, config: FQLConfig = _DEFAULT) -> Self:
+        """Initialise from a key, observations `[B, D]` and actions `[B, A]`; dict observations raise `ConfigError`."""
+        check_flat(observations, "FQL")
+        rng, flow_rng, policy_rng, critic_rng = jax.random.split(rng, 4)
+        flow, policy = Denoiser("mlp", config.actor_hidden_dims), OneStep(config.actor_hidden_dims)
+        judges = CriticEnsemble(
+            config.critic_hidden_dims, config.num_critics, True, "xavier", activation="gelu", norm_last=True
+        )
+        times = jnp.zeros(actions.shape[:-1])
+        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, actions)
+        agent = cls(
+            actor=Model.create(flow_rng, flow, Adam(config.actor_lr), observations, actions, times),
+            one_step=Model.create(policy_rng, policy, Adam(config.actor_lr), observations, actions),
+            critic=critic,
+            target_critic=jax.tree.map(jnp.copy, critic.params),
+            rng=rng,
+            config=config,
+            action_dim=actions.shape[-1],
+        )
+        return jax.tree.map(jnp.asarray, agent)
+
+    def critic_loss(self, params: Params, batch: Batch, noise: Array) -> tuple[Array, Info]:
+        """Return the mean of (Q_k(s, a) - y)^2, y = r + discount m agg_k Q'_k(s', clip(mu(s', z))), z `[B, A]`."""
+        next_actions = jnp.clip(self.one_step(batch["next_observations"], noise), -1.0, 1.0)
+        next_q = self.critic(batch["next_observations"], next_actions, params=self.target_critic)
+        next_values = next_q.min(axis=0) if self.config.aggregate == "min" else next_q.mean(axis=0)
+        targets = td_target(batch["rewards"], batch["masks"], next_values, self.config.discount)
+        q = self.critic(batch["observations"], batch["actions"], params=params)
+        loss = critic_loss(q, targets)
+        return loss, {"critic/loss": loss, "critic/q": q.mean(), "critic/target": targets.mean()}
+
+    def flow_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
+        """Return the flow's mean squared error on the actions of the data (`Flow.loss`), and metrics."""
+        flow = Flow(self.config.flow_steps)
+        errors = flow.loss(lambda x, t: self.actor(batch["observations"], x, t, params=params), batch["actions"], rng)
+        return errors.mean(), {"actor/loss": errors.mean()}
+
+    def flow_actions(self, observations: Array, noise: Array) -> Array:
+        """Return the actions `[..., A]` in [-1, 1] that the flow makes of noise `[..., A]`."""
+        return Flow(self.config.flow_steps).sample(lambda x, t: self.actor(observations, x, t), noise, self.rng)
+
+    def policy_loss(self, params: Params, batch: Batch, noise: Array) -> tuple[Array, Info]:
+        """Return alpha mean (mu(s, z) - Flow(s, z))^2 - c mean Q_k(s, clip(mu(s, z))), noise z `[B, A]` in both.
+
+        c is 1, or with `normalize_q` 1 / mean |Q|. Where mu leaves the box only the first term pulls.
+        """
+        actions = self.one_step(batch["observations"], noise, params=params)
+        distance = jnp.mean(jnp.square(actions - self.flow_actions(batch["observations"], noise)))
+        q = self.critic(batch["observations"], jnp.clip(actions, -1.0, 1.0)).mean(axis=0)
+        size = jax.lax.stop_gradient(jnp.abs(q).mean()) if self.config.normalize_q else 1.0
+        loss = self.config.alpha * distance - q.mean() / jnp.maximum(size, 1e-8)
+        return loss, {"policy/loss": loss, "policy/distance": distance, "policy/q": q.mean()}
+
+    def _step(self, batch: Batch) -> tuple[Self, Info]:
+        """Step all networks on one minibatch `[B, ...]`, every loss at the present parameters."""
+        rng, next_rng, flow_rng, policy_rng = jax.random.split(self.rng, 4)
+        next_noise, noise = (jax.random.normal(key, batch["actions"].shape) for key in (next_rng, policy_rng))
+        critic_grads, critic_info = jax.grad(self.critic_loss, has_aux=True)(self.critic.params, batch, next_noise)
+        flow_grads, flow_info = jax.grad(self.flow_loss, has_aux=True)(self.actor.params, batch, flow_rng)
+        policy_grads, policy_info = jax.grad(self.policy_loss, has_aux=True)(self.one_step.params, batch, noise)
+        agent = self.replace(
+            actor=self.actor.apply_gradients(flow_grads),
+            one_step=self.one_step.apply_gradients(policy_grads),
+            critic=self.critic.apply_gradients(critic_grads),
+            target_critic=optax.incremental_update(self.critic.params, self.target_critic, self.config.tau),
+            rng=rng,
+        )  # the target follows the critics of before the step, as in the authors' code
+        return agent, {**critic_info, **flow_info, **policy_info}
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run one step per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions clip(mu(s, z)) `[..., A]` and the unused carry; z is drawn, `deterministic` or not."""
+        noise = jax.random.normal(rng, (*observations.shape[:-1], self.action_dim))
+        return jnp.clip(self.one_step(observations, noise), -1.0, 1.0), carry
+
+    @classmethod
+    def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
+        """Return the settings for a family of tasks.
+
+        `paper`: 1M updates (D4RL's AntMaze and Adroit 500k) and 1M environment steps; 4x512, batch 256. Mazes have
+        rewards of -1/0 and alpha 10, Adroit 1000 and the lower target critic. `small`: 2x128, batch 128, rates of
+        1e-3, 10k updates and 10k environment steps.
+        """
+        maze = family in ("antmaze", "pointmaze")
+        config = FQLConfig() if maze else FQLConfig(alpha=1.0, normalize_q=True)
+        if family == "adroit":
+            config = FQLConfig(alpha=1000.0, aggregate="min")
+        reward = (1.0, -1.0) if maze else (1.0, 0.0) if family == "adroit" else None
+        if size == "paper":
+            return Preset(config, 500_000 if family in ("antmaze", "adroit") else 1_000_000, 1_000_000, reward)
+        widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
+        small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
+        return Preset(small, 10_000, 10_000, reward)
