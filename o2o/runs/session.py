@@ -440,7 +440,7 @@ def play_run(
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)
-    slot = EnvSlot(env, (seed, EVAL_STREAM, seed_index, 0))
+    slot = EnvSlot(env, (seed + seed_index, EVAL_STREAM, 0))
     with Closing() as closing:
         closing.callback(trainer.close)
         closing.callback(env.close)

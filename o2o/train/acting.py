@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import jax
@@ -48,18 +49,15 @@ def clear_carry(carry: Carry, fresh: Carry, where: Any) -> Carry:
     return where_leading(where, fresh, carry)
 
 
-@partial(jax.jit, static_argnames="seeds")
-def _split(rng: Array, seeds: int) -> tuple[Array, Array]:
-    rng, key = jax.random.split(rng)
-    return rng, jax.random.split(key, seeds)
+@jax.jit
+def _keys_at(keys: Array, step: int) -> Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
 
-def keys_of_steps(seed: int, seeds: int) -> Iterator[Array]:
-    """Yield the random keys `[S]` of every step of an evaluation whose seed is `seed`."""
-    rng = jax.random.key(seed)
-    while True:
-        rng, keys = _split(rng, seeds)
-        yield keys
+def keys_of_steps(seeds: Sequence[int]) -> Iterator[Array]:
+    """Yield the random keys `[S]` of every step; agent k's depend on `seeds[k]` alone."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    return (_keys_at(keys, step) for step in count())
 
 
 class Agents:

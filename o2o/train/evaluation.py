@@ -47,8 +47,8 @@ class Evaluator:
     def __call__(self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True) -> list[Row]:
         """Play all episodes with the stacked `agent` `[S]` and return their rows, by seed and episode.
 
-        The seed of a reset is derived from (seed, index of the agent, `point`, episode). The agents' random numbers
-        are derived from (seed, `point`) and the index of the agent.
+        Everything that agent k sees depends on `seed` + k, not on how many agents play: the seed of a reset is derived
+        from (`seed` + k, `point`, episode), the agent's random numbers from (`seed` + k, `point`).
         """
         rows = self._play(agent, normalizer, point, deterministic, lambda: False)
         assert rows is not None
@@ -69,8 +69,8 @@ class Evaluator:
         owners = [index for index in range(self.seeds) for _ in range(self.slots)]
         numbers = [iter(range(self.episodes)) for _ in range(self.seeds)]
         for slot, index in zip(self.envs, owners, strict=True):
-            slot.seeds = (self.seed, EVAL_STREAM, index, point)
-        keys = keys_of_steps(reset_seed(self.seed, EVAL_STREAM, point), self.seeds)
+            slot.seeds = (self.seed + index, EVAL_STREAM, point)
+        keys = keys_of_steps([reset_seed(self.seed + index, EVAL_STREAM, point) for index in range(self.seeds)])
         policy = Agents(agent, normalizer, self.slots, keys, deterministic)
         rows: list[Row] = []
         for slot, step in rollout(policy, self.envs, [numbers[index] for index in owners], stop):

@@ -33,6 +33,7 @@ from o2o.replay.rollout import Rollout
 from o2o.replay.source import Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import programs
+from o2o.train.acting import clear_carry
 from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn
 from o2o.train.remote_evaluation import evaluator_of
@@ -128,46 +129,53 @@ class Trainer:
         """Pre-train until `steps` gradient steps; False if a stop was asked for before."""
         if not self._evaluate_again():
             return False
-        counters, loop = self.counters, self.loop
+        counters = self.counters
         counters.offline_total = steps
         clock = Clock(counters)
-        eval_every = loop.offline_eval_every or steps
-        for phase, begin in plan(self.agent, steps):
-            end = begin + phase.steps
-            if phase.note and counters.offline_steps < end:
-                log.warning(phase.note)
-            if phase.update is not None and isinstance(self.replay, HostReplay):
-                raise ConfigError(
-                    "an agent that draws its own rows needs the dataset on the device: raise device_bytes"
-                )
-            while counters.offline_steps < end:
-                at = counters.offline_steps
-                if at == begin and phase.enter is not None:
-                    self.state.agent = each_seed(partial(_enter, phase, self.replay.data), self.agent)
-                if at == begin:
-                    self.state.totals = {}  # every phase has metrics of its own
-                marks = [at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every)]
-                if phase.check_every:
-                    marks.append(at + phase.check_every - (at - begin) % phase.check_every)
-                self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch))
-                at = counters.offline_steps
-                if phase.check is not None and ((at - begin) % phase.check_every == 0 or at == end):
-                    self.state.agent = programs.check_phase(self.agent, self.replay.data, check=phase.check)
-                if at % loop.log_every == 0 or at == end:
-                    clock.read()
-                    self._log()
-                if at % eval_every == 0 or at == steps:
-                    self.evaluate(wait=False)
-                clock.read()
-                self.hooks.progress(phase.name, at, steps, {})
-                stop = self.hooks.should_stop()
-                self.take_evaluations(wait=stop or at == steps)
-                if at % loop.checkpoint_every == 0 or at == steps or stop:
-                    self.hooks.checkpoint(self)
-                if stop and (at < steps or self.broken_off()):
-                    return False
+        if not all(self._run_phase(phase, begin, steps, clock) for phase, begin in plan(self.agent, steps)):
+            return False
         self.take_evaluations(wait=True)
         return True
+
+    def _run_phase(self, phase: Phase, begin: int, steps: int, clock: "Clock") -> bool:
+        """Run a phase of a pre-training of `steps` gradient steps, `begin` of them before it; False if stopped."""
+        counters, loop, end = self.counters, self.loop, begin + phase.steps
+        eval_every = loop.offline_eval_every or steps
+        if phase.note and counters.offline_steps < end:
+            log.warning(phase.note)
+        if phase.update is not None and isinstance(self.replay, HostReplay):
+            raise ConfigError("an agent that draws its own rows needs the dataset on the device: raise device_bytes")
+        while counters.offline_steps < end:
+            at = counters.offline_steps
+            if at == begin:
+                self._enter(phase)
+            marks = [at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every)]
+            if phase.check_every:
+                marks.append(at + phase.check_every - (at - begin) % phase.check_every)
+            self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch))
+            at = counters.offline_steps
+            if phase.check is not None and ((at - begin) % phase.check_every == 0 or at == end):
+                self.state.agent = programs.check_phase(self.agent, self.replay.data, check=phase.check)
+            clock.read()
+            if at % loop.log_every == 0 or at == end:
+                self._log()
+            if at % eval_every == 0 or at == steps:
+                self.evaluate(wait=False)
+                clock.read()
+            self.hooks.progress(phase.name, at, steps, {})
+            stop = self.hooks.should_stop()
+            self.take_evaluations(wait=stop or at == steps)
+            if at % loop.checkpoint_every == 0 or at == steps or stop:
+                self.hooks.checkpoint(self)
+            if stop and (at < steps or self.broken_off()):
+                return False
+        return True
+
+    def _enter(self, phase: Phase) -> None:
+        """Get the agents ready for a phase, which has metrics of its own."""
+        self.state.totals = {}
+        if (enter := phase.enter) is not None:
+            self.state.agent = each_seed(lambda agent: enter(agent, self.replay.data), self.agent)
 
     def _offline_updates(self, phase: Phase, begin: int, count: int) -> None:
         """Run `count` gradient steps of a phase; metrics stay on the device."""
@@ -421,7 +429,7 @@ class Trainer:
         before, action, stays = state.carry, state.action, same.reshape(places)
         kept = jax.tree.map(jnp.copy, before)  # the program that chooses takes its carry over
         self._learn_and_act(False, ~same)
-        state.carry = programs.clear_carry(state.carry, kept, stays)
+        state.carry = clear_carry(state.carry, kept, stays)
         if action is not None and state.action is not None:
             state.action = jnp.where(stays[..., None], action, state.action)
 
@@ -605,11 +613,6 @@ class Clock:
     def read(self) -> None:
         """Write the seconds so far into the counters."""
         self._counters.elapsed = time.perf_counter() - self._started
-
-
-def _enter(phase: Phase, data: Any, agent: Agent) -> Agent:
-    assert phase.enter is not None
-    return phase.enter(agent, data)
 
 
 def _passed(before: int, at: int, last: int, every: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from o2o.agents import IQL, JSRL, IQLConfig, JSRLConfig
 from o2o.errors import ConfigError
-from o2o.train.programs import clear_carry
+from o2o.train.acting import clear_carry
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import ACTION_DIM, OBSERVATION_DIM, create, largest_difference, make_batch, moved, steps, tiny
 

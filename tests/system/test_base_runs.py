@@ -145,7 +145,7 @@ def test_the_first_evaluation_is_the_bases_own(chunked_run: Path, maze_run: Runs
     own = load_base(chunked_run, seed_index=1)
     env = envs.make(trainer.data.info, trainer.data.task, evaluation=True)
     base, data = Base(own, dataclasses.replace(trainer.data, action_map=own.data.action_map)), trainer.data
-    slot = EnvSlot(env, (0, EVAL_STREAM, 0, 0))
+    slot = EnvSlot(env, (0, EVAL_STREAM, 0))
     observation, over = slot.reset(), False
     base.reset(0)
     while not over:

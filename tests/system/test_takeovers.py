@@ -163,7 +163,7 @@ def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) ->
     hooks = Hooks(metrics=told.append)
     trainer = Trainer(Probe, ProbeConfig(), arm_data, arms(), seeds=2, loop=loop, hooks=hooks)
     trainer.evaluate = lambda wait=True: []  # type: ignore[method-assign]
-    trainer.begin_online(2 * LIMIT, host=where == "host")
+    trainer.begin_online(2 * LIMIT, kind="host" if where == "host" else None)
     trainer.online(2 * LIMIT)
     assert trainer.counters.phase == "online"
     executed = 2.0 * np.asarray(trainer.replay.buffer.rows["actions"])[:, : 2 * LIMIT, 0]

@@ -45,7 +45,7 @@ def dense(tiny_run: Maker) -> Maker:
 
 def by_hand(path: Path, seed: int, seed_index: int = 0) -> dict[str, Any]:
     """Play the first episode of an evaluation with this seed."""
-    return play(load_policy(path, seed_index=seed_index), reset_seed(seed, EVAL_STREAM, 0, 0, 0))
+    return play(load_policy(path, seed_index=seed_index), reset_seed(seed, EVAL_STREAM, 0, 0))
 
 
 def evaluated(path: Path, seed: int) -> dict[str, Any]:
