@@ -16,46 +16,48 @@ from o2o.errors import ConfigError, suggest
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often the loops log, evaluate and checkpoint, where what they do runs, and how much they keep.
+    """How often a run logs, evaluates and checkpoints, in which processes it works, and how much it stores.
 
-    What is learnt depends only on `overlap`, on `replay_capacity` once a run exceeds it, on when they evaluate where
-    environments cannot be replayed, as that ends the training episode, and in Uni-O4, which chooses the policy to
-    fine-tune by evaluating several, on `eval_episodes`.
+    Most of these settings do not change what is learnt. The exceptions are `overlap`, and `replay_capacity` once a run
+    exceeds it. In environments that cannot be replayed, an evaluation ends the training episode, so its times matter.
+    Uni-O4 chooses the policy to fine-tune by evaluation, so `eval_episodes` matters.
     """
 
     eval_every: int = 5_000
-    """Environment steps between two evaluations, 0 for none; others: the warm-up's end, 1000 updates later, the end."""
+    """Environment steps between two evaluations; 0: none. More evaluations follow at the end of the warm-up, 1000
+    updates later, and at the end of the run."""
     offline_eval_every: int = 0
-    """Gradient steps between two evaluations offline; 0 for one at the end only."""
+    """Gradient steps between two evaluations in pre-training; 0: one at its end only."""
     eval_episodes: int = 20
     """Episodes of one evaluation, per seed."""
     log_every: int = 1_000
     """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
     checkpoint_every: int = 10_000
-    """Gradient steps (offline) or environment steps (online) between two checkpoints; one more at each phase's end."""
+    """Gradient steps (offline) or environment steps (online) between two checkpoints. Each phase also ends with one."""
     updates_per_dispatch: int = 200
-    """Offline updates in one call to the device."""
+    """Gradient steps of pre-training in one call to the device."""
     replay_capacity: int = 2_000_000
-    """Most transitions of its own that a run keeps; the buffer is no larger than the run can fill."""
+    """Most transitions of its own that a run stores. The buffer is never larger than the run can fill."""
     device_bytes: int | None = None
-    """Dataset and replay may take so many bytes of the device; beyond, their observations stay in host memory and on
-    disk (RUN/replay): slower, the same draws. None: half the device's memory, 8 GiB on a CPU; 0 forces it."""
+    """Device memory for dataset and replay, in bytes. If they need more, their observations stay in host memory and on
+    disk (RUN/replay), which is slower and draws the same rows. None: half of the device's memory, 8 GiB on a CPU. 0:
+    always on the host."""
     deterministic_eval: bool = True
-    """Evaluate the mode of the policy; False samples."""
+    """Evaluate the mode of the policy; False: sample its actions."""
     eval_process: bool = False
-    """Evaluate in a process of its own, on the CPU and one core, while training goes on. A stop, the end of a phase and
-    a checkpoint of a later step wait for it; one of the same step has its score later. On a CPU the same numbers."""
+    """Evaluate in a separate process, on one CPU core, while training goes on. A stop, the end of a phase and a later
+    checkpoint wait for it; a checkpoint of the same step gets its score later. On a CPU the numbers are the same."""
     env_processes: int = 0
-    """Processes that step the training environments, each its share of them; 0 steps them in this one. Worth it where
-    there are several (`seeds`, `num_envs`) and a step takes long, of simulation or of waiting. The same numbers. At the
-    end each has 30 s to close its environments, one after the other; then it is killed."""
+    """Number of processes that step the training environments; 0: the main process steps them. Useful for several
+    environments (`seeds`, `num_envs`) with slow steps. The numbers are the same. At the end each process has 30 s to
+    close its environments before it is killed."""
     overlap: bool = False
-    """Learn while the environments step: each action is chosen just before the update of its step, not just after.
-    For environments that take long, robots above all; reproducible, but other numbers. On-policy agents, which learn
-    between roll-outs, are not concerned."""
+    """Learn while the environments step. Each action is then chosen before the update of its step, not after it. Meant
+    for slow environments such as robots. Runs are reproducible but differ from those without it. On-policy agents
+    ignore it."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a number that is too small, before anything is made or played."""
+        """Raise `ConfigError` if a number is too small."""
         least = dict.fromkeys(
             ("eval_episodes", "log_every", "checkpoint_every", "updates_per_dispatch", "replay_capacity"), 1
         ) | dict.fromkeys(("eval_every", "offline_eval_every", "env_processes", "device_bytes"), 0)
