@@ -89,10 +89,10 @@ class Meter:
         """
         self.run, self.overhead, self.step, self.unit = run, overhead, step, unit
         self.first = timed(run, step)
-        count, seconds = step, timed(run, step) - overhead
+        count, seconds = step, 0.0
         while seconds < 0.1 + overhead:
             count *= 4
-            seconds = timed(run, count) - overhead
+            seconds = min(timed(run, count), timed(run, count)) - overhead  # one of the two may compile something, too
         self.rate = count / seconds
 
     def measure(self, seconds: float) -> float:
