@@ -108,7 +108,7 @@ def test_an_evaluation_closes_all_its_environments(tmp_path: Path, caplog: pytes
 
 
 def test_what_does_not_fit_is_said_though_it_cannot_be_closed(tmp_path: Path) -> None:
-    fleet = Fleet(stuck(tmp_path, 1), 0, 3, False)
+    fleet = Fleet(stuck(tmp_path, 1), 0, 3)
     rows = {"observations": np.zeros((1, 7)), "actions": np.zeros((1, 1))}
     with pytest.raises(EnvironmentMismatchError, match=r"gives observations \(2,\)"):
         fleet.must_fit(rows, False)
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_said_though_it_cannot_be_closed(tmp_path: Path) ->
 
 
 def test_a_process_closes_all_its_environments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fleet = Fleet(stuck(tmp_path, 1), 0, 3, False, processes=1)
+    fleet = Fleet(stuck(tmp_path, 1), 0, 3, processes=1)
     fleet.close()
     assert closed(tmp_path) == {"0", "1", "2"}
     error = capfd.readouterr().err
