@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from o2o.agents import ReBRAC, ReBRACConfig
+from o2o.config import LoopConfig
 from o2o.errors import ConfigError, DatasetError
 from o2o.runs import session
-from o2o.train.schedule import LoopConfig
 from o2o.types import Batch
 from tests.helpers.contract import QUICK
 from tests.helpers.probes import DISCOUNT, Probe, mode, q_values, two_steps
@@ -202,7 +202,7 @@ def test_a_run_with_its_replay_on_the_host_is_the_same(tiny_run: Callable[..., A
         loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=device_bytes)
         trainer = session.build(tiny_run("rebrac", [("critic_penalty", 1e3)], seeds=2, loop=loop))
         assert trainer.offline(20) and trainer.online(40)
-        agents.append(trainer.online_state.agent)  # type: ignore[union-attr]
+        agents.append(trainer.agent)
         trainer.close()
     for name in ("actor", "critic"):
         one, two = (getattr(agent, name) for agent in agents)
