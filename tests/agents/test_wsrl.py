@@ -14,10 +14,9 @@ from o2o.agents.cql import CQL, CalQL, Conservative, CQLConfig
 from o2o.agents.iql import IQL, IQLConfig
 from o2o.agents.sac import SAC, SACConfig
 from o2o.agents.wsrl import WSRL, WSRLConfig, fitting_bc, fitting_iql, online_sac
-from o2o.config import with_fields
+from o2o.config import from_dict, to_dict, with_fields
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.modules import Adam
-from o2o.runs.folder import from_dict, to_dict
 from o2o.types import OnlineConfig
 from tests.helpers.tiny import (
     ACTION_DIM,
