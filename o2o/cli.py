@@ -285,7 +285,7 @@ def bench_run(
     """Run the cells of a suite that are missing and resume those that were interrupted.
 
     Args:
-        suite: Name of a file in benchmarks/.
+        suite: Name of a suite in benchmarks/suites.py, or a Python file that defines SUITE.
         agents: Only these rows of the suite.
         tasks: Only these datasets.
         seeds: Number of seeds; default: the suite's own.
@@ -313,7 +313,7 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
     """Write a suite's Markdown table and curves from its raw rows.
 
     Args:
-        suite: Name of a file in benchmarks/.
+        suite: Name of a suite in benchmarks/suites.py, or a Python file that defines SUITE.
         out: Folder of results; default: benchmarks/results.
     """
     from o2o.report.suite_report import write_report

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from o2o.types import Array
 
-INIT, DATA, ACT, EVALUATE = range(4)
-"""Streams: initialisation, minibatches (index: gradient step), acting (index: environment step), evaluation."""
+INIT, DATA, ACT = range(3)
+"""Streams: initialisation, minibatches (index: gradient step), acting (index: environment step)."""
 
 
 def seed_keys(seed: int, seeds: int) -> Array:

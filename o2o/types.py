@@ -29,19 +29,19 @@ Replay = Literal["online", "mixed", "append", "rollout", "none"]
 class OnlineConfig:
     """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config.
 
-    What is read depends on `replay`: with `online`, `append` and `mixed` all but `num_envs` and `rollout_steps`, though
-    `offline_ratio` with `mixed` alone; with `rollout` only those two, all others keep their defaults; with `none` only
-    `random_steps`, the others for when it is evaluated.
+    `replay` decides which fields are read. `online`, `append` and `mixed` read all but `num_envs` and `rollout_steps`;
+    only `mixed` reads `offline_ratio`. `rollout` reads those two only, and the others must keep their defaults. `none`
+    acts by `random_steps`; its other fields only set the times of evaluations.
     """
 
     utd_ratio: int = 1
     """Critic updates per environment step (update-to-data ratio)."""
     warmup_steps: int = 0
-    """Environment steps with the loaded policy, stored, before the first update (WSRL's K)."""
+    """Environment steps before updates are allowed (WSRL's K). The first update follows the second step after them."""
     random_steps: int = 0
     """Environment steps with uniform random actions before the policy acts; no update before their end."""
     min_rows: int = 0
-    """The first update waits until the online buffer holds more rows than this."""
+    """The first update waits until the buffer held more rows than this before the current step."""
     replay: Replay = "online"
     """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
     minibatch from the dataset; `append` one buffer that starts with the whole dataset; `rollout` no buffer: the newest
@@ -57,14 +57,14 @@ class OnlineConfig:
     """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a count or share that is none."""
+        """Raise `ConfigError` if a count or ratio is out of range."""
         if self.utd_ratio < 1:
             raise ConfigError(f"utd_ratio is {self.utd_ratio}; expected at least 1")
         if not 0.0 <= self.offline_ratio <= 1.0:
             raise ConfigError(f"offline_ratio is {self.offline_ratio}; expected 0 to 1")
 
     def first_update(self) -> int:
-        """Return the zero-based online step after whose insertion the first update runs."""
+        """Return the number of the environment step, counted from 0, after which the first update runs."""
         return max(self.random_steps, max(self.warmup_steps, self.min_rows) + 1)
 
     def check_rollout(self) -> None:
@@ -87,7 +87,8 @@ class Needs:
     """What an agent needs of its dataset, its replay and its run."""
 
     keys: tuple[str, ...] = ()
-    """Batch keys beyond the usual five: `mc_returns`, `next_actions`, `ends`."""
+    """Batch keys beyond the usual five: `mc_returns`, `next_actions`, `next_valid`. `ends` and `valid` come with a
+    `window` above 1."""
     window: int = 1
     """Rows in a row that every entry of a minibatch holds; 1 for plain transitions."""
     base_policy: bool = False
@@ -124,18 +125,18 @@ class Phase:
     """
 
     name: str
-    """Shown as the phase in metrics and progress."""
+    """Name of the phase on the progress bar. Metrics say `offline`."""
     steps: int
     """Gradient steps."""
     update: Callable[[Any, Any, Array], tuple[Any, Info]] | None = None
     """One gradient step `(agent, data, progress)` that draws its own rows, `progress` `[]` in [0, 1) of the phase.
     None: `Agent.update` on minibatches that the loop draws."""
     enter: Callable[[Any, Any], Any] | None = None
-    """Called once as `(agent, data)` before the first step, not traced: fit statistics, switch networks."""
+    """`(agent, data)` to agent, called once before the first step, outside jit. It may fit statistics."""
     check: Callable[[Any, Any], Any] | None = None
-    """Called as `(agent, data)` every `check_every` steps and at the end: validate, promote, put back."""
+    """`(agent, data)` to agent, jitted. It runs every `check_every` steps and at the end of the phase."""
     check_every: int = 0
-    """Gradient steps between two calls of `check`; 0 for none."""
+    """Gradient steps between two calls of `check`; 0: at the end only."""
     note: str = ""
     """A line to show before the first step; empty for none."""
 
@@ -156,7 +157,7 @@ class Agent(struct.PyTreeNode):
 
     @property
     def needs(self) -> Needs:
-        """What the agent in its present form needs; that of its config unless the agent says otherwise."""
+        """What the agent in its present form needs. The online form may need fewer keys than the config, never more."""
         return self.config.needs  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
@@ -183,7 +184,7 @@ class Agent(struct.PyTreeNode):
         raise NotImplementedError
 
     def random_actions(self, observations: Any, rng: Array, action_dim: int) -> Array:
-        """Return the actions `[..., A]` of `online.random_steps`: uniform in [-1, 1] by default."""
+        """Return the actions `[N, A]` of `online.random_steps` for observations `[N, D]`: uniform by default."""
         shape = jax.tree.leaves(observations)[0].shape[:1]
         return jax.random.uniform(rng, (*shape, action_dim), minval=-1.0, maxval=1.0)
 

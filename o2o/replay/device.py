@@ -87,6 +87,9 @@ class DeviceReplay:
 
     def source(self, keys: Array, at: int, sampling: Sampling) -> Ring:
         """Return what the update call of gradient step `at` draws from."""
+        return self._ring()
+
+    def _ring(self) -> Ring:
         assert self.buffer is not None
         return Ring(self.buffer, self.data if self._mixed else None)
 
@@ -96,7 +99,7 @@ class DeviceReplay:
 
     def batch_shapes(self, sampling: Sampling) -> Batch:
         """Return shapes and types of one seed's minibatches, leaves `[utd, B, ...]`."""
-        source = Dataset(self.data) if self.buffer is None else Ring(self.buffer, self.data if self._mixed else None)
+        source = Dataset(self.data) if self.buffer is None else self._ring()
         return batch_shapes(source, self.seeds, sampling)
 
     def add(self, rows: Batch, normalizer: Normalizer | None) -> None:

@@ -102,9 +102,9 @@ class HostReplay:
     kind = "host"
 
     def __init__(self, data: HostData, seeds: int, most: int, folder: Path | None, slack: int) -> None:
-        """Serve `data`; the run's own rows are kept in `folder` (None: a temporary one), `slack` more than the ring is.
+        """Serve `data`. The run's own observations go to files in `folder`; None: a temporary folder.
 
-        A checkpoint stays whole while at most `slack` rows were written behind it.
+        The files hold `slack` rows more than the ring, so a checkpoint outlasts that many newer rows.
         """
         self.data, self.folder, self.slack = data, folder, max(slack, 1)
         self.handles = DeviceReplay(data.light, seeds, most)
@@ -271,6 +271,6 @@ class HostReplay:
             self.store.sync()
 
     def close(self) -> None:
-        """End the thread; a temporary folder is removed."""
+        """End the thread. A temporary folder vanishes with the store."""
         self._pool.shutdown(cancel_futures=True)
         self._ahead, self.store = None, None

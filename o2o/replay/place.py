@@ -14,12 +14,12 @@ from o2o.replay.host import HostData, HostReplay
 
 CPU_BYTES = 8 * 2**30
 Replay = DeviceReplay | HostReplay
-"""Dataset and ring buffers of a run; both have the same methods."""
+"""A dataset and rings. `Rollout` has the methods of the online loop only."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """How much of the device dataset and replay may take, and what lies elsewhere otherwise."""
+    """Decides whether dataset and replay lie on the device or in host memory."""
 
     device_bytes: int | None = None
     """Bytes of the device; None: half its memory, 8 GiB on a CPU."""
@@ -28,7 +28,7 @@ class Place:
     folder: Path | None = None
     """Folder of rows on disk; None: a temporary one."""
     slack: int = 1
-    """Rows on disk that may be written behind a checkpoint before it is no longer whole."""
+    """Spare rows on disk. A checkpoint stays readable until that many newer rows were written."""
 
     def limit(self) -> int:
         """Return the bytes that dataset and replay may take of the device."""

@@ -66,13 +66,17 @@ class Ring(struct.PyTreeNode):
         """Return the batch of gradient step `at`, leaves `[S, utd, B, ...]`."""
 
         def draw(key: Array, buffer: ReplayBuffer) -> Batch:
-            return sample_minibatches(key_at(key, DATA, at), self.offline, buffer, *_arguments(sampling))
+            return sample_minibatches(
+                key_at(key, DATA, at),
+                self.offline,
+                buffer,
+                sampling.utd_ratio,
+                sampling.batch_size,
+                sampling.offline_ratio,
+                sampling.window,
+            )
 
         return over_seeds(draw, keys.shape[0])(keys, self.buffer)
-
-
-def _arguments(sampling: Sampling) -> tuple[int, int, float, int]:
-    return sampling.utd_ratio, sampling.batch_size, sampling.offline_ratio, sampling.window
 
 
 class Fetched(struct.PyTreeNode):

@@ -153,7 +153,7 @@ class Screen:
 
     def progress(self, phase: str, done: int, total: int, _: dict[str, float]) -> None:
         """Show `done` of `total` steps on the bar of `phase`."""
-        name = "offline" if phase == "offline" else "online"
+        name = "online" if phase in ("warmup", "online") else phase
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
         label = "warm-up" if phase == "warmup" else name

@@ -10,11 +10,9 @@ import numpy as np
 
 from o2o.closing import Closing
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.rl.chunks import outdated
 from o2o.train.env_processes import Crew
 from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
 from o2o.train.evaluation import EnvFn
-from o2o.types import Carry
 
 BESIDE = (
     "loop.eval_process plays beside training, but the environment says that it is hardware (metadata 'replayable' "
@@ -45,18 +43,18 @@ class Fleet:
         """Whether an evaluation moved what training stands on (hardware), so that its episodes must begin anew."""
         self._actions: np.ndarray | None = None
         self.fault: Exception | None = None
-        """Why a new episode could not be begun: nothing is played any more, what was played is whole."""
+        """The error of a failed reset. No step is played after it; earlier transitions are kept."""
         with Closing() as closing:
             closing.callback(self.close)
             self._reset(range(len(names)))
             closing.pop_all()
         self.observations = stack([slot.observation for slot in self.slots])
-        """What the policy sees next, leaves `[S, ...]`."""
+        """What the policy sees next, leaves `[S * N, ...]`."""
 
     def must_fit(self, rows: Mapping[str, Any], shared: bool) -> Self:
         """Return itself; raises `EnvironmentMismatchError`, and is closed, if its spaces are not those of `rows`.
 
-        `shared`: others of the same kind are played at the same time; ConfigError if they cannot be.
+        `shared`: an evaluation will run beside training. Raises `ConfigError` if the environment is hardware.
         """
         with Closing() as closing:
             closing.callback(self.close)
@@ -109,17 +107,17 @@ class Fleet:
     def step(
         self, actions: np.ndarray, finished: Callable[[int, dict[str, Any]], None]
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Play `actions` `[S, A]`; return the transitions, leaves `[S, ...]`, and which episodes ended `[S]`.
+        """Play `actions` `[S * N, A]`; return transitions, leaves `[S * N, ...]`, and which episodes ended `[S * N]`.
 
         Ended episodes are reported to `finished(index, row)` and reset; transitions keep the true last observation.
-        If an environment fails, the others' steps are taken back, so that the run can be saved as it stood. If one
-        fails to begin its next episode, this step is whole, and the next one raises what happened.
+        If an environment fails, no slot records this step, so the run can be saved as it stood; the simulators are not
+        moved back. If one fails to begin its next episode, this step is whole, and the next one raises the error.
         """
         self.send(actions)
         return self.receive(finished)
 
     def send(self, actions: np.ndarray) -> None:
-        """Hand out `actions` `[S, A]`: environments in processes begin their step, those here have it in `receive`."""
+        """Hand out `actions` `[S * N, A]`. Processes begin their step now; environments here take it in `receive`."""
         if self.fault is not None:
             raise self.fault
         self._actions = actions
@@ -148,10 +146,6 @@ class Fleet:
             self.fault = error
         self.observations = stack([slot.observation for slot in self.slots])
         return rows, ended
-
-    def outdated(self, carry: Carry, ended: np.ndarray) -> np.ndarray:
-        """Return where the `carry` is to be cleared, `[S]`, after the step in which these episodes `ended`."""
-        return outdated(carry, ended, self.intervened)
 
     def _results(self) -> list[Step]:
         """Return every index's step; if one fails, all are as they were before."""

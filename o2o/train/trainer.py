@@ -25,6 +25,7 @@ from o2o.data.normalizer import Normalizer, normalized_rows
 from o2o.errors import ConfigError, DivergenceError
 from o2o.keys import seed_keys
 from o2o.nn.kernels import each_seed
+from o2o.nn.modules import where_leading
 from o2o.replay.buffer import capacity_for, check_window
 from o2o.replay.device import Returns
 from o2o.replay.host import HostReplay
@@ -33,7 +34,6 @@ from o2o.replay.rollout import Rollout
 from o2o.replay.source import Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import programs
-from o2o.train.acting import clear_carry
 from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn
 from o2o.train.remote_evaluation import evaluator_of
@@ -132,6 +132,9 @@ class Trainer:
         counters = self.counters
         counters.offline_total = steps
         clock = Clock(counters)
+        own = any((phase.update, phase.enter, phase.check) != (None,) * 3 for phase, _ in plan(self.agent, steps))
+        if own and isinstance(self.replay, HostReplay):
+            raise ConfigError("an agent that draws its own rows needs the dataset on the device: raise device_bytes")
         if not all(self._run_phase(phase, begin, steps, clock) for phase, begin in plan(self.agent, steps)):
             return False
         self.take_evaluations(wait=True)
@@ -143,8 +146,6 @@ class Trainer:
         eval_every = loop.offline_eval_every or steps
         if phase.note and counters.offline_steps < end:
             log.warning(phase.note)
-        if phase.update is not None and isinstance(self.replay, HostReplay):
-            raise ConfigError("an agent that draws its own rows needs the dataset on the device: raise device_bytes")
         while counters.offline_steps < end:
             at = counters.offline_steps
             if at == begin:
@@ -154,7 +155,7 @@ class Trainer:
                 marks.append(at + phase.check_every - (at - begin) % phase.check_every)
             self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch))
             at = counters.offline_steps
-            if phase.check is not None and ((at - begin) % phase.check_every == 0 or at == end):
+            if phase.check is not None and (at == end or (phase.check_every and (at - begin) % phase.check_every == 0)):
                 self.state.agent = programs.check_phase(self.agent, self.replay.data, check=phase.check)
             clock.read()
             if at % loop.log_every == 0 or at == end:
@@ -191,8 +192,8 @@ class Trainer:
                 sampling=programs.OWN if own else sampling, phase=own, begin=begin,
             )  # fmt: skip
             counters.gradient_steps += part
-        counters.offline_steps += count
-        counters.unlogged_updates += count
+            counters.offline_steps += part
+            counters.unlogged_updates += part
 
     def _zeros(self, phase: Phase | None) -> Any:
         """Return zeros `[S]` for the sums of the metrics of a phase; None: of the online phase."""
@@ -207,7 +208,7 @@ class Trainer:
         """Switch the agents to their online form, make room for what they will see, make and reset the environments.
 
         Does nothing if that was done. False if a stop was asked for while candidates were tried: nothing is changed.
-        `kind`: where observations are kept, as a checkpoint had it; None: on the device if they fit.
+        `kind`: "device", "host" or "rollout", as a checkpoint says; None: decide now, and try candidates first.
         `play` False creates no environments.
         """
         if self.counters.phase == "online":
@@ -231,7 +232,8 @@ class Trainer:
             self._make_fleet()
         if wanted.replay == "rollout":
             length = wanted.rollout_steps // wanted.num_envs
-            self.replay = Rollout(self.replay.data, self.seeds, length, wanted.num_envs)
+            before, self.replay = self.replay, Rollout(self.replay.data, self.seeds, length, wanted.num_envs)
+            before.close()
         else:
             waits = "mc_returns" in keys
             returns = Returns(self.config.discount, self.data.task.failure_reward) if waits else None
@@ -250,14 +252,14 @@ class Trainer:
         if self.agent.candidates < 2:
             return True
         scores = np.zeros((self.agent.candidates, self.seeds))
+        take = jax.jit(jax.vmap(lambda a, i: a.take_candidate(i)))
         for rank in range(self.agent.candidates):
-            agent = jax.jit(jax.vmap(lambda a, i=rank: a.take_candidate(jnp.asarray(i))))(self.agent)
+            agent = take(self.agent, jnp.full(self.seeds, rank))  # acts by its mode, whatever deterministic_eval says
             rows = self.evaluator.until_stopped(agent, self.normalizer, self.counters.offline_steps)
             if rows is None:
                 return False
             for seed in range(self.seeds):
                 scores[rank, seed] = np.mean([row["score"] for row in rows if row["seed"] == seed])
-        take = jax.jit(jax.vmap(lambda a, i: a.take_candidate(i)))
         self.state.agent = take(self.agent, jnp.asarray(scores.argmax(axis=0)))
         return True
 
@@ -354,7 +356,7 @@ class Trainer:
                 state.agent, state.totals, source, self.keys, counters.gradient_steps, part, sampling=sampling
             )
             counters.gradient_steps += part
-        counters.unlogged_updates += count
+            counters.unlogged_updates += part
 
     def _learn_and_act(self, update: bool, over: np.ndarray) -> None:
         """Run the update call, if one is due, and choose the next actions; `over` `[S * N]` clears the carry."""
@@ -363,14 +365,14 @@ class Trainer:
         places = (self.seeds, self.envs_per_seed)
         state.totals = state.totals or self._zeros(None)
         source = self.replay.source(self.keys, counters.gradient_steps, sampling) if update else None
-        at = counters.gradient_steps
+        at, overlap = counters.gradient_steps, self.loop.overlap and self.online_config.replay != "rollout"
         state.agent, state.totals, state.carry, state.action = programs.learn_and_act(
-            state.agent, state.totals, state.carry, None if self.loop.overlap else source, state.normalizer, self.keys,
+            state.agent, state.totals, state.carry, None if overlap else source, state.normalizer, self.keys,
             at, jax.tree.map(lambda o: o.reshape(*places, *o.shape[1:]), self.fleet.observations), over.reshape(places),
             counters.env_steps, sampling=sampling, action_dim=self.replay.data.rows["actions"].shape[-1],
             random=counters.env_steps < self.online_config.random_steps,
         )  # fmt: skip
-        if source is not None and self.loop.overlap:  # the update runs while the environments step
+        if source is not None and overlap:  # the update runs while the environments step
             state.agent, state.totals = programs.learn(
                 state.agent, state.totals, source, self.keys, at, sampling=sampling
             )
@@ -420,7 +422,7 @@ class Trainer:
             self._begin_anew(np.zeros(len(self.fleet.slots), bool))
 
     def _begin_anew(self, same: np.ndarray) -> None:
-        """End the half episodes of environments that are not the `same` `[S * N]` as before, and act anew there."""
+        """End the episodes of environments that are not at their old state (`same` `[S * N]`), and act anew there."""
         if same.all():
             return
         state, places = self.state, (self.seeds, self.envs_per_seed)
@@ -429,7 +431,7 @@ class Trainer:
         before, action, stays = state.carry, state.action, same.reshape(places)
         kept = jax.tree.map(jnp.copy, before)  # the program that chooses takes its carry over
         self._learn_and_act(False, ~same)
-        state.carry = clear_carry(state.carry, kept, stays)
+        state.carry = where_leading(stays, kept, state.carry)
         if action is not None and state.action is not None:
             state.action = jnp.where(stays[..., None], action, state.action)
 
@@ -491,7 +493,7 @@ class Trainer:
         self.hooks.metrics(
             {
                 "phase": self.phase_name,
-                "env_steps": counters.env_steps + 1,
+                "env_steps": counters.env_steps + self.envs_per_seed,
                 "gradient_steps": counters.gradient_steps,
                 "seed": seed,
                 "episodes": counters.episodes[seed],
@@ -525,10 +527,10 @@ class Trainer:
     # Checkpoints
 
     def save(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return (arrays, values): named device arrays and JSON-able host values, all that a checkpoint holds.
+        """Report earlier evaluations, then return (arrays, values): device arrays by name, host values for JSON.
 
-        Evaluations of earlier steps are waited for and reported. One of this step may be under way or have failed: who
-        goes on from here plays it again.
+        Together they are all that a checkpoint holds. An evaluation of this very step may be under way or have failed:
+        whoever goes on from here plays it again.
         """
         self.take_earlier_evaluations()
         state, counters = self.state, self.counters
