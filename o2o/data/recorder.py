@@ -2,7 +2,7 @@
 
 Every finished episode is one file under `RUN/episodes`, in the environment's own units: observations (Dict too), the
 executed actions, which of them were a human's, and raw rewards. A file is written atomically, named by run seed,
-stream, member and episode, and never overwritten. A resumed run first deletes the episodes that it will play again
+stream, environment and episode, and never overwritten. A resumed run first deletes the episodes that it will play again
 (`forget`); those of a robot stay. `export` makes a Minari dataset of the files at any time.
 """
 
@@ -27,7 +27,7 @@ from o2o.files import write_atomically
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
 """In a run folder: the episodes, the description of their environment, the root of the exported dataset."""
 Name = tuple[int, ...]
-"""Run seed, stream, member, and so on; the last entry is the number of the episode."""
+"""Seed, stream, environment; the last entry is the number of the episode."""
 
 
 class Recorder(gym.Wrapper):
@@ -148,7 +148,7 @@ def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
 
 
 def _files(folder: Path) -> dict[Name, Path]:
-    """Return the recorded episodes of a folder, sorted by member and then by time."""
+    """Return the recorded episodes of a folder, sorted by seed and environment, then by time."""
     named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
     return dict(sorted(named.items()))
 
@@ -165,15 +165,15 @@ def _header(folder: Path) -> dict[str, Any]:
 
 
 def next_number(folder: Path, prefix: Name) -> int:
-    """Return the number after those of all recorded episodes of `prefix` (run seed, stream, member)."""
+    """Return the number after those of all recorded episodes of `prefix` (seed, stream, environment)."""
     return 1 + max((name[-1] for name in _files(folder) if name[:-1] == prefix), default=-1)
 
 
 def forget(run: Path, going_on: Mapping[Name, int]) -> None:
     """Delete the episodes that a resumed run will play again; none if the environment cannot be replayed.
 
-    `going_on` maps (run seed, stream, member) to the number of the current episode. Of members that it does not name,
-    all episodes are deleted.
+    `going_on` maps (seed, stream, environment) to the number of the current episode. All episodes of other environments
+    are deleted.
     """
     if (run / EPISODES / HEADER).exists() and not _header(run / EPISODES).get("replayable", True):
         return

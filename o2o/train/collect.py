@@ -86,7 +86,6 @@ class Fleet:
 
     def begin_anew(self) -> None:
         """Break off all episodes and begin the next ones."""
-        self.displaced = False
         try:
             self._reset(range(len(self.slots)))
         except Exception as error:

@@ -186,7 +186,8 @@ class Trainer:
         state.totals = state.totals or self._zeros(phase)
         own = phase if phase.update is not None else None
         for source, part in self.replay.dataset(self.keys, counters.gradient_steps, count, sampling):
-            jax.block_until_ready(state.totals)  # one dispatch under way, one batch in waiting: no more on the device
+            if part < count:  # batches that were fetched: one in use, one in waiting, no more on the device
+                jax.block_until_ready(state.totals)
             state.agent, state.totals = programs.updates(
                 state.agent, state.totals, source, self.keys, counters.gradient_steps, part,
                 sampling=programs.OWN if own else sampling, phase=own, begin=begin,
@@ -214,8 +215,6 @@ class Trainer:
         if self.counters.phase == "online":
             return True
         wanted = self.online_config
-        if kind is None and not self._choose_candidates():
-            return False
         agent = each_seed(programs.to_online, self.agent)
         keys = agent.needs.keys
         if "mc_returns" in keys and wanted.replay == "append":
@@ -228,7 +227,11 @@ class Trainer:
             check_window(agent, capacity_for(steps, self.loop.replay_capacity) + appended, "the replay buffer")
         if wanted.replay == "mixed":
             check_window(agent, self.replay.data.size, "the dataset")
-        if play:
+        if kind is None and self.agent.candidates > 1:
+            if not self._choose_candidates():
+                return False
+            agent = each_seed(programs.to_online, self.agent)
+        if play and self.fleet is None:
             self._make_fleet()
         if wanted.replay == "rollout":
             length = wanted.rollout_steps // wanted.num_envs
@@ -249,8 +252,6 @@ class Trainer:
 
         False, and nothing is chosen, if a stop was asked for before.
         """
-        if self.agent.candidates < 2:
-            return True
         scores = np.zeros((self.agent.candidates, self.seeds))
         take = jax.jit(jax.vmap(lambda a, i: a.take_candidate(i)))
         for rank in range(self.agent.candidates):
@@ -325,12 +326,13 @@ class Trainer:
             self._initial_updates()
         self.replay.add(rows, self.normalizer)
         counters.env_steps += self.envs_per_seed
+        state.action = None  # played; if choosing the next ones fails, a resume chooses them
         self._learn_and_act(update, over)
-        self.replay.reveal(ended)
         if update:
             counters.gradient_steps += self.agent.updates_per_call
             counters.online_updates += 1
             counters.unlogged_updates += 1
+        self.replay.reveal(ended)
 
     def _sampling(self, utd_ratio: int | None = None) -> Sampling:
         online = self.online_config
@@ -351,7 +353,8 @@ class Trainer:
         sampling = self._sampling(utd_ratio=1)
         state.totals = state.totals or self._zeros(None)
         for source, part in self.replay.burst(self.keys, counters.gradient_steps, count, sampling):
-            jax.block_until_ready(state.totals)
+            if part < count:
+                jax.block_until_ready(state.totals)
             state.agent, state.totals = programs.updates(
                 state.agent, state.totals, source, self.keys, counters.gradient_steps, part, sampling=sampling
             )
@@ -417,9 +420,11 @@ class Trainer:
                 closing.pop_all()
             self.fleet, state.environments, state.observations = fleet, None, None
             self._begin_anew(same)
+            fleet.displaced = False
         elif self.fleet is not None and self.fleet.displaced:
             self.fleet.begin_anew()
             self._begin_anew(np.zeros(len(self.fleet.slots), bool))
+            self.fleet.displaced = False
 
     def _begin_anew(self, same: np.ndarray) -> None:
         """End the episodes of environments that are not at their old state (`same` `[S * N]`), and act anew there."""
@@ -544,7 +549,7 @@ class Trainer:
             loop |= {"observations": self._observations()}
             loop |= {} if state.action is None else {"action": state.action}
             loop |= {} if state.carry is None else {"carry": state.carry}
-            values["replay"] = self.replay.state()
+            values["replay"], values["acting"] = self.replay.state(), state.action is not None
             values["environments"] = state.environments if self.fleet is None else self.fleet.snapshot()
         return {**arrays, "loop": loop}, values
 
@@ -566,8 +571,8 @@ class Trainer:
     ) -> Self:
         """Go on where `values` of `save` say; `read(targets)` returns arrays of a given structure.
 
-        `online_steps` sizes the replay if the checkpoint does not say for how many steps it was made. `play` False:
-        environments are made when `online` goes on, and nothing is stored: the run is looked at.
+        `online_steps` sizes the replay if the checkpoint does not say for how many steps it was made. `play` False: the
+        run is looked at. No environment is made, and a replay on disk refuses to store anything.
         """
         saved = Counters(**values["counters"])
         if saved.phase == "online":
@@ -575,7 +580,7 @@ class Trainer:
             self.begin_online(replay.get("planned") or online_steps, replay["kind"], play=False)
         targets, _ = self.save()
         loop = targets["loop"]
-        if saved.phase == "online":
+        if values.get("acting"):
             shape = (self.seeds, self.envs_per_seed, *self.replay.data.rows["actions"].shape[1:])
             loop["action"] = jnp.zeros(shape)
         if saved.unlogged_updates:
@@ -586,10 +591,12 @@ class Trainer:
         arrays = read(targets)
         state, loop = self.state, arrays["loop"]
         state.agent, state.counters, state.totals = arrays["agent"], saved, loop["totals"]
+        if saved.asked_at != saved.point:  # an earlier evaluation that failed is not played again
+            saved.asked_at = saved.scored_at
         state.normalizer = arrays.get("normalizer", state.normalizer)
         if saved.phase == "online":
             self.replay.restore(arrays, values["replay"])
-            state.carry, state.action = loop.get("carry"), loop["action"]
+            state.carry, state.action = loop.get("carry"), loop.get("action")
             state.environments, state.observations = values["environments"], loop["observations"]
         if play:
             self.put_back()
