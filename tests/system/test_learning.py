@@ -9,7 +9,9 @@ from o2o.report.plots import read_rows
 from o2o.runs import session
 
 STEPS = 4_000
-FAST = [("actor_lr", 1e-3), ("critic_lr", 1e-3), ("temperature_lr", 1e-3), ("tau", 0.02), ("online.warmup_steps", 500)]
+RATES = {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature_lr": 1e-3, "tau": 0.02}
+FAST = [(f"{part}.{name}", value) for part in ("cql", "finetune") for name, value in RATES.items()]
+FAST += [("online.warmup_steps", 500)]
 """Faster settings than the preset's; what the preset itself reaches is a benchmark's matter."""
 
 
