@@ -41,6 +41,8 @@ Pretrain = Literal["calql", "cql", "iql", "bc", "sac"]
 Learner = SAC | CQL | CalQL | IQL | BC
 SOURCES = (SAC, RLPD, CQL, CalQL, IQL, BC)
 """What a WSRL agent can start from, and no class derived from them: their actors are policies of their own."""
+PARTS = ("cql", "iql", "bc", "finetune")
+"""Fields of `WSRLConfig` that are configs of agents."""
 SHARED = (
     "actor_hidden_dims",
     "critic_hidden_dims",
@@ -139,8 +141,8 @@ class WSRLConfig(AgentConfig):
         """Raise `ConfigError` for an unknown pre-trainer and for settings of a part that the whole decides."""
         if self.pretrain not in ("calql", "cql", "iql", "bc", "sac"):
             raise ConfigError(f"WSRLConfig.pretrain is {self.pretrain!r}; expected calql, cql, iql, bc or sac")
-        parts: dict[str, AgentConfig] = {"cql": self.cql, "iql": self.iql, "bc": self.bc, "finetune": self.finetune}
-        for name, part in parts.items():
+        for name in PARTS:
+            part = getattr(self, name)
             for field in ("batch_size", "discount", "online"):
                 inside, outside = getattr(part, field), getattr(self, field)
                 if inside not in (outside, getattr(type(part), field)):
@@ -209,8 +211,9 @@ class WSRL(Agent):
         if type(source) not in SOURCES:
             known = ", ".join(kind.__name__ for kind in SOURCES)
             raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
-        finetune = replace(config.finetune, log_std_range=source.config.log_std_range)
-        switched = cls(learner=source, config=replace(config, finetune=finetune))
+        limits = source.config.log_std_range
+        parts = {name: replace(getattr(config, name), log_std_range=limits) for name in PARTS}
+        switched = cls(learner=source, config=replace(config, **parts))
         jax.eval_shape(switched.online)
         return switched
 

@@ -87,13 +87,13 @@ def test_a_low_member_moves_the_target_only_when_drawn() -> None:
     low = agent.replace(target_critic=constant_critic(agent.target_critic, -1e6, member=0))
     keys = jax.random.split(KEY, 64)
     before, after = np.asarray(draws(agent, batch, keys)), np.asarray(draws(low, batch, keys))
-    hit = np.all(after == -1e6, axis=1)
+    hit = np.all(np.isclose(after, -1e6, rtol=1e-6), axis=1)
     assert 0 < hit.sum() < 64
     np.testing.assert_array_equal(after[~hit], before[~hit])
 
 
 def test_target_depends_on_alpha_only_with_entropy_in_the_backup() -> None:
-    """With e = 1, dv/d alpha = -ln pi(a'|s'); the target multiplies it by discount * mask; with e = 0 it is 0."""
+    """From alpha 1 to 2 v changes by -ln pi(a'|s') with e = 1, by 0 with e = 0: v is linear in alpha."""
     batch = make_batch()
     for agent, factor in ((rlpd(), -1.0), (rlpd(backup_entropy=False), 0.0)):
 
@@ -101,7 +101,7 @@ def test_target_depends_on_alpha_only_with_entropy_in_the_backup() -> None:
             temperature = agent.temperature.replace(params={"params": {"value": free}})
             return next_values(agent.replace(temperature=temperature), batch, KEY)
 
-        slope = jax.jit(jax.jacrev(value))(jnp.zeros(()))  # alpha = exp(p), so that d alpha / dp = 1 at p = 0
+        slope = value(jnp.log(2.0)) - value(jnp.zeros(()))  # alpha = exp(p)
         policy, (_, action_rng) = agent.actor(batch["next_observations"]), jax.random.split(KEY)
         log_prob = policy.sample_and_log_prob(action_rng)[1]
         assert float(jnp.abs(log_prob).min()) > 1e-3

@@ -148,7 +148,9 @@ def test_from_iql_with_a_decaying_rate_keeps_the_moments() -> None:
     after = switch(WSRL.from_agent(source, CONFIG))
     assert_equal(after.actor.opt_state[0], source.actor.opt_state[0])
     assert after.actor.optimizer.decay_steps is None
-    assert after.config == replace(CONFIG, finetune=replace(FINETUNE, log_std_range=config.log_std_range))
+    limits = {"log_std_range": config.log_std_range}
+    parts = {name: replace(getattr(CONFIG, name), **limits) for name in ("cql", "iql", "bc", "finetune")}
+    assert after.config == replace(CONFIG, **parts)
     np.testing.assert_array_equal(
         source.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
         after.sample_actions(jnp.ones((2, OBSERVATION_DIM)), None, KEY, True)[0],
