@@ -89,8 +89,8 @@ def test_rows_are_the_same_to_the_last_bit(here: Evaluator, there: RemoteEvaluat
     scale = Normalizer(mean=jnp.full(4, 0.01), std=jnp.full(4, 1.5))
     for agent, normalizer, point, deterministic in (
         (agents, None, 0, True),
-        (agents, None, 7, False),
-        (others, scale, 7, True),  # another structure, a carry, a normaliser
+        (agents, None, 8, False),
+        (others, scale, 8, True),  # another structure, a carry, a normaliser
     ):
         expected = here(agent, normalizer, point, deterministic)
         assert there(agent, normalizer, point, deterministic) == expected
@@ -182,8 +182,8 @@ def test_training_goes_on_meanwhile_and_a_failure_leaves_the_run_saved(
     with pytest.raises(KeyError):
         guarded(folder, trainer, lambda: {}["another failure"])
     assert (tmp_path / "run/checkpoints/100").is_dir(), "saved though an evaluation under way failed as well"
-    assert trainer.unscored == 100, "it would be played again at once"
-    trainer.unscored = None
+    assert trainer.counters.unscored and trainer.counters.asked_at == 100, "it would be played again at once"
+    trainer.counters.asked_at = trainer.counters.scored_at
     with pytest.raises(EnvironmentFaultError, match=r"no such robot.*; the run is saved, go on with `o2o resume"):
         guarded(folder, trainer, lambda: trainer.online(90))
     assert read_status(tmp_path / "run") == "failed" and (tmp_path / "run/checkpoints/110").is_dir()
