@@ -79,7 +79,7 @@ def test_a_score_that_comes_later_decides_as_well(tmp_path: Path) -> None:
     save(tmp_path, 4)
     assert checkpoint.steps(tmp_path) == [2, 4] and checkpoint.best_step(tmp_path) == 2
     assert_bitwise(checkpoint.load_arrays(tmp_path, 2, arrays()), arrays(2.0))
-    (tmp_path / "4" / "score.tmp").mkdir()
+    (tmp_path / "4" / "score.json").mkdir()  # in the way of the file
     with pytest.raises(CheckpointError, match="cannot write the score of checkpoint 4 in .*; the checkpoint is intact"):
         checkpoint.add_score(tmp_path, 4, 0.5)
     assert checkpoint.load_state(tmp_path)[0] == 4
