@@ -154,7 +154,7 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
     monkeypatch.setattr("o2o.train.programs.to_online", lambda agent: gone.append(np.asarray(agent.chosen)) or agent)
     assert trainer.begin_online(40)
     np.testing.assert_array_equal(np.stack(played), [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(np.stack(gone), [0, 1])
+    np.testing.assert_array_equal(np.stack(gone[-2:]), [0, 1])
 
 
 def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Path) -> None:
