@@ -124,7 +124,7 @@ class CalQLConfig(CQLConfig):
     @property
     def needs(self) -> Needs:
         """What an agent with these settings needs of its data and its run."""
-        return Needs(keys=("mc_returns",))
+        return Needs(batch_keys=("mc_returns",))
 
 
 class CQL(SAC):
@@ -243,7 +243,7 @@ class CalQL(CQL):
     @property
     def needs(self) -> Needs:
         """Monte-Carlo returns, whatever the config's class."""
-        return Needs(keys=("mc_returns",))
+        return Needs(batch_keys=("mc_returns",))
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_flat, minibatches_in
+from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
@@ -453,20 +453,19 @@ class EXPO(Agent):
         """
         config = self.config
         rng, critic_rng, base_rng, edit_rng, share_rng, shift_rng = jax.random.split(self.rng, 6)
-        utd = minibatches_in(batch)
+        minibatches_in(batch)  # refuses leaves [B, ...]
         pad = config.encoder.shift_pad
         last = augment(shift_rng, jax.tree.map(lambda leaf: leaf[-1], batch), pad)
         agent = self.replace(rng=rng)
         if self.phase == "offline":
             return agent.base_step(last, base_rng)
 
-        def critic_step(agent: Self, inputs: tuple[Batch, Array]) -> tuple[Self, Info]:
-            rows, key = inputs
+        def critic_step(agent: Self, rows: Batch, key: Array) -> tuple[Self, Info]:
             step_rng, pixel_rng = jax.random.split(key)
             return agent.critic_step(augment(pixel_rng, rows, pad), step_rng)
 
-        agent, infos = jax.lax.scan(critic_step, agent, (batch, jax.random.split(critic_rng, utd)))
-        info = {**jax.tree.map(jnp.mean, infos), "temperature/alpha": agent.alpha(), "edit/size": jnp.zeros(())}
+        agent, means = each_minibatch(critic_step, agent, batch, critic_rng)
+        info = {**means, "temperature/alpha": agent.alpha(), "edit/size": jnp.zeros(())}
         if config.backup == "base":
             choice = agent.choose(encode(agent.encoder, last["observations"]), agent.target_base, share_rng)
             info["edit/win_share"] = agent.edit_share(choice)

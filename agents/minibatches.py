@@ -35,7 +35,7 @@ def minibatches_in(batch: Batch) -> int:
 
 def check_keys(agent: Any, batch: Batch) -> None:
     """Raise DatasetError if the batch lacks a key that the agent needs."""
-    missing = [key for key in agent.needs.keys if key not in batch]
+    missing = [key for key in agent.needs.batch_keys if key not in batch]
     if missing:
         raise DatasetError(
             f"batch has no {', '.join(missing)}, which {type(agent).__name__} needs; draw it from an OfflineData or "

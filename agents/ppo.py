@@ -86,7 +86,7 @@ class PPOConfig(AgentConfig):
     @property
     def needs(self) -> Needs:
         """Monte-Carlo returns, which V is fitted to in pre-training."""
-        return Needs(keys=("mc_returns",))
+        return Needs(batch_keys=("mc_returns",))
 
 
 _DEFAULT = PPOConfig()

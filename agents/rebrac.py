@@ -59,7 +59,7 @@ class ReBRACConfig(TD3Config):
     @property
     def needs(self) -> Needs:
         """The next action of the data, and where there is one."""
-        return Needs(keys=("next_actions", "next_valid"))
+        return Needs(batch_keys=("next_actions", "next_valid"))
 
 
 _DEFAULT = ReBRACConfig()

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import minibatches_in
+from o2o.agents.minibatches import each_minibatch
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig, create_encoder, shift_observations
 from o2o.nn.kernels import branch
@@ -393,8 +393,8 @@ class Residual(Agent):
         """
         rng, critic_rng, actor_rng = jax.random.split(self.rng, 3)
         warmed_up = self.updates >= self.config.online.initial_updates
-        keys = jax.random.split(critic_rng, minibatches_in(batch))
-        agent, infos = jax.lax.scan(lambda a, rows: a.critic_step(*rows), self.replace(rng=rng), (batch, keys))
+        start = self.replace(rng=rng)
+        agent, means = each_minibatch(lambda agent, rows, key: agent.critic_step(rows, key), start, batch, critic_rng)
         last = jax.tree.map(lambda leaf: leaf[-1], batch)
 
         def move(agent: Self) -> tuple[Self, Info]:
@@ -404,7 +404,7 @@ class Residual(Agent):
             return agent, {"actor/loss": jnp.zeros(()), "actor/residual": jnp.zeros(())}
 
         agent, info = branch(warmed_up, move, rest, agent)
-        return agent, {**jax.tree.map(jnp.mean, infos), **info}
+        return agent, {**means, **info}
 
     def sample_actions(
         self, observations: Any, carry: Carry, rng: Array, deterministic: bool = False

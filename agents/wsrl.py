@@ -154,7 +154,7 @@ class WSRLConfig(AgentConfig):
     @property
     def needs(self) -> Needs:
         """What an agent with these settings needs of its data and its run."""
-        return Needs(keys=("mc_returns",)) if self.pretrain == "calql" else Needs()
+        return Needs(batch_keys=("mc_returns",)) if self.pretrain == "calql" else Needs()
 
     def pretrainer(self) -> tuple[type[Learner], Any]:
         """Return the pre-trainer's class and its config.

@@ -137,7 +137,7 @@ def play(
     out: Path | None = None,
     episodes: int = 1,
     checkpoint: str = "latest",
-    member: int = 0,
+    seed_index: int = 0,
     seed: int = 1,
 ) -> int:
     """Watch a run's policy in a window, or write a video.
@@ -147,13 +147,13 @@ def play(
         out: Video file (.mp4, .gif, .webm); default: a window.
         episodes: Episodes to play.
         checkpoint: `latest`, `best` or a checkpoint's number.
-        member: Which of the run's seeds plays.
+        seed_index: Which of the run's seeds plays.
         seed: Seed of the environment.
     """
     from o2o.report.tables import print_episodes
     from o2o.runs import session
 
-    print_episodes(session.play_run(run, out, episodes, checkpoint, member, seed))
+    print_episodes(session.play_run(run, out, episodes, checkpoint, seed_index, seed))
     if out is not None:
         print(f"wrote {out}")
     return 0

@@ -67,7 +67,7 @@ class LoopConfig:
                 raise ConfigError(f"loop.{name} is {value}; expected at least {smallest}")
 
 
-FORMAT = 2
+FORMAT = 3
 """Format of a run folder's config.json. It is raised when folders of before can no longer be opened."""
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class RunConfig:
     """What [-1, 1] stands for: the action space, or the range of the dataset's actions plus the agent's margin."""
     base: str | None = None
     """Frozen policy that a residual agent corrects: a run folder, a .onnx or .pt (TorchScript) file, or module:name."""
-    base_member: int = 0
+    base_seed_index: int = 0
     """Which seed of the base run to take, counted from 0."""
     base_sample: bool = False
     """Sample from the base run's policy. Without this its mode acts."""

@@ -22,7 +22,7 @@ Carry = Any
 """What a policy remembers between two steps of one episode; `None` for a memoryless one. What it still has to play of a
 chunk is an `o2o.rl.chunks.ActionQueue`, which a human's takeover ends too."""
 
-Replay = Literal["online", "mixed", "append", "rollout", "none"]
+ReplayKind = Literal["online", "mixed", "append", "rollout", "none"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OnlineConfig:
     """Environment steps with uniform random actions before the policy acts; no update before their end."""
     min_rows: int = 0
     """The first update waits until the buffer held more rows than this before the current step."""
-    replay: Replay = "online"
+    replay: ReplayKind = "online"
     """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
     minibatch from the dataset; `append` one buffer that starts with the whole dataset; `rollout` no buffer: the newest
     `rollout_steps` steps in order of time, once; `none` no update at all."""
@@ -86,7 +86,7 @@ class OnlineConfig:
 class Needs:
     """What an agent needs of its dataset, its replay and its run."""
 
-    keys: tuple[str, ...] = ()
+    batch_keys: tuple[str, ...] = ()
     """Batch keys beyond the usual five: `mc_returns`, `next_actions`, `next_valid`. `ends` and `valid` come with a
     `window` above 1."""
     window: int = 1

@@ -14,7 +14,7 @@ from o2o.data.normalizer import Normalizer, normalize
 from o2o.errors import ConfigError
 from o2o.nn.kernels import over_seeds
 from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for
-from o2o.replay.source import Dataset, Ring, Sampling, Source, batch_shapes
+from o2o.replay.source import BatchSource, DatasetRows, Ring, Sampling, batch_shapes
 from o2o.types import Array, Batch
 
 
@@ -67,9 +67,9 @@ class DeviceReplay:
         """(reward, mask) of each seed's rows that wait for the end of their episode."""
         self._mixed = False
 
-    def dataset(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[Source, int]]:
+    def dataset(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[BatchSource, int]]:
         """Yield (source, updates to run with it) for `count` updates on dataset rows, from gradient step `at` on."""
-        yield Dataset(self.data), count
+        yield DatasetRows(self.data), count
 
     def begin(self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None) -> None:
         """Allocate rings for `steps` environment steps per seed, with the batch keys `keys` beyond the usual five.
@@ -93,13 +93,13 @@ class DeviceReplay:
         assert self.buffer is not None
         return Ring(self.buffer, self.data if self._mixed else None)
 
-    def burst(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[Source, int]]:
+    def burst(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[BatchSource, int]]:
         """Yield (source, updates to run with it) for `count` updates without a step in between."""
         yield self.source(keys, at, sampling), count
 
     def batch_shapes(self, sampling: Sampling) -> Batch:
         """Return shapes and types of one seed's minibatches, leaves `[utd, B, ...]`."""
-        source = Dataset(self.data) if self.buffer is None else self._ring()
+        source = DatasetRows(self.data) if self.buffer is None else self._ring()
         return batch_shapes(source, self.seeds, sampling)
 
     def add(self, rows: Batch, normalizer: Normalizer | None) -> None:

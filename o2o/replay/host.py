@@ -25,7 +25,7 @@ from o2o.nn.kernels import over_seeds
 from o2o.replay.buffer import OfflineData, ReplayBuffer
 from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.row_store import ON_HOST, Handles, RowStore, begin_reading
-from o2o.replay.source import Dataset, Fetched, Ring, Sampling, Source
+from o2o.replay.source import BatchSource, DatasetRows, Fetched, Ring, Sampling
 from o2o.types import Array, Batch
 
 
@@ -72,7 +72,7 @@ class HostData:
 
 
 @partial(jax.jit, static_argnames="sampling")
-def _draw(source: Dataset | Ring, keys: Array, at: Array, *, sampling: Sampling) -> Batch:
+def _draw(source: DatasetRows | Ring, keys: Array, at: Array, *, sampling: Sampling) -> Batch:
     return source.minibatches(keys, at, sampling)
 
 
@@ -120,23 +120,23 @@ class HostReplay:
         """The rings on the device, leaves `[S, capacity, ...]`, handles in place of observations."""
         return self.handles.buffer
 
-    def dataset(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[Source, int]]:
+    def dataset(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[BatchSource, int]]:
         """Yield (source, updates to run with it) for `count` updates on dataset rows, from gradient step `at` on."""
-        return self._prefetched(Dataset(self.data.light), keys, at, count, sampling, self.data.read)
+        return self._prefetched(DatasetRows(self.data.light), keys, at, count, sampling, self.data.read)
 
-    def burst(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[Source, int]]:
+    def burst(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[BatchSource, int]]:
         """Yield (source, updates to run with it) for `count` updates without a step in between."""
         return self._prefetched(self.handles.source(keys, at, sampling), keys, at, count, sampling, self._read)
 
     def _prefetched(
         self,
-        source: Dataset | Ring,
+        source: DatasetRows | Ring,
         keys: Array,
         at: int,
         count: int,
         sampling: Sampling,
         read: Callable[[Handles], dict[str, Any]],
-    ) -> Iterator[tuple[Source, int]]:
+    ) -> Iterator[tuple[BatchSource, int]]:
         def fetched(light: Batch) -> Batch:
             return {**light, **jax.device_put(read(np.asarray(light["observations"])))}
 

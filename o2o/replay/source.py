@@ -1,7 +1,7 @@
 """Where minibatches come from, as pytrees that jitted programs draw from.
 
-One set of training programs serves every kind of replay: a program gets a `Source` and calls `minibatches`. Rows on the
-device are drawn inside the program; rows that were fetched from host memory are already a batch.
+One set of training programs serves every kind of replay: a program gets a `BatchSource` and calls `minibatches`. Rows
+on the device are drawn inside the program; rows that were fetched from host memory are already a batch.
 """
 
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -28,7 +28,7 @@ class Sampling(NamedTuple):
     """Rows in a row that each entry holds."""
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Minibatches for all seeds."""
 
     shared: ClassVar[bool]
@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
 
-class Dataset(struct.PyTreeNode):
+class DatasetRows(struct.PyTreeNode):
     """Rows of a dataset on the device, the same for every seed."""
 
     data: OfflineData
@@ -105,7 +105,7 @@ class RolloutRows(struct.PyTreeNode):
         }
 
 
-def batch_shapes(source: Source, seeds: int, sampling: Sampling) -> Any:
+def batch_shapes(source: BatchSource, seeds: int, sampling: Sampling) -> Any:
     """Return shapes and types of one seed's batch, leaves `[utd, B, ...]`."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
     batch = jax.eval_shape(lambda s, k: s.minibatches(k, 0, sampling), source, keys)

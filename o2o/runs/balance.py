@@ -18,30 +18,30 @@ from o2o.data.datasets import Dataset
 from o2o.data.normalizer import normalize
 from o2o.errors import ConfigError
 from o2o.report.plots import COLORS, GRID, INK, check_picture, save_picture
-from o2o.runs.session import agent_class, check_member, load_config, open_run
+from o2o.runs.session import agent_class, check_seed_index, load_config, open_run
 
 STATES = 5_000
 """Most states of the dataset in a plot, spread evenly over its rows."""
 
 
-def plot_balance(path: Path, out: Path, member: int = 0, which: str = "latest") -> np.ndarray:
+def plot_balance(path: Path, out: Path, seed_index: int = 0, which: str = "latest") -> np.ndarray:
     """Draw the coefficients of one seed of the run in folder `path` into the picture `out`; return them, `[N]`.
 
-    `member` is the seed, counted from 0; `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if
-    the agent has no balance coefficient, the run no such seed, or the picture cannot be written.
+    `seed_index` counts from 0; `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if
+    the agent has no balance coefficient, the run has no such seed, or the picture cannot be written.
     """
     config = load_config(path)
     if not hasattr(agent_class(config.agent), "balance"):
         raise ConfigError(
             f"agent {config.agent} of run {path} has no balance coefficient to draw; give a run of famo2o or famo2o_cql"
         )
-    check_member(path, member)
+    check_seed_index(path, seed_index)
     check_picture(out)
     _, trainer = open_run(path, which)
     try:
         rows = np.unique(np.linspace(0, trainer.data.size - 1, STATES).astype(int))
         raw = np.asarray(trainer.data.arrays["observations"][rows])
-        agent = trainer.agent_of(member)
+        agent = trainer.agent_of(seed_index)
         betas, values = choices(agent, jnp.asarray(normalize(trainer.normalizer, raw)))
         ends, title = agent.config.reach, f"{config.agent}, {trainer.data.info.name}"
         columns = position(trainer.data, raw.shape[-1])

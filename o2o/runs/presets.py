@@ -112,7 +112,7 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
         eval_episodes=cell.eval_episodes,
         checkpoint_every=20_000,
     )
-    source, (base, member) = cell.source(path), cell.base_of(path) or (None, 0)
+    source, (base, seed_index) = cell.source(path), cell.base_of(path) or (None, 0)
     return dataclasses.replace(
         run,
         config=with_fields(run.config, cell.overrides),
@@ -121,5 +121,5 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
         online_steps=cell.online_steps,
         init_from=source and str(source),
         base=base,
-        base_member=member,
+        base_seed_index=seed_index,
     )

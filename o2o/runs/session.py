@@ -81,7 +81,7 @@ def base_of(config: RunConfig) -> BasePolicy | None:
         return None
     if config.agent not in takers:
         raise ConfigError(f"agent {config.agent} takes no base policy (base={config.base}); those that do: {takers}")
-    return load_base(config.base, config.base_member, config.base_sample)
+    return load_base(config.base, config.base_seed_index, config.base_sample)
 
 
 def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolicy:
@@ -110,7 +110,7 @@ def run_policy(path: Path, seed_index: int, sample: bool = False, which: str = "
     config, trainer = open_run(path, which)
     trainer.close()
     if not 0 <= seed_index < trainer.seeds:
-        raise ConfigError(f"base_member is {seed_index}; run {path} has {trainer.seeds} seed(s), numbered from 0")
+        raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {trainer.seeds} seed(s), numbered from 0")
     return RunPolicy.of(
         str(path),
         trainer.agent_of(seed_index),
@@ -137,7 +137,7 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
         config.dataset,
         task=task_of(config),
         weights=config.weights or None,
-        discount=config.config.discount if "mc_returns" in needs.keys else None,
+        discount=config.config.discount if "mc_returns" in needs.batch_keys else None,
         achieved_goal=config.task.achieved_goal,
         clip_actions=config.clip_actions,
         action_range=config.action_range,
@@ -391,14 +391,14 @@ def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> Train
     It acts by its mode. The run's dataset, and its base policy if it has one, must be where they were. Raises
     `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
     """
-    check_member(path, seed_index)
+    check_seed_index(path, seed_index)
     return TrainedPolicy(run_policy(path, seed_index, which=which))
 
 
-def check_member(path: Path, member: int) -> None:
+def check_seed_index(path: Path, seed_index: int) -> None:
     """Raise `ConfigError` unless a run has a seed of this index."""
-    if not 0 <= member < (seeds := load_config(path).seeds):
-        raise ConfigError(f"no member {member}: {path} trained {seeds} seed(s), counted from 0")
+    if not 0 <= seed_index < (seeds := load_config(path).seeds):
+        raise ConfigError(f"no seed of index {seed_index}: {path} trained {seeds} seed(s), counted from 0")
 
 
 def _check_seed(seed: int) -> None:
@@ -436,7 +436,7 @@ def play_run(
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
     _check_seed(seed)
-    check_member(path, seed_index)
+    check_seed_index(path, seed_index)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"
     env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)

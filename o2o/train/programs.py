@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from o2o.data.normalizer import Normalizer, normalize
 from o2o.keys import ACT, INIT, key_at
 from o2o.nn.kernels import over_seeds, seeds_in_turn
-from o2o.replay.source import Dataset, Sampling, Source
+from o2o.replay.source import BatchSource, DatasetRows, Sampling
 from o2o.rl.chunks import planned_in_turn
 from o2o.train.acting import act, clear_carry
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Phase
@@ -53,7 +53,7 @@ def _add(totals: Info, info: Info) -> Info:
 def updates(
     agent: Any,
     totals: Info,
-    source: Source,
+    source: BatchSource,
     keys: Array,
     at: Array,
     count: Array,
@@ -73,7 +73,7 @@ def updates(
             return _learned(*state, source, keys, at + i * stride, sampling)
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
-    assert isinstance(source, Dataset)
+    assert isinstance(source, DatasetRows)
 
     def one_seed(agent: Any, totals: Info, key: Array) -> tuple[Any, Info]:
         def step(i: Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
@@ -89,7 +89,9 @@ def updates(
     return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, totals, keys)
 
 
-def _learned(agent: Any, totals: Info, source: Source, keys: Array, at: Array, sampling: Sampling) -> tuple[Any, Info]:
+def _learned(
+    agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, sampling: Sampling
+) -> tuple[Any, Info]:
     """Run every seed's update call of gradient step `at`; its metrics join the totals."""
 
     def one_seed(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
@@ -107,7 +109,9 @@ def check_phase(agent: Any, data: Any, *, check: Callable[[Any, Any], Any]) -> A
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames=("agent", "totals"))
-def learn(agent: Any, totals: Info, source: Source, keys: Array, at: Array, *, sampling: Sampling) -> tuple[Any, Info]:
+def learn(
+    agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, *, sampling: Sampling
+) -> tuple[Any, Info]:
     """Run the update call of `learn_and_act` alone, on the same draw."""
     return _learned(agent, totals, source, keys, at, sampling)
 
@@ -117,7 +121,7 @@ def learn_and_act(
     agent: Any,
     totals: Info,
     carry: Carry,
-    source: Source | None,
+    source: BatchSource | None,
     normalizer: Normalizer | None,
     keys: Array,
     at: Array,

@@ -7,7 +7,7 @@ seed: five seeds of 1000 steps each stand at 1000.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -31,7 +31,7 @@ from o2o.replay.device import Returns
 from o2o.replay.host import HostReplay
 from o2o.replay.place import Place, Replay
 from o2o.replay.rollout import Rollout
-from o2o.replay.source import Sampling
+from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import programs
 from o2o.train.collect import Fleet
@@ -80,7 +80,7 @@ class Trainer:
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
         sources = [(source.start, source.size, source.weight) for source in data.sources]
-        self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.keys, "ends"), sources, seeds)
+        self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.batch_keys, "ends"), sources, seeds)
         check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | None = None
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
@@ -185,15 +185,20 @@ class Trainer:
         sampling = Sampling(self.config.batch_size, window=self.agent.needs.window)
         state.totals = state.totals or self._zeros(phase)
         own = phase if phase.update is not None else None
-        for source, part in self.replay.dataset(self.keys, counters.gradient_steps, count, sampling):
+        sources = self.replay.dataset(self.keys, counters.gradient_steps, count, sampling)
+        self._updates(sources, count, sampling=programs.OWN if own else sampling, phase=own, begin=begin)
+        counters.offline_steps += count
+
+    def _updates(self, sources: Iterator[tuple[BatchSource, int]], count: int, **static: Any) -> None:
+        """Run `count` gradient steps on `sources`, pairs (source, steps on it)."""
+        state, counters = self.state, self.counters
+        for source, part in sources:
             if part < count:  # batches that were fetched: one in use, one in waiting, no more on the device
                 jax.block_until_ready(state.totals)
             state.agent, state.totals = programs.updates(
-                state.agent, state.totals, source, self.keys, counters.gradient_steps, part,
-                sampling=programs.OWN if own else sampling, phase=own, begin=begin,
-            )  # fmt: skip
+                state.agent, state.totals, source, self.keys, counters.gradient_steps, part, **static
+            )
             counters.gradient_steps += part
-            counters.offline_steps += part
             counters.unlogged_updates += part
 
     def _zeros(self, phase: Phase | None) -> Any:
@@ -216,7 +221,7 @@ class Trainer:
             return True
         wanted = self.online_config
         agent = each_seed(programs.to_online, self.agent)
-        keys = agent.needs.keys
+        keys = agent.needs.batch_keys
         if "mc_returns" in keys and wanted.replay == "append":
             raise ConfigError(
                 "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
@@ -352,14 +357,8 @@ class Trainer:
         state, counters, count = self.state, self.counters, self.online_config.initial_updates
         sampling = self._sampling(utd_ratio=1)
         state.totals = state.totals or self._zeros(None)
-        for source, part in self.replay.burst(self.keys, counters.gradient_steps, count, sampling):
-            if part < count:
-                jax.block_until_ready(state.totals)
-            state.agent, state.totals = programs.updates(
-                state.agent, state.totals, source, self.keys, counters.gradient_steps, part, sampling=sampling
-            )
-            counters.gradient_steps += part
-            counters.unlogged_updates += part
+        sources = self.replay.burst(self.keys, counters.gradient_steps, count, sampling)
+        self._updates(sources, count, sampling=sampling)
 
     def _learn_and_act(self, update: bool, over: np.ndarray) -> None:
         """Run the update call, if one is due, and choose the next actions; `over` `[S * N]` clears the carry."""

@@ -53,13 +53,13 @@ def test_image_observations_are_refused(name: str) -> None:
 def test_a_missing_needed_key_is_named(name: str) -> None:
     case = make_case(name, "offline")
     agent = case.agent
-    for key in agent.needs.keys:
+    for key in agent.needs.batch_keys:
         batch = case.batch(1)
         del batch[key]
         with pytest.raises(O2OError, match=key):
             agent.update(batch)
     extra = set(case.batch(1)) - {"observations", "actions", "rewards", "masks", "next_observations"}
-    assert set(agent.needs.keys) <= extra
+    assert set(agent.needs.batch_keys) <= extra
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name not in WINDOWED])

@@ -145,7 +145,7 @@ def test_calql_without_returns_is_refused() -> None:
     del batch["mc_returns"]
     with pytest.raises(DatasetError, match="mc_returns"):
         cql(CalQL).update(batch)
-    assert CalQLConfig().needs.keys == ("mc_returns",) and CQLConfig().needs.keys == ()
+    assert CalQLConfig().needs.batch_keys == ("mc_returns",) and CQLConfig().needs.batch_keys == ()
 
 
 # ---------------------------------------------------------------- conservative term

@@ -91,7 +91,7 @@ def test_switch_carries_networks_temperature_and_adam_moments_bitwise() -> None:
     assert float(after.learner.alpha()) == float(before.learner.alpha()) != 1.0
     assert not hasattr(after.learner, "dual")
     assert after.config == before.config and after.online() is after
-    assert before.needs.keys == before.config.needs.keys == ("mc_returns",) and after.needs.keys == ()
+    assert before.needs.batch_keys == before.config.needs.batch_keys == ("mc_returns",) and after.needs.batch_keys == ()
 
 
 @pytest.mark.parametrize("pretrain", PRETRAINERS)

@@ -27,8 +27,8 @@ def test_the_map_of_a_run(tiny_run: Callable[..., session.RunConfig], tmp_path: 
     assert not ended.value.code and "balance.png" in capsys.readouterr().out
     picture = matplotlib.image.imread(tmp_path / "new" / "balance.png")
     assert picture.shape[0] > 500 and picture.std() > 0.05
-    with pytest.raises(ConfigError, match="no member 1"):
-        balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.png", member=1)
+    with pytest.raises(ConfigError, match="no seed of index 1"):
+        balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.png", seed_index=1)
     with pytest.raises(ConfigError, match="has no known suffix"):
         balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.txt")
 

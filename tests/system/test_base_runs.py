@@ -139,7 +139,7 @@ def test_a_residual_run_resumes_exactly_and_starts_at_its_bases_level(
 
 
 def test_the_first_evaluation_is_the_bases_own(chunked_run: Path, maze_run: Runs) -> None:
-    run = maze_run("residual", RESIDUAL, base=str(chunked_run), base_member=1)
+    run = maze_run("residual", RESIDUAL, base=str(chunked_run), base_seed_index=1)
     trainer = session.build(run)
     ours = trainer.evaluate()
     own = load_base(chunked_run, seed_index=1)
@@ -160,8 +160,8 @@ def test_a_residual_run_needs_a_base_and_others_take_none(maze_run: Runs, chunke
         session.train(maze_run("residual", RESIDUAL), tmp_path / "none")
     with pytest.raises(ConfigError, match="agent bc takes no base policy"):
         session.train(maze_run("bc", base=str(chunked_run)), tmp_path / "bc")
-    with pytest.raises(ConfigError, match=r"base_member is 2; run .* has 2 seed\(s\)"):
-        session.train(maze_run("residual", RESIDUAL, base=str(chunked_run), base_member=2), tmp_path / "member")
+    with pytest.raises(ConfigError, match=r"base_seed_index is 2; run .* has 2 seed\(s\)"):
+        session.train(maze_run("residual", RESIDUAL, base=str(chunked_run), base_seed_index=2), tmp_path / "member")
     assert not any(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_a_base_that_changed_stops_a_resume(chunked_run: Path, maze_run: Runs, t
     assert session.train(run, tmp_path / "run")
     assert session.resume(tmp_path / "run")
     config = (tmp_path / "run" / "config.json").read_text()
-    (tmp_path / "run" / "config.json").write_text(config.replace('"base_member": 0', '"base_member": 1'))
+    (tmp_path / "run" / "config.json").write_text(config.replace('"base_seed_index": 0', '"base_seed_index": 1'))
     with pytest.raises(ConfigError, match="changed since run"):
         session.resume(tmp_path / "run")
 

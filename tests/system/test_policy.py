@@ -90,7 +90,7 @@ def test_which_checkpoint_and_what_it_refuses(dense: Maker, tmp_path: Path) -> N
     assert np.any(early.act(observation) != late.act(observation))
     with pytest.raises(EnvironmentMismatchError, match="the observation has no entry 'desired_goal'"):
         late.act({"observation": np.zeros(4)})
-    with pytest.raises(ConfigError, match=r"no member 1: .* trained 1 seed\(s\), counted from 0"):
+    with pytest.raises(ConfigError, match=r"no seed of index 1: .* trained 1 seed\(s\), counted from 0"):
         load_policy(tmp_path / "run", seed_index=1)
     with pytest.raises(CheckpointError, match="no checkpoint 7"):
         load_policy(tmp_path / "run", "7")

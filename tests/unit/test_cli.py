@@ -60,7 +60,7 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
         (["eval", str(path), "--checkpoint", "7"], "no checkpoint 7"),
         (["eval", str(path), "--seed", "-1"], "seed is -1; expected at least 0"),
         (["play", str(path), "--seed", "-1", "--out", str(tmp_path / "play.gif")], "seed is -1; expected at least 0"),
-        (["play", str(path), "--member", "1", "--out", str(tmp_path / "play.gif")], "no member 1"),
+        (["play", str(path), "--seed-index", "1", "--out", str(tmp_path / "play.gif")], "no seed of index 1"),
         (["play", str(path), "--out", str(tmp_path / "x.avi")], "has no known suffix"),
         (["data", "export", str(path)], "no recorded episode: train with --record"),
     ):
