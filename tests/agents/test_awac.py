@@ -50,8 +50,11 @@ def blind_to_states(params: Any) -> Any:
     return {"params": {**tree, "dense_0": {**tree["dense_0"], "kernel": kernel}}}
 
 
-def test_the_next_action_is_the_policys_at_the_next_state() -> None:
-    """A critic that sees actions only: its value changes with s', from whose policy a' must come, and not with s."""
+def test_next_action_from_policy() -> None:
+    """The next action is the policy's at the next state.
+
+    A critic that sees actions only: its value changes with s', from whose policy a' must come, and not with s.
+    """
     agent, batch = make_agent(), make_batch()
     agent = agent.replace(target_critic=blind_to_states(agent.target_critic))
     values = next_values(agent, batch, KEY)
@@ -65,8 +68,11 @@ def test_the_next_action_is_the_policys_at_the_next_state() -> None:
     np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
-def test_targets_stop_at_terminals_only() -> None:
-    """Row 0 is terminal; the others, time limits included, carry the bootstrap term of a constant target of 4."""
+def test_targets_stop_at_terminals() -> None:
+    """Targets stop at terminals only.
+
+    Row 0 is terminal; the others, time limits included, carry the bootstrap term of a constant target of 4.
+    """
     agent, batch = make_agent(), make_batch(1)
     _, info = update(agent.replace(target_critic=constant_critic(agent.target_critic, 4.0)), batch)
     targets = np.asarray(batch["rewards"]) + 0.99 * 4.0 * np.asarray(batch["masks"])
@@ -88,7 +94,8 @@ def test_actor_loss_by_hand() -> None:
     assert float(info["actor/advantage"]) == pytest.approx(float((q - v).mean()), rel=1e-3)
 
 
-def test_a_large_lambda_is_behaviour_cloning_and_a_small_one_stays_finite() -> None:
+def test_lambda_limits() -> None:
+    """A large lambda is behaviour cloning, and a small one stays finite."""
     agent, batch = make_agent(), make_batch()
     cloning = jax.grad(lambda p: -jnp.mean(agent.actor(batch["observations"], params=p).log_prob(batch["actions"])))
     expected = cloning(agent.actor.params)
@@ -99,7 +106,8 @@ def test_a_large_lambda_is_behaviour_cloning_and_a_small_one_stays_finite() -> N
     assert 0.0 < float(info["actor/weight"]) <= 100.0 and largest_difference(grads, expected) > 1e-2
 
 
-def test_no_gradient_reaches_targets_or_weights() -> None:
+def test_targets_and_weights_detached() -> None:
+    """No gradient reaches the targets or the weights."""
     agent, batch = make_agent(), make_batch(1)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
 
@@ -115,7 +123,8 @@ def test_no_gradient_reaches_targets_or_weights() -> None:
             np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
-def test_steps_are_critic_then_actor_then_targets() -> None:
+def test_update_order() -> None:
+    """The critic steps first, then the actor, then the targets."""
     agent, batch = make_agent(), make_batch(1)
     after, _ = update(agent, batch)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -129,7 +138,8 @@ def test_steps_are_critic_then_actor_then_targets() -> None:
     assert moved(after.critic.params, agent.critic.params)
 
 
-def test_the_policy_is_a_plain_gaussian_with_one_clipped_log_std_and_clipped_samples() -> None:
+def test_gaussian_policy_clipping() -> None:
+    """The policy is a plain Gaussian with one clipped log-std and clipped samples."""
     agent, observations = make_agent(), make_batch()["observations"]
     params: Any = {"params": {**agent.actor.params["params"], "log_std": jnp.array([-40.0, 5.0])}}
     std = agent.actor(observations, params=params).std
@@ -141,13 +151,15 @@ def test_the_policy_is_a_plain_gaussian_with_one_clipped_log_std_and_clipped_sam
     assert float(jnp.abs(far.actor(observations).sample(KEY)).max()) > 1.0 == float(jnp.abs(sample).max())
 
 
-def test_online_the_same_agent_goes_on_with_one_buffer() -> None:
+def test_online_keeps_agent() -> None:
+    """The same agent goes on online, with one buffer."""
     agent = make_agent()
     assert agent.online() is agent
     assert agent.config.online.replay == "append" and agent.config.online.utd_ratio == 1
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     for field, value in (("temperature", 0.0), ("weight_cap", -1.0), ("temperature", float("nan")), ("num_critics", 0)):
         with pytest.raises(ConfigError, match=f"AWACConfig.{field} is"):
             replace(CONFIG, **{field: value})

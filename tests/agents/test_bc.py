@@ -37,7 +37,8 @@ def make_agent(seed: int = 0, **fields: object) -> BC:
 
 
 @pytest.mark.parametrize("squash", [True, False])
-def test_nll_is_minus_the_mean_log_density_of_the_actions(squash: bool) -> None:
+def test_nll_loss_value(squash: bool) -> None:
+    """The NLL is minus the mean log-density of the actions."""
     agent, rows = make_agent(squash=squash), jax.tree.map(lambda leaf: leaf[0], make_batch())
     loss, info = agent.actor_loss(agent.actor.params, rows, agent.rng)
     dist = agent.actor(rows["observations"])
@@ -45,7 +46,8 @@ def test_nll_is_minus_the_mean_log_density_of_the_actions(squash: bool) -> None:
     assert float(info["actor/mse"]) == pytest.approx(float(((dist.mode() - rows["actions"]) ** 2).mean()), rel=1e-5)
 
 
-def test_mse_is_the_squared_error_of_the_mode_and_the_policy_is_deterministic() -> None:
+def test_mse_loss_and_policy() -> None:
+    """The MSE is the squared error of the mode, and the policy is deterministic."""
     agent, rows = make_agent(loss="mse"), jax.tree.map(lambda leaf: leaf[0], make_batch())
     loss, _ = agent.actor_loss(agent.actor.params, rows, agent.rng)
     mode = np.tanh(np.asarray(agent.actor(rows["observations"]).mean))
@@ -54,14 +56,16 @@ def test_mse_is_the_squared_error_of_the_mode_and_the_policy_is_deterministic() 
     np.testing.assert_allclose(sampled, mode, rtol=1e-5)
 
 
-def test_actions_at_the_bounds_give_a_finite_loss_and_gradient() -> None:
+def test_finite_loss_at_bounds() -> None:
+    """Actions at the bounds give a finite loss and gradient."""
     agent, rows = make_agent(), jax.tree.map(lambda leaf: leaf[0], make_batch())
     rows["actions"] = jnp.sign(rows["actions"])
     (loss, _), grads = jax.value_and_grad(agent.actor_loss, has_aux=True)(agent.actor.params, rows, agent.rng)
     assert np.isfinite(loss) and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
 
 
-def test_loss_on_a_linear_gaussian_toy_reaches_the_entropy_of_the_actions() -> None:
+def test_loss_reaches_action_entropy() -> None:
+    """The loss on a linear-Gaussian toy reaches the entropy of the actions."""
     noise = 0.1
     agent = make_agent(squash=False, std_mode="uniform", actor_lr=3e-3)
 
@@ -81,13 +85,15 @@ def test_loss_on_a_linear_gaussian_toy_reaches_the_entropy_of_the_actions() -> N
     assert float(losses[0]) > entropy + 1.0
 
 
-def test_log_std_has_its_floor_at_minus_five() -> None:
+def test_log_std_floor() -> None:
+    """The log-std has its floor at minus five."""
     agent, rows = make_agent(std_mode="uniform"), jax.tree.map(lambda leaf: leaf[0], make_batch())
     agent.actor.params["params"]["log_std"] = jnp.full((2,), -40.0)
     np.testing.assert_allclose(agent.actor(rows["observations"]).std, np.exp(-5.0), rtol=1e-5)
 
 
-def test_dropout_changes_the_loss_but_not_the_acting_policy() -> None:
+def test_dropout_in_loss_only() -> None:
+    """Dropout changes the loss but not the acting policy."""
     agent, rows = make_agent(dropout=0.5), jax.tree.map(lambda leaf: leaf[0], make_batch())
     one, _ = agent.actor_loss(agent.actor.params, rows, jax.random.key(1))
     two, _ = agent.actor_loss(agent.actor.params, rows, jax.random.key(2))
@@ -96,13 +102,15 @@ def test_dropout_changes_the_loss_but_not_the_acting_policy() -> None:
     np.testing.assert_array_equal(actions[0], actions[1])
 
 
-def test_plain_gaussian_samples_are_clipped() -> None:
+def test_plain_gaussian_samples_clipped() -> None:
+    """Plain Gaussian samples are clipped."""
     agent = make_agent(squash=False)
     actions, _ = agent.sample_actions(jnp.ones((200, 3)), None, jax.random.key(0))
     assert float(jnp.abs(actions).max()) == 1.0
 
 
-def test_rewards_and_masks_do_not_matter() -> None:
+def test_rewards_and_masks_ignored() -> None:
+    """Rewards and masks do not matter."""
     agent, batch = make_agent(), make_batch()
     other = {**batch, "rewards": batch["rewards"] + 5.0, "masks": 1.0 - batch["masks"]}
     one, two = agent.update(batch)[0], agent.update(other)[0]
@@ -110,7 +118,8 @@ def test_rewards_and_masks_do_not_matter() -> None:
         np.testing.assert_array_equal(left, right)
 
 
-def test_wrong_settings_and_dict_observations_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings and dict observations are refused."""
     with pytest.raises(ConfigError, match=r"BCConfig\.loss is 'huber'"):
         BCConfig(loss="huber")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs flat float32 observations"):

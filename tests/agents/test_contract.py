@@ -33,24 +33,30 @@ def test_contract(name: str, phase: str, check: Callable[[Case], None]) -> None:
     check(make_case(name, phase))
 
 
-def test_every_agent_has_a_toy_config() -> None:
+def test_toy_config_per_agent() -> None:
+    """Every agent has a toy config."""
     assert set(CONFIGS) == set(AGENTS)
 
 
-def test_every_agent_has_a_config_class_of_its_own() -> None:
-    """Jaxlib takes two pytree classes with equal fields for one, so a program of one might run for the other."""
+def test_config_class_per_agent() -> None:
+    """Every agent has a config class of its own.
+
+    Jaxlib takes two pytree classes with equal fields for one, so a program of one might run for the other.
+    """
     assert len({type(config) for config in CONFIGS.values()}) == len(AGENTS)
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if not hasattr(CONFIGS[name], "encoder")])
-def test_image_observations_are_refused(name: str) -> None:
+def test_image_observations_refused(name: str) -> None:
+    """Image observations are refused by agents without an encoder."""
     images = {"state": jnp.zeros((1, 3)), "image": jnp.zeros((1, 8, 8, 3), jnp.uint8)}
     with pytest.raises(ConfigError, match="needs flat float32 observations"):
         AGENTS[name].create(jax.random.key(0), images, jnp.zeros((1, ACTION_DIM)), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_a_missing_needed_key_is_named(name: str) -> None:
+def test_missing_key_named(name: str) -> None:
+    """A missing needed key is named."""
     case = make_case(name, "offline")
     agent = case.agent
     for key in agent.needs.batch_keys:
@@ -63,7 +69,8 @@ def test_a_missing_needed_key_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name not in WINDOWED])
-def test_a_minibatch_without_its_leading_axis_is_refused(name: str) -> None:
+def test_missing_leading_axis_refused(name: str) -> None:
+    """A minibatch without its leading axis is refused."""
     case = make_case(name, "offline")
     assert case.agent.needs.window == 1  # in windows, their axis would stand where the rows' does
     rows = jax.tree.map(lambda leaf: leaf[0], case.batch(1))
@@ -73,7 +80,8 @@ def test_a_minibatch_without_its_leading_axis_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("size", ["paper", "small"])
 @pytest.mark.parametrize("name", AGENTS)
-def test_presets_are_complete_and_fit_their_agent(name: str, size: str) -> None:
+def test_presets_complete(name: str, size: str) -> None:
+    """Presets are complete and fit their agent."""
     observations, actions = observed(name, jnp.zeros((1, OBSERVATION_DIM))), jnp.zeros((1, ACTION_DIM))
     for family in FAMILIES:
         preset = AGENTS[name].preset(family, size)

@@ -89,7 +89,8 @@ def entries(agent: Any, batch: Batch) -> jax.Array:
 # ---------------------------------------------------------------- calibration
 
 
-def test_calql_with_bound_minus_infinity_is_cql_bit_for_bit() -> None:
+def test_unbounded_calql_equals_cql() -> None:
+    """Cal-QL with the bound minus infinity is CQL, bit for bit."""
     batch = bounded(-math.inf, utd=2)
     plain, calibrated = cql(CQL), cql(CalQL)
     assert type(plain) is CQL and type(calibrated) is CalQL
@@ -103,15 +104,19 @@ def test_calql_with_bound_minus_infinity_is_cql_bit_for_bit() -> None:
     assert moved(left.critic.params, plain.critic.params)
 
 
-def test_calql_with_a_reachable_bound_differs_from_cql() -> None:
+def test_bounded_calql_differs() -> None:
+    """Cal-QL with a reachable bound differs from CQL."""
     plain, calibrated = (update(cql(kind), make_batch(2)) for kind in (CQL, CalQL))
     assert 0.0 < float(calibrated[1]["calql/clamped"]) < 1.0
     assert float(plain[1]["calql/clamped"]) == 0.0
     assert moved(plain[0].critic.params, calibrated[0].critic.params)
 
 
-def test_huge_bound_leaves_only_the_data_term_in_the_gradient() -> None:
-    """The clamped policy entries are dominating constants: the gradient of the gap is that of -Q(s, a_data)."""
+def test_huge_bound_gradient() -> None:
+    """A huge bound leaves only the data term in the gradient.
+
+    The clamped policy entries are dominating constants: the gradient of the gap is that of -Q(s, a_data).
+    """
     agent, batch = cql(CalQL, subset=None), bounded(1e4)
 
     def data_term(params: Any) -> Any:
@@ -122,8 +127,11 @@ def test_huge_bound_leaves_only_the_data_term_in_the_gradient() -> None:
     assert moved(gap_gradient(cql(CQL, subset=None), batch, KEY), expected)
 
 
-def test_clamp_acts_before_the_correction_and_on_policy_samples_only() -> None:
-    """Q = 0 and G = 5: uniform entries stay at d ln 2, policy entries are 5 - ln pi."""
+def test_clamp_before_correction() -> None:
+    """The clamp acts before the correction and on policy samples only.
+
+    Q = 0 and G = 5: uniform entries stay at d ln 2, policy entries are 5 - ln pi.
+    """
     batch, agent = bounded(5.0), flat(cql(CalQL))
     z = np.asarray(entries(agent, batch))
     np.testing.assert_allclose(z[:N], ACTION_DIM * math.log(2.0), rtol=1e-6)
@@ -133,14 +141,16 @@ def test_clamp_acts_before_the_correction_and_on_policy_samples_only() -> None:
     assert float(clamped) == 1.0
 
 
-def test_clamped_share_counts_policy_samples_below_the_return() -> None:
+def test_clamped_share() -> None:
+    """The clamped share counts policy samples below the return."""
     batch = make_batch()
     batch["mc_returns"] = jnp.where(jnp.arange(ROWS) < 3, 1.0, -1.0)
     assert float(gap(flat(cql(CalQL)), batch, KEY)[1]) == pytest.approx(3 / ROWS)
     assert float(gap(flat(cql(CalQL)), bounded(-0.1), KEY)[1]) == 0.0
 
 
-def test_calql_without_returns_is_refused() -> None:
+def test_calql_needs_returns() -> None:
+    """Cal-QL without returns is refused."""
     batch = make_batch(1)
     del batch["mc_returns"]
     with pytest.raises(DatasetError, match="mc_returns"):
@@ -151,16 +161,22 @@ def test_calql_without_returns_is_refused() -> None:
 # ---------------------------------------------------------------- conservative term
 
 
-def test_importance_entries_average_to_the_volume_of_the_action_box() -> None:
-    """For Q = 0, exp(z) = 1 / pi(a), whose mean over a ~ pi is the volume 2^d, for both policy blocks."""
+def test_importance_entries_average() -> None:
+    """Importance entries average to the volume of the action box.
+
+    For Q = 0, exp(z) = 1 / pi(a), whose mean over a ~ pi is the volume 2^d, for both policy blocks.
+    """
     agent, batch = constant_policy(cql(n_actions=20_000), std=1.2, mean=0.3), make_batch(rows=2)
     weights = np.exp(entries(agent, batch)).reshape(3, -1)
     np.testing.assert_allclose(weights.mean(axis=1), 2.0**ACTION_DIM, rtol=0.03)
     assert weights[0].std() < 1e-5 and weights[1].std() > 0.1 and np.any(weights[1] != weights[2])
 
 
-def test_without_importance_sampling_it_is_a_soft_mean_over_3n_plus_1_entries() -> None:
-    """Q = c everywhere: logsumexp of 3N + 1 entries c - ln(3N + 1) is c, the gap 0; without the constant ln(3N + 1)."""
+def test_soft_mean_without_importance() -> None:
+    """Without importance sampling it is a soft mean over 3N + 1 entries.
+
+    Q = c everywhere: logsumexp of 3N + 1 entries c - ln(3N + 1) is c, the gap 0; without the constant ln(3N + 1).
+    """
     batch = make_batch()
     gaps, _ = gap(flat(cql(importance_sampling=False), 2.5), batch, KEY)
     np.testing.assert_allclose(gaps, 0.0, atol=1e-5)
@@ -168,7 +184,8 @@ def test_without_importance_sampling_it_is_a_soft_mean_over_3n_plus_1_entries() 
     np.testing.assert_allclose(gaps, math.log(3 * N + 1), rtol=1e-5)
 
 
-def test_gap_is_clipped_from_below_row_by_row() -> None:
+def test_gap_lower_clip() -> None:
+    """The gap is clipped from below, row by row."""
     agent, batch = cql(), make_batch()
     gaps, _ = gap(agent, batch, KEY)
     low = float(np.quantile(gaps, 0.3))
@@ -177,8 +194,11 @@ def test_gap_is_clipped_from_below_row_by_row() -> None:
     assert np.any(clipped != gaps)
 
 
-def test_all_sampled_actions_are_judged_at_the_current_state() -> None:
-    """With the same policy at every state, next observations cannot matter; the current ones do."""
+def test_samples_judged_at_current_state() -> None:
+    """All sampled actions are judged at the current state.
+
+    With the same policy at every state, next observations cannot matter; the current ones do.
+    """
     agent, batch = constant_policy(cql(), std=0.5), make_batch()
     gaps, _ = gap(agent, batch, KEY)
     for name, matters in (("next_observations", False), ("observations", True)):
@@ -189,7 +209,8 @@ def test_all_sampled_actions_are_judged_at_the_current_state() -> None:
     assert np.any(moving != elsewhere)  # policy samples for s' do enter
 
 
-def test_actor_changes_the_gap_but_gets_no_gradient_from_it() -> None:
+def test_no_gap_gradient_to_actor() -> None:
+    """The actor changes the gap but gets no gradient from it."""
     agent, batch = cql(), make_batch()
 
     @jax.jit
@@ -206,8 +227,11 @@ def test_actor_changes_the_gap_but_gets_no_gradient_from_it() -> None:
     assert abs(float(changed - value)) > 1e-3
 
 
-def test_gap_is_taken_of_two_drawn_members_and_data_action_alike() -> None:
-    """Only drawn members get a gradient: two or, with replacement, one of four; over many keys every member."""
+def test_gap_uses_drawn_members() -> None:
+    """The gap is taken of two drawn members, the same for the sampled and the data actions.
+
+    Only drawn members get a gradient: two or, with replacement, one of four; over many keys every member.
+    """
     agent, batch = cql(), make_batch()
     assert gap(agent, batch, KEY)[0].shape == (2, ROWS) and gap(cql(subset=None), batch, KEY)[0].shape == (4, ROWS)
     grads = jax.vmap(lambda key: gap_gradient(agent, batch, key))(jax.random.split(KEY, 40))
@@ -216,7 +240,8 @@ def test_gap_is_taken_of_two_drawn_members_and_data_action_alike() -> None:
     assert set(drawn) == {1, 2} and np.all((kernel > 0).any(axis=0))
 
 
-def test_loss_is_td_plus_weighted_gap() -> None:
+def test_loss_is_td_plus_gap() -> None:
+    """The loss is the TD loss plus the weighted gap."""
     batch = make_batch()
     _, info = critic_step(cql(), batch, KEY)
     assert float(info["critic/loss"]) == pytest.approx(float(info["critic/td_loss"] + 2.0 * info["cql/gap"]), rel=1e-5)
@@ -229,7 +254,8 @@ def test_loss_is_td_plus_weighted_gap() -> None:
 # ---------------------------------------------------------------- dual variable
 
 
-def test_dual_grows_above_the_gap_and_shrinks_below() -> None:
+def test_dual_direction() -> None:
+    """The dual grows where the gap is above its target and shrinks where it is below."""
     batch, agent = make_batch(), with_dual()
     measured = float(critic_step(agent, batch, KEY)[1]["cql/gap"])
     for target, sign in ((measured - 1.0, 1), (measured + 1.0, -1)):
@@ -238,8 +264,11 @@ def test_dual_grows_above_the_gap_and_shrinks_below() -> None:
 
 
 @pytest.mark.parametrize("param", ["exp", "softplus"])
-def test_dual_stays_at_the_gap_and_has_the_stated_slope(param: Any) -> None:
-    """d/dp of -w alpha'(p) (gap - 0.8): 0 at the gap; for `exp` -w alpha' (gap - 0.8)."""
+def test_dual_slope(param: Any) -> None:
+    """The dual stays where the gap is at its target and has the stated slope elsewhere.
+
+    d/dp of -w alpha'(p) (gap - 0.8): 0 at the gap; for `exp` -w alpha' (gap - 0.8).
+    """
     agent = with_dual(dual_param=param, weight=5.0)
     slope = jax.grad(agent.dual_loss)
     (still,) = jax.tree.leaves(slope(agent.dual.params, jnp.asarray(0.8)))
@@ -254,8 +283,11 @@ def test_dual_stays_at_the_gap_and_has_the_stated_slope(param: Any) -> None:
 # ---------------------------------------------------------------- target and schedule
 
 
-def test_max_target_is_the_best_of_ten_actions_of_the_subset_minimum() -> None:
-    """y is the maximum over the ten draws of the minimum over heads, so never below any single one of them."""
+def test_max_target_over_actions() -> None:
+    """The max target is the best of ten actions by the subset minimum.
+
+    y is the maximum over the ten draws of the minimum over heads, so never below any single one of them.
+    """
     agent, batch = set_config(cql(), target_subset=None), make_batch()
     _, action_rng = jax.random.split(KEY)
     observations = batch["next_observations"]
@@ -266,19 +298,22 @@ def test_max_target_is_the_best_of_ten_actions_of_the_subset_minimum() -> None:
     assert np.all(values >= each - 1e-5) and np.all(values > each.min(axis=0))
 
 
-def test_terminal_targets_are_the_reward() -> None:
+def test_terminal_targets() -> None:
+    """Terminal targets are the reward."""
     batch = make_batch()
     batch["masks"] = jnp.zeros(ROWS)
     _, info = critic_step(cql(), batch, KEY)
     assert float(info["critic/target"]) == pytest.approx(float(batch["rewards"].mean()), rel=1e-5)
 
 
-def test_one_call_steps_critic_and_dual_per_minibatch_and_policy_once() -> None:
+def test_steps_per_call() -> None:
+    """One call steps the critic and the dual per minibatch and the policy once."""
     agent, _ = update(with_dual(), make_batch(3))
     assert (steps(agent.critic), steps(agent.dual), steps(agent.actor), steps(agent.temperature)) == (3, 3, 1, 1)
 
 
-def test_online_keeps_the_loss_and_mixes_half_and_half() -> None:
+def test_online_keeps_loss() -> None:
+    """The loss stays the same online, and the replay mixes half and half."""
     agent = cql(CalQL)
     assert agent.online() is agent
     online = CalQL.preset("antmaze").config.online
@@ -323,7 +358,8 @@ def test_paper_presets() -> None:
     assert type(CalQL.preset("adroit").config) is CalQLConfig and type(adroit.config) is CQLConfig
 
 
-def test_bad_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Bad settings are refused."""
     with pytest.raises(ConfigError, match="n_actions"):
         Conservative(n_actions=0)
     with pytest.raises(ConfigError, match="expected a CQLConfig"):

@@ -65,7 +65,8 @@ def trained() -> tuple[Dynamics, World]:
     return train(make_model("learned").prepare(world), world, jax.random.key(1)), world
 
 
-def test_the_learnt_world_is_the_true_one_in_raw_units(trained: tuple[Dynamics, World]) -> None:
+def test_learnt_dynamics_match_world(trained: tuple[Dynamics, World]) -> None:
+    """The learnt world is the true one, in raw units."""
     model, _ = trained
     states: Any = 10.0 + np.asarray([[0.5, -0.5], [0.0, 1.0], [-1.0, 0.3]], np.float32)
     actions: Any = np.asarray([[0.2], [-0.7], [0.5]], np.float32)
@@ -77,14 +78,16 @@ def test_the_learnt_world_is_the_true_one_in_raw_units(trained: tuple[Dynamics, 
     assert 0.5 * NOISE < following.std(axis=0).mean() < 3.0 * NOISE
 
 
-def test_the_learnt_termination_follows_the_datasets_ends(trained: tuple[Dynamics, World]) -> None:
+def test_learnt_termination(trained: tuple[Dynamics, World]) -> None:
+    """The learnt termination follows the dataset's ends."""
     model, world = trained
     _, _, ended = jax.jit(model.step)(jax.random.key(0), world.rows["observations"], world.rows["actions"])
     assert float(jnp.mean(ended == (world.rows["masks"] == 0.0))) > 0.93
     assert 0.02 < float(jnp.mean(world.rows["masks"] == 0.0)) < 0.5
 
 
-def test_hold_out_rows_are_never_trained_on_and_all_others_can_be() -> None:
+def test_holdout_rows_never_trained_on() -> None:
+    """Hold-out rows are never trained on, and all others can be."""
     for size in (50, 61, 1000, 5001, 9000):
         held, _ = split_rows(size)
         assert len(held) == min(int(0.2 * size), 1000) and len(set(held.tolist())) == len(held)
@@ -92,8 +95,11 @@ def test_hold_out_rows_are_never_trained_on_and_all_others_can_be() -> None:
         assert sorted([*trained_on.tolist(), *held.tolist()]) == list(range(size))
 
 
-def test_each_member_has_a_bootstrap_list_of_its_own_and_it_is_the_same_at_every_step() -> None:
-    """About 63 % of the rows are in a list that was drawn with replacement; two steps draw from one list."""
+def test_bootstrap_list_per_member() -> None:
+    """Each member has a bootstrap list of its own, and it is the same at every step.
+
+    About 63 % of the rows are in a list that was drawn with replacement; two steps draw from one list.
+    """
     size, seen = 100, []
     numbered = jnp.arange(size, dtype=jnp.float32)[:, None] * jnp.ones(2)
     rest = {"actions": jnp.zeros((size, 1)), "next_observations": jnp.zeros((size, 2)), "rewards": jnp.zeros(size)}
@@ -114,7 +120,8 @@ def test_each_member_has_a_bootstrap_list_of_its_own_and_it_is_the_same_at_every
     assert rows[0] != rows[1]
 
 
-def test_elites_are_the_members_with_the_least_error_and_every_row_comes_from_one() -> None:
+def test_elites_have_least_error() -> None:
+    """Elites are the members with the least error, and every row comes from one."""
     model, world = make_model(members=3, elites=2), make_world()
     kernel, bias = (model.best["params"]["output"][key] for key in ("kernel", "bias"))
     constants = jnp.asarray([1.0, 2.0, 3.0])  # members that always say their number, with hardly any noise
@@ -130,7 +137,8 @@ def test_elites_are_the_members_with_the_least_error_and_every_row_comes_from_on
     assert not ended.any()
 
 
-def test_only_better_weights_are_kept_and_none_after_patience_has_run_out() -> None:
+def test_validation_keeps_best_weights() -> None:
+    """Only better weights are kept, and none after the patience has run out."""
     world, model = make_world(), make_model(patience=2)
     first = model.prepare(world).validate(world)
     np.testing.assert_allclose(first.best_error, first.holdout_error(world, model.model.params), rtol=1e-6)
@@ -144,7 +152,8 @@ def test_only_better_weights_are_kept_and_none_after_patience_has_run_out() -> N
     np.testing.assert_array_equal(late.validate(world).best_error, late.best_error)
 
 
-def test_constant_dimensions_are_only_centred() -> None:
+def test_constant_dimensions_centred() -> None:
+    """Constant dimensions are only centred."""
     world = make_world()
     world.rows["observations"] = world.rows["observations"].at[:, 1].set(7.0)
     model = make_model().prepare(world)
@@ -152,12 +161,14 @@ def test_constant_dimensions_are_only_centred() -> None:
     assert float(model.std[0]) == pytest.approx(float(world.rows["observations"][:, 0].std()), rel=0.1)
 
 
-def test_too_few_rows_are_refused() -> None:
+def test_too_few_rows_refused() -> None:
+    """Too few rows are refused."""
     with pytest.raises(DatasetError, match=r"has 49 transitions; a dynamics ensemble needs at least 50"):
         split_rows(49)
 
 
-def test_the_rules_of_the_tasks() -> None:
+def test_task_termination_rules() -> None:
+    """Each task's rule ends failed states only, whatever precedes the last observation."""
     hopper = np.zeros((6, 11), np.float32)
     hopper[:, 0] = [1.2, 0.7, 1.2, 1.2, np.nan, 200.0]
     hopper[2, 1], hopper[3, 5] = -0.2, 150.0
@@ -186,7 +197,8 @@ def test_the_rules_of_the_tasks() -> None:
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
-def test_a_rule_knows_the_observations_of_its_environment_with_and_without_the_position(env_id: str) -> None:
+def test_rules_match_environments(env_id: str) -> None:
+    """A rule knows the observations of its environment, with and without the position."""
     rule = RULES[termination_of(env_id)]
     for position in (False, True):
         env = gym.make(env_id, exclude_current_positions_from_observation=not position)
@@ -199,7 +211,8 @@ def test_a_rule_knows_the_observations_of_its_environment_with_and_without_the_p
         env.close()
 
 
-def test_observations_too_short_for_a_rule_are_refused() -> None:
+def test_short_observations_refused() -> None:
+    """Observations too short for a rule are refused."""
     with pytest.raises(ConfigError, match=r"'hopper' reads observations of 11 numbers, the task's have 10; set"):
         check_size("hopper", 10)
     with pytest.raises(ConfigError, match=r"'pen' reads observations of 45 numbers"):

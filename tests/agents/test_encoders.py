@@ -33,7 +33,8 @@ def observations(*lead, size=32):
 shift = jax.jit(random_shift, static_argnums=2)
 
 
-def test_a_shift_is_a_crop_of_the_padded_image():
+def test_shift_is_padded_crop():
+    """A shift is a crop of the padded image."""
     batch = images(16, 12, 10, 3)
     shifted = np.asarray(shift(jax.random.key(0), batch, 2))
     assert shifted.dtype == np.uint8 and shifted.shape == batch.shape
@@ -46,7 +47,8 @@ def test_a_shift_is_a_crop_of_the_padded_image():
     assert len(offsets) > 8
 
 
-def test_shifts_differ_by_image_and_repeat_with_the_key():
+def test_shift_randomness():
+    """Shifts differ by image and repeat with the key."""
     batch = jnp.broadcast_to(images(12, 12, 3), (2, 8, 12, 12, 3))
     once, again, other = (np.asarray(shift(jax.random.key(seed), batch, 4)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(once, again)
@@ -55,7 +57,8 @@ def test_shifts_differ_by_image_and_repeat_with_the_key():
     np.testing.assert_array_equal(shift(jax.random.key(0), batch, 0), batch)
 
 
-def test_every_offset_is_equally_likely():
+def test_shift_offsets_uniform():
+    """Every offset is equally likely."""
     ramp = jnp.broadcast_to(jnp.arange(9, dtype=jnp.uint8)[:, None, None], (2000, 9, 9, 1))
     middle = np.asarray(shift(jax.random.key(3), ramp, 2))[:, 4, 4, 0]
     counts = np.bincount(middle, minlength=9)
@@ -63,7 +66,8 @@ def test_every_offset_is_equally_likely():
     assert np.all(np.abs(counts[2:7] - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8))
 
 
-def test_augment_shifts_both_observations_with_offsets_of_their_own_and_nothing_else():
+def test_augment_shifts_images_only():
+    """Augmentation shifts both observations' images by offsets of their own, and nothing else."""
     batch = {"observations": observations(5), "next_observations": observations(5), "rewards": jnp.ones(5)}
     result = jax.jit(encoders.augment)(jax.random.key(0), batch)
     now, after = result["observations"], result["next_observations"]
@@ -77,7 +81,8 @@ def test_augment_shifts_both_observations_with_offsets_of_their_own_and_nothing_
     assert encoders.augment(jax.random.key(0), flat)["observations"] is flat["observations"]
 
 
-def test_84_pixels_give_81_patches_of_128_channels():
+def test_patch_encoder_shapes():
+    """An image of 84 pixels a side gives 81 patches of 128 channels."""
     shapes = jax.eval_shape(PatchEncoder().init_with_output, jax.random.key(0), images(1, 84, 84, 3))
     output, params = shapes
     assert output.shape == (1, 81, 128)
@@ -87,7 +92,8 @@ def test_84_pixels_give_81_patches_of_128_channels():
     assert params["params"]["block_0"]["hidden"]["kernel"].shape == (128, 512)
 
 
-def test_drq_convolutions_give_35_by_35_pixels():
+def test_conv_encoder_shape():
+    """DrQ convolutions give 35 by 35 pixels."""
     output, _ = jax.eval_shape(ConvEncoder().init_with_output, jax.random.key(0), images(2, 84, 84, 3))
     assert output.shape == (2, 35 * 35, 32)
 
@@ -101,7 +107,8 @@ def make(config, size=32):
 
 
 @pytest.mark.parametrize(("config", "features"), [(PATCH, 2 * 9 * 8 + 3), (CONV, 2 * 6 + 3)], ids=["patch", "conv"])
-def test_features_of_all_cameras_and_the_state_for_any_leading_axes(config, features):
+def test_feature_shapes(config, features):
+    """Features hold all cameras and the state, for any leading axes."""
     encoder = make(config)
     apply = jax.jit(lambda encoder, seen: encode(encoder, seen), compiler_options=QUICK)
     seen = observations(2, 3)
@@ -114,7 +121,8 @@ def test_features_of_all_cameras_and_the_state_for_any_leading_axes(config, feat
     np.testing.assert_allclose(each, result, atol=1e-4)
 
 
-def test_two_encoders_under_vmap_are_two_encoders():
+def test_encoders_under_vmap():
+    """Two encoders under vmap are two encoders."""
     create = jax.vmap(lambda key: create_encoder(key, CONV, observations(1), Adam(1e-3)))
     both = jax.jit(create, compiler_options=QUICK)(jax.random.split(jax.random.key(0), 2))
     seen = observations(3)
@@ -124,7 +132,8 @@ def test_two_encoders_under_vmap_are_two_encoders():
 
 
 @pytest.mark.parametrize("config", [PATCH, CONV], ids=["patch", "conv"])
-def test_the_gradient_reaches_every_parameter(config):
+def test_gradient_reaches_all_parameters(config):
+    """The gradient reaches every parameter."""
     encoder = make(config)
     seen = observations(4)
     weights = jax.random.normal(jax.random.key(5), (2 * (config.latent_dim or 72) + 3,))
@@ -137,7 +146,8 @@ def test_the_gradient_reaches_every_parameter(config):
         assert float(jnp.abs(leaf).max()) > 0, name
 
 
-def test_pixels_matter_and_the_scale_is_half_around_zero():
+def test_pixel_scaling():
+    """Pixels matter, and their scale is half around zero."""
     encoder = make(CONV)
     seen = observations(1)
     brighter = {**seen, "front": jnp.full_like(seen["front"], 255)}
@@ -146,7 +156,8 @@ def test_pixels_matter_and_the_scale_is_half_around_zero():
     np.testing.assert_allclose(ends, [-0.5, 0.5], atol=1e-7)
 
 
-def test_patches_are_the_flat_features_in_order():
+def test_patches_match_features():
+    """Patches are the flat features in order."""
     encoder = make(PATCH)
     seen = observations(2)
     patches = encoder(seen, method="patches")
@@ -154,7 +165,8 @@ def test_patches_are_the_flat_features_in_order():
     np.testing.assert_allclose(patches.reshape(2, -1), encode(encoder, seen)[:, :-3], atol=1e-6)
 
 
-def test_observations_without_images_need_no_encoder():
+def test_no_images_no_encoder():
+    """Observations without images need no encoder."""
     assert create_encoder(jax.random.key(0), PATCH, jnp.ones((1, 3)), Adam()) is None
     assert create_encoder(jax.random.key(0), PATCH, {"state": jnp.ones((1, 3))}, Adam()) is None
     flat = jnp.ones((2, 3))
@@ -166,7 +178,8 @@ def test_observations_without_images_need_no_encoder():
     [(PATCH, 16), (EncoderConfig(kind="conv"), 15), (EncoderConfig.small(), 23)],
     ids=["patch", "conv", "small"],
 )
-def test_images_too_small_are_refused_by_name(config, least):
+def test_small_images_refused(config, least):
+    """Images that are too small are refused by the camera's name."""
     assert encoders.smallest_side(config) == least
     fits = encoders.observation_encoder(config, {"top": images(least, least, 3)})
     output, _ = jax.eval_shape(fits.init_with_output, jax.random.key(0), {"top": images(1, least, least, 3)})
@@ -180,7 +193,8 @@ def test_images_too_small_are_refused_by_name(config, least):
     [{"kind": "vit"}, {"width": 10, "heads": 4}, {"conv_strides": (1,)}, {"latent_dim": -1}, {"shift_pad": -1}],
     ids=str,
 )
-def test_settings_that_cannot_be_used(changes):
+def test_wrong_settings_refused(changes):
+    """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match="EncoderConfig"):
         EncoderConfig(**changes)
 
@@ -189,7 +203,8 @@ def test_settings_that_cannot_be_used(changes):
     ("lead", "height", "width", "side", "stride"),
     [((5,), 13, 11, 3, 2), ((2, 3), 9, 12, 3, 1), ((4,), 21, 20, 8, 4), ((), 10, 9, 3, 2)],
 )
-def test_a_convolution_is_that_of_flax_with_its_first_parameters_and_gradients(lead, height, width, side, stride):
+def test_conv_matches_flax(lead, height, width, side, stride):
+    """A convolution is that of Flax, with its first parameters and gradients."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(*lead, height, width, 3)), jnp.float32)
     kinds = encoders.Conv(4, side, stride), nn.Conv(4, (side, side), stride, "VALID", kernel_init=encoders.CONV)
 
@@ -208,7 +223,9 @@ def test_a_convolution_is_that_of_flax_with_its_first_parameters_and_gradients(l
 
 
 @pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="not a CPU")
-def test_on_a_cpu_convolutions_in_loops_have_the_form_of_its_fast_kernels():
+def test_conv_forms_on_cpu():
+    """Convolutions in loops on a CPU have the form of its fast kernels."""
+
     def forms(kind):
         x = jnp.ones((2, 3, 9, 9, 3))
         params = kind.init(jax.random.key(0), x[0])

@@ -38,7 +38,8 @@ from tests.helpers.toy_expo import (
 # Which parameters serve where ---------------------------------------------------------------------------------------
 
 
-def test_acting_uses_averaged_base_edit_policy_and_target_critic() -> None:
+def test_acting_networks() -> None:
+    """Acting uses the averaged base, the edit policy and the target critic."""
     agent, observations = expo(), make_batch(rows=32)["observations"]
     before = act(agent, observations, KEY)
     for unused in ("base", "critic"):
@@ -53,7 +54,8 @@ def test_acting_uses_averaged_base_edit_policy_and_target_critic() -> None:
     assert moved(act(agent.replace(target_critic=flipped), observations, KEY), before)
 
 
-def test_the_target_uses_online_base_edit_policy_and_target_critic() -> None:
+def test_target_networks() -> None:
+    """The target uses the online base, the edit policy and the target critic."""
     agent, observations = expo(), make_batch(rows=32)["next_observations"]
     before = next_values(agent, observations, KEY)[0]
     critic = agent.critic.replace(params=distort(agent.critic.params))
@@ -66,7 +68,8 @@ def test_the_target_uses_online_base_edit_policy_and_target_critic() -> None:
     assert moved(next_values(agent.replace(target_critic=distort(agent.target_critic)), observations, KEY)[0], before)
 
 
-def test_with_all_members_the_target_is_the_highest_minimum_over_the_candidates() -> None:
+def test_target_is_highest_minimum() -> None:
+    """With all members, the target is the highest minimum over the candidates."""
     agent, batch = expo(target_subset=MEMBERS), make_batch()
     action_rng, _ = jax.random.split(KEY)
     choice = choose(agent, batch["next_observations"], agent.base.params, action_rng)
@@ -82,8 +85,11 @@ def test_with_all_members_the_target_is_the_highest_minimum_over_the_candidates(
     assert float(info["edit/win_share"]) == pytest.approx(np.mean(np.asarray(choice.place) >= N))
 
 
-def test_selection_and_value_draw_their_subsets_independently() -> None:
-    """With members constant at 0, 1, 2, 3 and subsets of one, scores and values name the member drawn."""
+def test_subsets_drawn_independently() -> None:
+    """Selection and value draw their subsets independently.
+
+    With members constant at 0, 1, 2, 3 and subsets of one, scores and values name the member drawn.
+    """
     agent, observations = expo(target_subset=1), make_batch(rows=2)["next_observations"]
     params = agent.target_critic
     for member in range(MEMBERS):
@@ -101,14 +107,18 @@ def test_selection_and_value_draw_their_subsets_independently() -> None:
     assert pairs == {(one, two) for one in range(MEMBERS) for two in range(MEMBERS)}
 
 
-def test_terminal_rows_do_not_bootstrap() -> None:
+def test_no_bootstrap_at_terminals() -> None:
+    """Terminal rows do not bootstrap."""
     agent, batch = expo(), {**make_batch(), "rewards": jnp.zeros(ROWS)}
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 3.0))
     assert float(critic_step(agent, batch, KEY)[1]["critic/target"]) == pytest.approx(0.99 * 3.0 * 7 / 8, rel=1e-5)
 
 
-def test_soft_selection_adds_the_closed_form_entropy_to_the_backup() -> None:
-    """With constant critics the draw is uniform: its entropy is ln(N + n_e), worth ln(N + n_e) / kappa."""
+def test_soft_backup_entropy() -> None:
+    """Soft selection adds the closed-form entropy to the backup.
+
+    With constant critics the draw is uniform: its entropy is ln(N + n_e), worth ln(N + n_e) / kappa.
+    """
     agent = expo(selection="soft", inverse_temperature=4.0)
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 3.0))
     values, info = next_values(agent, make_batch(rows=256)["next_observations"], KEY)
@@ -116,7 +126,8 @@ def test_soft_selection_adds_the_closed_form_entropy_to_the_backup() -> None:
     assert float(info["edit/win_share"]) == pytest.approx(EDITS / (N + EDITS), abs=0.1)
 
 
-def test_the_ablated_backup_is_a_plain_sample_of_the_online_base() -> None:
+def test_ablated_backup() -> None:
+    """The ablated backup is a plain sample of the online base."""
     agent, batch = expo(backup="base", target_subset=MEMBERS), make_batch(1)
     observations = batch["next_observations"][0]
     actions = agent.base_samples(agent.base.params, observations, 1, jax.random.split(KEY)[0])[0]
@@ -131,8 +142,11 @@ def test_the_ablated_backup_is_a_plain_sample_of_the_online_base() -> None:
 # The losses ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_base_only_imitates() -> None:
-    """Other critics and another edit policy leave its step, bit for bit, as it was; good or bad rewards too."""
+def test_base_only_imitates() -> None:
+    """The base only imitates.
+
+    Other critics and another edit policy leave its step, bit for bit, as it was; good or bad rewards too.
+    """
     agent, batch = expo(), make_batch(2)
     after, _ = update(agent, batch)
     critic = agent.critic.replace(params=distort(agent.critic.params))
@@ -144,14 +158,16 @@ def test_the_base_only_imitates() -> None:
     assert moved(after.base.params, agent.base.params)
 
 
-def test_every_loss_moves_its_own_networks_only() -> None:
+def test_losses_move_own_networks() -> None:
+    """Every loss moves its own networks only."""
     agent, batch = expo(), make_batch()
     assert changed(agent, base_step(agent, batch, KEY)[0]) == {"base", "target_base"}
     assert changed(agent, edit_step(agent, batch, KEY)[0]) == {"edit", "temperature"}
     assert changed(agent, critic_step(agent, batch, KEY)[0]) == {"critic", "target_critic"}
 
 
-def test_base_loss_is_the_sum_over_dimensions_and_its_average_follows_slowly() -> None:
+def test_base_loss_and_average() -> None:
+    """The base loss is the sum over dimensions, and its average follows slowly."""
     agent, batch = expo(), make_batch()
     loss_rng, _ = jax.random.split(KEY)
     observations, actions = batch["observations"], batch["actions"]
@@ -165,7 +181,8 @@ def test_base_loss_is_the_sum_over_dimensions_and_its_average_follows_slowly() -
     assert rates == [Adam(3e-4, 3_000_000, weight_decay=1e-4), Adam(3e-4, 3_000_000)]
 
 
-def test_edit_loss_is_that_of_the_scaled_edit_of_stored_actions() -> None:
+def test_edit_loss_by_hand() -> None:
+    """The edit loss is that of the scaled edit of stored actions."""
     agent, batch = expo(entropy_scale=0.5), make_batch()
     scale, (sample_rng, _) = agent.config.edit_scale, jax.random.split(KEY)
     pair = jnp.concatenate([batch["observations"], batch["actions"]], axis=-1)
@@ -179,7 +196,8 @@ def test_edit_loss_is_that_of_the_scaled_edit_of_stored_actions() -> None:
 
 
 @pytest.mark.parametrize(("kind", "shift"), [("reachable", ACTION_DIM * math.log(0.3)), ("released", 0.0)])
-def test_temperature_loss_measures_the_gap_to_the_named_target(kind: Any, shift: float) -> None:
+def test_temperature_loss(kind: Any, shift: float) -> None:
+    """The temperature loss measures the gap to the named target."""
     _, info = edit_step(expo(entropy_target=kind), make_batch(), KEY)
     gap = float(info["edit/entropy"]) - (-ACTION_DIM / 2 + shift)
     assert float(info["temperature/loss"]) == pytest.approx(gap, rel=1e-4)
@@ -202,14 +220,18 @@ def temperature_path(kind: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(alpha), np.asarray(entropy)
 
 
-def test_released_target_is_out_of_reach_for_small_edits_and_alpha_only_grows() -> None:
-    """The scaled edit's entropy is at most d ln(2 scale) = -4.6, the released target is -1."""
+def test_released_entropy_target() -> None:
+    """The released target is out of reach for small edits, and alpha only grows.
+
+    The scaled edit's entropy is at most d ln(2 scale) = -4.6, the released target is -1.
+    """
     alpha, entropy = temperature_path("released", 200)
     assert entropy[-100:].mean() == pytest.approx(ACTION_DIM * math.log(2 * 0.05), abs=0.1)
     assert np.all(np.diff(alpha) > 0) and alpha[-1] > 1e3
 
 
-def test_reachable_target_is_met_and_alpha_settles() -> None:
+def test_reachable_entropy_target() -> None:
+    """The reachable target is met, and alpha settles."""
     alpha, entropy = temperature_path("reachable", 600)
     target = -ACTION_DIM / 2 + ACTION_DIM * math.log(0.05)
     assert abs(entropy[-200:].mean() - target) < 0.2
@@ -219,7 +241,8 @@ def test_reachable_target_is_met_and_alpha_settles() -> None:
 # The schedule of a call ---------------------------------------------------------------------------------------------
 
 
-def test_a_call_takes_g_critic_steps_and_one_of_the_others_on_the_last_block() -> None:
+def test_steps_per_call() -> None:
+    """A call takes G critic steps and one of the others, on the last block."""
     agent, batch = expo(), make_batch(5)
     agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.0)))
     after, info = update(agent, batch)
@@ -234,7 +257,8 @@ def test_a_call_takes_g_critic_steps_and_one_of_the_others_on_the_last_block() -
         assert not moved(params[0], params[1]) and moved(params[0], params[2]), part
 
 
-def test_before_online_only_the_base_learns() -> None:
+def test_offline_trains_base_only() -> None:
+    """Only the base learns before the online phase."""
     agent, batch = fresh(), make_batch(5)
     after, info = update(agent, batch)
     assert changed(agent, after) == {"base", "target_base"} and set(info) == {"base/loss"}
@@ -248,7 +272,8 @@ def test_before_online_only_the_base_learns() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"n_edits": 0}, {"n_samples": 1, "n_edits": 1}], ids=["no edits", "one sample"])
-def test_without_edits_the_edit_policy_is_never_touched(changes: Any) -> None:
+def test_edit_policy_without_edits(changes: Any) -> None:
+    """The edit policy is never touched without edits."""
     agent, batch = expo(**changes), make_batch(2)
     after, info = update(agent, batch)
     assert changed(agent, after) == {"base", "target_base", "critic", "target_critic"}
@@ -258,21 +283,24 @@ def test_without_edits_the_edit_policy_is_never_touched(changes: Any) -> None:
     np.testing.assert_array_equal(act(agent, observations, KEY), act(distorted, observations, KEY))
 
 
-def test_one_sample_acts_as_the_averaged_base() -> None:
+def test_one_sample_acts_as_base() -> None:
+    """One sample acts as the averaged base."""
     agent, observations = expo(n_samples=1, n_edits=0), make_batch()["observations"]
     sample_rng, _ = jax.random.split(KEY)
     expected = agent.base_samples(agent.target_base, observations, 1, sample_rng)[0]
     np.testing.assert_allclose(act(agent, observations, KEY), expected, atol=1e-5)
 
 
-def test_actions_are_clipped_even_with_edits_beyond_the_box() -> None:
+def test_actions_clipped() -> None:
+    """Actions are clipped even with edits beyond the box."""
     agent, observations = expo(edit_scale=2.0), make_batch(rows=64)["observations"]
     choice = choose(agent, observations, agent.target_base, KEY)
     assert float(jnp.abs(choice.candidates).max()) == 1.0
     assert float(jnp.abs(act(agent, observations, KEY)).max()) == 1.0
 
 
-def test_base_and_edit_policy_start_from_different_keys_and_every_call_draws_anew() -> None:
+def test_random_keys() -> None:
+    """Base and edit policy start from different keys, and every call draws anew."""
     agent, batch = expo(), make_batch(2)
     first = agent.base.params["params"]["Dense_0"]["kernel"]
     second = agent.edit.params["params"]["MLP_0"]["Dense_0"]["kernel"]
@@ -300,7 +328,8 @@ def test_base_and_edit_policy_start_from_different_keys_and_every_call_draws_ane
         ({"backup": "edit"}, "backup is 'edit'; expected otf or base"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(changes: Any, words: str) -> None:
+def test_wrong_settings_refused(changes: Any, words: str) -> None:
+    """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match=words):
         EXPOConfig(**changes)
 

@@ -31,14 +31,16 @@ def choice_of(scale: float = 0.3, n_edits: int = EDITS, **options: Any) -> Choic
     return on_the_fly(SAMPLES, fixed_edit, fixed_score, KEY, n_edits=n_edits, scale=scale, **options)
 
 
-def test_scale_zero_repeats_the_base_samples_and_is_the_best_of_n() -> None:
+def test_zero_scale_edits() -> None:
+    """Scale zero repeats the base samples and is the best of N."""
     without, zero = choice_of(n_edits=0), choice_of(scale=0.0)
     np.testing.assert_array_equal(zero.candidates[N:], SAMPLES[:EDITS])
     np.testing.assert_array_equal(zero.actions, without.actions)
     assert moved(choice_of().actions, without.actions)
 
 
-def test_without_edits_it_is_the_best_of_n() -> None:
+def test_best_of_n_without_edits() -> None:
+    """Without edits it is the best of N."""
     choice = on_the_fly(SAMPLES, refuse, fixed_score, KEY, n_edits=0, scale=0.3)
     np.testing.assert_array_equal(choice.candidates, SAMPLES)
     best = np.asarray(choice.scores).argmax(axis=0)
@@ -46,13 +48,15 @@ def test_without_edits_it_is_the_best_of_n() -> None:
     np.testing.assert_array_equal(choice.actions, np.asarray(SAMPLES)[best, np.arange(ROWS)])
 
 
-def test_a_single_sample_is_neither_edited_nor_scored() -> None:
+def test_single_sample() -> None:
+    """A single sample is neither edited nor scored."""
     choice = on_the_fly(SAMPLES[:1], refuse, refuse, KEY, n_edits=1, scale=0.3)
     np.testing.assert_array_equal(choice.actions, SAMPLES[0])
     assert not choice.place.any() and not choice.entropy.any()
 
 
-def test_the_first_samples_are_edited_within_the_scale_and_the_box() -> None:
+def test_edits_within_bounds() -> None:
+    """The first samples are edited within the scale and the box."""
     choice = choice_of(scale=0.7)
     assert choice.candidates.shape == (N + EDITS, ROWS, ACTION_DIM)
     np.testing.assert_array_equal(choice.candidates[:N], SAMPLES)
@@ -64,7 +68,8 @@ def test_the_first_samples_are_edited_within_the_scale_and_the_box() -> None:
     np.testing.assert_array_equal(choice.scores, fixed_score(jax.random.split(KEY, 3)[1], choice.candidates))
 
 
-def test_the_chosen_score_is_the_highest_of_all_candidates() -> None:
+def test_highest_score_chosen() -> None:
+    """The chosen score is the highest of all candidates."""
     choice = choice_of()
     won = np.asarray(choice.scores)[choice.place, np.arange(ROWS)]
     np.testing.assert_array_equal(won, choice.scores.max(axis=0))
@@ -73,7 +78,8 @@ def test_the_chosen_score_is_the_highest_of_all_candidates() -> None:
     assert places.min() < N <= places.max(), "both kinds win somewhere"
 
 
-def test_soft_selection_draws_by_exp_of_score_and_knows_its_entropy() -> None:
+def test_soft_selection() -> None:
+    """Soft selection draws by the exponential of the score and knows its entropy."""
     scores, kappa = jnp.asarray([0.0, 1.0, 0.3]), 2.0
     weights = np.exp(kappa * np.asarray(scores))
     weights /= weights.sum()

@@ -21,8 +21,11 @@ from tests.helpers.tiny import OBSERVATION_DIM, create, largest_difference, make
 KEY = jax.random.key(5)
 
 
-def test_expo_with_edits_of_no_size_is_the_best_of_n_of_its_base() -> None:
-    """The scale itself must be positive: ln(scale) is part of the edits' log-density."""
+def test_expo_tiny_edits() -> None:
+    """EXPO with edits of no size is the best of N of its base.
+
+    The scale itself must be positive: ln(scale) is part of the edits' log-density.
+    """
     observations = make_batch(rows=32)["observations"]
     best, edited = (
         toy_expo.choose(agent, observations, agent.target_base, KEY)
@@ -36,7 +39,8 @@ def test_expo_with_edits_of_no_size_is_the_best_of_n_of_its_base() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.2])
-def test_an_extreme_base_action_with_a_full_residual_is_the_edge_of_the_widened_range(scale: float) -> None:
+def test_residual_reaches_widened_edge(scale: float) -> None:
+    """An extreme base action with a full residual is the edge of the widened range."""
     agent = test_residual.set_config(test_residual.make(), residual_scale=scale)
     bounds = ActionMap.from_space(spaces.Box(-10.0, 10.0, (2,), np.float32))
     actions = np.asarray([[-2.0, 1.0], [4.0, 3.0], [1.0, 2.0]], np.float32)
@@ -50,7 +54,8 @@ def test_an_extreme_base_action_with_a_full_residual_is_the_edge_of_the_widened_
     np.testing.assert_allclose(edge, np.stack([centre - half * (1 + scale), centre + half * (1 + scale)]), atol=1e-5)
 
 
-def test_the_residuals_critic_step_leaves_both_actors_and_its_actor_step_all_critics() -> None:
+def test_residual_steps_isolated() -> None:
+    """The residual's critic step leaves both actors as they are, and its actor step all critics."""
     agent, batch = test_residual.restless(), test_residual.windows()
     stepped, _ = test_residual.critic_step(agent, batch, KEY)
     assert largest_difference(stepped.actor, agent.actor) == 0.0
@@ -72,7 +77,8 @@ class Peak(struct.PyTreeNode):
         return -jnp.sum(jnp.square(actions - best), axis=-1)[None]
 
 
-def test_the_one_step_policy_without_a_tie_to_the_flow_plays_the_best_chunk() -> None:
+def test_untied_policy_plays_best_chunk() -> None:
+    """The one-step policy without a tie to the flow plays the best chunk."""
     best = jnp.asarray([0.5, -0.5, 0.2, -0.7])
     config = replace(toy_qc.DISTILLED, chunk=2, actor_hidden_dims=(32, 32), alpha=0.0, actor_lr=3e-3, flow_steps=1)
     agent = create(QC, config)

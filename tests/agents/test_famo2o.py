@@ -86,7 +86,8 @@ def test_encoding_by_hand() -> None:
     np.testing.assert_allclose(encode(jnp.asarray(2.0), 4, 100.0)[2:], [math.sin(0.2), math.cos(0.2)], rtol=1e-5)
 
 
-def test_coefficients_map_the_unit_interval_to_the_range() -> None:
+def test_coefficient_range() -> None:
+    """Coefficients map the interval from -1 to 1 to the range."""
     np.testing.assert_allclose(coefficient(jnp.asarray([-1.0, 0.0, 1.0]), (8.0, 14.0)), [8.0, 11.0, 14.0])
     x = jnp.tanh(jnp.linspace(-30, 30, 1001))
     for low, high in ((8.0, 14.0), (0.1, 0.7), (1 / 3, 5 / 3), (-2.0, 3.0)):
@@ -120,7 +121,7 @@ def test_constant_balance_is_plain_iql(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(info["actor/beta"]) == 3.0 and float(info["actor/beta_std"]) == 0.0
 
 
-def test_values_do_not_depend_on_the_balance() -> None:
+def test_values_ignore_balance() -> None:
     """Another range leaves V, Q and targets as they are, bit for bit; the actor feels it."""
     reference, _ = updated()
     after, _ = update(make_agent(balance_range=(1.0, 5.0)))
@@ -129,8 +130,11 @@ def test_values_do_not_depend_on_the_balance() -> None:
     assert moved(after.actor.params, reference.actor.params)
 
 
-def test_a_constant_encoding_is_a_bias() -> None:
-    """The actor loss at lo = hi = c is IQL's of a policy whose first bias holds the encoding of c."""
+def test_constant_encoding_is_bias() -> None:
+    """A constant encoding is a bias.
+
+    The actor loss at lo = hi = c is IQL's of a policy whose first bias holds the encoding of c.
+    """
     agent = make_agent(balance_range=(2.0, 2.0))
     plain = plain_iql(agent, beta=2.0)
     tree = plain.actor.params
@@ -178,7 +182,8 @@ def test_balance_loss_by_hand() -> None:
     assert abs(float(np.mean(one * two))) < 0.4, "x and action must not share their noise"
 
 
-def test_gradients_reach_their_own_network_only() -> None:
+def test_gradients_reach_own_network() -> None:
+    """Gradients reach their own network only."""
     agent = make_agent().online()
 
     def actor_loss(balance: Any, target: Any, value: Any) -> jax.Array:
@@ -195,8 +200,11 @@ def test_gradients_reach_their_own_network_only() -> None:
     assert moved(balance.params, agent.balance_actor.params) and moved(temperature.params, agent.temperature.params)
 
 
-def test_the_balance_learns_through_the_encoding() -> None:
-    """Without the encoding's weights only the entropy is left in the gradient of the balance loss."""
+def test_balance_learns_through_encoding() -> None:
+    """The balance learns through the encoding.
+
+    Without the encoding's weights only the entropy is left in the gradient of the balance loss.
+    """
     agent = make_agent()
     states, x_rng = ROWS["observations"], jax.random.split(KEY)[0]
 
@@ -218,8 +226,11 @@ def test_the_balance_learns_through_the_encoding() -> None:
 # ---------------------------------------------------------------- entropy and temperature
 
 
-def test_entropy_rises_to_its_target_and_the_temperature_turns_there() -> None:
-    """Q constant: nothing but entropy drives the balance; t grows below the target, falls above."""
+def test_entropy_reaches_target() -> None:
+    """The entropy rises to its target, and the temperature turns there.
+
+    Q constant: nothing but entropy drives the balance; t grows below the target, falls above.
+    """
     agent = with_balance(make_agent(), 0.0, log_std=-3.0)
     agent = agent.replace(
         target_critic=constant_critic(agent.target_critic, 1.5),
@@ -245,7 +256,8 @@ def test_entropy_rises_to_its_target_and_the_temperature_turns_there() -> None:
 # ---------------------------------------------------------------- phases and order
 
 
-def test_betas_are_uniform_offline_and_the_balance_policys_online() -> None:
+def test_betas_by_phase() -> None:
+    """Betas are uniform offline and the balance policy's online."""
     agent = with_balance(make_agent(), 1.0, log_std=-1.0)
     states = jnp.tile(ROWS["observations"][:1], (4000, 1))
     offline = np.sort(np.asarray(agent.draw_betas(states, KEY)))
@@ -261,7 +273,8 @@ def test_betas_are_uniform_offline_and_the_balance_policys_online() -> None:
     assert float(info["actor/beta_std"]) == pytest.approx(6.0 / math.sqrt(12.0), abs=0.4)
 
 
-def test_the_actor_sees_the_new_value_and_the_old_balance() -> None:
+def test_actor_step_inputs() -> None:
+    """The actor sees the new value and the old balance."""
     agent = make_agent().online()
     agent = agent.replace(
         value=agent.value.replace(optimizer=Adam(0.05)), balance_actor=agent.balance_actor.replace(optimizer=Adam(0.5))
@@ -286,7 +299,8 @@ def test_the_actor_sees_the_new_value_and_the_old_balance() -> None:
     assert largest_difference(after.temperature.params, balance_step(agent)[1].params) < 1e-6
 
 
-def test_the_balance_steps_at_every_second_update() -> None:
+def test_balance_update_period() -> None:
+    """The balance steps at every second update."""
     after, info = update(make_agent(balance_every=2))
     assert (steps(after.actor), steps(after.balance_actor), steps(after.temperature)) == (3, 2, 2)
     reference, every = updated()
@@ -294,7 +308,8 @@ def test_the_balance_steps_at_every_second_update() -> None:
     assert float(info["balance/entropy"]) == pytest.approx(float(every["balance/entropy"]), abs=0.05)
 
 
-def test_acting_uses_the_deterministic_coefficient() -> None:
+def test_acting_coefficient() -> None:
+    """Acting uses the deterministic coefficient."""
     agent, states = make_agent(), ROWS["observations"]
     betas = agent.balance(states)
     assert (
@@ -310,7 +325,7 @@ def test_acting_uses_the_deterministic_coefficient() -> None:
     assert float(jnp.abs(elsewhere - greedy).max()) > 1e-3
 
 
-def test_a_bandit_with_good_and_bad_data() -> None:
+def test_bandit_with_mixed_data() -> None:
     """Where the data are bad, greed pays: a higher coefficient there, and values that rise with it."""
     generator = np.random.default_rng(0)
     states = np.where(np.arange(512) % 2 == 0, -1.0, 1.0)[:, None]
@@ -337,7 +352,7 @@ def test_a_bandit_with_good_and_bad_data() -> None:
 # ---------------------------------------------------------------- networks and settings
 
 
-def test_first_networks_and_their_rates() -> None:
+def test_first_networks_and_rates() -> None:
     """t = 1, the log-std 0 and clipped to [-10, 2]; the actor's rate is constant online, its dropout on in its loss."""
     agent, states = make_agent(), ROWS["observations"]
     assert float(agent.alpha()) == 1.0
@@ -371,7 +386,8 @@ def test_first_networks_and_their_rates() -> None:
         ({"expectile": 1.0}, "expectile is 1.0"),
     ],
 )
-def test_wrong_settings_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_wrong_settings_refused(changes: dict[str, Any], words: str) -> None:
+    """Wrong settings are refused."""
     with pytest.raises(ConfigError, match=words) as error:
         FamO2OConfig(**changes)
     assert "\n" not in str(error.value)

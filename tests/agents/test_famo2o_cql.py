@@ -69,7 +69,8 @@ def stepped() -> tuple[Any, Any, Any]:
     return rows, *STEP(make_agent(), rows)
 
 
-def test_the_whole_range_and_nothing_else_is_reached() -> None:
+def test_balance_range_reached() -> None:
+    """The whole range and nothing else is reached."""
     agent, x = make_agent(), jnp.asarray([[-1.0], [0.0], [1.0]])
     np.testing.assert_allclose(agent.to_beta(x), [0.5, 1.0, 1.5])
     assert float(jnp.abs(agent.balance(STATES) - 1.0).max()) < 0.15, "small output layers: first in the middle"
@@ -86,7 +87,7 @@ def test_the_whole_range_and_nothing_else_is_reached() -> None:
 
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("target", ["next", "current"])
-def test_which_state_gives_which_coefficient(target: Any, online: bool) -> None:
+def test_coefficient_by_state(target: Any, online: bool) -> None:
     """Offline uniform for the actor, else pi_b(s); the next action's is drawn by pi_b at s', released: the one of s."""
     agent = make_agent(target_beta=target)
     agent = agent.online() if online else agent
@@ -101,8 +102,11 @@ def test_which_state_gives_which_coefficient(target: Any, online: bool) -> None:
     np.testing.assert_allclose(rows["next_betas"], following if target == "next" else own, atol=1e-6)
 
 
-def test_critics_never_see_the_coefficient() -> None:
-    """Their first layer reads state and action alone; the policy reads its second input."""
+def test_critics_ignore_coefficient() -> None:
+    """Critics never see the coefficient.
+
+    Their first layer reads state and action alone; the policy reads its second input.
+    """
     agent = make_agent()
     assert agent.critic.params["params"]["dense_0"]["kernel"].shape == (2, OBSERVATION_DIM + ACTION_DIM, 16)
     assert agent.critic(STATES, ROWS["actions"]).shape == (2, 64)
@@ -143,7 +147,8 @@ def test_policy_losses_by_hand() -> None:
         assert float(info["balance/std"]) == pytest.approx(float(agent.balance(STATES).std()), rel=1e-3)
 
 
-def test_every_loss_steps_its_own_network() -> None:
+def test_losses_step_own_network() -> None:
+    """Every loss steps its own network."""
     agent, (_, (judged, _), (acted, _)) = make_agent(), stepped()
     assert moved(judged.critic.params, agent.critic.params)
     for name in ("actor", "balance_actor", "temperature"):
@@ -154,7 +159,8 @@ def test_every_loss_steps_its_own_network() -> None:
     assert not moved(acted.critic.params, agent.critic.params)
 
 
-def test_the_balance_learns_through_the_encoding_only() -> None:
+def test_balance_learns_through_encoding() -> None:
+    """The balance learns through the encoding only."""
     agent, rows = make_agent(), stepped()[0]
     gradient = jax.jit(
         lambda a: jax.grad(lambda p: a.balance_loss(p, rows, KEY, a.critic)[0])(a.balance_actor.params),
@@ -167,8 +173,11 @@ def test_the_balance_learns_through_the_encoding_only() -> None:
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
-def test_constant_balance_of_one_is_plain_cql() -> None:
-    """lo = hi = 1: CQL's losses for a policy whose first bias holds the encoding of 1, same draws."""
+def test_unit_balance_is_plain_cql() -> None:
+    """A constant balance of one is plain CQL.
+
+    lo = hi = 1: CQL's losses for a policy whose first bias holds the encoding of 1, same draws.
+    """
     agent = make_agent(balance_range=(1.0, 1.0))
     rows = agent.with_betas(ROWS, jax.random.key(11))
     np.testing.assert_array_equal(rows["betas"], np.ones(64))
@@ -200,7 +209,8 @@ def test_constant_balance_of_one_is_plain_cql() -> None:
     assert largest_difference(left_policy.temperature.params, right_policy.temperature.params) < 1e-6
 
 
-def test_online_trains_the_chosen_members() -> None:
+def test_online_trains_chosen_members() -> None:
+    """Online training takes the members that the balance chooses."""
     agent = with_balance(make_agent(), 3.0).online()
     batch = {name: jnp.stack([leaf, leaf]) for name, leaf in ROWS.items()}
     after, info = jax.jit(lambda agent: agent.update(batch), compiler_options=QUICK)(agent)
@@ -210,8 +220,11 @@ def test_online_trains_the_chosen_members() -> None:
     assert all(np.isfinite(value) for value in info.values())
 
 
-def test_at_one_update_all_losses_are_of_the_parameters_before_it() -> None:
-    """Actor and balance network are judged by the critics from before their step; every part has a key of its own."""
+def test_losses_use_old_parameters() -> None:
+    """At one update all losses are of the parameters before it.
+
+    Actor and balance network are judged by the critics from before their step; every part has a key of its own.
+    """
     agent, batch = make_agent(), {name: leaf[None] for name, leaf in ROWS.items()}
     agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.05)))
     after, _ = jax.jit(lambda a: a.update(batch), compiler_options=QUICK)(agent)
@@ -227,8 +240,11 @@ def test_at_one_update_all_losses_are_of_the_parameters_before_it() -> None:
     assert jnp.array_equal(jax.random.key_data(after.rng), jax.random.key_data(next_rng))
 
 
-def test_output_layers_begin_small() -> None:
-    """Orthogonal at gain 0.1 where the code's are uniform with the same norm; hidden ones at sqrt(2)."""
+def test_small_output_layers() -> None:
+    """Output layers begin small.
+
+    Orthogonal at gain 0.1 where the code's are uniform with the same norm; hidden ones at sqrt(2).
+    """
     agent = make_agent()
     for model in (agent.actor, agent.balance_actor):
         tree = model.params["params"]
@@ -242,7 +258,8 @@ def test_output_layers_begin_small() -> None:
     )
 
 
-def test_acting_uses_the_deterministic_coefficient() -> None:
+def test_acting_coefficient() -> None:
+    """Acting uses the deterministic coefficient."""
     agent = make_agent()
     betas = agent.balance(STATES)
     assert betas.shape == (64,) and agent.balance(STATES.reshape(4, 16, 3)).shape == (4, 16)
@@ -262,7 +279,8 @@ def test_acting_uses_the_deterministic_coefficient() -> None:
         ({"temperature_init": 0.0}, "temperature_init is 0.0"),
     ],
 )
-def test_wrong_settings_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_wrong_settings_refused(changes: dict[str, Any], words: str) -> None:
+    """Wrong settings are refused."""
     with pytest.raises(ConfigError, match=words) as error:
         FamO2OCQLConfig(**changes)
     assert "\n" not in str(error.value)

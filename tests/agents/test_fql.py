@@ -55,8 +55,11 @@ def test_target_by_hand(aggregate: str, next_value: float) -> None:
     assert float(loss) == pytest.approx(np.mean((q - y) ** 2), rel=1e-5)
 
 
-def test_the_target_evaluates_the_clipped_action_of_the_policy() -> None:
-    """The policy gives 5 everywhere, which is 1 in the environment."""
+def test_target_clips_policy_action() -> None:
+    """The target evaluates the clipped action of the policy.
+
+    The policy gives 5 everywhere, which is 1 in the environment.
+    """
     agent, batch = make_agent(), make_batch()
     agent = with_constant(agent, "one_step", "Dense_0", 5.0)
     q = agent.critic(batch["next_observations"], jnp.ones_like(batch["actions"]), params=agent.target_critic)
@@ -65,8 +68,11 @@ def test_the_target_evaluates_the_clipped_action_of_the_policy() -> None:
     assert float(info["critic/target"]) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_the_flow_takes_euler_steps_and_clips_once() -> None:
-    """One step is clip(z + v(s, z, 0)); ten of a constant velocity c are clip(z + c)."""
+def test_flow_euler_steps() -> None:
+    """The flow takes Euler steps and clips once.
+
+    One step is clip(z + v(s, z, 0)); ten of a constant velocity c are clip(z + c).
+    """
     agent, batch = make_agent(flow_steps=1), make_batch()
     noise = noise_like(batch)
     velocity = agent.actor(batch["observations"], noise, jnp.zeros(()))
@@ -92,7 +98,7 @@ def test_policy_loss_by_hand(normalize_q: bool) -> None:
     assert float(loss) == pytest.approx(3.0 * distance - q.mean() / size, rel=1e-4, abs=1e-5)
 
 
-def test_every_loss_reaches_its_own_network_only() -> None:
+def test_losses_reach_own_network() -> None:
     """The gradients of one loss by the parameters of the other networks are exactly 0 after the update's split."""
     agent, batch = make_agent(), make_batch()
     noise = noise_like(batch)
@@ -112,8 +118,11 @@ def test_every_loss_reaches_its_own_network_only() -> None:
     assert not moved(one.critic.params, two.critic.params) and not moved(one.actor.params, two.actor.params)
 
 
-def test_the_target_lags_one_step_behind_the_critics() -> None:
-    """From Q' = Q the first update leaves Q' alone; the second moves it by tau of the first step's change."""
+def test_target_lags_one_step() -> None:
+    """The target lags one step behind the critics.
+
+    From Q' = Q the first update leaves Q' alone; the second moves it by tau of the first step's change.
+    """
     agent = make_agent()
     agent = agent.replace(target_critic=jax.tree.map(jnp.copy, agent.critic.params))
     one, _ = update(agent, make_batch(1))
@@ -152,7 +161,8 @@ def trained() -> dict[float, Any]:
 
 
 @pytest.mark.learning
-def test_with_a_large_alpha_the_policy_is_the_flow_noise_for_noise(trained: dict[float, Any]) -> None:
+def test_large_alpha_matches_flow(trained: dict[float, Any]) -> None:
+    """With a large alpha the policy is the flow, noise for noise."""
     agent, states = trained[1e6], jnp.zeros((500, 1))
     noise = jax.random.normal(jax.random.key(1), (500, 1))
     one, flow = np.asarray(agent.one_step(states, noise))[:, 0], np.asarray(agent.flow_actions(states, noise))[:, 0]
@@ -161,14 +171,18 @@ def test_with_a_large_alpha_the_policy_is_the_flow_noise_for_noise(trained: dict
 
 
 @pytest.mark.learning
-def test_with_a_small_alpha_the_policy_takes_the_better_mode(trained: dict[float, Any]) -> None:
+def test_small_alpha_takes_better_mode(trained: dict[float, Any]) -> None:
+    """With a small alpha the policy takes the better mode."""
     played, _ = trained[0.3].sample_actions(jnp.zeros((500, 1)), None, jax.random.key(1))
     both, _ = trained[1e6].sample_actions(jnp.zeros((500, 1)), None, jax.random.key(1))
     assert float(jnp.mean(played > 0.0)) > 0.9 and 0.35 < float(jnp.mean(both > 0.0)) < 0.65
 
 
-def test_every_action_is_a_sample() -> None:
-    """There is no deterministic mode: the same key gives the same action either way, another key another one."""
+def test_actions_always_sampled() -> None:
+    """Every action is a sample.
+
+    There is no deterministic mode: the same key gives the same action either way, another key another one.
+    """
     agent = make_agent()
     observations = jnp.zeros((200, 3))
     drawn, fixed, other = (
@@ -179,7 +193,8 @@ def test_every_action_is_a_sample() -> None:
     assert float(drawn.std()) > 0.05 and bool(jnp.any(drawn != other))
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     for name, value in {"alpha": -1.0, "num_critics": 0, "flow_steps": 0, "aggregate": "max"}.items():
         with pytest.raises(ConfigError, match=f"FQLConfig.{name} is"):
             replace(CONFIG, **{name: value})

@@ -57,21 +57,24 @@ def fitted(model: Any, style: str, share: float) -> jax.Array:
     return jax.jit(run)(params)
 
 
-def test_the_vp_schedule_has_the_numbers_of_expo() -> None:
+def test_vp_schedule() -> None:
+    """The VP schedule has the numbers of EXPO."""
     bars = DDPM.alpha_bars
     assert bars[-1] == pytest.approx(np.exp(-5.05), rel=1e-6) and bars[-1] == pytest.approx(0.0064, abs=1e-4)
     assert bars[0] == pytest.approx(np.exp(-0.01 - 0.0495), rel=1e-6)
     assert Diffusion(100).alpha_bars[-1] == pytest.approx(np.exp(-5.05), rel=1e-6)
 
 
-def test_the_cosine_schedule_follows_its_curve_but_for_the_capped_last_step() -> None:
+def test_cosine_schedule() -> None:
+    """The cosine schedule follows its curve but for the capped last step."""
     bars = Diffusion(20, "cosine").alpha_bars
     curve = np.cos((np.arange(21) / 20 + 0.008) / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(bars[:-1], curve[1:-1] / curve[0], rtol=1e-9)
     assert bars[-1] == pytest.approx(bars[-2] * 0.001)
 
 
-def test_the_linear_schedule_at_a_thousand_steps_is_the_original_one() -> None:
+def test_linear_schedule() -> None:
+    """The linear schedule at a thousand steps is the original one."""
     diffusion = Diffusion(1000, "linear")
     np.testing.assert_allclose(1.0 - diffusion.alphas, np.linspace(1e-4, 2e-2, 1000), rtol=1e-6)
     assert diffusion.alpha_bars[-1] == pytest.approx(4.04e-5, rel=0.01)
@@ -79,7 +82,8 @@ def test_the_linear_schedule_at_a_thousand_steps_is_the_original_one() -> None:
 
 
 @pytest.mark.parametrize("model", [DDPM, CLEAN[0], Diffusion(50, "linear")], ids=name_of)
-def test_alpha_bars_fall_from_almost_one_to_almost_nothing(model: Diffusion) -> None:
+def test_alpha_bars_fall(model: Diffusion) -> None:
+    """The alpha bars fall from almost one to almost nothing."""
     bars = model.alpha_bars
     assert bars.shape == (model.steps,) and np.all(np.diff(bars) < 0) and np.all((bars > 0) & (bars < 1))
     assert bars[0] > 0.9 and bars[-1] < 0.01
@@ -87,14 +91,16 @@ def test_alpha_bars_fall_from_almost_one_to_almost_nothing(model: Diffusion) -> 
 
 
 @pytest.mark.parametrize("model", MODELS, ids=name_of)
-def test_samples_are_finite_and_in_range_under_a_wild_network(model: Any) -> None:
+def test_samples_finite_and_bounded(model: Any) -> None:
+    """Samples are finite and in range under a wild network."""
     wild = lambda x, t: 7.0 * jnp.sin(30.0 * x + t[..., None])  # noqa: E731
     samples = jax.jit(lambda noise: model.sample(wild, noise, KEY))(4.0 * jax.random.normal(KEY, (3, 50, 4)))
     assert samples.shape == (3, 50, 4) and np.all(np.isfinite(samples)) and float(jnp.abs(samples).max()) <= 1.0
 
 
 @pytest.mark.parametrize("model", MODELS, ids=name_of)
-def test_only_ddpm_looks_at_the_key(model: Any) -> None:
+def test_only_ddpm_uses_key(model: Any) -> None:
+    """Only DDPM looks at the key."""
     noise = jax.random.normal(KEY, (50, 2))
     blurred = lambda x, t: 0.3 * x  # noqa: E731
 
@@ -109,14 +115,16 @@ def test_only_ddpm_looks_at_the_key(model: Any) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=name_of)
-def test_the_exact_field_of_a_point_maps_all_noise_to_it_and_has_no_loss(model: Any) -> None:
+def test_exact_field_of_point(model: Any) -> None:
+    """The exact field of a point maps all noise to it and has no loss."""
     field = exact(model, 0.3)
     samples = model.sample(field, 3.0 * jax.random.normal(KEY, (200, 2)), jax.random.key(1))
     np.testing.assert_allclose(samples, 0.3, atol=2e-3)
     assert float(jnp.max(model.loss(field, jnp.full((200, 2), 0.3), KEY))) < 1e-4
 
 
-def test_temperature_zero_takes_ddpms_noise_away() -> None:
+def test_zero_temperature() -> None:
+    """Temperature zero takes DDPM's noise away."""
     cold = Diffusion(temperature=0.0)
     noise = jax.random.normal(KEY, (20, 1))
     still = lambda x, t: 0.5 * x  # noqa: E731
@@ -124,7 +132,8 @@ def test_temperature_zero_takes_ddpms_noise_away() -> None:
     np.testing.assert_array_equal(one, two)
 
 
-def test_ddpm_with_a_zero_network_is_the_recursion_of_the_paper_written_out() -> None:
+def test_ddpm_recursion_by_hand() -> None:
+    """DDPM with a constant network is the recursion of the paper written out."""
     diffusion = Diffusion(3, temperature=0.0)
     x = np.asarray([2.0, -0.1])
     for t in (2, 1, 0):
@@ -136,7 +145,8 @@ def test_ddpm_with_a_zero_network_is_the_recursion_of_the_paper_written_out() ->
     np.testing.assert_allclose(sample, x, rtol=1e-5)
 
 
-def test_the_flow_is_euler_with_the_velocity_at_the_left_end() -> None:
+def test_flow_euler_steps() -> None:
+    """The flow is Euler with the velocity at the left end."""
     x = np.asarray([0.1, -0.2])
     for t in (0.0, 0.5):
         x = x + 0.5 * (t - x)
@@ -144,7 +154,8 @@ def test_the_flow_is_euler_with_the_velocity_at_the_left_end() -> None:
     np.testing.assert_allclose(sample[0], x, rtol=1e-6)
 
 
-def test_losses_are_squared_errors_by_element_and_of_unit_scale_for_a_zero_network() -> None:
+def test_loss_scale() -> None:
+    """Losses are squared errors by element, and of unit scale for a zero network."""
     data = jnp.full((5000, 2), 0.5)
     zero = lambda x, t: jnp.zeros_like(x)  # noqa: E731
     assert DDPM.loss(zero, data, KEY).shape == (5000, 2)
@@ -152,7 +163,8 @@ def test_losses_are_squared_errors_by_element_and_of_unit_scale_for_a_zero_netwo
     assert float(Flow().loss(zero, data, KEY).mean()) == pytest.approx(1.25, abs=0.06)
 
 
-def test_training_times_cover_all_steps_and_the_whole_interval() -> None:
+def test_training_times_cover_range() -> None:
+    """Training times cover all steps and the whole interval."""
     seen: list[np.ndarray] = []
 
     def spy(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -166,7 +178,8 @@ def test_training_times_cover_all_steps_and_the_whole_interval() -> None:
 
 
 @pytest.mark.parametrize("model", [DDPM, *CLEAN, Flow(20)], ids=name_of)
-def test_two_modes_are_reproduced_in_their_proportion(model: Any) -> None:
+def test_two_modes_reproduced(model: Any) -> None:
+    """Two modes are reproduced in their proportion."""
     samples = np.asarray(fitted(model, "residual" if model is DDPM else "mlp", 0.7))
     assert np.mean(samples > 0) == pytest.approx(0.7, abs=0.06)
     assert np.mean(np.abs(np.abs(samples) - 0.7) < 0.25) > 0.9
@@ -174,7 +187,8 @@ def test_two_modes_are_reproduced_in_their_proportion(model: Any) -> None:
 
 
 @pytest.mark.parametrize("style", ["residual", "mlp"])
-def test_the_network_broadcasts_leading_axes_and_depends_on_all_inputs(style: Any) -> None:
+def test_network_broadcasts(style: Any) -> None:
+    """The network broadcasts leading axes and depends on all inputs."""
     module = Denoiser(style, hidden_dims=(16, 16), blocks=2, width=16, time_dim=8)
     keys = jax.random.split(KEY, 3)
     observations, x = jax.random.normal(keys[0], (5, 3)), jax.random.normal(keys[1], (4, 5, 2))
@@ -188,7 +202,8 @@ def test_the_network_broadcasts_leading_axes_and_depends_on_all_inputs(style: An
     assert np.all(out != apply(params, observations, x, jnp.asarray(3.0)))
 
 
-def test_the_residual_network_has_the_sizes_of_expo() -> None:
+def test_residual_network_sizes() -> None:
+    """The residual network has the sizes of EXPO."""
     module = Denoiser()
     shapes = jax.eval_shape(module.init, KEY, jnp.zeros((1, 29)), jnp.zeros((1, 8)), jnp.zeros(1))["params"]
     kernels = [shapes[f"Dense_{i}"]["kernel"].shape for i in range(9)]
@@ -198,8 +213,11 @@ def test_the_residual_network_has_the_sizes_of_expo() -> None:
 
 
 @pytest.mark.parametrize("style", ["residual", "mlp"])
-def test_what_is_the_same_for_many_rows_is_computed_once_with_the_same_result(style: Any) -> None:
-    """Several vectors at one observation and one time, against one row each of all three."""
+def test_shared_inputs_computed_once(style: Any) -> None:
+    """What is the same for many rows is computed once, with the same result.
+
+    Several vectors at one observation and one time, against one row each of all three.
+    """
     module = Denoiser(style, hidden_dims=(16, 16), blocks=1, width=16, time_dim=8)
     observations, x = jax.random.normal(KEY, (4, 3)), jax.random.normal(jax.random.key(3), (5, 4, 2))
     params = module.init(KEY, observations, x[0], jnp.zeros(4))
@@ -210,7 +228,8 @@ def test_what_is_the_same_for_many_rows_is_computed_once_with_the_same_result(st
 
 
 @pytest.mark.parametrize("style", ["residual", "mlp"])
-def test_dropout_acts_in_training_only(style: Any) -> None:
+def test_dropout_in_training_only(style: Any) -> None:
+    """Dropout acts in training only."""
     module = Denoiser(style, hidden_dims=(16, 16), blocks=1, width=16, time_dim=8, dropout=0.5)
     x = jnp.ones((3, 2))
     params = module.init(KEY, x, x, jnp.zeros(3))
@@ -220,7 +239,8 @@ def test_dropout_acts_in_training_only(style: Any) -> None:
     np.testing.assert_array_equal(module.apply(params, x, x, jnp.zeros(3)), plain.apply(params, x, x, jnp.zeros(3)))  # type: ignore[arg-type]
 
 
-def test_settings_that_cannot_be_used_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match=r"Diffusion\.steps is 0; expected at least 1"):
         Diffusion(0)
     with pytest.raises(ConfigError, match="needs 20 steps or more, not 10; use 'vp'"):
@@ -240,6 +260,7 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
         (FlowBCConfig, "network", "residual or mlp"),
     ],
 )
-def test_a_choice_that_there_is_not_is_refused(make: Any, field: str, expected: str) -> None:
+def test_unknown_choice_refused(make: Any, field: str, expected: str) -> None:
+    """A choice that does not exist is refused."""
     with pytest.raises(ConfigError, match=rf"{make.__name__}\.{field} is 'Cosine'; expected {expected}"):
         make(**{field: "Cosine"})

@@ -57,7 +57,8 @@ def loss(agent: Any, batch: Batch) -> Any:
 
 
 @pytest.mark.parametrize("config", [FLOW, DIFFUSION], ids=["flow", "diffusion"])
-def test_entries_behind_an_episodes_end_do_not_count(config: Any) -> None:
+def test_entries_after_end_ignored(config: Any) -> None:
+    """Entries behind an episode's end do not count."""
     agent, batch = create(config), windows()
     valid = batch["valid"][..., None]
     behind = {**batch, "actions": jnp.where(valid > 0, batch["actions"], -batch["actions"])}
@@ -69,7 +70,8 @@ def test_entries_behind_an_episodes_end_do_not_count(config: Any) -> None:
         assert float(loss(agent, changed)) != float(loss(agent, batch))
 
 
-def test_the_loss_is_the_mean_over_valid_entries_and_the_gap_repeats_the_last_action() -> None:
+def test_loss_over_valid_entries() -> None:
+    """The loss is the mean over valid entries, and the gap repeats the last action."""
     agent, batch = create(FLOW), windows(rows=2)
     observations, chunks, valid = agent.chunks(batch)
     np.testing.assert_array_equal(observations, batch["observations"][:, 0])
@@ -80,7 +82,8 @@ def test_the_loss_is_the_mean_over_valid_entries_and_the_gap_repeats_the_last_ac
     assert float(loss(agent, batch)) == pytest.approx((errors[0, :2].sum() + errors[1, :4].sum()) / 6, rel=1e-5)
 
 
-def test_without_chunks_plain_rows_are_learnt_from() -> None:
+def test_plain_rows_without_chunks() -> None:
+    """Plain rows are learnt from without chunks."""
     agent = create(dataclasses.replace(FLOW, horizon=1))
     assert agent.needs.window == 1 and agent.initial_carry((3,)) is None
     observations, chunks, valid = agent.chunks({"observations": jnp.ones((5, 3)), "actions": jnp.ones((5, 2))})
@@ -89,7 +92,8 @@ def test_without_chunks_plain_rows_are_learnt_from() -> None:
 
 @pytest.mark.parametrize("config", [FLOW, DIFFUSION], ids=["flow", "diffusion"])
 @pytest.mark.parametrize("execute", [2, 3, None])
-def test_chunks_are_executed_open_loop_and_in_order(config: Any, execute: int | None) -> None:
+def test_chunks_executed_in_order(config: Any, execute: int | None) -> None:
+    """Chunks are executed open-loop and in order."""
     agent = create(dataclasses.replace(config, execute=execute))
     count = execute or 4
     first, second = jnp.ones((2, 3)), -jnp.ones((2, 3))
@@ -102,7 +106,8 @@ def test_chunks_are_executed_open_loop_and_in_order(config: Any, execute: int | 
         np.testing.assert_allclose(action, expected[step // count][:, step % count], atol=1e-6)
 
 
-def test_one_action_of_a_longer_chunk_needs_no_queue() -> None:
+def test_single_action_without_queue() -> None:
+    """One action of a longer chunk needs no queue."""
     agent = create(dataclasses.replace(FLOW, execute=1))
     assert agent.initial_carry((2,)) is None
     action, carry = act(agent, jnp.ones((2, 3)), None, KEY)
@@ -110,7 +115,8 @@ def test_one_action_of_a_longer_chunk_needs_no_queue() -> None:
     np.testing.assert_allclose(action, agent.sample_chunks(jnp.ones((2, 3)), KEY)[:, 0], atol=1e-6)
 
 
-def test_the_acting_network_is_the_moving_average() -> None:
+def test_acting_uses_moving_average() -> None:
+    """The acting network is the moving average."""
     agent = create(dataclasses.replace(FLOW, ema_rate=0.25))
     batch = jax.tree.map(lambda leaf: leaf[None], windows())
     updated, _ = jax.jit(lambda agent, batch: agent.update(batch))(agent, batch)
@@ -125,7 +131,8 @@ def test_the_acting_network_is_the_moving_average() -> None:
     assert np.any(act(other, jnp.ones((2, 3)), other.initial_carry((2,)), KEY)[0] != still[0])
 
 
-def test_the_rate_decays_to_nothing() -> None:
+def test_rate_decays_to_zero() -> None:
+    """The learning rate decays to nothing."""
     agent = create(dataclasses.replace(FLOW, decay_steps=2))
     batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), windows())
     update = jax.jit(lambda agent, batch: agent.update(batch)[0])
@@ -146,7 +153,8 @@ def test_the_rate_decays_to_nothing() -> None:
     ],
     ids=["flow", "diffusion"],
 )
-def test_two_modes_of_chunks_are_cloned_coherently_and_the_deterministic_action_takes_the_larger(config: Any) -> None:
+def test_two_modes_cloned(config: Any) -> None:
+    """Two modes of chunks are cloned coherently, and the deterministic action takes the larger."""
     config = dataclasses.replace(config, ema_rate=0.01, batch_size=128)
 
     def step(agent: Any, key: jax.Array) -> tuple[Any, None]:
@@ -181,12 +189,14 @@ def test_two_modes_of_chunks_are_cloned_coherently_and_the_deterministic_action_
         ({"ema_rate": 0.0}, r"FlowBCConfig\.ema_rate is 0\.0"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_wrong_settings_refused(changes: dict[str, Any], words: str) -> None:
+    """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(FLOW, **changes)
 
 
-def test_presets_have_the_numbers_of_their_papers() -> None:
+def test_paper_presets() -> None:
+    """Presets have the numbers of their papers."""
     flow, diffusion = FlowBC.preset("antmaze").config, DiffusionBC.preset("kitchen").config
     assert flow.actor_hidden_dims == (512,) * 4 and flow.ema_rate == 1.0 and flow.model.steps == 10
     assert (flow.horizon, flow.weight_decay, flow.decay_steps, flow.actor_lr) == (1, 0.0, None, 3e-4)
@@ -195,9 +205,10 @@ def test_presets_have_the_numbers_of_their_papers() -> None:
 
 
 @pytest.mark.parametrize("agent", ["flow_bc", "diffusion_bc"])
-def test_a_stopped_run_with_chunks_and_history_equals_one_that_never_stopped(
+def test_stopped_run_resumes_exactly(
     agent: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stopped run with chunks and history equals one that never stopped."""
     loop = LoopConfig(eval_every=90, eval_episodes=1, log_every=15, checkpoint_every=10_000, updates_per_dispatch=10)
     fields = [("network", "mlp"), ("horizon", 8), ("execute", 5), ("model.steps", 2)]
     run = tiny_run(agent, fields, seeds=2, history=2, offline_steps=40, online_steps=90, loop=loop)
@@ -232,7 +243,8 @@ def test_a_stopped_run_with_chunks_and_history_equals_one_that_never_stopped(
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_run_of_the_command_line_is_evaluated_and_played(rendering: None, embedded: str, tmp_path: Path) -> None:
+def test_cli_run_evaluated_and_played(rendering: None, embedded: str, tmp_path: Path) -> None:
+    """A run of the command line is evaluated and played."""
     words = f"""train diffusion_bc --dataset {embedded} --preset small --history 3 --offline-steps 20 --online-steps 0
         --loop.eval-episodes 1 --config.horizon 4 --config.execute 2 --config.model.steps 2 --config.network mlp
         --config.actor-hidden-dims 8 8 --config.batch-size 8 --runs {tmp_path} --name run"""
@@ -249,16 +261,16 @@ def test_a_run_of_the_command_line_is_evaluated_and_played(rendering: None, embe
     assert rows[0]["length"] > 1 and (tmp_path / "play.gif").stat().st_size > 1000
 
 
-def test_a_horizon_longer_than_every_episode_is_refused_and_the_name_stays_free(
-    tiny_run: Maker, tmp_path: Path
-) -> None:
+def test_too_long_horizon_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """A horizon longer than every episode is refused, and the run's name stays free."""
     run = tiny_run("flow_bc", [("horizon", 2000)])
     with pytest.raises(ConfigError, match=r"learns from 2000 steps in a row, but the longest episode of .* has \d+"):
         session.train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_that_ends_before_the_run_is_said_once(tiny_run: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_early_rate_end_reported(tiny_run: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    """A rate that ends before the run is said once."""
     for decay, said in ((10, 0), (None, 0), (6, 1)):
         fields = [*SMALL.items(), ("decay_steps", decay), ("model.steps", 2)]
         trainer = session.build(tiny_run("flow_bc", fields, offline_steps=10))
@@ -272,7 +284,8 @@ def test_a_rate_that_ends_before_the_run_is_said_once(tiny_run: Maker, caplog: p
         trainer.close()
 
 
-def test_fewer_rows_than_a_chunk_are_refused(tiny_run: Maker) -> None:
+def test_too_few_rows_refused(tiny_run: Maker) -> None:
+    """Fewer rows than a chunk are refused."""
     run = tiny_run("flow_bc", [("horizon", 8)])
     data = session.load_data(run)
     few = dataclasses.replace(
@@ -284,7 +297,8 @@ def test_fewer_rows_than_a_chunk_are_refused(tiny_run: Maker) -> None:
         session.build(run, few)
 
 
-def test_a_run_without_history_does_not_start_one_with_it(tiny_run: Maker, tmp_path: Path) -> None:
+def test_history_mismatch_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """A run without history does not start one with it."""
     assert session.train(tiny_run("bc", offline_steps=20, online_steps=0), tmp_path / "bc")
     run = tiny_run("wsrl", history=2, init_from=str(tmp_path / "bc"), offline_steps=0)
     with pytest.raises(CheckpointError, match=r"has history 1, this run 2: make them equal"):

@@ -89,7 +89,8 @@ def lowest(agent: Any, states: Any, actions: Any) -> Any:
 # ---------------------------------------------------------------- cloning, the switch
 
 
-def test_offline_only_the_clone_learns_and_as_bc_does() -> None:
+def test_offline_trains_clone_only() -> None:
+    """Only the clone learns offline, and as BC does."""
     before, batch = create(IBRL, CONFIG), windows()
     after, info = update(before, jax.tree.map(lambda leaf: leaf[None], batch))
     rows = {name: batch[name][None, :, 0] for name in ("observations", "actions")}
@@ -106,7 +107,8 @@ def test_offline_only_the_clone_learns_and_as_bc_does() -> None:
     )
 
 
-def test_online_the_clone_is_frozen_and_plays_the_warm_up() -> None:
+def test_online_clone_frozen() -> None:
+    """The clone is frozen online and plays the warm-up."""
     before, agent = cloned(), cloned().online()
     after, info = update(agent, jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), windows()))
     assert not moved(after.reference.actor.params, before.reference.actor.params)
@@ -119,7 +121,8 @@ def test_online_the_clone_is_frozen_and_plays_the_warm_up() -> None:
 # ---------------------------------------------------------------- the choice
 
 
-def test_hard_choice_is_worth_at_least_either_and_follows_the_target_critics() -> None:
+def test_hard_choice() -> None:
+    """The hard choice is worth at least either and follows the target critics."""
     agent = learner()
     upside_down = jax.tree.map(lambda leaf: -leaf, agent.target_critic["params"]["output"])
     wrong = {"params": {**agent.critic.params["params"], "output": upside_down}}
@@ -132,7 +135,8 @@ def test_hard_choice_is_worth_at_least_either_and_follows_the_target_critics() -
     assert 0.1 < np.mean(choice.cloned) < 0.9
 
 
-def test_soft_choice_by_hand_and_its_limits() -> None:
+def test_soft_choice_by_hand() -> None:
+    """The soft choice has the odds computed by hand, and their limits."""
     agent = learner(choice="soft", inverse_temperature=10.0)
     own = jnp.tanh(jax.random.normal(KEY, (3000, ACTION_DIM)))
     q = np.stack([lowest(agent, STATES, actions) for actions in (own, agent.cloned_actions(STATES))])
@@ -150,7 +154,8 @@ def test_soft_choice_by_hand_and_its_limits() -> None:
     np.testing.assert_allclose(best, np.where((q[1] > q[0])[:, None], pair[1], pair[0]), atol=1e-6)
 
 
-def test_a_choice_asks_a_random_subset_of_the_target_critics_and_a_deterministic_one_all() -> None:
+def test_choice_critic_subset() -> None:
+    """A choice asks a random subset of the target critics, and a deterministic one all."""
     agent = learner(target_subset=1)
     own = agent.actor(STATES)
     each = [agent.critic(STATES, a, params=agent.target_critic) for a in (own, agent.cloned_actions(STATES))]
@@ -167,7 +172,8 @@ def test_a_choice_asks_a_random_subset_of_the_target_critics_and_a_deterministic
         np.testing.assert_allclose(best, expected, atol=1e-6)
 
 
-def test_only_the_actors_own_action_has_exploration_noise() -> None:
+def test_exploration_noise() -> None:
+    """Only the actor's own action has exploration noise."""
     agent = learner(choice="soft", inverse_temperature=0.0, exploration_noise=0.1)
     actions = np.asarray(agent.sample_actions(STATES, None, KEY)[0])
     clone, own = np.asarray(agent.cloned_actions(STATES)), np.asarray(agent.actor(STATES))
@@ -188,7 +194,8 @@ class Echo(IBRL):
         return self.actor(observations, params=self.target_actor)
 
 
-def test_with_a_clone_that_agrees_it_is_n_step_td3() -> None:
+def test_agreeing_clone_is_td3() -> None:
+    """With a clone that agrees it is n-step TD3."""
     agent, batch = learner(), windows()
     echo = Echo(**{field.name: getattr(agent, field.name) for field in fields(agent)})
     rows = rows_of(batch, agent.config)
@@ -200,7 +207,8 @@ def test_with_a_clone_that_agrees_it_is_n_step_td3() -> None:
     assert moved(targets(agent, batch, KEY)[0], targets(echo, batch, KEY)[0])
 
 
-def test_the_target_takes_the_better_of_both_proposals() -> None:
+def test_target_takes_better_proposal() -> None:
+    """The target takes the better of both proposals."""
     agent, batch = learner(), windows(64)
     found, info = targets(agent, batch, KEY)
     behind = batch["next_observations"][:, 2]
@@ -212,7 +220,8 @@ def test_the_target_takes_the_better_of_both_proposals() -> None:
     assert float(info["ibrl/reference_share"]) == pytest.approx(float(np.mean(q[1] > q[0])), abs=1e-6)
 
 
-def test_n_step_targets_stop_at_terminals_and_bootstrap_at_time_limits() -> None:
+def test_n_step_targets() -> None:
+    """N-step targets stop at terminals and bootstrap at time limits."""
     agent = learner()
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 7.0))
     rewards, short = jnp.asarray([1.0, 2.0, 4.0]), {"ends": jnp.asarray([0.0, 1, 0]), "valid": jnp.asarray([1.0, 1, 0])}
@@ -224,7 +233,8 @@ def test_n_step_targets_stop_at_terminals_and_bootstrap_at_time_limits() -> None
     np.testing.assert_allclose(targets(terminal, windows(rewards=rewards, **short), KEY)[0], cut, rtol=1e-5)
 
 
-def test_two_target_critics_are_drawn_and_never_the_same() -> None:
+def test_drawn_target_critics_differ() -> None:
+    """Two target critics are drawn, and never the same."""
     agent, batch = learner(target_subset=2), windows(rewards=jnp.zeros(3))
     params = agent.target_critic
     for member in range(4):
@@ -234,7 +244,8 @@ def test_two_target_critics_are_drawn_and_never_the_same() -> None:
     assert set(np.round(found).astype(int).ravel()) == {0, 1, 2}
 
 
-def test_dropout_and_noise_are_on_in_the_target_and_off_when_it_acts() -> None:
+def test_dropout_and_target_noise() -> None:
+    """Dropout and noise are on in the target and off when it acts."""
     batch, still = windows(), learner()
     assert not moved(targets(still, batch, jax.random.key(1))[0], targets(still, batch, jax.random.key(2))[0])
     blurred = still.replace(actor=still.actor.replace(module=still.actor.module.clone(dropout=0.5)))
@@ -247,7 +258,7 @@ def test_dropout_and_noise_are_on_in_the_target_and_off_when_it_acts() -> None:
 # ---------------------------------------------------------------- steps
 
 
-def test_actor_loss_by_hand_and_when_what_moves() -> None:
+def test_actor_loss_and_update_timing() -> None:
     """The lowest of all online critics; critics' targets follow every step, the actor's its own steps."""
     agent, batch = learner(), windows()
     rows = rows_of(batch, agent.config)
@@ -263,8 +274,11 @@ def test_actor_loss_by_hand_and_when_what_moves() -> None:
     assert largest_difference(twice.target_actor, expected) < 1e-6 and steps(twice.actor) == 1
 
 
-def test_the_actors_own_loss_has_noise_whose_clip_gradients_pass() -> None:
-    """a = clip(pi(s) + clip(N(0, 0.6^2), -0.3, 0.3), -1, 1), with the gradient of pi(s) also where a is clipped."""
+def test_actor_loss_noise() -> None:
+    """The actor's own loss has noise, and gradients pass the noise's clip.
+
+    a = clip(pi(s) + clip(N(0, 0.6^2), -0.3, 0.3), -1, 1), with the gradient of pi(s) also where a is clipped.
+    """
     agent, states = learner(target_noise=0.6, noise_clip=0.3), STATES[:64]
     bold = jax.tree.map(lambda leaf: 4.0 * leaf, agent.actor.params)  # many actions near -1 and 1
     noise = jnp.clip(0.6 * jax.random.normal(jax.random.split(KEY)[1], (64, ACTION_DIM)), -0.3, 0.3)
@@ -280,8 +294,11 @@ def test_the_actors_own_loss_has_noise_whose_clip_gradients_pass() -> None:
     assert float(found[0]) == pytest.approx(float(loss), rel=1e-4) and largest_difference(found[1], gradient) < 1e-5
 
 
-def test_it_outgrows_its_clone() -> None:
-    """Reward -4 |a - 0.5|^2, terminal; a clone that plays 0.1 leads a learner that starts near -0.7, for a while."""
+def test_learner_outgrows_clone() -> None:
+    """The learner outgrows its clone.
+
+    Reward -4 |a - 0.5|^2, terminal; a clone that plays 0.1 leads a learner that starts near -0.7, for a while.
+    """
     agent = learner()
     silent = jax.tree.map(jnp.zeros_like, agent.reference.actor.params)
     silent["params"]["mean"]["bias"] = jnp.full((ACTION_DIM,), np.arctanh(0.1))
@@ -308,7 +325,8 @@ def test_it_outgrows_its_clone() -> None:
 # ---------------------------------------------------------------- settings
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     wrong: dict[str, Any] = {"choice": "mean", "timeouts": "stop", "inverse_temperature": -1.0, "n_step": 0}
     for field, value in {**wrong, "target_subset": 5, "policy_delay": 0, "exploration_noise": -0.1}.items():
         with pytest.raises(ConfigError, match=f"IBRLConfig.{field} is"):

@@ -59,7 +59,8 @@ def test_value_loss_by_hand(expectile: float) -> None:
         assert float(loss) == pytest.approx(0.5 * float(np.mean(difference**2)), rel=1e-5)
 
 
-def test_q_loss_by_hand_and_terminal_rows_regress_to_the_reward() -> None:
+def test_q_loss_by_hand() -> None:
+    """The Q loss is that computed by hand, and terminal rows regress to the reward."""
     agent, rows = make_agent(discount=0.9), make_rows()
     loss, info = agent.q_loss(agent.critic.params, rows, agent.value)
     next_v = np.asarray(agent.value(rows["next_observations"]))
@@ -98,7 +99,8 @@ def test_beta_zero_is_behaviour_cloning() -> None:
     assert_close(UPDATE(agent, stack(rows))[0].actor.params, UPDATE(clone, stack(rows))[0].actor.params, atol=1e-6)
 
 
-def test_weights_never_exceed_the_cap_and_are_positive() -> None:
+def test_weights_capped_and_positive() -> None:
+    """Weights never exceed the cap and are positive."""
     agent, rows = make_agent(beta=1e4), make_rows()
     _, info = agent.actor_loss(agent.actor.params, rows, agent.value, agent.rng)
     assert float(info["actor/weight"]) <= 100.0 * (1 + 1e-5)
@@ -107,7 +109,8 @@ def test_weights_never_exceed_the_cap_and_are_positive() -> None:
     assert np.all(weights > 0) and weights.max() <= 100.0 * (1 + 1e-5)
 
 
-def test_the_actor_gradient_does_not_depend_on_q_at_other_actions() -> None:
+def test_actor_gradient_at_data_actions() -> None:
+    """The actor gradient does not depend on Q at other actions."""
     # Two critics that agree on the batch's actions (all zero) and differ everywhere else.
     agent, rows = make_agent(), make_rows()
     rows["actions"] = jnp.zeros_like(rows["actions"])
@@ -123,7 +126,8 @@ def test_the_actor_gradient_does_not_depend_on_q_at_other_actions() -> None:
     assert_close(*grads, rtol=0)
 
 
-def test_losses_pass_no_gradient_to_other_networks() -> None:
+def test_losses_detach_other_networks() -> None:
+    """Losses pass no gradient to other networks."""
     agent, rows = make_agent(), make_rows()
 
     def total(target: Any, value: Any) -> jax.Array:
@@ -157,14 +161,16 @@ def test_update_order(order: str) -> None:
         assert_close((after.actor.params, after.critic.params), expected(unseen), atol=2e-6)
 
 
-def test_target_moves_by_tau_towards_the_new_critic() -> None:
+def test_target_moves_by_tau() -> None:
+    """The target moves by tau towards the new critic."""
     agent, rows = make_agent(tau=0.25), make_rows()
     after, _ = UPDATE(agent, stack(rows))
     expected = jax.tree.map(lambda new, old: 0.25 * new + 0.75 * old, after.critic.params, agent.target_critic)
     assert_close(after.target_critic, expected, atol=1e-6)
 
 
-def test_one_call_with_utd_three_equals_three_calls() -> None:
+def test_utd_three_equals_three_calls() -> None:
+    """One call with a UTD ratio of three equals three calls."""
     agent = make_agent(dropout=0.1)
     blocks = [make_rows(seed=seed) for seed in range(3)]
     together, _ = UPDATE(agent, {name: jnp.stack([b[name] for b in blocks]) for name in blocks[0]})
@@ -179,7 +185,8 @@ def test_one_call_with_utd_three_equals_three_calls() -> None:
 
 
 @pytest.mark.parametrize(("expectile", "expected"), [(0.5, 0.5), (0.9, 0.9)])
-def test_v_is_the_expectile_of_the_targets(expectile: float, expected: float) -> None:
+def test_v_is_expectile(expectile: float, expected: float) -> None:
+    """V is the expectile of the targets."""
     # One state, Q(s, a) is 0 or 1 with equal odds: the expectile of a fair coin is tau itself; 0.5 is the mean.
     agent = make_agent(expectile=expectile, value_lr=3e-3)
     rows = make_rows()
@@ -200,7 +207,8 @@ def test_v_is_the_expectile_of_the_targets(expectile: float, expected: float) ->
     assert float(value(jnp.ones((1, 3)))[0]) == pytest.approx(expected, abs=0.02)
 
 
-def test_cosine_decay_stops_the_actor_offline_and_is_off_online() -> None:
+def test_actor_cosine_decay() -> None:
+    """Cosine decay stops the actor offline and is off online."""
     rows = make_rows()
     agent = make_agent(actor_decay_steps=3)
     for _ in range(3):
@@ -220,7 +228,8 @@ def test_cosine_decay_stops_the_actor_offline_and_is_off_online() -> None:
     assert jax.tree.structure(online.actor.opt_state) == jax.tree.structure(reference.actor.opt_state)
 
 
-def test_dropout_acts_in_the_actor_loss_only() -> None:
+def test_dropout_in_actor_loss_only() -> None:
+    """Dropout acts in the actor loss only."""
     agent, rows = make_agent(dropout=0.5), make_rows()
     losses = [float(agent.actor_loss(agent.actor.params, rows, agent.value, jax.random.key(i))[0]) for i in (1, 2)]
     assert losses[0] != losses[1]
@@ -228,7 +237,8 @@ def test_dropout_acts_in_the_actor_loss_only() -> None:
     np.testing.assert_array_equal(actions[0], actions[1])
 
 
-def test_acting_plain_gaussian_around_a_tanh_mean() -> None:
+def test_acting_distribution() -> None:
+    """The acting policy is a plain Gaussian around a tanh mean."""
     agent, rows = make_agent(), make_rows()
     mode, _ = agent.sample_actions(rows["observations"], None, jax.random.key(0), True)
     np.testing.assert_array_equal(mode, agent.actor(rows["observations"]).mean)
@@ -238,7 +248,8 @@ def test_acting_plain_gaussian_around_a_tanh_mean() -> None:
     assert 0.1 < float(jnp.mean(jnp.abs(sampled) == 1.0)) < 0.6
 
 
-def test_critics_can_match_the_ensemble_that_wsrl_loads() -> None:
+def test_critics_match_wsrl_ensemble() -> None:
+    """Critics can match the ensemble that WSRL loads."""
     agent = make_agent(num_critics=10, shared_output=True, critic_layer_norm=True, last_gain=0.01, squash=True)
     params = agent.critic.params["params"]
     assert params["shared_output"]["kernel"].shape == (16, 1) and params["dense_0"]["kernel"].shape == (10, 5, 16)
@@ -247,7 +258,8 @@ def test_critics_can_match_the_ensemble_that_wsrl_loads() -> None:
     assert after.critic.params["params"]["norm_0"]["scale"].shape == (10, 16)
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     with pytest.raises(ConfigError, match="expectile is 1.0"):
         IQLConfig(expectile=1.0)
     with pytest.raises(ConfigError, match="update_order is 'random'"):

@@ -72,8 +72,11 @@ def is_guided(actions: Any, own: Any, theirs: Any) -> np.ndarray:
 # ---------------------------------------------------------------- who acts
 
 
-def test_the_guide_acts_exactly_h_steps() -> None:
-    """The first four of each episode with h = 4; none with h = 0; all where h is the episode's length."""
+def test_guide_acts_h_steps() -> None:
+    """The guide acts exactly h steps.
+
+    The first four of each episode with h = 4; none with h = 0; all where h is the episode's length.
+    """
     agent = divided()
     for steps_of_guide in (4, 0, LENGTH):
         actions, own, theirs, _ = play(agent, KEY, changes=(("max_guide_steps", steps_of_guide),))
@@ -81,7 +84,8 @@ def test_the_guide_acts_exactly_h_steps() -> None:
         np.testing.assert_array_equal(is_guided(actions, own, theirs), expected)
 
 
-def test_random_horizons_are_uniform_below_the_largest_and_hold_for_the_episode() -> None:
+def test_random_horizons() -> None:
+    """Random horizons are uniform below the largest and hold for the episode."""
     actions, own, theirs, carry = play(divided(), KEY, changes=(("guide_steps", "random"),))
     guided = is_guided(actions, own, theirs)
     assert np.all(np.diff(guided.astype(int), axis=0) <= 0), "once the learner acts it goes on to the end"
@@ -92,7 +96,8 @@ def test_random_horizons_are_uniform_below_the_largest_and_hold_for_the_episode(
     assert moved(carry.guided, again.guided)
 
 
-def test_where_an_episode_ends_the_count_and_the_guides_steps_begin_anew() -> None:
+def test_episode_end_resets_guide() -> None:
+    """Where an episode ends, the count and the guide's steps begin anew."""
     agent = divided()
     *_, carry = play(agent, KEY, changes=(("guide_steps", "random"),))
     ended = jnp.arange(EPISODES) < 200
@@ -104,7 +109,8 @@ def test_where_an_episode_ends_the_count_and_the_guides_steps_begin_anew() -> No
     assert set(np.asarray(after.guided[:200]).tolist()) == {0, 1, 2, 3}
 
 
-def test_evaluation_is_the_learners_alone() -> None:
+def test_evaluation_uses_learner_only() -> None:
+    """Evaluation is the learner's alone."""
     actions, own, theirs, carry = play(divided(), KEY, True)
     np.testing.assert_array_equal(actions, own)
     assert moved(own, theirs) and np.all(np.asarray(carry.step) == LENGTH)
@@ -113,7 +119,8 @@ def test_evaluation_is_the_learners_alone() -> None:
 # ---------------------------------------------------------------- the horizon
 
 
-def test_the_horizon_falls_with_the_updates_never_rises_and_stays_without_annealing() -> None:
+def test_horizon_annealing() -> None:
+    """The horizon falls with the updates, never rises, and stays without annealing."""
     agent = divided()
     annealed = agent.replace(config=replace(agent.config, max_guide_steps=10, anneal_updates=20))
     horizons = [int(annealed.replace(updates=jnp.asarray(n, jnp.int32)).horizon()) for n in range(0, 30)]
@@ -125,7 +132,8 @@ def test_the_horizon_falls_with_the_updates_never_rises_and_stays_without_anneal
     assert int(agent.replace(updates=jnp.asarray(10**6, jnp.int32)).horizon()) == 4
 
 
-def test_online_updates_are_counted_and_the_guide_is_frozen() -> None:
+def test_online_updates_counted() -> None:
+    """Online updates are counted, and the guide is frozen."""
     assert offline().updates is None
     agent = offline().online()
     after, info = update(agent, make_batch(2))
@@ -136,8 +144,11 @@ def test_online_updates_are_counted_and_the_guide_is_frozen() -> None:
 # ---------------------------------------------------------------- the learner
 
 
-def test_it_learns_as_iql_before_and_after_the_switch() -> None:
-    """h = 0 is plain IQL: the same updates, and samples from the same policy."""
+def test_updates_match_iql() -> None:
+    """It learns as IQL does before and after the switch.
+
+    h = 0 is plain IQL: the same updates, and samples from the same policy.
+    """
     values = {field.name: getattr(CONFIG, field.name) for field in fields(IQLConfig)}
     plain, batch = create(IQL, IQLConfig(**values)), make_batch(2)
     agent = create(JSRL, CONFIG)
@@ -152,7 +163,8 @@ def test_it_learns_as_iql_before_and_after_the_switch() -> None:
 
 
 @pytest.mark.parametrize("learner", ["copied", "fresh_policy", "fresh"])
-def test_what_the_learner_starts_from(learner: Any) -> None:
+def test_learner_initialisation(learner: Any) -> None:
+    """The learner starts from a copy, a fresh policy or fresh networks, as set."""
     before = offline()
     config = replace(before.config, learner=learner)
     after = jax.jit(lambda agent: agent.online())(before.replace(config=config))
@@ -167,7 +179,8 @@ def test_what_the_learner_starts_from(learner: Any) -> None:
 # ---------------------------------------------------------------- settings
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     wrong: dict[str, Any] = {"max_guide_steps": -1, "anneal_updates": 0, "guide_steps": "best", "learner": "new"}
     for field, value in wrong.items():
         with pytest.raises(ConfigError, match=f"JSRLConfig.{field} is"):
@@ -176,7 +189,8 @@ def test_wrong_settings_are_refused() -> None:
         JSRL.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, ACTION_DIM)), IQLConfig())
 
 
-def test_presets_are_iqls_with_a_guide() -> None:
+def test_presets_match_iql() -> None:
+    """Presets are IQL's with a guide."""
     for family, expected in (("antmaze", 300), ("adroit", 60), ("other", 60)):
         preset, base = JSRL.preset(family), IQL.preset(family)
         assert preset.config.max_guide_steps == expected and preset.config.anneal_updates is None

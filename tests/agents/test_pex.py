@@ -68,7 +68,8 @@ def modes(agent: Any, observations: Any) -> list[Any]:
 # ---------------------------------------------------------------- the switch
 
 
-def test_offline_it_is_iql() -> None:
+def test_offline_is_iql() -> None:
+    """Offline it is IQL."""
     values = {field.name: getattr(CONFIG, field.name) for field in fields(IQLConfig)}
     plain, batch = create(IQL, IQLConfig(**values)), make_batch(2)
     one, two = update(plain, batch)[0], update(create(PEX, CONFIG), batch)[0]
@@ -77,7 +78,8 @@ def test_offline_it_is_iql() -> None:
     assert largest_difference(one.target_critic, two.target_critic) < 1e-7
 
 
-def test_switch_freezes_the_policy_begins_another_and_keeps_the_rest() -> None:
+def test_switch_adds_policy() -> None:
+    """The switch freezes the policy, begins another and keeps the rest."""
     before, after = pretrained(), switch(pretrained())
     assert not moved(after.base, before.actor.params) and moved(after.actor.params, before.actor.params)
     assert moved(after.actor.params, create(PEX, CONFIG).actor.params), "its first parameters are drawn anew"
@@ -91,7 +93,8 @@ def test_switch_freezes_the_policy_begins_another_and_keeps_the_rest() -> None:
     np.testing.assert_allclose(known, modes(after, MANY[:50])[0], atol=1e-6)
 
 
-def test_the_frozen_policy_stays_and_all_else_learns() -> None:
+def test_frozen_policy_stays() -> None:
+    """The frozen policy stays, and all else learns."""
     agent = pair()
     after, info = update(agent, make_batch(2))
     assert not moved(after.base, agent.base)
@@ -119,7 +122,7 @@ def test_choice_by_hand() -> None:
     assert np.std(probability) > 0.1
 
 
-def test_limits_of_the_choice() -> None:
+def test_choice_limits() -> None:
     """Equal values or kappa = 0: each policy with probability 1/2; a large kappa: always the better one."""
     agent = pair()
     for each in (equal_values(agent), set_config(agent, inverse_temperature=0.0)):
@@ -132,8 +135,11 @@ def test_limits_of_the_choice() -> None:
     np.testing.assert_array_equal(choice.new, q[1] > q[0])
 
 
-def test_evaluation_is_greedy_but_for_its_randomness() -> None:
-    """With equal values the greedy choice is the known policy; a tenth is drawn, half of that is the new one."""
+def test_evaluation_mostly_greedy() -> None:
+    """Evaluation is greedy but for its randomness.
+
+    With equal values the greedy choice is the known policy; a tenth is drawn, half of that is the new one.
+    """
     agent = pair()
     greedy = set_config(agent, evaluation_randomness=0.0)
     one, two = (greedy.sample_actions(MANY[:50], None, jax.random.key(i), True)[0] for i in (0, 1))
@@ -156,7 +162,8 @@ def test_evaluation_is_greedy_but_for_its_randomness() -> None:
 # ---------------------------------------------------------------- the regression
 
 
-def test_the_regressed_actions_are_fresh_ones_of_the_pair_not_the_batchs() -> None:
+def test_regression_on_fresh_actions() -> None:
+    """The regressed actions are fresh ones of the pair, not the batch's."""
     agent, batch = pair(), make_batch(rows=64)
     other = {**batch, "actions": -batch["actions"]}
     gradient, info = actor_gradient(agent, batch)
@@ -176,7 +183,8 @@ def test_the_regressed_actions_are_fresh_ones_of_the_pair_not_the_batchs() -> No
     assert largest_difference(offline, actor_gradient(pretrained(), other)[0]) > 1e-3
 
 
-def test_critics_learn_from_the_batchs_actions_with_v_from_before_its_step() -> None:
+def test_critic_step_uses_old_value() -> None:
+    """Critics learn from the batch's actions, with V from before its step."""
     agent, batch = pair(), make_batch(1)
     after, _ = update(agent, batch)
     rows: Batch = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -192,7 +200,8 @@ def test_critics_learn_from_the_batchs_actions_with_v_from_before_its_step() -> 
 # ---------------------------------------------------------------- settings
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     for field, value in (("inverse_temperature", -1.0), ("inverse_temperature", float("inf"))):
         with pytest.raises(ConfigError, match="inverse_temperature is"):
             replace(CONFIG, **{field: value})
@@ -204,7 +213,8 @@ def test_wrong_settings_are_refused() -> None:
         PEX.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, ACTION_DIM)), IQLConfig())
 
 
-def test_presets_follow_the_published_commands() -> None:
+def test_presets_follow_commands() -> None:
+    """Presets follow the published commands."""
     maze, locomotion = PEX.preset("antmaze"), PEX.preset("locomotion")
     for preset in (maze, locomotion):
         config = preset.config

@@ -42,7 +42,8 @@ def rollout(seed: int = 0) -> Batch:
     return {**rows, "next_observations": following, "masks": jnp.asarray(masks), "ends": jnp.asarray(ends)}
 
 
-def test_with_lambda_0_the_advantage_is_the_td_error_and_a_time_limit_bootstraps() -> None:
+def test_lambda_zero_advantage() -> None:
+    """With lambda 0 the advantage is the TD error, and a time limit bootstraps."""
     agent, rows = make_agent(gae_lambda=0.0, reward_scale=0.5), rollout()
     advantages, returns = agent.advantages(rows)
     v, following = agent.value(rows["observations"]), agent.value(rows["next_observations"])
@@ -53,7 +54,8 @@ def test_with_lambda_0_the_advantage_is_the_td_error_and_a_time_limit_bootstraps
     assert float(returns[1, 0]) == pytest.approx(0.5 * float(rows["rewards"][1, 0]), abs=1e-6)  # the terminal's not
 
 
-def test_with_lambda_1_the_return_is_the_discounted_sum_up_to_each_end() -> None:
+def test_lambda_one_return() -> None:
+    """With lambda 1 the return is the discounted sum up to each end."""
     agent, rows = make_agent(gae_lambda=1.0), rollout()
     _, returns = agent.advantages(rows)
     rewards = np.asarray(rows["rewards"], np.float64)
@@ -67,25 +69,29 @@ def test_with_lambda_1_the_return_is_the_discounted_sum_up_to_each_end() -> None
             assert float(returns[t, env]) == pytest.approx(total, abs=1e-4)
 
 
-def test_nothing_crosses_an_episodes_end() -> None:
+def test_advantages_stop_at_ends() -> None:
+    """Nothing crosses an episode's end."""
     deltas, ends = jnp.asarray([1.0, 2.0, 4.0]), jnp.asarray([0.0, 1.0, 0.0])
     np.testing.assert_allclose(generalised_advantages(deltas, ends, 0.5, 0.5), [1.5, 2.0, 4.0])
 
 
-def test_the_surrogate_takes_the_worse_of_clipped_and_unclipped() -> None:
+def test_clipped_surrogate() -> None:
+    """The surrogate takes the worse of clipped and unclipped."""
     ratio, advantages = jnp.asarray([1.5, 1.5, 0.5, 0.5]), jnp.asarray([1.0, -1.0, 1.0, -1.0])
     np.testing.assert_allclose(clipped_surrogate(ratio, advantages, 0.2), [1.2, -1.5, 0.5, -0.8])
 
 
-def test_the_first_minibatch_has_ratio_1_and_later_ones_not() -> None:
+def test_minibatch_ratios() -> None:
+    """The first minibatch has ratio 1, and later ones do not."""
     _, info = update(make_agent(), rollout())
     assert float(info["ppo/first_ratio"]) == pytest.approx(1.0, abs=1e-6)
     assert abs(float(info["ppo/ratio"]) - 1.0) > 1e-6
 
 
-def test_every_row_counts_once_per_epoch_also_where_the_last_minibatch_is_short(
+def test_rows_count_once_per_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Every row counts once per epoch, also where the last minibatch is short."""
     agent, rows = make_agent(batch_size=5, epochs=1), rollout()
     seen = []
 
@@ -101,7 +107,8 @@ def test_every_row_counts_once_per_epoch_also_where_the_last_minibatch_is_short(
     np.testing.assert_allclose(np.sort(values), np.sort(np.ravel(agent.advantages(rows)[1])), atol=1e-6)
 
 
-def test_rates_fall_linearly_with_environment_steps() -> None:
+def test_linear_rate_decay() -> None:
+    """Rates fall linearly with environment steps."""
     agent = make_agent(decay_steps=24)
     first, info = update(agent, rollout())
     assert float(info["ppo/rate"]) == 1.0 and int(first.seen) == 12
@@ -113,14 +120,16 @@ def test_rates_fall_linearly_with_environment_steps() -> None:
         np.testing.assert_array_equal(one, two)
 
 
-def test_without_a_rate_the_policy_stays() -> None:
+def test_zero_rate_keeps_policy() -> None:
+    """The policy stays without a rate."""
     agent = PPO.create(jax.random.key(0), jnp.zeros((1, 3)), jnp.zeros((1, 2)), replace(CONFIG, actor_lr=0.0)).online()
     moved, _ = update(agent, rollout())
     for one, two in zip(jax.tree.leaves(moved.actor.params), jax.tree.leaves(agent.actor.params), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-def test_v_moves_no_further_than_its_clip_is_rewarded() -> None:
+def test_value_clip() -> None:
+    """V is not rewarded for moving further than its clip."""
     agent = make_agent(value_clip=0.1)
     rows = {"observations": jnp.zeros((2, 3)), "returns": jnp.asarray([5.0, -5.0])}
     v = agent.value(rows["observations"])
@@ -133,7 +142,8 @@ def test_v_moves_no_further_than_its_clip_is_rewarded() -> None:
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_pre_training_clones_and_fits_v_to_scaled_returns() -> None:
+def test_pretraining_losses() -> None:
+    """Pre-training clones and fits V to scaled returns."""
     agent, batch = set_config(create(PPO, CONFIG), reward_scale=0.1), make_batch(utd=200)
     batch = {key: jnp.broadcast_to(leaf[:1], leaf.shape) for key, leaf in batch.items()}
     trained, _ = update(agent.replace(actor=agent.actor, value=agent.value), batch)
@@ -161,6 +171,7 @@ def test_pre_training_clones_and_fits_v_to_scaled_returns() -> None:
         ({"online": replace(CONFIG.online, offline_ratio=0.0)}, r"offline_ratio is 0.0, .* leave it at 0.5"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+def test_wrong_settings_refused(change: dict[str, Any], message: str) -> None:
+    """Settings that cannot work are refused."""
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **change)

@@ -93,7 +93,8 @@ def make_probe(name: str) -> Probe:
     return Probe(agent.online() if name in ("wsrl", "expo", "pex") else agent)
 
 
-def test_every_learner_with_a_critic_is_probed() -> None:
+def test_learners_with_critic_probed() -> None:
+    """Every learner with a critic is probed."""
     imitators = {"bc", "diffusion_bc", "flow_bc"}
     windows_and_bases = {"residual", "ibrl"}  # their targets and their climb are in their own tests
     same_losses = {
@@ -113,20 +114,23 @@ def test_terminal_reward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_value_is_discounted_once_per_step(name: str) -> None:
+def test_value_discounted_per_step(name: str) -> None:
+    """The value is discounted once per step."""
     agent = make_probe(name).train(two_steps())
     np.testing.assert_allclose(q_values(agent, 1.0, ACTIONS), 1.0, atol=0.1)
     np.testing.assert_allclose(q_values(agent, -1.0, ACTIONS), DISCOUNT, atol=0.1)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_a_time_limit_bootstraps(name: str) -> None:
+def test_time_limit_bootstraps(name: str) -> None:
+    """A time limit bootstraps."""
     agent = make_probe(name).train(endless())
     np.testing.assert_allclose(q_values(agent, 1.0, ACTIONS), 1.0 / (1.0 - DISCOUNT), atol=0.2)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_policy_finds_the_best_action(name: str) -> None:
+def test_policy_finds_best_action(name: str) -> None:
+    """The policy finds the best action."""
     agent = make_probe(name).train(best_action())
     for state in (-1.0, 1.0):
         expected = -4.0 * (ACTIONS - BEST_ACTION * state) ** 2
@@ -135,7 +139,8 @@ def test_policy_finds_the_best_action(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_an_untrained_learner_passes_no_probe(name: str) -> None:
+def test_untrained_learner_fails(name: str) -> None:
+    """An untrained learner passes no probe."""
     agent = make_probe(name).agent
     values = q_values(agent, 1.0, ACTIONS)
     for target in (0.7, 1.0, 1.0 / (1.0 - DISCOUNT)):
@@ -144,7 +149,8 @@ def test_an_untrained_learner_passes_no_probe(name: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["nll", "mse"])
-def test_bc_finds_the_mean_action(loss: Any) -> None:
+def test_bc_finds_mean_action(loss: Any) -> None:
+    """BC finds the mean action."""
     config = replace(BCConfig(), **ACTOR, loss=loss)
     agent = AGENTS["bc"].create(jax.random.key(0), jnp.zeros((1, 1)), jnp.zeros((1, 1)), config)
     trained = Probe(agent).train(noisy_expert())

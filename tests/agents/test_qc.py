@@ -38,7 +38,8 @@ from tests.helpers.toy_qc import (
 
 
 @pytest.mark.parametrize("config", [BASE, DISTILLED], ids=["best_of_n", "distilled"])
-def test_a_chunk_of_one_is_fql_or_best_of_n_on_plain_transitions(config: QCConfig) -> None:
+def test_chunk_of_one(config: QCConfig) -> None:
+    """A chunk of one is FQL or best of N on plain transitions."""
     agent = create(QC, replace(config, chunk=1, alpha=2.0))
     assert agent.needs.window == 1 and agent.initial_carry((4,)) is None
     batch = make_batch(utd=1, seed=4)
@@ -70,7 +71,8 @@ def test_a_chunk_of_one_is_fql_or_best_of_n_on_plain_transitions(config: QCConfi
 # ---------------------------------------------------------------- acting
 
 
-def test_best_of_one_is_a_sample_of_the_flow() -> None:
+def test_best_of_one() -> None:
+    """Best of one is a sample of the flow."""
     agent = set_config(create(QC, BASE), num_samples=1)
     observations = jax.random.normal(KEY, (6, OBSERVATION_DIM))
     noise = jax.random.normal(jax.random.key(9), (1, 6, H * ACTION_DIM))
@@ -78,7 +80,8 @@ def test_best_of_one_is_a_sample_of_the_flow() -> None:
     np.testing.assert_allclose(propose(agent, observations, jax.random.key(9), False), expected, atol=1e-6)
 
 
-def test_a_constant_critic_leaves_the_first_sample_and_a_real_one_takes_the_best() -> None:
+def test_best_sample_selected() -> None:
+    """A constant critic leaves the first sample, and a real one takes the best."""
     agent = create(QC, BASE)
     observations = jax.random.normal(KEY, (6, OBSERVATION_DIM))
     noise = jax.random.normal(jax.random.key(9), (4, 6, H * ACTION_DIM))
@@ -92,7 +95,8 @@ def test_a_constant_critic_leaves_the_first_sample_and_a_real_one_takes_the_best
     assert len(set(scores.argmax(axis=0))) > 1
 
 
-def test_the_value_of_the_best_grows_with_the_number_of_samples() -> None:
+def test_value_grows_with_samples() -> None:
+    """The value of the best grows with the number of samples."""
     agent = create(QC, BASE)
     observations = jax.random.normal(KEY, (500, OBSERVATION_DIM))
     values = []
@@ -102,7 +106,8 @@ def test_the_value_of_the_best_grows_with_the_number_of_samples() -> None:
     assert values[1] > values[0] + 0.01 and values[2] > values[1] + 0.01
 
 
-def test_selection_uses_the_online_critics_and_not_their_targets() -> None:
+def test_selection_uses_online_critics() -> None:
+    """Selection uses the online critics and not their targets."""
     agent = create(QC, BASE)
     observations = jax.random.normal(KEY, (6, OBSERVATION_DIM))
     other = agent.replace(target_critic=constant_critic(agent.target_critic, 0.0))
@@ -111,7 +116,8 @@ def test_selection_uses_the_online_critics_and_not_their_targets() -> None:
 
 
 @pytest.mark.parametrize("config", [BASE, DISTILLED], ids=["best_of_n", "distilled"])
-def test_deterministic_chunks_depend_on_the_observation_only(config: QCConfig) -> None:
+def test_deterministic_chunks(config: QCConfig) -> None:
+    """Deterministic chunks depend on the observation only."""
     agent = create(QC, config)
     observations = jax.random.normal(KEY, (5, OBSERVATION_DIM))
     together = propose(agent, observations, jax.random.key(0), True)
@@ -120,7 +126,8 @@ def test_deterministic_chunks_depend_on_the_observation_only(config: QCConfig) -
     assert float(jnp.abs(together - together[0]).max()) > 1e-3
 
 
-def test_the_queue_plays_the_chunk_in_order_and_a_new_one_is_chosen_where_it_ended() -> None:
+def test_chunk_queue_order() -> None:
+    """The queue plays the chunk in order, and a new one is chosen where it ended."""
     agent = create(QC, BASE)
     carry, observations = agent.initial_carry((2,)), jax.random.normal(KEY, (H + 1, 2, OBSERVATION_DIM))
     keys = jax.random.split(jax.random.key(5), H + 1)
@@ -139,7 +146,8 @@ def test_the_queue_plays_the_chunk_in_order_and_a_new_one_is_chosen_where_it_end
 # ---------------------------------------------------------------- what moves what
 
 
-def test_each_loss_has_gradients_for_its_own_network_only() -> None:
+def test_loss_gradients_isolated() -> None:
+    """Each loss has gradients for its own network only."""
     agent = create(QC, DISTILLED)
     chunks = chunk_rows(jax.tree.map(lambda leaf: leaf[0], random_windows()), DISCOUNT, True)
     parts = {name: getattr(agent, name).params for name in ("actor", "critic", "one_step")}
@@ -169,7 +177,8 @@ def test_each_loss_has_gradients_for_its_own_network_only() -> None:
     assert found["critic"] > 0 and found["actor"] == found["one_step"] == 0.0
 
 
-def test_the_policys_loss_leaves_critic_and_flow_as_they_would_be() -> None:
+def test_policy_loss_isolated() -> None:
+    """The policy's loss leaves critic and flow as they would be."""
     agent = create(QC, DISTILLED)
     results = [update(set_config(agent, alpha=alpha), random_windows())[0] for alpha in (0.0, 100.0)]
     assert largest_difference(results[0].critic.params, results[1].critic.params) == 0.0
@@ -204,14 +213,17 @@ def fit(name: str, agent: Any, data: Any, count: int) -> Any:
     return jax.jit(lambda a: jax.lax.scan(step, a, jax.random.split(KEY, count))[0])(agent)
 
 
-def test_a_flow_fitted_to_one_chunk_maps_all_noise_to_it() -> None:
+def test_flow_fits_one_chunk() -> None:
+    """A flow fitted to one chunk maps all noise to it."""
     point = jnp.asarray([0.5, -0.5, 0.2, -0.7])
     agent = fit("actor", create(QC, WIDE), lambda _: jnp.broadcast_to(point, (64, 4)), 700)
     chunks = flow_chunks(agent, jnp.zeros((300, OBSERVATION_DIM)), jax.random.normal(jax.random.key(1), (300, 4)))
     assert float(jnp.abs(chunks - point).mean()) < 0.05 and float(jnp.abs(chunks - point).max()) < 0.4
 
 
-def test_the_one_step_policy_is_the_flow_noise_for_noise() -> None:
+def test_one_step_policy_matches_flow() -> None:
+    """The one-step policy is the flow, noise for noise."""
+
     def two_modes(key: Any) -> Any:
         return jnp.where(jax.random.bernoulli(key, shape=(64, 1)), 0.6, -0.6) * jnp.ones((64, 4))
 
@@ -239,12 +251,14 @@ def test_the_one_step_policy_is_the_flow_noise_for_noise() -> None:
         ({"alpha": -1.0}, "alpha is -1.0"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(changes: dict[str, Any], message: str) -> None:
+def test_wrong_settings_named(changes: dict[str, Any], message: str) -> None:
+    """Settings that cannot be used are named."""
     with pytest.raises(ConfigError, match=message):
         QCConfig(**changes)
 
 
-def test_the_paper_preset_has_the_papers_numbers() -> None:
+def test_paper_preset() -> None:
+    """The paper preset has the paper's numbers."""
     preset = QC.preset("other", "paper")
     config = preset.config
     assert (config.chunk, config.num_samples, config.alpha, config.batch_size) == (5, 32, 100.0, 256)

@@ -16,7 +16,8 @@ from tests.helpers.tiny import ACTION_DIM, OBSERVATION_DIM, constant_critic, cre
 from tests.helpers.toy_qc import BASE, DISCOUNT, KEY, H, four_windows, quick, random_windows, targets, update, windows
 
 
-def test_a_constant_reward_gives_the_geometric_chunk_return_and_the_bootstrap_factor_is_discount_to_the_h() -> None:
+def test_chunk_return_and_bootstrap() -> None:
+    """A constant reward gives the geometric chunk return; the bootstrap factor is the discount to the h."""
     agent = create(QC, BASE)
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 10.0))
     whole = windows(np.full((8, H), 0.5), np.zeros((8, H)), np.ones((8, H)))
@@ -29,7 +30,8 @@ def test_a_constant_reward_gives_the_geometric_chunk_return_and_the_bootstrap_fa
     np.testing.assert_array_equal(chunks.next_observations, whole["next_observations"][:, -1])
 
 
-def test_windows_over_an_end_are_dropped_and_one_that_ends_at_a_terminal_counts_without_bootstrap() -> None:
+def test_windows_over_ends_dropped() -> None:
+    """Windows over an end are dropped, and one that ends at a terminal counts without bootstrap."""
     chunks = chunk_rows(four_windows(), DISCOUNT, False)
     np.testing.assert_array_equal(chunks.valid, [1, 0, 1, 0])
     np.testing.assert_array_equal(chunks.masks[jnp.asarray([0, 2])], [1, 0])
@@ -40,7 +42,8 @@ def test_windows_over_an_end_are_dropped_and_one_that_ends_at_a_terminal_counts_
     assert float(at_limit.valid[0]) == 1.0 and float(at_limit.masks[0]) == 1.0
 
 
-def test_a_window_that_a_true_terminal_cuts_short_is_padded_and_one_over_a_time_limit_is_not() -> None:
+def test_terminal_windows_padded() -> None:
+    """A window that a true terminal cuts short is padded, and one over a time limit is not."""
     batch = four_windows()
     chunks = chunk_rows(batch, DISCOUNT, True)
     np.testing.assert_array_equal(chunks.valid, [1, 0, 1, 1])
@@ -52,7 +55,8 @@ def test_a_window_that_a_true_terminal_cuts_short_is_padded_and_one_over_a_time_
     np.testing.assert_array_equal(chunks.entries[1, ::ACTION_DIM], [1, 1, 0])
 
 
-def test_an_invalid_window_contributes_exactly_nothing_to_the_critic() -> None:
+def test_invalid_windows_ignored() -> None:
+    """An invalid window contributes exactly nothing to the critic."""
     agent = create(QC, BASE)
     batch = four_windows()
     grads = quick(lambda chunks, y: jax.value_and_grad(agent.critic_loss, has_aux=True)(agent.critic.params, chunks, y))
@@ -67,7 +71,8 @@ def test_an_invalid_window_contributes_exactly_nothing_to_the_critic() -> None:
     np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
 
 
-def test_invalid_entries_are_zeros_in_the_flows_mean() -> None:
+def test_invalid_entries_are_zeros() -> None:
+    """Invalid entries are zeros in the flow's mean."""
     agent = create(QC, BASE)
     chunks = chunk_rows(four_windows(), DISCOUNT, False)
     loss = quick(lambda chunks: agent.flow_loss(agent.actor.params, chunks, KEY)[0])
@@ -83,7 +88,8 @@ def test_invalid_entries_are_zeros_in_the_flows_mean() -> None:
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "min"])
-def test_the_target_judges_the_next_chunk_by_the_target_critics(aggregate: Any) -> None:
+def test_target_uses_target_critics(aggregate: Any) -> None:
+    """The target judges the next chunk by the target critics."""
     agent = set_config(create(QC, BASE), aggregate=aggregate)
     first = constant_critic(constant_critic(agent.target_critic, 2.0, member=0), 6.0, member=1)
     agent = agent.replace(target_critic=first)
@@ -95,7 +101,8 @@ def test_the_target_judges_the_next_chunk_by_the_target_critics(aggregate: Any) 
 # ---------------------------------------------------------------- a whole dataset
 
 
-def test_windows_of_a_dataset_feed_the_update() -> None:
+def test_dataset_windows_feed_update() -> None:
+    """Windows of a dataset feed the update."""
     rng = np.random.default_rng(0)
     rows = {
         "observations": rng.normal(size=(12, OBSERVATION_DIM)).astype(np.float32),
@@ -158,7 +165,8 @@ def backups(horizon: int, length: int) -> tuple[int, np.ndarray]:
         table, sweeps = after, sweeps + 1
 
 
-def test_a_delayed_reward_needs_one_hth_of_the_backups_and_ends_at_the_same_values() -> None:
+def test_chunks_speed_up_backups() -> None:
+    """A delayed reward needs one h-th of the backups and ends at the same values."""
     one, values = backups(1, 20)
     chunked, again = backups(4, 20)
     assert (one, chunked) == (20, 5)

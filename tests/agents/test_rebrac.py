@@ -81,8 +81,11 @@ def test_target_by_hand() -> None:
     np.testing.assert_allclose(targets(agent, unknown), -1.0 + 0.99 * -12.0, atol=1e-5)
 
 
-def test_the_penalty_takes_the_noisy_clipped_action_and_belongs_to_the_next_state() -> None:
-    """It lowers y by discount m beta_2 |a' - a'_data|^2, and does not depend on the row's own action."""
+def test_critic_penalty() -> None:
+    """The penalty takes the noisy clipped action and belongs to the next state.
+
+    It lowers y by discount m beta_2 |a' - a'_data|^2, and does not depend on the row's own action.
+    """
     agent, batch = make_agent(target_noise=0.6), following_batch(rows=64)
     actions = agent.noisy_actions(batch["next_observations"], agent.target_actor, KEY)
     assert float(jnp.abs(actions).max()) <= 1.0
@@ -93,8 +96,11 @@ def test_the_penalty_takes_the_noisy_clipped_action_and_belongs_to_the_next_stat
     np.testing.assert_array_equal(targets(agent, {**batch, "actions": -batch["actions"]}), y)
 
 
-def test_rows_without_a_next_action_and_terminal_rows_have_no_penalty() -> None:
-    """Noise in their next actions changes nothing; at a terminal y is the reward, whatever the flag says."""
+def test_rows_without_penalty() -> None:
+    """Rows without a next action and terminal rows have no penalty.
+
+    Noise in their next actions changes nothing; at a terminal y is the reward, whatever the flag says.
+    """
     agent, batch = make_agent(), following_batch()
     y = targets(agent, batch)
     noise = jax.random.normal(KEY, batch["next_actions"].shape)
@@ -115,7 +121,8 @@ def test_actor_loss_by_hand() -> None:
     assert float(loss) == pytest.approx(0.3 * distance - q.mean() / np.abs(q).mean(), rel=1e-4)
 
 
-def test_the_actors_gradient_is_invariant_to_the_scale_of_q_but_not_to_its_level() -> None:
+def test_actor_gradient_q_scale() -> None:
+    """The actor's gradient is invariant to the scale of Q but not to its level."""
     agent, batch = make_agent(), following_batch()
     gradient = actor_gradient(agent, batch)
     assert largest_difference(actor_gradient(with_affine_critic(agent, 7.0, 0.0), batch), gradient) < 1e-4
@@ -124,8 +131,11 @@ def test_the_actors_gradient_is_invariant_to_the_scale_of_q_but_not_to_its_level
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(actor_gradient(flat, batch)))
 
 
-def test_a_large_actor_penalty_regresses_on_the_mean_of_the_data() -> None:
-    """Two modes at -0.5 and 0.5: the action is between them, where no data are."""
+def test_large_actor_penalty() -> None:
+    """A large actor penalty regresses on the mean of the data.
+
+    Two modes at -0.5 and 0.5: the action is between them, where no data are.
+    """
     config = replace(CONFIG, actor_penalty=1e4, actor_lr=3e-3, discount=DISCOUNT)
     agent = ReBRAC.create(KEY, jnp.zeros((1, 1)), jnp.zeros((1, 1)), config)
     table = two_steps()
@@ -134,7 +144,7 @@ def test_a_large_actor_penalty_regresses_on_the_mean_of_the_data() -> None:
     assert max(abs(mode(trained, state) - float(table["actions"].mean())) for state in (-1.0, 1.0)) < 0.1
 
 
-def test_probe_with_a_known_penalty() -> None:
+def test_probe_with_known_penalty() -> None:
     """The action in state 1 is held at 0.5, the data's next action is -0.3, beta_2 = 0.25: Q(-1) = 0.5 (1 - 0.16)."""
     config = replace(
         CONFIG, actor_penalty=1e4, actor_lr=3e-3, critic_lr=3e-3, tau=0.05, discount=DISCOUNT, critic_penalty=0.25,
@@ -151,7 +161,8 @@ def test_probe_with_a_known_penalty() -> None:
     assert np.abs(q_values(agent, -1.0, np.asarray([0.5])) - 0.42).max() > 0.1
 
 
-def test_after_2n_calls_the_critics_have_2n_steps_the_actor_n() -> None:
+def test_policy_delay() -> None:
+    """After 2n calls the critics have 2n steps and the actor n."""
     agent, batch = make_agent(), following_batch(1)
     one, _ = update(agent, batch)
     assert (steps(one.critic), steps(one.actor)) == (1, 0)
@@ -162,8 +173,8 @@ def test_after_2n_calls_the_critics_have_2n_steps_the_actor_n() -> None:
     assert moved(one.target_critic, agent.target_critic) and moved(one.target_actor, agent.target_actor)
 
 
-def test_the_critics_normalise_behind_the_activation() -> None:
-    """One layer of 2 units by hand: Dense, ReLU, LayerNorm, Dense."""
+def test_norm_after_activation() -> None:
+    """The critics normalise behind the activation. One layer of 2 units by hand: Dense, ReLU, LayerNorm, Dense."""
     config = replace(CONFIG, critic_hidden_dims=(2,), num_critics=1)
     critic = ReBRAC.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, 2)), config).critic
     tree = critic.params["params"]
@@ -174,7 +185,8 @@ def test_the_critics_normalise_behind_the_activation() -> None:
     np.testing.assert_allclose(critic(rows[:, :3], rows[:, 3:])[0], expected, atol=1e-4)
 
 
-def test_missing_next_actions_are_named_and_wrong_settings_refused() -> None:
+def test_missing_next_actions_named() -> None:
+    """Missing next actions are named, and wrong settings are refused."""
     agent, batch = make_agent(), following_batch(1)
     with pytest.raises(DatasetError, match="no next_actions, next_valid, which ReBRAC needs"):
         agent.update({key: leaf for key, leaf in batch.items() if not key.startswith("next_a") and key != "next_valid"})
@@ -195,8 +207,11 @@ def test_presets_follow_the_paper() -> None:
     assert ReBRAC.preset("adroit").config.actor_penalty == 0.1
 
 
-def test_a_run_with_its_replay_on_the_host_is_the_same(tiny_run: Callable[..., Any]) -> None:
-    """Two seeds, both phases, a penalty that outweighs the rewards: rounding of two programs is all that differs."""
+def test_host_replay_matches(tiny_run: Callable[..., Any]) -> None:
+    """A run with its replay on the host is the same.
+
+    Two seeds, both phases, a penalty that outweighs the rewards: rounding of two programs is all that differs.
+    """
     agents = []
     for device_bytes in (None, 0):
         loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=device_bytes)

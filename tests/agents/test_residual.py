@@ -91,14 +91,16 @@ explore = jit(lambda agent, obs, rng: agent.random_actions(obs, rng, ACTION))
 means = jit(lambda agent, obs: agent.actor(agent.see(obs)))
 
 
-def test_the_residual_is_exactly_zero_at_the_start() -> None:
+def test_residual_starts_at_zero() -> None:
+    """The residual is exactly zero at the start."""
     observations = observe((50,))
     np.testing.assert_array_equal(means(make(), observations), np.zeros((50, ACTION)))
     actions = act(make(), observations, jax.random.key(0), True)
     np.testing.assert_array_equal(actions, observations["base_action"])
 
 
-def test_the_mean_residual_never_exceeds_its_scale_and_combined_actions_stay_in_bounds() -> None:
+def test_residual_bounds() -> None:
+    """The mean residual never exceeds its scale, and combined actions stay in bounds."""
     observations = observe((200,))
     residuals = np.asarray(means(restless(), observations))
     assert np.abs(residuals).max() <= SCALE and np.abs(residuals).max() > 0.9 * SCALE
@@ -107,14 +109,16 @@ def test_the_mean_residual_never_exceeds_its_scale_and_combined_actions_stay_in_
     assert np.abs(actions).max() == 1.0 and np.abs(actions).min() >= 1.0 - SCALE - 1e-6
 
 
-def test_samples_add_noise_that_may_exceed_the_scale() -> None:
+def test_sampled_noise() -> None:
+    """Samples add noise that may exceed the scale."""
     observations = jax.tree.map(lambda leaf: 0.0 * leaf, observe((4000,)))
     sampled = np.asarray(act(make(), observations, jax.random.key(1), False))
     assert abs(sampled.std() - CONFIG.noise_std) < 0.003 and abs(sampled.mean()) < 0.003
     assert np.abs(sampled).max() > SCALE
 
 
-def test_warm_up_actions_are_the_base_with_uniform_noise_or_uniform() -> None:
+def test_warm_up_actions() -> None:
+    """Warm-up actions are the base with uniform noise, or uniform."""
     observations = {**observe((4000,)), "base_action": jnp.full((4000, ACTION), 0.3)}
     noise = np.asarray(explore(make(), observations, jax.random.key(0))) - 0.3
     assert -0.2 <= noise.min() < -0.19 and 0.19 < noise.max() <= 0.2 and abs(noise.mean()) < 0.005
@@ -124,7 +128,8 @@ def test_warm_up_actions_are_the_base_with_uniform_noise_or_uniform() -> None:
     assert uniform.min() < -0.99 and abs(uniform.mean()) < 0.03
 
 
-def test_one_step_target_is_reward_plus_discounted_minimum_of_two_heads() -> None:
+def test_one_step_target() -> None:
+    """The one-step target is the reward plus the discounted minimum of the drawn heads."""
     agent = set_config(restless(), n_step=1, noise_std=0.0, target_subset=4)
     batch = windows(2)
     behind = seen(None, jax.tree.map(lambda leaf: leaf[:, 0], batch["next_observations"]), ACTION)
@@ -161,7 +166,8 @@ def test_three_step_targets_by_hand() -> None:
         np.testing.assert_allclose(found, total[name] + behind, rtol=1e-5)
 
 
-def test_the_next_observation_is_the_last_one_inside_the_episode() -> None:
+def test_next_observation_in_episode() -> None:
+    """The next observation is the last one inside the episode."""
     flags = {"ends": jnp.asarray([0.0, 1.0, 0.0]), "valid": jnp.asarray([1.0, 1.0, 0.0])}
     rows = rows_of(windows(**flags), CONFIG)
     batch = windows(**flags)
@@ -169,7 +175,8 @@ def test_the_next_observation_is_the_last_one_inside_the_episode() -> None:
     np.testing.assert_array_equal(rows["observations"]["base_action"], batch["observations"]["base_action"][:, 0])
 
 
-def test_a_success_h_steps_ahead_is_worth_gamma_to_the_h() -> None:
+def test_delayed_success_value() -> None:
+    """A success h steps ahead is worth gamma to the h."""
     agent = value_everywhere(make(), 7.0)
     for ahead in range(3):
         rewards = jnp.zeros(3).at[ahead].set(1.0)
@@ -184,7 +191,8 @@ def test_target_clip() -> None:
     np.testing.assert_array_equal(targets(agent, windows(rewards=jnp.full(3, -9.0)), jax.random.key(0)), 0.0)
 
 
-def test_two_drawn_heads_are_never_the_same() -> None:
+def test_drawn_heads_differ() -> None:
+    """Two drawn heads are never the same."""
     params = make().target_critic
     for member in range(4):
         params = constant_critic(params, float(member), member)
@@ -194,7 +202,8 @@ def test_two_drawn_heads_are_never_the_same() -> None:
     assert set(np.round(found).astype(int)) == {0, 1, 2}  # with repeats, the minimum would be 3 once in 16 draws
 
 
-def test_target_noise_is_clipped_and_absent_in_the_critic_warm_up() -> None:
+def test_target_noise() -> None:
+    """Target noise is clipped, and absent in the critic warm-up."""
     batch = windows(2)
     cautious = set_config(restless(), n_step=1, target_subset=4, online=replace(ONLINE, initial_updates=1))
     one, two = (targets(cautious, batch, jax.random.key(seed)) for seed in (1, 2))
@@ -211,7 +220,8 @@ def test_critic_losses() -> None:
     assert float(critic_loss(q, y, "squared_mean")) == pytest.approx((1.5**2 + 3.0**2) / 2)
 
 
-def test_critic_sees_the_combined_action_and_the_actor_the_base() -> None:
+def test_network_inputs() -> None:
+    """The critic sees the combined action, and the actor the base."""
     agent = restless()
     one = seen(None, observe((ROWS,)), ACTION)
     shifted = one._replace(base=one.base - 0.05)
@@ -220,7 +230,8 @@ def test_critic_sees_the_combined_action_and_the_actor_the_base() -> None:
     assert moved(agent.actor(one), agent.actor(shifted))
 
 
-def test_four_critic_steps_and_one_actor_step_per_call_each_with_its_average() -> None:
+def test_steps_per_call() -> None:
+    """A call takes four critic steps and one actor step, each with its average."""
     agent, info = update(make(), windows(lead=(4, ROWS)))
     assert steps(agent.critic) == 4 and steps(agent.actor) == 1 and int(agent.updates) == 4
     assert set(info) == {"critic/loss", "critic/q", "critic/target", "actor/loss", "actor/residual"}
@@ -236,7 +247,8 @@ def test_four_critic_steps_and_one_actor_step_per_call_each_with_its_average() -
     assert moved(agent.actor.params, make().actor.params)
 
 
-def test_the_actor_rests_during_the_critic_warm_up() -> None:
+def test_actor_rests_in_warm_up() -> None:
+    """The actor rests during the critic warm-up."""
     agent = set_config(make(), online=replace(ONLINE, initial_updates=3)).online()
     for _ in range(3):
         agent, info = update(agent, windows(lead=(1, ROWS)))
@@ -249,7 +261,8 @@ def test_the_actor_rests_during_the_critic_warm_up() -> None:
     assert int(agent.online().updates) == 0
 
 
-def test_the_actor_climbs_the_critic_and_a_penalty_holds_it_back() -> None:
+def test_residual_penalty() -> None:
+    """The actor climbs the critic, and a penalty holds it back."""
     agent, batch = make(), windows()
     for seed in range(30):
         agent, info = actor_step(agent, batch, jax.random.key(seed))
@@ -262,14 +275,16 @@ def test_the_actor_climbs_the_critic_and_a_penalty_holds_it_back() -> None:
     assert float(there["actor/residual"]) < 0.3 * float(info["actor/residual"])
 
 
-def test_gradients_are_clipped_to_their_norm() -> None:
+def test_gradient_clipping() -> None:
+    """Gradients are clipped to their norm."""
     model = make().actor.replace(optimizer=Adam(1e-2, weight_decay=1e-2, clip_norm=1.0))
     grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 100.0), model.params)
     moment = model.apply_gradients(grads).opt_state[0].mu
     assert float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(moment)))) == pytest.approx(0.1, rel=1e-4)
 
 
-def test_every_minibatch_is_half_demonstrations() -> None:
+def test_minibatches_half_demonstrations() -> None:
+    """Every minibatch is half demonstrations."""
     rows = {key: np.asarray(leaf) for key, leaf in windows(1, (40,)).items() if key not in ("valid",)}
     flat: Batch = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 0], windows(1, (40,), rewards=jnp.ones(1)))
     flat.pop("valid")
@@ -297,7 +312,8 @@ def seeing() -> tuple[Residual, Batch]:
     return jax.jit(create, compiler_options=QUICK)(jax.random.key(0)), batch
 
 
-def test_with_images_only_the_critic_step_trains_encoder_and_trunk() -> None:
+def test_critic_step_trains_encoder() -> None:
+    """With images, only the critic step trains encoder and trunk."""
     agent, batch = seeing()
     assert agent.encoder is not None and agent.trunk is not None
     first = jax.tree.map(lambda leaf: leaf[:, 0], batch["observations"])
@@ -312,13 +328,15 @@ def test_with_images_only_the_critic_step_trains_encoder_and_trunk() -> None:
         assert not moved(getattr(after, name), getattr(stepped, name)), name
 
 
-def test_joined_histories_use_the_last_base_action() -> None:
+def test_joined_histories() -> None:
+    """Joined histories use the last base action."""
     joined = observe((4,))
     joined["base_action"] = jnp.concatenate([jnp.zeros((4, ACTION)), joined["base_action"]], axis=-1)
     np.testing.assert_array_equal(seen(None, joined, ACTION).base, joined["base_action"][:, ACTION:])
 
 
-def test_windows_are_two_rows_at_least() -> None:
+def test_window_length() -> None:
+    """Windows are two rows at least."""
     assert (
         make().needs.window == 3
         and set_config(make(), n_step=1).needs.window == 2
@@ -339,18 +357,21 @@ def test_windows_are_two_rows_at_least() -> None:
         ({"target_clip": (1.0, 0.0)}, "target_clip"),
     ],
 )
-def test_settings_that_cannot_be_used(changes: dict[str, Any], words: str) -> None:
+def test_wrong_settings_refused(changes: dict[str, Any], words: str) -> None:
+    """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match=words):
         ResidualConfig(**changes)
 
 
-def test_observations_without_a_base_action_are_refused() -> None:
+def test_missing_base_action_refused() -> None:
+    """Observations without a base action are refused."""
     for observations in (jnp.zeros((1, 3)), {"state": jnp.zeros((1, 3))}):
         with pytest.raises(ConfigError, match="base_action"):
             Residual.create(jax.random.key(0), observations, jnp.zeros((1, 2)), CONFIG)
 
 
-def test_presets_have_the_papers_numbers() -> None:
+def test_paper_presets() -> None:
+    """Presets have the paper's numbers."""
     can, door = (Residual.preset(family, "paper") for family in ("other", "adroit"))
     config = can.config
     assert (config.residual_scale, config.actor_lr, config.critic_lr, config.n_step) == (0.1, 1e-6, 1e-4, 3)

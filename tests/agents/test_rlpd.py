@@ -54,14 +54,16 @@ def frozen_critic() -> Any:
     return rlpd().replace(critic=rlpd().critic.replace(optimizer=Adam(0.0)))
 
 
-def test_full_subset_is_the_minimum_over_all_members() -> None:
+def test_full_subset_minimum() -> None:
+    """The full subset is the minimum over all members."""
     batch = make_batch()
     expected = member_targets(silent(MEMBERS), batch).min(axis=0)
     for agent in (silent(MEMBERS), silent(None)):
         np.testing.assert_allclose(next_values(agent, batch, KEY), expected, atol=1e-5)
 
 
-def test_subset_of_one_is_one_member_and_all_are_drawn() -> None:
+def test_subset_of_one() -> None:
+    """A subset of one is one member, and all are drawn."""
     batch, agent = make_batch(), silent(1)
     members = member_targets(agent, batch)
     drawn = np.asarray(draws(agent, batch, jax.random.split(KEY, 64)))
@@ -70,8 +72,11 @@ def test_subset_of_one_is_one_member_and_all_are_drawn() -> None:
     assert set(distance.argmin(axis=1)) == set(range(MEMBERS))
 
 
-def test_subset_of_two_is_the_minimum_of_two_different_members() -> None:
-    """One draw serves the whole minibatch; an index never repeats: a single member's row never comes out as it is."""
+def test_subset_of_two() -> None:
+    """A subset of two is the minimum of two different members.
+
+    One draw serves the whole minibatch; an index never repeats: a single member's row never comes out as it is.
+    """
     batch, agent = make_batch(rows=32), silent(2)
     members = member_targets(agent, batch)
     pairs = [(i, j) for i in range(MEMBERS) for j in range(i + 1, MEMBERS)]
@@ -82,7 +87,8 @@ def test_subset_of_two_is_the_minimum_of_two_different_members() -> None:
     assert len(set(np.abs(drawn[:, None] - minima).max(axis=-1).argmin(axis=1))) == len(pairs)
 
 
-def test_a_low_member_moves_the_target_only_when_drawn() -> None:
+def test_low_member_target() -> None:
+    """A low member moves the target only when drawn."""
     batch, agent = make_batch(), silent(1)
     low = agent.replace(target_critic=constant_critic(agent.target_critic, -1e6, member=0))
     keys = jax.random.split(KEY, 64)
@@ -92,8 +98,11 @@ def test_a_low_member_moves_the_target_only_when_drawn() -> None:
     np.testing.assert_array_equal(after[~hit], before[~hit])
 
 
-def test_target_depends_on_alpha_only_with_entropy_in_the_backup() -> None:
-    """From alpha 1 to 2 v changes by -ln pi(a'|s') with e = 1, by 0 with e = 0: v is linear in alpha."""
+def test_backup_entropy_in_target() -> None:
+    """The target depends on alpha only with entropy in the backup.
+
+    From alpha 1 to 2 v changes by -ln pi(a'|s') with e = 1, by 0 with e = 0: v is linear in alpha.
+    """
     batch = make_batch()
     for agent, factor in ((rlpd(), -1.0), (rlpd(backup_entropy=False), 0.0)):
 
@@ -108,7 +117,8 @@ def test_target_depends_on_alpha_only_with_entropy_in_the_backup() -> None:
         np.testing.assert_allclose(slope, factor * log_prob, atol=1e-4)
 
 
-def test_target_is_the_reward_at_terminals_and_bootstraps_elsewhere() -> None:
+def test_terminal_targets() -> None:
+    """The target is the reward at terminals and bootstraps elsewhere."""
     batch = {**make_batch(), "rewards": jnp.zeros(8)}
     agent = silent(2).replace(target_critic=constant_critic(silent(2).target_critic, 3.0))
     _, info = critic_step(agent, batch, KEY)
@@ -117,7 +127,7 @@ def test_target_is_the_reward_at_terminals_and_bootstraps_elsewhere() -> None:
     assert float(critic_step(agent, over, KEY)[1]["critic/target"]) == 0.0
 
 
-def test_one_member_weighs_one_of_the_ensemble_in_the_actor_gradient() -> None:
+def test_member_share_in_gradient() -> None:
     """Replacing a member by -1e6 everywhere takes exactly its share 1/E out of the gradient."""
     agent, batch = rlpd(), make_batch()
     flat = agent.critic.replace(params=constant_critic(agent.critic.params, -1e6, member=1))
@@ -134,7 +144,8 @@ def test_one_member_weighs_one_of_the_ensemble_in_the_actor_gradient() -> None:
     assert largest_difference(removed, expected) < 1e-5
 
 
-def test_call_takes_g_critic_steps_and_one_policy_step_on_the_last_block() -> None:
+def test_steps_per_call() -> None:
+    """A call takes G critic steps and one policy step, on the last block."""
     agent, batch = frozen_critic(), make_batch(5)
     after, _ = update(agent, batch)
     assert (steps(after.critic), steps(after.actor), steps(after.temperature)) == (5, 1, 1)
@@ -145,8 +156,11 @@ def test_call_takes_g_critic_steps_and_one_policy_step_on_the_last_block() -> No
     assert moved(after.actor.params, last.actor.params)
 
 
-def test_target_moves_g_times_per_call() -> None:
-    """With frozen critics and targets at distance 1, G averages leave a distance of (1 - tau)^G."""
+def test_target_moves_per_call() -> None:
+    """The target moves G times per call.
+
+    With frozen critics and targets at distance 1, G averages leave a distance of (1 - tau)^G.
+    """
     agent = frozen_critic()
     agent = agent.replace(target_critic=jax.tree.map(lambda leaf: leaf + 1.0, agent.critic.params))
     after, _ = update(agent, make_batch(5))
@@ -155,7 +169,8 @@ def test_target_moves_g_times_per_call() -> None:
         np.testing.assert_allclose(leaf, 0.995**5, atol=1e-5)
 
 
-def test_members_differ_at_birth_and_after_a_hundred_steps() -> None:
+def test_members_stay_different() -> None:
+    """Members differ at birth and after a hundred steps."""
     agent, batch = rlpd(), make_batch(20, rows=16)
     observations, actions = batch["observations"][0], batch["actions"][0]
 
@@ -171,8 +186,11 @@ def test_members_differ_at_birth_and_after_a_hundred_steps() -> None:
     assert spread(agent) > 1e-2
 
 
-def test_layer_norm_bounds_values_far_from_the_data() -> None:
-    """After LayerNorm the last hidden vector has norm at most sqrt(width), whatever the input."""
+def test_layer_norm_bounds_values() -> None:
+    """LayerNorm bounds values far from the data.
+
+    After LayerNorm the last hidden vector has norm at most sqrt(width), whatever the input.
+    """
     observations, actions = make_batch(rows=32)["observations"], make_batch(rows=32)["actions"]
     growth = {}
     for layer_norm in (True, False):
@@ -189,7 +207,8 @@ def test_layer_norm_bounds_values_far_from_the_data() -> None:
 
 
 @pytest.mark.parametrize(("std", "falls"), [(0.08, False), (0.5, True)])
-def test_temperature_falls_iff_entropy_exceeds_minus_half_dim(std: float, falls: bool) -> None:
+def test_temperature_direction(std: float, falls: bool) -> None:
+    """The temperature falls if and only if the entropy exceeds minus half the dimension."""
     agent, batch = constant_policy(rlpd(), std), make_batch()
     stepped, info = policy_step(agent, batch, KEY, agent.critic)
     assert (float(info["actor/entropy"]) > -ACTION_DIM / 2) == falls

@@ -45,7 +45,8 @@ def with_alpha(agent: Any, alpha: float) -> Any:
     return agent.replace(temperature=agent.temperature.replace(params=params))
 
 
-def test_target_is_the_minimum_minus_the_entropy_term() -> None:
+def test_target_subtracts_entropy() -> None:
+    """The target is the minimum minus the entropy term."""
     agent, batch = with_alpha(sac(), 0.3), make_batch()
     next_observations = batch["next_observations"]
     values = next_values(agent, batch, KEY)
@@ -56,13 +57,14 @@ def test_target_is_the_minimum_minus_the_entropy_term() -> None:
     np.testing.assert_allclose(values, np.min(q, axis=0) - 0.3 * policy.log_prob(actions), atol=1e-4)
 
 
-def test_target_reads_the_target_critic_and_not_the_critic() -> None:
+def test_target_reads_target_critic() -> None:
+    """The target reads the target critic and not the critic."""
     agent, batch = set_config(sac(), backup_entropy=False), make_batch()
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 7.0))
     np.testing.assert_allclose(next_values(agent, batch, KEY), np.full(ROWS, 7.0), rtol=1e-6)
 
 
-def test_critics_step_on_terminal_and_bootstrapped_targets() -> None:
+def test_critic_regression_targets() -> None:
     """With a constant target of 7 the critics regress to r at a terminal and to r + 0.99 * 7 elsewhere."""
     agent, batch = set_config(sac(), backup_entropy=False), make_batch()
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 7.0))
@@ -74,7 +76,8 @@ def test_critics_step_on_terminal_and_bootstrapped_targets() -> None:
     assert float(info["critic/loss"]) == pytest.approx(np.square(q - targets).mean(), rel=1e-5)
 
 
-def test_critic_loss_passes_no_gradient_to_targets_actor_and_temperature() -> None:
+def test_critic_loss_gradients() -> None:
+    """The critic loss passes no gradient to targets, actor and temperature."""
     batch = make_batch()
 
     def loss(target: Any, actor: Any, temperature: Any) -> Any:
@@ -92,7 +95,8 @@ def test_critic_loss_passes_no_gradient_to_targets_actor_and_temperature() -> No
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(grads))
 
 
-def test_without_entropy_and_noise_the_actor_gradient_is_ddpgs() -> None:
+def test_noiseless_gradient_is_ddpg() -> None:
+    """Without entropy and noise, the actor gradient is DDPG's."""
     agent, batch = with_alpha(constant_policy(sac(), std=1e-8, mean=None), 1e-12), make_batch()
 
     def ddpg(params: Any) -> Any:
@@ -104,7 +108,8 @@ def test_without_entropy_and_noise_the_actor_gradient_is_ddpgs() -> None:
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-2
 
 
-def test_actor_loss_and_entropy_are_those_of_its_sample() -> None:
+def test_actor_loss_and_entropy() -> None:
+    """The actor loss and entropy are those of its sample."""
     agent, batch = with_alpha(sac(), 0.5), make_batch()
     actor_rng, _ = jax.random.split(KEY)
     actions, log_prob = agent.actor(batch["observations"]).sample_and_log_prob(actor_rng)
@@ -115,7 +120,8 @@ def test_actor_loss_and_entropy_are_those_of_its_sample() -> None:
     assert float(info["temperature/alpha"]) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_full_bc_weight_is_behaviour_cloning() -> None:
+def test_full_bc_weight_is_cloning() -> None:
+    """The full BC weight is behaviour cloning."""
     agent, batch = set_config(sac(), bc_weight=1.0), make_batch()
 
     def cloning(params: Any) -> Any:
@@ -127,8 +133,11 @@ def test_full_bc_weight_is_behaviour_cloning() -> None:
 
 @pytest.mark.parametrize("objective", ["alpha", "log_alpha"])
 @pytest.mark.parametrize("std", [0.02, 0.7])
-def test_alpha_rises_iff_entropy_is_below_minus_dim(objective: str, std: float) -> None:
-    """Near 0 tanh is the identity, so that the entropy is about dim * ln(std * sqrt(2 pi e)): -4.99 at std 0.02."""
+def test_alpha_rises_iff_entropy_low(objective: str, std: float) -> None:
+    """Alpha rises iff the entropy is below minus the action dimension.
+
+    Near 0 tanh is the identity, so that the entropy is about dim * ln(std * sqrt(2 pi e)): -4.99 at std 0.02.
+    """
     agent, batch = constant_policy(set_config(sac(), temperature_objective=objective), std), make_batch()
     stepped, info = policy_step(agent, batch, KEY, agent.critic)
     entropy = float(info["actor/entropy"])
@@ -140,7 +149,8 @@ def test_alpha_rises_iff_entropy_is_below_minus_dim(objective: str, std: float) 
     assert float(info["temperature/loss"]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_entropy_on_next_states_is_measured_there() -> None:
+def test_next_state_entropy() -> None:
+    """The entropy that is asked for on next states is measured there."""
     agent, batch = set_config(sac(), next_entropy_samples=512), make_batch()
     _, info = policy_step(agent, batch, KEY, agent.critic)
     policy = agent.actor(batch["next_observations"])
@@ -151,7 +161,8 @@ def test_entropy_on_next_states_is_measured_there() -> None:
     assert float(policy_step(agent, elsewhere, KEY, agent.critic)[1]["actor/entropy"]) != float(info["actor/entropy"])
 
 
-def test_one_call_is_critic_steps_each_with_an_average_then_one_policy_step() -> None:
+def test_update_step_order() -> None:
+    """One call is critic steps, each with a target average, then one policy step."""
     agent, batch = sac(), make_batch(3)
     after, info = update(agent, batch)
     _, critic_rng, policy_rng = jax.random.split(agent.rng, 3)
@@ -169,7 +180,8 @@ def test_one_call_is_critic_steps_each_with_an_average_then_one_policy_step() ->
     assert float(info["critic/loss"]) == pytest.approx(np.mean(loss), rel=1e-4)
 
 
-def test_target_average_is_optax_incremental_update_of_the_new_critic() -> None:
+def test_target_average_matches_optax() -> None:
+    """The target average is optax's incremental update with the new critic."""
     agent = set_config(sac(), tau=0.25)
     after, _ = critic_step(agent, make_batch(), KEY)
     expected = optax.incremental_update(after.critic.params, agent.target_critic, 0.25)
@@ -178,8 +190,11 @@ def test_target_average_is_optax_incremental_update_of_the_new_critic() -> None:
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_single_step_judges_the_actor_by_the_configured_critic(joint: bool) -> None:
-    """SAC judges by the critic just stepped, Cal-QL and WSRL by the one from before (`joint_policy_step`)."""
+def test_actor_uses_configured_critic(joint: bool) -> None:
+    """A single step judges the actor by the configured critic.
+
+    SAC judges by the critic just stepped, Cal-QL and WSRL by the one from before (`joint_policy_step`).
+    """
     agent, batch = set_config(sac(), joint_policy_step=joint), make_batch(1)
     agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.05)))
     after, _ = update(agent, batch)
@@ -190,8 +205,11 @@ def test_single_step_judges_the_actor_by_the_configured_critic(joint: bool) -> N
     assert largest_difference(after.actor.opt_state[0].mu, other.actor.opt_state[0].mu) > 1e-3
 
 
-def test_zero_gradients_move_a_network_with_momentum_by_root_five() -> None:
-    """One real and four zero gradients per cycle move it sqrt(5) learning rates per cycle (WSRL's code)."""
+def test_zero_gradient_momentum() -> None:
+    """Zero gradients move a network that has momentum.
+
+    One real and four zero gradients per cycle move it sqrt(5) learning rates per cycle (WSRL's code).
+    """
     model = Model.create(jax.random.key(0), Scalar(0.0), Adam(1e-3))
 
     def cycle(model: Model, _: None) -> tuple[Model, Any]:
@@ -204,7 +222,8 @@ def test_zero_gradients_move_a_network_with_momentum_by_root_five() -> None:
     assert float(path[-501] - path[-1]) / 500 == pytest.approx(math.sqrt(5) * 1e-3, rel=0.02)
 
 
-def test_the_key_advances_and_every_call_draws_anew() -> None:
+def test_rng_advances() -> None:
+    """The key advances, and every call draws anew."""
     agent, batch = sac(), make_batch(3)
     once, _ = update(agent, batch)
     same_networks = agent.replace(rng=once.rng)
@@ -221,7 +240,8 @@ def test_positive_parametrisations() -> None:
         assert float(positive(model(), param)) == pytest.approx(0.3, rel=1e-5)
 
 
-def test_contradicting_settings_are_refused() -> None:
+def test_contradicting_settings_refused() -> None:
+    """Contradicting settings are refused."""
     with pytest.raises(ConfigError, match="target_subset is 3"):
         SACConfig(target_subset=3, num_critics=2)
     with pytest.raises(ConfigError, match="log_alpha"):
@@ -240,7 +260,8 @@ def test_contradicting_settings_are_refused() -> None:
         (OnlineConfig, "utd_ratio"),
     ],
 )
-def test_counts_are_at_least_one(make: Any, name: str) -> None:
+def test_counts_at_least_one(make: Any, name: str) -> None:
+    """Counts below one are refused."""
     for value in (0, -1):
         with pytest.raises(ConfigError, match=f"{name} is {value}; expected at least 1"):
             make(**{name: value})

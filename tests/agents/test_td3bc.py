@@ -50,7 +50,8 @@ def scaled_critic(agent: Any, factor: float) -> Any:
     return agent.replace(critic=agent.critic.replace(params={"params": tree}))
 
 
-def test_next_value_by_hand_is_the_lowest_target_critic_at_the_target_actors_noisy_action() -> None:
+def test_next_value_by_hand() -> None:
+    """The next value is the lowest target critic's at the target actor's noisy action."""
     agent, batch = make_agent(target_noise=0.6, noise_clip=0.5), make_batch(rows=64)
     mean = agent.actor(batch["next_observations"], params=agent.target_actor)
     noise = 0.6 * jax.random.normal(jax.random.split(KEY)[1], mean.shape)
@@ -63,8 +64,11 @@ def test_next_value_by_hand_is_the_lowest_target_critic_at_the_target_actors_noi
     np.testing.assert_allclose(quiet, expected, atol=1e-5)
 
 
-def test_targets_stop_at_terminals_only_and_the_loss_sums_over_critics() -> None:
-    """Row 0 is terminal; the others, time limits included, carry the bootstrap term of a constant target of 4."""
+def test_targets_and_critic_loss() -> None:
+    """Targets stop at terminals only, and the loss sums over critics.
+
+    Row 0 is terminal; the others, time limits included, carry the bootstrap term of a constant target of 4.
+    """
     agent, batch = make_agent(), make_batch(1)
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 4.0))
     _, info = update(agent, batch)
@@ -85,8 +89,11 @@ def test_actor_loss_by_hand() -> None:
     assert float(info["actor/mse"]) == pytest.approx(distance, rel=1e-5) and float(info["actor/bc_weight"]) == 1.0
 
 
-def test_the_actors_gradient_does_not_depend_on_the_scale_of_q() -> None:
-    """Neither for a critic 100 times as large nor a 1000 times as small; the size itself gets no gradient."""
+def test_actor_gradient_ignores_q_scale() -> None:
+    """The actor's gradient does not depend on the scale of Q.
+
+    Neither for a critic 100 times as large nor a 1000 times as small; the size itself gets no gradient.
+    """
     agent, batch = make_agent(), make_batch()
     gradient, info = actor_gradient(agent, batch)
     for factor in (100.0, 1e-3):
@@ -102,14 +109,16 @@ def test_the_actors_gradient_does_not_depend_on_the_scale_of_q() -> None:
     assert largest_difference(gradient, jax.grad(expected)(agent.actor.params)) < 1e-5
 
 
-def test_without_its_term_it_is_cloning() -> None:
+def test_zero_alpha_is_cloning() -> None:
+    """Without its Q term the actor's gradient is that of behaviour cloning."""
     agent, batch = make_agent(alpha=0.0), make_batch()
     cloning = jax.grad(lambda p: jnp.mean((agent.actor(batch["observations"], params=p) - batch["actions"]) ** 2))
     gradient, _ = actor_gradient(agent, batch)
     assert largest_difference(gradient, cloning(agent.actor.params)) < 1e-6
 
 
-def test_actor_and_both_targets_move_every_second_critic_step() -> None:
+def test_policy_delay() -> None:
+    """The actor and both targets move at every second critic step."""
     agent, batch = make_agent(), make_batch(1)
     one, rested = update(agent, batch)
     two, info = update(one, batch)
@@ -127,14 +136,16 @@ def test_actor_and_both_targets_move_every_second_critic_step() -> None:
     assert (steps(together.critic), steps(together.actor), int(together.updates)) == (4, 2, 4)
 
 
-def test_no_gradient_reaches_targets() -> None:
+def test_targets_get_no_gradient() -> None:
+    """No gradient reaches the targets."""
     agent, batch = make_agent(delayed_targets=False), make_batch(1)
     q = lambda target: agent.replace(target_critic=target).update(batch)[1]["critic/loss"]  # noqa: E731
     for leaf in jax.tree.leaves(jax.grad(q)(agent.target_critic)):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
-def test_only_samples_have_exploration_noise() -> None:
+def test_exploration_noise() -> None:
+    """Only sampled actions have exploration noise."""
     agent = make_agent(exploration_noise=0.1)
     observations = jnp.full((2000, 3), 0.1)
     mode, _ = agent.sample_actions(observations, None, KEY, True)
@@ -143,7 +154,8 @@ def test_only_samples_have_exploration_noise() -> None:
     assert noise.std() == pytest.approx(0.1, abs=0.01) and abs(noise.mean()) < 0.01
 
 
-def test_the_weight_of_cloning_falls_online_only_and_stays_without_a_decay() -> None:
+def test_bc_weight_decay() -> None:
+    """The weight of cloning falls online only, and stays without a decay."""
     agent, batch = make_agent(bc_decay_steps=4, bc_final=0.2), make_batch(1)
     for _ in range(3):
         agent, _ = update(agent, batch)
@@ -158,7 +170,8 @@ def test_the_weight_of_cloning_falls_online_only_and_stays_without_a_decay() -> 
     assert float(set_config(agent, bc_decay_steps=None).bc_weight()) == 1.0
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_wrong_settings_refused() -> None:
+    """Wrong settings are refused."""
     wrong = {
         "alpha": -1.0,
         "bc_final": -0.1,
@@ -174,7 +187,8 @@ def test_wrong_settings_are_refused() -> None:
         TD3BC.create(KEY, {"state": jnp.zeros((1, 3))}, jnp.zeros((1, ACTION_DIM)))  # type: ignore[arg-type]
 
 
-def test_presets_follow_the_paper() -> None:
+def test_paper_presets() -> None:
+    """The presets follow the paper."""
     preset = TD3BC.preset("locomotion")
     config = preset.config
     assert (config.alpha, config.actor_hidden_dims, config.batch_size, config.actor_lr) == (2.5, (256, 256), 256, 3e-4)

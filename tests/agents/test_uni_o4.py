@@ -68,7 +68,8 @@ def improve_gradient(agent: Any, params: Any, reference: Any, observations: jax.
     return jax.grad(agent.improve_loss, has_aux=True)(params, reference, observations, KEY, clip)
 
 
-def test_right_after_a_replacement_the_step_is_the_plain_policy_gradient() -> None:
+def test_first_step_is_policy_gradient() -> None:
+    """The step right after a replacement is the plain policy gradient."""
     agent, observations = make_agent(), ROWS["observations"][:8]
     own = member(agent.policies.params, 0)
     grads, info = improve_gradient(agent, own, own, observations, 0.2)
@@ -81,8 +82,11 @@ def test_right_after_a_replacement_the_step_is_the_plain_policy_gradient() -> No
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 1e-3
 
 
-def test_with_hardly_any_clip_nothing_moves_once_the_policy_has_left_its_reference() -> None:
-    """Rows that the step made likelier than the clip allows give no gradient where their advantage is positive."""
+def test_tiny_clip_shrinks_gradient() -> None:
+    """With hardly any clip the gradient shrinks once the policy has left its reference.
+
+    Rows that the step made likelier than the clip allows give no gradient where their advantage is positive.
+    """
     agent, observations = make_agent(), ROWS["observations"][:8]
     own = member(agent.policies.params, 0)
     grads, _ = improve_gradient(agent, own, own, observations, 1e-6)
@@ -92,7 +96,8 @@ def test_with_hardly_any_clip_nothing_moves_once_the_policy_has_left_its_referen
     assert float(info["improve/clipped"]) == 1.0 and size(after) < 0.7 * size(grads)
 
 
-def test_advantages_are_normalised_and_a_constant_in_q_or_v_changes_nothing() -> None:
+def test_advantages_normalised() -> None:
+    """Advantages are normalised, and a constant in Q or V changes nothing."""
     agent, observations, actions = make_agent(), ROWS["observations"], ROWS["actions"]
     advantages = agent.advantages(observations, actions)
     assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-5)
@@ -103,7 +108,8 @@ def test_advantages_are_normalised_and_a_constant_in_q_or_v_changes_nothing() ->
     np.testing.assert_allclose(shifted.advantages(observations, actions), advantages, atol=1e-4)
 
 
-def test_without_an_advantage_the_gradient_is_0() -> None:
+def test_zero_advantage_zero_gradient() -> None:
+    """The gradient is 0 without an advantage."""
     agent = make_agent()
     zero = jax.tree.map(jnp.zeros_like, agent.critic.params)
     agent = agent.replace(critic=agent.critic.replace(params=zero))
@@ -113,7 +119,8 @@ def test_without_an_advantage_the_gradient_is_0() -> None:
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-def test_the_reference_stands_still_between_replacements_and_the_frozen_parts_do_too() -> None:
+def test_improvement_keeps_frozen_parts() -> None:
+    """The reference stands still between replacements, and the frozen parts do too."""
     agent = make_agent().begin_improvement(DATA)
     moved, info = improve(agent, DATA, 0.0)
     moved, _ = improve(moved, DATA, 0.1)
@@ -124,7 +131,8 @@ def test_the_reference_stands_still_between_replacements_and_the_frozen_parts_do
     assert {"improve/loss", "amq/score", "amq/best"} <= set(info)
 
 
-def test_the_rate_falls_to_0_and_the_clip_too_unless_it_is_frozen() -> None:
+def test_rate_and_clip_decay() -> None:
+    """The rate falls to 0, and the clip does too unless it is frozen."""
     agent = make_agent().begin_improvement(DATA)
     still, _ = improve(agent, DATA, 1.0)
     assert same(still.policies.params, agent.policies.params)
@@ -136,7 +144,8 @@ def test_the_rate_falls_to_0_and_the_clip_too_unless_it_is_frozen() -> None:
     assert shares[0] > 0.9 > shares[1]
 
 
-def test_a_policy_replaces_its_reference_iff_its_score_is_better_and_the_best_never_falls() -> None:
+def test_judge_replaces_better_policies() -> None:
+    """A policy replaces its reference iff its score is better, and the best never falls."""
     agent = make_agent().begin_improvement(DATA)
     best = agent.best.at[0].add(-1.0).at[1].add(1.0)  # the first member is better than its best, the second is not
     other = jax.tree.map(lambda leaf: leaf + 0.25, agent.reference)
@@ -151,14 +160,18 @@ def test_a_policy_replaces_its_reference_iff_its_score_is_better_and_the_best_ne
     np.testing.assert_array_equal(again.scores, judged.scores)
 
 
-def test_fresh_noise_scores_the_same_policy_differently() -> None:
+def test_fresh_noise_changes_scores() -> None:
+    """Fresh noise scores the same policy differently."""
     agent = make_agent(common_noise=False).begin_improvement(DATA)
     first, second = judge(agent, DATA), judge(judge(agent, DATA), DATA)
     assert np.all(first.scores != second.scores)
 
 
-def test_at_horizon_1_the_score_is_the_mean_q_of_the_start_states() -> None:
-    """All rows as starts: with as many roll-outs as it takes, the sample's mean is the dataset's."""
+def test_horizon_one_score() -> None:
+    """At horizon 1 the score is the mean Q of the start states.
+
+    All rows as starts: with as many roll-outs as it takes, the sample's mean is the dataset's.
+    """
     agent = make_agent(horizon=1, judge_rows=20_000)
     scores, lost = amq(agent, DATA)
     q = jax.vmap(lambda p: agent.critic(ROWS["observations"], agent.policy(p, ROWS["observations"]).mode()).min(axis=0))
@@ -168,7 +181,8 @@ def test_at_horizon_1_the_score_is_the_mean_q_of_the_start_states() -> None:
 
 
 @pytest.mark.parametrize("horizon", [1, 7])
-def test_a_constant_q_is_the_score_for_every_horizon_or_its_sum(horizon: int) -> None:
+def test_constant_q_score(horizon: int) -> None:
+    """A constant Q, or its sum over the horizon, is the score for every horizon."""
     agent = make_agent(horizon=horizon)
     zero = jax.tree.map(jnp.zeros_like, agent.critic.params)
     zero["params"]["output"]["bias"] = zero["params"]["output"]["bias"] + 3.0
@@ -177,8 +191,11 @@ def test_a_constant_q_is_the_score_for_every_horizon_or_its_sum(horizon: int) ->
     np.testing.assert_allclose(amq(set_config(agent, judge_sum=True), DATA)[0], [3.0 * horizon] * 2, rtol=1e-5)
 
 
-def test_the_model_sees_raw_states_and_the_networks_scaled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known world: states drift by 1 a step; the score is the mean Q along it, by hand, for any order of rows."""
+def test_model_raw_networks_scaled_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees raw states and the networks scaled ones.
+
+    A known world: states drift by 1 a step; the score is the mean Q along it, by hand, for any order of rows.
+    """
     seen = []
 
     def drift(self: Any, rng: Any, states: Any, actions: Any) -> Any:
@@ -200,8 +217,11 @@ def test_the_model_sees_raw_states_and_the_networks_scaled_ones(monkeypatch: pyt
     np.testing.assert_allclose(again, scores, atol=8 * float(expected.std()) / 4_000**0.5)
 
 
-def test_on_a_chain_the_largest_expectile_finds_the_best_action_of_the_data() -> None:
-    """One state, two actions with rewards 0 and 1, both terminal: V tends to the maximum, not to the mean."""
+def test_expectile_finds_best_action() -> None:
+    """The largest expectile finds the best action of the data.
+
+    One state, two actions with rewards 0 and 1, both terminal: V tends to the maximum, not to the mean.
+    """
     actions, rewards = jnp.asarray([[-0.5, 0.0], [0.5, 0.0]]), jnp.asarray([0.0, 1.0])
     rows = {"observations": jnp.zeros((8, 3)), "next_observations": jnp.zeros((8, 3)), "masks": jnp.zeros(8)}
     rows |= {"actions": jnp.tile(actions, (4, 1)), "rewards": jnp.tile(rewards, 4), "ends": jnp.ones(8)}
@@ -213,8 +233,11 @@ def test_on_a_chain_the_largest_expectile_finds_the_best_action_of_the_data() ->
     assert found[0.5] == pytest.approx(0.5, abs=0.1) and found[0.98] > 0.9
 
 
-def test_rolls_outs_that_ended_count_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All end at once: the flat mean is that of the first step; so is the sum."""
+def test_ended_rollouts_stop_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roll-outs that ended count no further.
+
+    All end at once: the flat mean is that of the first step; so is the sum.
+    """
 
     def end(self: Any, rng: Any, states: Any, actions: Any) -> Any:
         return states + 1.0, jnp.zeros(states.shape[0]), jnp.ones(states.shape[0], bool)
@@ -228,7 +251,8 @@ def test_rolls_outs_that_ended_count_no_further(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(scores, first, rtol=1e-5)
 
 
-def test_q_sees_v_after_its_step_and_targets_follow_every_second() -> None:
+def test_critic_step_order() -> None:
+    """Q sees V after its step, and the targets follow at every second step."""
     agent = make_agent(pretrain_lr=1e-3)
     batch = {**{key: leaf[:8] for key, leaf in ROWS.items()}, "ends": jnp.zeros(8)}
     stepped, info = jax.jit(lambda a, b: a.critic_step(b))(agent, batch)
@@ -242,7 +266,8 @@ def test_q_sees_v_after_its_step_and_targets_follow_every_second() -> None:
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-def test_expectile_one_half_is_half_the_squared_error_and_time_limits_can_be_terminals() -> None:
+def test_expectile_half_and_timeouts() -> None:
+    """Expectile one half is half the squared error, and time limits can be terminals."""
     agent = make_agent(expectile=0.5)
     batch = {**{key: leaf[:8] for key, leaf in ROWS.items()}, "ends": jnp.ones(8)}
     _, info = agent.critic_step(batch)
@@ -269,7 +294,8 @@ def clone_gradient(agent: Any, index: int, policies: Any = None, **changes: Any)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.7])
-def test_the_released_diversity_only_scales_the_gradient_and_the_others_turn_it(alpha: float) -> None:
+def test_diversity_gradient_direction(alpha: float) -> None:
+    """The released diversity only scales the gradient, and the others turn it."""
     agent = make_agent()
     plain = clone_gradient(agent, 0, diversity="none")
     scaled = clone_gradient(agent, 0, diversity="code_heuristic", diversity_coef=alpha)
@@ -283,7 +309,8 @@ def test_the_released_diversity_only_scales_the_gradient_and_the_others_turn_it(
 
 
 @pytest.mark.parametrize("kind", ["sampled_kl", "analytic_kl"])
-def test_twins_have_no_divergence_and_nothing_flows_into_the_others(kind: str) -> None:
+def test_twin_policies_no_divergence(kind: str) -> None:
+    """Twins have no divergence, and nothing flows into the others."""
     agent = make_agent(diversity=kind, diversity_coef=1.0)
     twins = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), agent.policies)
     arguments = (ROWS["observations"], ROWS["actions"], KEY)
@@ -295,7 +322,8 @@ def test_twins_have_no_divergence_and_nothing_flows_into_the_others(kind: str) -
     assert all(not leaf.any() for leaf in jax.tree.leaves(through(twins.params)))
 
 
-def test_the_diversity_of_the_paper_keeps_the_clones_apart() -> None:
+def test_paper_diversity_separates_clones() -> None:
+    """The diversity of the paper keeps the clones apart."""
     spread = {}
     for kind in ("none", "sampled_kl"):
         agent = make_agent(diversity=kind, diversity_coef=0.5)
@@ -305,7 +333,8 @@ def test_the_diversity_of_the_paper_keeps_the_clones_apart() -> None:
     assert spread["sampled_kl"] > 1.5 * spread["none"]
 
 
-def test_the_switch_keeps_the_policy_exactly_and_v_and_the_statistics() -> None:
+def test_switch_keeps_policy_and_value() -> None:
+    """The switch keeps the policy exactly, and V and the statistics."""
     agent = make_agent(normalize_states=True).take_statistics(DATA).take_candidate(jnp.asarray(1))
     online = agent.online()
     assert isinstance(online, PPO)
@@ -321,13 +350,15 @@ def test_the_switch_keeps_the_policy_exactly_and_v_and_the_statistics() -> None:
     np.testing.assert_allclose(agent.mean, np.asarray(ROWS["observations"]).mean(axis=0), atol=1e-6)
 
 
-def test_candidates_are_ranked_by_their_last_score() -> None:
+def test_candidate_ranking() -> None:
+    """Candidates are ranked by their last score."""
     agent = make_agent().replace(scores=jnp.asarray([1.0, 2.0]))
     assert same(agent.acting, member(agent.policies.params, 1))
     assert same(agent.take_candidate(jnp.asarray(1)).acting, member(agent.policies.params, 0))
 
 
-def test_phases_add_up_and_stretch() -> None:
+def test_phase_schedule() -> None:
+    """The phases add up to the offline steps and stretch with them."""
     agent = make_agent()
     assert [(phase.name, phase.steps, phase.check_every) for phase in agent.phases(20)] == [
         ("critic", 6, 0),
@@ -350,6 +381,7 @@ def test_phases_add_up_and_stretch() -> None:
         ({"termination": "Hopper-v5"}, "termination is 'Hopper-v5'; expected auto or learned or never"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+def test_bad_settings_refused(change: dict[str, Any], message: str) -> None:
+    """Settings that cannot work are refused."""
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **change)

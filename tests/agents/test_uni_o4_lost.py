@@ -35,9 +35,8 @@ def stepping(name: str, following: Any) -> Any:
 
 
 @pytest.mark.parametrize("rule", ["never", "halfcheetah"])
-def test_a_policy_whose_roll_outs_diverge_is_put_back_to_its_reference(
-    rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_diverged_policy_reset(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy whose roll-outs diverge is put back to its reference."""
     agent, data = of_rule(rule)
     agent = agent.begin_improvement(data)
     trained, _ = improve(agent, data, 0.0)
@@ -65,10 +64,10 @@ def test_a_policy_whose_roll_outs_diverge_is_put_back_to_its_reference(
         ("pen", 26, -np.inf, True),
     ],
 )
-def test_a_fall_ends_a_roll_out_and_what_is_no_state_loses_it(
+def test_falls_and_invalid_states(
     rule: str, at: int, number: float, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where 100 is within the data's range."""
+    """A fall ends a roll-out, and what is no state loses it. Also where 100 is within the data's range."""
     agent, data = of_rule(rule)
     agent = agent.replace(dynamics=agent.dynamics.replace(std=jnp.full_like(agent.dynamics.std, 20.0)))
     standing = jnp.zeros(data.rows["observations"].shape[-1]).at[0].set(1.2)
@@ -80,8 +79,11 @@ def test_a_fall_ends_a_roll_out_and_what_is_no_state_loses_it(
         np.testing.assert_array_equal(agent.amq(agent.policies.params, data)[1], [expected] * 2)
 
 
-def test_start_states_follow_the_weights_of_the_datasets() -> None:
-    """At horizon 1 the score is the mean Q of the second half of the rows, which has all the weight."""
+def test_start_state_weights() -> None:
+    """Start states follow the weights of the datasets.
+
+    At horizon 1 the score is the mean Q of the second half of the rows, which has all the weight.
+    """
     agent, rows = make_agent(horizon=1, judge_rows=20_000), {**ROWS, "ends": 1.0 - ROWS["masks"]}
     mixed = OfflineData.create(rows, ("ends",), ((0, 32, 0.0), (32, 32, 1.0)))
     own = member(agent.policies.params, 0)

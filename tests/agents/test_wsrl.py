@@ -79,7 +79,8 @@ def assert_equal(left: Any, right: Any) -> None:
 # ---------------------------------------------------------------- the switch
 
 
-def test_switch_carries_networks_temperature_and_adam_moments_bitwise() -> None:
+def test_switch_is_bitwise() -> None:
+    """The switch carries networks, temperature and Adam's moments bitwise."""
     before, after = pretrained(), switch(pretrained())
     assert type(before.learner) is CalQL and type(after.learner) is SAC
     for name in ("actor", "critic", "temperature"):
@@ -95,7 +96,8 @@ def test_switch_carries_networks_temperature_and_adam_moments_bitwise() -> None:
 
 
 @pytest.mark.parametrize("pretrain", PRETRAINERS)
-def test_every_pretrainer_hands_over_what_it_has(pretrain: str) -> None:
+def test_pretrainer_handover(pretrain: str) -> None:
+    """Every pre-trainer hands over what it has."""
     before, after = pretrained(pretrain), switch(pretrained(pretrain))
     assert type(before.learner) is PRETRAINERS[pretrain] and type(after.learner) is SAC
     assert_equal(before.actor.params, after.actor.params)
@@ -131,7 +133,8 @@ def test_acting_changes_nothing() -> None:
     assert np.any(one != two) and np.any(one != mode) and float(jnp.abs(one).max()) <= 1.0
 
 
-def test_from_agent_starts_from_a_learner_trained_elsewhere() -> None:
+def test_from_agent() -> None:
+    """`from_agent` starts from a learner trained elsewhere."""
     source = pretrained("cql").learner
     agent = WSRL.from_agent(source, CONFIG)
     assert agent.learner is source and agent.config == CONFIG
@@ -139,7 +142,8 @@ def test_from_agent_starts_from_a_learner_trained_elsewhere() -> None:
     assert_equal(switch(WSRL.from_agent(pretrained("cql"), CONFIG)).actor.params, source.actor.params)
 
 
-def test_from_iql_with_a_decaying_rate_keeps_the_moments() -> None:
+def test_from_iql_keeps_moments() -> None:
+    """A start from IQL with a decaying rate keeps the moments."""
     config = IQLConfig(
         **WIDTHS, value_hidden_dims=(16,), squash=True, std_mode="exp",
         actor_layer_norm=True, critic_layer_norm=True, num_critics=4, shared_output=True, actor_decay_steps=100,
@@ -159,7 +163,8 @@ def test_from_iql_with_a_decaying_rate_keeps_the_moments() -> None:
     assert steps(stepped.actor) == 2 and all(np.isfinite(value) for value in info.values())
 
 
-def test_networks_that_do_not_fit_are_refused() -> None:
+def test_misfit_networks_refused() -> None:
+    """Networks that do not fit are refused."""
     plain = create(BC, BCConfig(actor_hidden_dims=(16,), actor_layer_norm=True, squash=False))
     with pytest.raises(ConfigError, match="not tanh-squashed"):
         WSRL.from_agent(plain, CONFIG)
@@ -184,8 +189,11 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         ("bc", "bc", {"log_std_range": (-5.0, 2.0)}),
     ],
 )
-def test_parts_whose_networks_differ_are_refused(pretrain: Any, part: str, changes: dict[str, Any]) -> None:
-    """Only the pre-trainer at work has to fit; the message names both fields."""
+def test_differing_parts_refused(pretrain: Any, part: str, changes: dict[str, Any]) -> None:
+    """Parts whose networks differ are refused.
+
+    Only the pre-trainer at work has to fit; the message names both fields.
+    """
     (name,) = changes
     config = replace(CONFIG, pretrain=pretrain, **{part: replace(getattr(CONFIG, part), **changes)})
     with pytest.raises(ConfigError, match=rf"WSRLConfig\.{part}\.{name} is .*WSRLConfig\.finetune\.{name} is"):
@@ -193,7 +201,8 @@ def test_parts_whose_networks_differ_are_refused(pretrain: Any, part: str, chang
     jax.eval_shape(lambda key: WSRL.create(key, *EXAMPLE, replace(config, pretrain="sac")), KEY)
 
 
-def test_one_discount_batch_size_and_schedule_hold_for_both_phases() -> None:
+def test_shared_phase_settings() -> None:
+    """One discount, batch size and schedule hold for both phases."""
     agent = create(WSRL, replace(CONFIG, discount=0.9))
     assert agent.learner.config.discount == agent.online().learner.config.discount == 0.9
     for changes in ({"discount": 0.98}, {"batch_size": 64}, {"online": OnlineConfig(utd_ratio=7)}):
@@ -205,7 +214,8 @@ def test_one_discount_batch_size_and_schedule_hold_for_both_phases() -> None:
         WSRLConfig(pretrain="calq")  # type: ignore[arg-type]
 
 
-def test_settings_survive_json_and_name_every_part() -> None:
+def test_settings_json_round_trip() -> None:
+    """The settings survive JSON and name every part."""
     config = WSRL.preset("kitchen").config
     assert from_dict(WSRLConfig, to_dict(config)) == config
     changed = with_fields(config, [("finetune.tau", 0.1), ("cql.conservative.weight", 2.0), ("discount", 0.98)])
@@ -226,7 +236,8 @@ def test_targets_stop_at_terminals_only() -> None:
     assert float(info["critic/target"]) == pytest.approx(targets.mean(), rel=1e-5)
 
 
-def test_max_target_is_at_least_each_of_its_ten_samples() -> None:
+def test_max_target() -> None:
+    """The maximum target is the highest of its ten samples."""
     agent, batch = set_config(learner(), target_subset=None), make_batch()
     _, action_rng = jax.random.split(KEY)
     actions = agent.actor(batch["next_observations"]).sample(action_rng, (10,))
@@ -238,8 +249,11 @@ def test_max_target_is_at_least_each_of_its_ten_samples() -> None:
     np.testing.assert_allclose(next_values(agent, batch, KEY), expected, atol=1e-5)
 
 
-def test_target_subset_is_drawn_with_replacement() -> None:
-    """Of four members both draws coincide with probability 1/4: the target is then that member's value."""
+def test_target_subset_with_replacement() -> None:
+    """The target subset is drawn with replacement.
+
+    Of four members both draws coincide with probability 1/4: the target is then that member's value.
+    """
     agent, batch = constant_policy(learner(), std=1e-5, mean=None), make_batch(rows=32)
     actions = agent.actor(batch["next_observations"]).mode()
     members = np.asarray(agent.critic(batch["next_observations"], actions, params=agent.target_critic))
@@ -249,7 +263,8 @@ def test_target_subset_is_drawn_with_replacement() -> None:
     assert np.mean(single) == pytest.approx((4 + 2 * dominated) / 16, abs=0.08) and dominated < 6
 
 
-def test_one_update_at_ratio_one_is_a_joint_step_from_the_same_parameters() -> None:
+def test_single_update_is_joint_step() -> None:
+    """One update at ratio one is a joint step from the same parameters."""
     agent, batch = learner(), make_batch(1)
     after, _ = update(agent, batch)
     _, critic_rng, policy_rng = jax.random.split(agent.rng, 3)
@@ -262,7 +277,8 @@ def test_one_update_at_ratio_one_is_a_joint_step_from_the_same_parameters() -> N
     assert largest_difference(after.temperature.params, policy.temperature.params) < 1e-6
 
 
-def test_ratio_four_takes_four_critic_steps_then_one_policy_step_on_all_rows() -> None:
+def test_ratio_four_update_order() -> None:
+    """Ratio four takes four critic steps, then one policy step on all rows."""
     agent, batch = learner(), make_batch(4)
     agent = agent.replace(critic=agent.critic.replace(optimizer=Adam(0.01)))
     after, _ = update(agent, batch)
@@ -281,7 +297,8 @@ def test_ratio_four_takes_four_critic_steps_then_one_policy_step_on_all_rows() -
     assert largest_difference(after.temperature.params, expected.temperature.params) < 1e-6
 
 
-def test_calql_without_its_term_and_max_backup_is_the_online_step() -> None:
+def test_bare_calql_is_online_step() -> None:
+    """Cal-QL without its term and max backup is the online step."""
     agent = pretrained()
     term = replace(CONFIG.cql.conservative, weight=0.0)
     offline = set_config(agent.learner, conservative=term, max_target_actions=None)
@@ -294,8 +311,11 @@ def test_calql_without_its_term_and_max_backup_is_the_online_step() -> None:
     assert largest_difference(one.target_critic, two.target_critic) < 1e-6
 
 
-def test_actor_follows_the_lowest_member_alone() -> None:
-    """With one member 1e6 below the others, the gradient is that of this member's Q."""
+def test_actor_follows_lowest_member() -> None:
+    """The actor follows the lowest member alone.
+
+    With one member 1e6 below the others, the gradient is that of this member's Q.
+    """
     agent = create(SAC, tiny(SACConfig(), **{**WIDTHS, "num_critics": 4, "temperature_init": 1e-12}))
     batch, member = make_batch(), 2
     tree: Any = dict(agent.critic.params["params"])
@@ -334,8 +354,11 @@ def two_sigmas(agent: Any, next_std: float, std: float) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("std", [0.02, 0.7])
-def test_alpha_grows_iff_entropy_at_next_states_is_below_minus_dim(std: float) -> None:
-    """`std` is the policy's at the next states; at the present ones it lies on the other side."""
+def test_alpha_uses_next_state_entropy(std: float) -> None:
+    """Alpha grows iff the entropy at next states is below minus the action dimension.
+
+    `std` is the policy's at the next states; at the present ones it lies on the other side.
+    """
     other = 0.7 if std < 0.1 else 0.02
     agent, batch = two_sigmas(learner(), std, other)
     for key, expected in (("next_observations", std), ("observations", other)):
@@ -347,8 +370,11 @@ def test_alpha_grows_iff_entropy_at_next_states_is_below_minus_dim(std: float) -
 
 
 @pytest.mark.parametrize("replica", [False, True])
-def test_only_the_replica_moves_networks_whose_loss_did_not_run(replica: bool) -> None:
-    """After an actor call, two critic-only steps move the actor in the replica of the code, never in clean mode."""
+def test_replica_moves_idle_networks(replica: bool) -> None:
+    """Only the replica moves networks whose loss did not run.
+
+    After an actor call, two critic-only steps move the actor in the replica of the code, never in clean mode.
+    """
     agent = set_config(learner(), zero_grad_steps=replica)
     after, _ = update(agent, make_batch(2))
     expected = (3, 3, 3) if replica else (2, 1, 1)
@@ -361,7 +387,8 @@ def test_only_the_replica_moves_networks_whose_loss_did_not_run(replica: bool) -
 # ---------------------------------------------------------------- schedule and presets
 
 
-def test_first_update_comes_one_step_after_the_warm_up() -> None:
+def test_first_update_after_warm_up() -> None:
+    """The first update comes one step after the warm-up."""
     online = WSRL.preset("adroit").config.online
     assert (online.warmup_steps, online.utd_ratio, online.replay) == (5000, 4, "online")
     assert online.first_update() == 5001 and replace(online, warmup_steps=0).first_update() == 1025
@@ -402,7 +429,8 @@ def test_paper_presets() -> None:
 
 @pytest.mark.parametrize("size", ["paper", "small"])
 @pytest.mark.parametrize("family", ["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other"])
-def test_every_pretrainer_of_a_preset_fits_its_online_phase(family: str, size: Any) -> None:
+def test_pretrainers_fit_online_phase(family: str, size: Any) -> None:
+    """Every pre-trainer of a preset fits its online phase."""
     for pretrain in PRETRAINERS:
         config = replace(WSRL.preset(family, size).config, pretrain=pretrain)
         jax.eval_shape(lambda key, c=config: WSRL.create(key, *EXAMPLE, c).online(), KEY)

@@ -20,7 +20,8 @@ from o2o.runs import balance as balance_plot
 from o2o.runs import session
 
 
-def test_the_map_of_a_run(tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: Any) -> None:
+def test_run_map(tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: Any) -> None:
+    """The map of a run is drawn, and an unknown member or suffix is refused."""
     session.train(tiny_run("famo2o", offline_steps=10, online_steps=0), tmp_path / "run")
     with pytest.raises(SystemExit) as ended:
         cli.main(["balance", str(tmp_path / "run"), "--out", str(tmp_path / "new" / "balance.png")])
@@ -33,9 +34,10 @@ def test_the_map_of_a_run(tiny_run: Callable[..., session.RunConfig], tmp_path: 
         balance_plot.plot_balance(tmp_path / "run", tmp_path / "balance.txt")
 
 
-def test_the_title_names_the_coefficients_that_can_be_reached(
+def test_title_coefficients(
     tiny_run: Callable[..., session.RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The title names the coefficients that can be reached."""
     fields = [("released_range", True), ("num_critics", 2), ("conservative.n_actions", 2)]
     run = tiny_run("famo2o_cql", fields, offline_steps=1, online_steps=0)
     assert run.config.balance_range == (0.5, 1.5) and session.train(run, tmp_path / "run")
@@ -50,9 +52,10 @@ def test_the_title_names_the_coefficients_that_can_be_reached(
     assert titles[0].startswith("Balance coefficient in [-0.5, 1.5] over states")
 
 
-def test_a_run_without_balance_is_one_line(
+def test_run_without_balance(
     tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A run without balance is refused in one line."""
     (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT, **to_dict(tiny_run("bc"))}))
     with pytest.raises(SystemExit) as ended:
         cli.main(["balance", str(tmp_path), "--out", str(tmp_path / "balance.png")])
@@ -60,7 +63,8 @@ def test_a_run_without_balance_is_one_line(
     assert ended.value.code == 2 and "agent bc of run" in error and "no balance" in error and error.count("\n") == 1
 
 
-def test_where_the_position_stands() -> None:
+def test_position_entries() -> None:
+    """The position's entries stand where each task's observation has them."""
     box = lambda width: gym.spaces.Box(-1, 1, (width,))  # noqa: E731
     goals: dict[str, gym.Space] = {"observation": box(4), "desired_goal": box(2), "achieved_goal": box(2)}
 
@@ -76,7 +80,8 @@ def test_where_the_position_stands() -> None:
     assert at("antmaze", box(29), 29) == [0, 1] and at("locomotion", box(11), 11) is None
 
 
-def test_the_histogram(tmp_path: Path) -> None:
+def test_value_histogram(tmp_path: Path) -> None:
+    """The histogram is drawn for coefficients that differ and for a single one."""
     betas, values = np.linspace(0.5, 1.5, 200), np.linspace(-3, 3, 200)
     balance_plot.draw_values(betas, values, (0.5, 1.5), "task", tmp_path / "spread.png")
     balance_plot.draw_values(np.ones(200), values, (1.0, 1.0), "task", tmp_path / "one.png")

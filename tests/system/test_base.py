@@ -52,7 +52,8 @@ def toy_env(data: Dataset, spec: Any) -> gym.Env:
     return envs.BaseAction(env, Base(load_base(spec), data))
 
 
-def test_a_callable_sees_and_acts_in_the_environments_own_terms(world: Dataset) -> None:
+def test_callable_in_env_terms(world: Dataset) -> None:
+    """A callable sees and acts in the environment's own terms."""
     env = toy_env(world, scripted)
     observation, _ = env.reset(seed=3)
     assert env.observation_space.contains(observation) and set(observation) == {"state", "base_action"}
@@ -65,7 +66,8 @@ def test_a_callable_sees_and_acts_in_the_environments_own_terms(world: Dataset) 
 
 
 @pytest.mark.parametrize("spec", [Chunks, whole_chunks], ids=["stateful", "chunks"])
-def test_the_queue_is_fresh_in_every_episode_whatever_ended_the_last(world: Dataset, spec: Any) -> None:
+def test_queue_fresh_every_episode(world: Dataset, spec: Any) -> None:
+    """The queue is fresh in every episode, whatever ended the last."""
     env = toy_env(world, spec)
     causes = set()
     for seed in range(8):
@@ -86,7 +88,8 @@ def test_the_queue_is_fresh_in_every_episode_whatever_ended_the_last(world: Data
     assert {cause for cause, _ in causes} == {True, False} and any(t % 4 for _, t in causes)
 
 
-def test_labels_begin_every_episode_afresh(world: Dataset) -> None:
+def test_labels_restart_every_episode(world: Dataset) -> None:
+    """Labels begin every episode afresh."""
     now, after = base_labels(load_base(Chunks), world)
     b, ends = world.arrays["observations"][:, 1:], world.arrays["ends"]
     final = world.arrays["next_observations"][:, 1:]
@@ -101,7 +104,8 @@ def test_labels_begin_every_episode_afresh(world: Dataset) -> None:
         at = 0 if ends[row] else behind
 
 
-def test_demonstrations_as_labels_leave_no_residual(world: Dataset) -> None:
+def test_demo_labels_zero_residual(world: Dataset) -> None:
+    """Demonstrations as labels leave no residual."""
     now, after = base_labels(load_base(scripted), world, "demo")
     np.testing.assert_array_equal(world.arrays["actions"] - now, 0.0)
     ends = np.flatnonzero(world.arrays["ends"])
@@ -112,7 +116,8 @@ def test_demonstrations_as_labels_leave_no_residual(world: Dataset) -> None:
     np.testing.assert_allclose(after[ends], world.action_map.from_env(asked), atol=1e-6)
 
 
-def test_each_environment_has_a_controller_of_its_own_and_its_seed_from_the_reset(world: Dataset) -> None:
+def test_controller_per_environment(world: Dataset) -> None:
+    """Each environment has a controller of its own, and its seed from the reset."""
     one, two = (toy_env(world, Chunks) for _ in range(2))
     controllers = [env.get_wrapper_attr("base")._controller.function.__self__ for env in (one, two)]
     assert controllers[0].number != controllers[1].number
@@ -163,12 +168,14 @@ class Broken:
         ),
     ],
 )
-def test_a_bad_base_is_refused_before_any_step(world: Dataset, how: str, error: type, words: str) -> None:
+def test_bad_base_refused(world: Dataset, how: str, error: type, words: str) -> None:
+    """A bad base is refused before any step."""
     with pytest.raises(error, match=words):
         base_labels(load_base(Broken(how, 0 if how == "units" else 2)), world)
 
 
-def test_a_slow_base(world: Dataset) -> None:
+def test_slow_base(world: Dataset) -> None:
+    """A base that is too slow three times in a row is a fault."""
     with pytest.raises(BaseFaultError, match=r"took 0\.\d* s for an action, 3 times in a row; 0\.001 s are allowed"):
         base_labels(load_base(Broken("slow", 0)), world, timeout_s=0.001)
     base = Base(load_base(Broken("slow", 1)), world, timeout_s=0.001)
@@ -182,7 +189,8 @@ def test_a_slow_base(world: Dataset) -> None:
         Base(load_base(scripted), world, timeout_s=0)
 
 
-def test_a_fault_in_a_run_names_the_step(world: Dataset) -> None:
+def test_run_fault_names_step(world: Dataset) -> None:
+    """A fault in a run names the step."""
     env = toy_env(world, Broken("nan", 3))
     env.reset(seed=0)
     env.step(np.zeros(2))
@@ -191,7 +199,8 @@ def test_a_fault_in_a_run_names_the_step(world: Dataset) -> None:
         env.step(np.zeros(2))
 
 
-def test_a_fault_in_the_labels_names_episode_and_step(world: Dataset) -> None:
+def test_label_fault_names_step(world: Dataset) -> None:
+    """A fault in the labels names the episode and the step."""
     calls = itertools.count()
 
     class Late(Broken):
@@ -202,7 +211,8 @@ def test_a_fault_in_the_labels_names_episode_and_step(world: Dataset) -> None:
         base_labels(load_base(Late("nan")), world)
 
 
-def test_a_chunk_longer_than_an_episode_is_refused(world: Dataset) -> None:
+def test_overlong_chunk_refused(world: Dataset) -> None:
+    """A chunk longer than an episode is refused."""
     spec = gym.spec("Hopper-v5")
     short = dataclasses.replace(spec, max_episode_steps=3)
     data = dataclasses.replace(world, info=dataclasses.replace(world.info, env_spec=short))

@@ -81,9 +81,8 @@ def chunked_run(maze_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-def test_a_run_labels_side_by_side_what_it_does_step_by_step(
-    chunked_run: Path, maze_run: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_side_by_side_labels(chunked_run: Path, maze_run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run labels side by side what it does step by step."""
     data = datasets.load(envs.embedded_id("pointmaze-umaze"))
     source = load_base(chunked_run, seed_index=1)
     source.check(data)
@@ -103,7 +102,8 @@ def test_a_run_labels_side_by_side_what_it_does_step_by_step(
     )
 
 
-def test_a_sampling_base_is_a_function_of_the_reset_seed(chunked_run: Path, maze_run: Runs) -> None:
+def test_sampling_base_seed(chunked_run: Path, maze_run: Runs) -> None:
+    """A sampling base is a function of the reset's seed."""
     data = datasets.load(envs.embedded_id("pointmaze-umaze"))
     base = Base(load_base(chunked_run, sample=True), data)
     observation = data.arrays["observations"][0]
@@ -115,9 +115,8 @@ def test_a_sampling_base_is_a_function_of_the_reset_seed(chunked_run: Path, maze
     assert np.any(first[0] != first[2])
 
 
-def test_a_residual_run_resumes_exactly_and_starts_at_its_bases_level(
-    chunked_run: Path, maze_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_residual_resume(chunked_run: Path, maze_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual run resumes exactly and starts at its base's level."""
     run = maze_run("residual", RESIDUAL, base=str(chunked_run), base_sample=True, online_steps=80)
     assert (run.action_range, run.normalize, run.std_floor, run.offline_steps) == ("data", True, 0.1, 0)
     assert session.train(run, tmp_path / "whole")
@@ -138,7 +137,8 @@ def test_a_residual_run_resumes_exactly_and_starts_at_its_bases_level(
     assert load_base(tmp_path / "whole").check(trainer.data) is None  # a residual run may be a base itself
 
 
-def test_the_first_evaluation_is_the_bases_own(chunked_run: Path, maze_run: Runs) -> None:
+def test_first_evaluation_is_base(chunked_run: Path, maze_run: Runs) -> None:
+    """The first evaluation is the base's own."""
     run = maze_run("residual", RESIDUAL, base=str(chunked_run), base_seed_index=1)
     trainer = session.build(run)
     ours = trainer.evaluate()
@@ -155,7 +155,8 @@ def test_the_first_evaluation_is_the_bases_own(chunked_run: Path, maze_run: Runs
     trainer.close()
 
 
-def test_a_residual_run_needs_a_base_and_others_take_none(maze_run: Runs, chunked_run: Path, tmp_path: Path) -> None:
+def test_residual_needs_base(maze_run: Runs, chunked_run: Path, tmp_path: Path) -> None:
+    """A residual run needs a base, and others take none."""
     with pytest.raises(ConfigError, match="agent residual corrects a base policy, and there is none: give --base"):
         session.train(maze_run("residual", RESIDUAL), tmp_path / "none")
     with pytest.raises(ConfigError, match="agent bc takes no base policy"):
@@ -165,9 +166,10 @@ def test_a_residual_run_needs_a_base_and_others_take_none(maze_run: Runs, chunke
     assert not any(tmp_path.iterdir())
 
 
-def test_run_folders_that_are_no_base(
+def test_invalid_base_folders(
     chunked_run: Path, maze_run: Runs, world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Run folders that are no base are refused."""
     with pytest.raises(EnvironmentMismatchError, match=r"was trained on observations .*, here they are a\[1\] "):
         base_labels(load_base(chunked_run), world)
     with pytest.raises(RunError, match="no config.json"):
@@ -185,7 +187,8 @@ def test_run_folders_that_are_no_base(
         source.check(there)
 
 
-def test_a_base_that_changed_stops_a_resume(chunked_run: Path, maze_run: Runs, tmp_path: Path) -> None:
+def test_changed_base_stops_resume(chunked_run: Path, maze_run: Runs, tmp_path: Path) -> None:
+    """A base that changed stops a resume."""
     run = maze_run("residual", RESIDUAL, base=str(chunked_run), online_steps=30)
     assert session.train(run, tmp_path / "run")
     assert session.resume(tmp_path / "run")
@@ -195,9 +198,8 @@ def test_a_base_that_changed_stops_a_resume(chunked_run: Path, maze_run: Runs, t
         session.resume(tmp_path / "run")
 
 
-def test_labels_are_cached_by_base_and_dataset(
-    chunked_run: Path, maze_run: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_label_cache(chunked_run: Path, maze_run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are cached by base and dataset."""
     data = datasets.load(envs.embedded_id("pointmaze-umaze"))
     source = load_base(chunked_run)
     one = base_labels(source, data)
@@ -214,7 +216,8 @@ def look(observation: dict[str, Any]) -> np.ndarray:
     return np.asarray([image.mean() / 255.0 - 0.5, 0.1], np.float32)
 
 
-def test_a_residual_run_on_images_resumes_exactly(pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_residual_resume(pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual run on images resumes exactly."""
     run = session.preset_run("residual", pixels, "small", base="tests.system.test_base_runs:look")
     encoder = EncoderConfig(kind="conv", conv_features=(4, 4), conv_strides=(3, 2))
     tiny = [("encoder", encoder), ("trunk_width", 8), ("batch_size", 8)]

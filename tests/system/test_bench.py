@@ -113,7 +113,8 @@ def names(*parts):
 ALL = names(("pen", "wsrl", "0-2"), ("pen", "sac", "0-2"), ("door", "wsrl", "0-2"), ("door", "sac", "0-2"))
 
 
-def test_a_cell_runs_once(suite, tmp_path):
+def test_cell_runs_once(suite, tmp_path):
+    """A cell runs once."""
     runner = Runner(tmp_path)
     assert len(pending(suite, **runner.dirs)) == 4
     assert run_suite(suite, lambda *_: None, lambda *_: None, out=tmp_path, runs=tmp_path, say=lambda _: None) == 1
@@ -132,7 +133,8 @@ def test_a_cell_runs_once(suite, tmp_path):
     assert runner.said[-1].endswith("finished already")
 
 
-def test_results_alone_are_enough_to_be_finished(suite, tmp_path):
+def test_results_suffice_to_finish(suite, tmp_path):
+    """Results alone are enough for a cell to be finished."""
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"])
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
@@ -140,7 +142,8 @@ def test_results_alone_are_enough_to_be_finished(suite, tmp_path):
     assert runner.calls == []
 
 
-def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_path):
+def test_interrupted_cell_resumed(suite, tmp_path):
+    """An interrupted cell is resumed and a finished one collected."""
     runner = Runner(tmp_path)
     runs, cells = tmp_path / "runs/tiny", suite.cells()
     for cell, status in zip(cells, ("running", "", "failed", "finished"), strict=True):
@@ -156,7 +159,8 @@ def test_an_interrupted_cell_is_resumed_and_a_finished_one_collected(suite, tmp_
     assert kept == [json.loads(json.dumps(asdict(cells[3])))]
 
 
-def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
+def test_live_run_left_alone(suite, tmp_path):
+    """A run of a live process is left alone."""
     runner = Runner(tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         run = tmp_path / "runs/tiny" / ALL[0]
@@ -170,7 +174,8 @@ def test_a_run_of_a_live_process_is_left_alone(suite, tmp_path):
     assert os.getpid() != other.pid
 
 
-def test_a_stopped_cell_stops_the_suite(suite, tmp_path):
+def test_stopped_cell_stops_suite(suite, tmp_path):
+    """A stopped cell stops the suite."""
     runner = Runner(tmp_path, **{ALL[1]: "stopped"})
     done = runner(suite)
     assert runner.calls == [("train", name) for name in ALL[:2]]
@@ -179,7 +184,8 @@ def test_a_stopped_cell_stops_the_suite(suite, tmp_path):
     assert runner.calls == [("resume", ALL[1]), ("train", ALL[2]), ("train", ALL[3])]
 
 
-def test_a_failing_cell_does_not_keep_the_others_from_running(suite, tmp_path):
+def test_failing_cell_spares_others(suite, tmp_path):
+    """A failing cell does not keep the others from running."""
     runner = Runner(tmp_path)
 
     def train(cell, run):
@@ -193,7 +199,8 @@ def test_a_failing_cell_does_not_keep_the_others_from_running(suite, tmp_path):
     assert any(line.endswith("failed: disk full") for line in runner.said)
 
 
-def test_more_seeds_are_added_to_those_already_run(suite, tmp_path):
+def test_added_seeds(suite, tmp_path):
+    """More seeds are added to those already run."""
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"], tasks=[PEN], seeds=1)
     runner(suite, agents=["wsrl"], tasks=[PEN], seeds=4)
@@ -209,7 +216,8 @@ def test_more_seeds_are_added_to_those_already_run(suite, tmp_path):
 
 
 @pytest.mark.parametrize("order", [(3, 5), (5, 3)])
-def test_a_report_has_all_seeds_in_whichever_order_they_were_run(order, suite, tmp_path):
+def test_report_seed_order(order, suite, tmp_path):
+    """A report has all seeds, in whichever order they were run."""
     runner = Runner(tmp_path)
     for seeds in order:
         runner(suite, agents=["wsrl"], tasks=[PEN], seeds=seeds)
@@ -218,7 +226,8 @@ def test_a_report_has_all_seeds_in_whichever_order_they_were_run(order, suite, t
     assert "| `demo/pen-v0` | 42 % | wsrl | 5 | 60 % [" in text and f"- `{ALL[1]}` (missing)" in text
 
 
-def test_results_of_other_settings_are_never_mixed(suite, tmp_path):
+def test_other_settings_not_mixed(suite, tmp_path):
+    """Results of other settings are never mixed."""
     runner = Runner(tmp_path)
     runner(suite, agents=["sac"], tasks=[PEN])
     changed = replace(suite, online_steps=900)
@@ -229,7 +238,8 @@ def test_results_of_other_settings_are_never_mixed(suite, tmp_path):
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped"])
-def test_a_run_of_other_settings_is_neither_collected_nor_resumed(status, suite, tmp_path):
+def test_run_of_other_settings_refused(status, suite, tmp_path):
+    """A run of other settings is neither collected nor resumed."""
     runner = Runner(tmp_path, **{ALL[0]: status})
     one = {"agents": ["wsrl"], "tasks": [PEN]}
     runner(suite, **one)
@@ -248,7 +258,8 @@ def test_a_run_of_other_settings_is_neither_collected_nor_resumed(status, suite,
     assert json.loads(record.read_text())["online_steps"] == 900
 
 
-def test_measuring_again_into_another_folder_trains_again(suite, tmp_path, monkeypatch):
+def test_new_folder_trains_again(suite, tmp_path, monkeypatch):
+    """Measuring again into another folder trains again."""
     monkeypatch.chdir(tmp_path)
     runner = Runner(tmp_path)
     for out, root in ((None, "runs/bench"), (Path("benchmarks/results/"), None), (Path("again"), "again/runs")):
@@ -260,7 +271,8 @@ def test_measuring_again_into_another_folder_trains_again(suite, tmp_path, monke
     assert "Not run" not in write_report(suite, Path("again")).read_text()
 
 
-def test_a_report_says_what_the_rows_say(suite, tmp_path):
+def test_report_matches_rows(suite, tmp_path):
+    """A report says what the rows say."""
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"], tasks=[PEN])
     runner(suite, agents=["sac"], tasks=[PEN])
@@ -306,7 +318,8 @@ def change_scores(folder, change):
         writer.writerows(rows)
 
 
-def test_methods_are_compared_with_the_first_and_over_the_tasks(suite, tmp_path):
+def test_method_comparison(suite, tmp_path):
+    """Methods are compared with the first and over the tasks."""
     runner = Runner(tmp_path)
     runner(suite)
     always = {"success": "1.0"}
@@ -326,7 +339,8 @@ def test_methods_are_compared_with_the_first_and_over_the_tasks(suite, tmp_path)
     assert both[:5] == ["2 tasks", "success rate", "sac", "6", "6"] and both[5].startswith("0.11 [0.00, ")
 
 
-def test_what_does_not_compare_is_left_out(suite, tmp_path):
+def test_incomparable_left_out(suite, tmp_path):
+    """What does not compare is left out."""
     runner = Runner(tmp_path)
     runner(suite, seeds=1)
     text = runner.report(replace(suite, seeds=1))
@@ -337,14 +351,16 @@ def test_what_does_not_compare_is_left_out(suite, tmp_path):
     assert [row[0] for row in table(runner.report(suite), "Probability of improvement on wsrl")[1:]] == [f"`{PEN}`"]
 
 
-def test_an_offline_suite_has_no_online_columns(suite, tmp_path):
+def test_offline_report_columns(suite, tmp_path):
+    """An offline suite has no online columns."""
     runner = Runner(tmp_path)
     offline = replace(suite, online_steps=0)
     text = runner.report(offline)
     assert "warm-up" not in text and "Machine" not in text and text.count("(missing)") == 4
 
 
-def test_rows_that_lack_seeds_are_refused(suite, tmp_path):
+def test_rows_lacking_seeds_refused(suite, tmp_path):
+    """Rows that lack seeds are refused."""
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"], tasks=[PEN])
     change_scores(tmp_path / "results/tiny", lambda row: row if row["seed"] != "1" else None)
@@ -352,7 +368,8 @@ def test_rows_that_lack_seeds_are_refused(suite, tmp_path):
         runner.report(suite)
 
 
-def test_a_run_that_lacks_seeds_is_not_kept(suite, tmp_path):
+def test_run_lacking_seeds_not_kept(suite, tmp_path):
+    """A run that lacks seeds is not kept."""
     cell = suite.cells()[0]
     write_run(replace(cell, seeds=2), tmp_path / "run")
     with pytest.raises(RunError, match="2 seeds in episodes.jsonl, expected 3"):
@@ -360,8 +377,11 @@ def test_a_run_that_lacks_seeds_is_not_kept(suite, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_scores_are_the_means_over_an_evaluations_episodes(suite, tmp_path):
-    """Seeds count on from the cell's first; a metric counts the episodes that have it; floats stay exact."""
+def test_scores_are_episode_means(suite, tmp_path):
+    """Scores are the means over an evaluation's episodes.
+
+    Seeds count on from the cell's first; a metric counts the episodes that have it; floats stay exact.
+    """
     cell = replace(suite.cells()[0], seed=5, seeds=2)
     write_run(cell, tmp_path)
     place = {"phase": "online", "env_steps": 500, "gradient_steps": 2800}
@@ -384,8 +404,11 @@ def test_scores_are_the_means_over_an_evaluations_episodes(suite, tmp_path):
     assert kept.seeds == (5, 6) and kept.dataset_means == {"success": 0.42, "return": 250.0}
 
 
-def test_a_kill_between_scores_and_cells_costs_nothing(suite, tmp_path):
-    """Scores are written before the cell's line; without that line the cell is not finished and is kept again."""
+def test_kill_between_scores_and_cells(suite, tmp_path):
+    """A kill between scores and cells costs nothing.
+
+    Scores are written before the cell's line; without that line the cell is not finished and is kept again.
+    """
     runner = Runner(tmp_path)
     runner(suite)
     folder = tmp_path / "results/tiny"
@@ -397,7 +420,8 @@ def test_a_kill_between_scores_and_cells_costs_nothing(suite, tmp_path):
     assert runner.report(suite) == whole and (folder / "scores.csv").read_text() == scores
 
 
-def test_cells_kept_by_several_processes_at_once_are_all_there(suite, tmp_path):
+def test_cells_kept_concurrently(suite, tmp_path):
+    """Cells kept by several writers at once are all there."""
     cells = [replace(suite.cells()[0], seed=seed, seeds=1) for seed in range(8)]
     for cell in cells:
         write_run(cell, tmp_path / cell.name)
@@ -408,7 +432,8 @@ def test_cells_kept_by_several_processes_at_once_are_all_there(suite, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["dataset,method\n", "HEAD\nd,m,x,offline,0,1,1,0.5,,,,,\n", "HEAD\nd,m,0,offline\n"])
-def test_broken_results_are_named(text, suite, tmp_path):
+def test_broken_results_named(text, suite, tmp_path):
+    """Broken results are named."""
     runner = Runner(tmp_path)
     runner(suite, agents=["wsrl"], tasks=[PEN])
     path = tmp_path / "results/tiny/scores.csv"
@@ -417,7 +442,8 @@ def test_broken_results_are_named(text, suite, tmp_path):
         runner.report(suite)
 
 
-def test_unknown_names_are_suggested(suite, tmp_path):
+def test_unknown_name_suggestions(suite, tmp_path):
+    """Unknown names are refused, with the likely one suggested."""
     with pytest.raises(ConfigError, match="no method 'wsrll'; did you mean 'wsrl'"):
         suite.cells(agents=["wsrll"])
     with pytest.raises(ConfigError, match="no dataset"):
@@ -430,7 +456,8 @@ def test_unknown_names_are_suggested(suite, tmp_path):
         load_suite("wsrl", tmp_path)
 
 
-def test_a_users_own_file_is_a_suite(tmp_path):
+def test_suite_from_user_file(tmp_path):
+    """A user's own file is a suite."""
     mine, empty, broken = (tmp_path / f"{name}.py" for name in ("mine", "empty", "broken"))
     mine.write_text("from o2o.report.suite import Suite\n\nSUITE = Suite('mine', 'My own.', (), ())\n")
     assert load_suite(str(mine)).name == "mine"
@@ -448,7 +475,8 @@ SUITES = run_file(ROOT / "benchmarks/suites.py").SUITES
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_every_suite_loads_and_its_cells_are_distinct(name):
+def test_suites_load(name):
+    """Every suite loads, and its cells are distinct."""
     suite = load_suite(name, ROOT / "benchmarks")
     assert suite.name == name
     cells = suite.cells()
@@ -457,8 +485,11 @@ def test_every_suite_loads_and_its_cells_are_distinct(name):
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_committed_reports_are_what_the_committed_scores_say(name, tmp_path):
-    """Every README and picture of a suite is made anew, from its two files alone."""
+def test_committed_reports_match_scores(name, tmp_path):
+    """Committed reports are what the committed scores say.
+
+    Every README and picture of a suite is made anew, from its two files alone.
+    """
     committed = ROOT / "benchmarks/results" / name
     shutil.copytree(committed, tmp_path / name, ignore=shutil.ignore_patterns("README.md", "*.png"))
     report = write_report(SUITES[name], tmp_path)
@@ -468,7 +499,8 @@ def test_committed_reports_are_what_the_committed_scores_say(name, tmp_path):
     }
 
 
-def test_a_base_of_an_earlier_variant_gives_one_run_per_seed(suite, tmp_path):
+def test_variant_base_splits_seeds(suite, tmp_path):
+    """A base of an earlier variant gives one run per seed."""
     corrected = replace(suite, variants=(Variant("bc", "bc"), Variant("residual", "residual", base="bc")), seeds=3)
     cells = corrected.cells(tasks=[PEN])
     assert [(cell.label, cell.seed, cell.seeds) for cell in cells] == [
@@ -487,14 +519,18 @@ def test_a_base_of_an_earlier_variant_gives_one_run_per_seed(suite, tmp_path):
     assert cells[0].base_of(root / cells[0].name) is None
 
 
-def test_a_base_that_is_no_variant_serves_all_seeds_in_one_run(suite, tmp_path):
+def test_external_base_shares_run(suite, tmp_path):
+    """A base that is no variant serves all seeds in one run."""
     for base in ("robot:act", "policy.onnx"):
         (cell,) = replace(suite, variants=(Variant("residual", "residual", base=base),)).cells(tasks=[PEN])
         assert cell.seeds == 3 and cell.base_of(tmp_path / cell.name) == (base, 0)
 
 
-def test_a_rate_is_measured_through_the_public_doors(tmp_path):
-    """`benchmarks/throughput.py` in a process of its own: a dataset, a run's settings, a trainer, two rates."""
+def test_throughput_measurement(tmp_path):
+    """A rate is measured through the public interface.
+
+    `benchmarks/throughput.py` in a process of its own: a dataset, a run's settings, a trainer, two rates.
+    """
     code = (
         "import os, sys, throughput as t; sys.path.insert(0, str(t.CHECKOUT)); name = 'bc/cheetah/1/offline'\n"
         "with t.datasets(True, ['cheetah']) as data:\n"

@@ -24,7 +24,8 @@ def bare(env_id="Hopper-v5"):
     return gym.make(env_id, disable_env_checker=True)
 
 
-def test_a_state_becomes_an_entry_beside_the_images(rendering):
+def test_state_beside_images(rendering):
+    """A state becomes an entry beside the images."""
     env = CameraObservation(bare(), {"track": SIZE, "free": (16, 16)})
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
@@ -38,7 +39,8 @@ def test_a_state_becomes_an_entry_beside_the_images(rendering):
     env.close()
 
 
-def test_images_show_the_present_state_and_are_the_same_in_another_process_state(rendering):
+def test_images_show_present_state(rendering):
+    """Images show the present state and are the same in another environment, whatever was before."""
     env, twin = (CameraObservation(bare(), {"track": (48, 48)}) for _ in range(2))
     first, _ = env.reset(seed=0)
     kept = first["track"].copy()
@@ -52,7 +54,8 @@ def test_images_show_the_present_state_and_are_the_same_in_another_process_state
     twin.close()
 
 
-def test_the_maze_keeps_its_entries_and_the_goal_is_seen(rendering):
+def test_maze_entries_and_goal(rendering):
+    """The maze keeps its entries, and the goal is seen."""
     env = envs.make("PointMaze_UMaze-v3", cameras=("free",), image_size=48)
     here, _ = env.reset(seed=0)
     assert isinstance(here, dict) and here["state"].shape == (6,) and here["free"].shape == (48, 48, 3)
@@ -61,20 +64,23 @@ def test_the_maze_keeps_its_entries_and_the_goal_is_seen(rendering):
     env.close()
 
 
-def test_an_unknown_camera_names_those_there_are(rendering):
+def test_unknown_camera(rendering):
+    """The error for an unknown camera names those there are."""
     assert camera_names(bare()) == ("track", "free")
     with pytest.raises(ConfigError, match=r"Hopper-v5 has no camera 'wrist'; it has track, free$"):
         envs.make("Hopper-v5", cameras=("track", "wrist"))
 
 
-def test_other_cameras_that_cannot_be(rendering):
+def test_impossible_cameras(rendering):
+    """Cameras of no pixels or without a MuJoCo simulation are refused."""
     with pytest.raises(ConfigError, match="camera 'free': images of 0x0 pixels"):
         envs.make("Hopper-v5", cameras=("free",), image_size=0)
     with pytest.raises(ConfigError, match="no MuJoCo simulation"):
         CameraObservation(gym.make("MountainCarContinuous-v0"), {"free": (8, 8)})
 
 
-def test_no_back_end_is_said_with_what_to_install():
+def test_missing_render_back_end():
+    """A missing back end is reported with what to install."""
     code = (
         "from o2o import envs\n"
         "from o2o.errors import ConfigError\n"
@@ -89,7 +95,8 @@ def test_no_back_end_is_said_with_what_to_install():
     assert result.stdout.count("\n") == 1
 
 
-def test_an_unknown_back_end_of_mujoco_is_one_line():
+def test_unknown_mujoco_back_end():
+    """An unknown back end of MuJoCo is a one-line error."""
     environment = {**os.environ, "MUJOCO_GL": "none-such"}
     command = [sys.executable, "-m", "o2o.cli", "demo"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -97,7 +104,8 @@ def test_an_unknown_back_end_of_mujoco_is_one_line():
     assert "MUJOCO_GL='none-such'" in result.stderr and "unset it" in result.stderr
 
 
-def test_the_pixel_dataset_is_made_loaded_and_played(pixels):
+def test_pixel_dataset(pixels):
+    """The pixel dataset is made, loaded and played."""
     data = datasets.load(pixels)
     observations = data.arrays["observations"]
     assert observations["free"].dtype == np.uint8 and observations["free"].shape == (data.size, 32, 32, 3)
@@ -111,7 +119,8 @@ def test_the_pixel_dataset_is_made_loaded_and_played(pixels):
     env.close()
 
 
-def test_playing_a_recorded_episode_again_gives_its_images(pixels):
+def test_replayed_episode_images(pixels):
+    """Playing a recorded episode again gives its images."""
     data = datasets.load(pixels)
     env = envs.make(data.info)
     rng = np.random.default_rng(EMBEDDED["pointmaze-pixels"].seed)
@@ -128,7 +137,8 @@ def with_images(about, **sizes):
     return dataclasses.replace(about, observation_space=spaces.Dict({**rest, **images}))
 
 
-def test_a_camera_in_one_of_dataset_and_environment_only_is_named_with_both(pixels):
+def test_camera_mismatch(pixels):
+    """A camera in only one of dataset and environment is named with both."""
     about = datasets.info(pixels)
     with pytest.raises(EnvironmentMismatchError, match=r"pixels.*PointMaze_UMaze-v3.* has camera 'wrist'.* free"):
         envs.make(with_images(about, free=32, wrist=32))
@@ -140,7 +150,8 @@ def test_a_camera_in_one_of_dataset_and_environment_only_is_named_with_both(pixe
         envs.make(about, cameras=("free",), image_size=16)
 
 
-def test_a_state_dataset_gets_no_camera(embedded):
+def test_state_dataset_without_camera(embedded):
+    """A state dataset gets no camera."""
     env = envs.make(datasets.info(embedded))
     assert isinstance(env.observation_space, spaces.Box)
     with pytest.raises(EnvironmentMismatchError, match="leave it out of `cameras`"):
@@ -148,7 +159,8 @@ def test_a_state_dataset_gets_no_camera(embedded):
     env.close()
 
 
-def test_the_recipe_of_the_pixel_dataset_is_small_and_its_own():
+def test_pixel_dataset_recipe():
+    """The recipe of the pixel dataset is small and its own."""
     recipe = EMBEDDED["pointmaze-pixels"]
     assert isinstance(recipe, PixelRecipe) and recipe.steps <= 2_000 and recipe.image_size <= 48
     assert "cameras=('free',)" in repr(recipe) and "cameras" not in repr(EMBEDDED["pointmaze-umaze"])

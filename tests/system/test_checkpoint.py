@@ -57,7 +57,8 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
     assert_bitwise(only["agent"], saved["agent"])
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_last_and_best_kept(tmp_path: Path) -> None:
+    """The last checkpoints and the best one are kept."""
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.4), (4, 0.9), (5, 0.1), (6, 0.3), (7, None)]:
         save(tmp_path, step, value=step, score=score, keep_last=2)
     kept = checkpoint.steps(tmp_path)
@@ -68,7 +69,8 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert_bitwise(checkpoint.load_arrays(tmp_path, best, arrays()), arrays(best))
 
 
-def test_a_score_that_comes_later_decides_as_well(tmp_path: Path) -> None:
+def test_late_score_counts(tmp_path: Path) -> None:
+    """A score that comes later decides as well."""
     save(tmp_path, 1, score=0.2)
     save(tmp_path, 2, value=2.0)
     assert checkpoint.best_step(tmp_path) == 1
@@ -89,19 +91,22 @@ def test_a_score_that_comes_later_decides_as_well(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [5]
 
 
-def test_without_scores_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+def test_only_last_without_scores(tmp_path: Path) -> None:
+    """Only the last checkpoints are kept where there are no scores."""
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert checkpoint.steps(tmp_path) == [3] and checkpoint.best_step(tmp_path) is None
 
 
-def test_a_step_that_exists_is_not_written_again(tmp_path: Path) -> None:
+def test_existing_step_not_rewritten(tmp_path: Path) -> None:
+    """A step that exists is not written again."""
     save(tmp_path, 5, value=1.0)
     save(tmp_path, 5, value=2.0)
     assert checkpoint.load_state(tmp_path, 5)[1]["value"] == 1.0
 
 
-def test_another_shape_is_refused_by_the_leafs_name(tmp_path: Path) -> None:
+def test_other_shape_refused(tmp_path: Path) -> None:
+    """Another shape is refused by the leaf's name."""
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"agent.*\['bias'\] is \(3,\) float32 there, expected \(5,\) float32"):
         checkpoint.load_arrays(tmp_path, 1, {"agent": arrays(width=5)["agent"]})
@@ -133,7 +138,8 @@ def test_missing_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_truncated_file_is_reported_or_does_not_matter(tmp_path: Path) -> None:
+def test_truncated_file(tmp_path: Path) -> None:
+    """A truncated file is reported or does not matter."""
     save(tmp_path, 1, value=2.0, keep_last=2)
     saved = save(tmp_path, 2, value=3.0, keep_last=2)
     files = [path for path in sorted((tmp_path / "2").rglob("*")) if path.is_file() and path.stat().st_size]
@@ -154,7 +160,8 @@ def test_a_truncated_file_is_reported_or_does_not_matter(tmp_path: Path) -> None
     assert_bitwise(checkpoint.load_arrays(tmp_path, 2, arrays()), saved)
 
 
-def test_no_space_left_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lack of space is reported before anything is written."""
     saved = save(tmp_path, 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=3, f_frsize=10))
@@ -188,7 +195,8 @@ except CheckpointError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
-def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+def test_failed_write_keeps_earlier(tmp_path: Path) -> None:
+    """A write that fails half-way leaves the earlier checkpoint."""
     result = run(FULL_DISK, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cannot save checkpoint 2") and result.stdout.count("\n") == 1, result.stdout
@@ -216,7 +224,8 @@ MOMENTS = {"arrays half written": ("open", "process_0"), "all written, not yet r
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_while_saving_leaves_the_earlier_checkpoint(moment: str, tmp_path: Path) -> None:
+def test_kill_keeps_earlier(moment: str, tmp_path: Path) -> None:
+    """A kill while saving leaves the earlier checkpoint."""
     event, part = MOMENTS[moment]
     result = run(KILLED.format(event=event, part=part), tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -240,7 +249,8 @@ checkpoint.save(Path(sys.argv[1]), 1, tree, {}, None, 1)
 """
 
 
-def test_a_checkpoint_written_on_another_device_loads_here(tmp_path: Path) -> None:
+def test_load_from_other_device(tmp_path: Path) -> None:
+    """A checkpoint written on another device loads here."""
     result = run(OTHER_DEVICE, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert result.returncode == 0, result.stderr
     assert jax.device_count() == 1

@@ -126,7 +126,8 @@ def whole(episodes: list[list[float]]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_queues_are_cleared_at_time_limits_in_training(probe: Any, seeds: int) -> None:
+def test_queue_cleared_in_training(probe: Any, seeds: int) -> None:
+    """Queues are cleared at time limits in training."""
     trainer = probe(seeds=seeds)
     trainer.online(20)
     played = whole(trainer.episodes)
@@ -137,7 +138,8 @@ def test_queues_are_cleared_at_time_limits_in_training(probe: Any, seeds: int) -
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_queues_are_cleared_at_time_limits_in_evaluation(probe: Any, seeds: int) -> None:
+def test_queue_cleared_in_evaluation(probe: Any, seeds: int) -> None:
+    """Queues are cleared at time limits in evaluation."""
     trainer = probe(seeds=seeds)
     evaluator = Evaluator(trainer.env_fn, seeds, 5, 0, slots=2)
     evaluator(trainer.agent, None, 0)
@@ -145,7 +147,8 @@ def test_queues_are_cleared_at_time_limits_in_evaluation(probe: Any, seeds: int)
     evaluator.close()
 
 
-def test_queues_are_cleared_at_time_limits_in_play(probe: Any) -> None:
+def test_queue_cleared_in_play(probe: Any) -> None:
+    """Queues are cleared at time limits in play."""
     trainer = probe()
     slot = EnvSlot(trainer.env_fn(True), (0, 1, 0, 0))
     video.record(slot, trainer.agent_of(), None, 3, None)
@@ -156,7 +159,8 @@ def test_queues_are_cleared_at_time_limits_in_play(probe: Any) -> None:
 # ---------------------------------------------------------------- when updates begin
 
 
-def test_the_first_update_waits_until_a_window_is_stored(probe: Any) -> None:
+def test_first_update_waits_for_window(probe: Any) -> None:
+    """The first update waits until a window is stored."""
     trainer = probe(online=OnlineConfig())
     trainer.online(PLACES)
     assert int(trainer.agent.updates[0]) == 0 and trainer.phase_name == "warmup"
@@ -167,7 +171,8 @@ def test_the_first_update_waits_until_a_window_is_stored(probe: Any) -> None:
 
 
 @pytest.mark.parametrize("replay", ["online", "mixed", "append"])
-def test_initial_updates_run_once_before_the_first_online_update(probe: Any, replay: Any) -> None:
+def test_initial_updates_run_once(probe: Any, replay: Any) -> None:
+    """Initial updates run once, before the first online update."""
     wanted = OnlineConfig(utd_ratio=2, warmup_steps=5, initial_updates=7, replay=replay, offline_ratio=0.5)
     trainer = probe(seeds=2, online=wanted)
     trainer.online(6)
@@ -182,7 +187,8 @@ def test_initial_updates_run_once_before_the_first_online_update(probe: Any, rep
     trainer.close()
 
 
-def test_initial_updates_are_not_repeated_after_a_resume(probe: Any) -> None:
+def test_initial_updates_after_resume(probe: Any) -> None:
+    """Initial updates are not repeated after a resume."""
     wanted = OnlineConfig(warmup_steps=3, initial_updates=5)
     first, second = probe(online=wanted), probe(online=wanted)
     first.online(6)
@@ -194,7 +200,8 @@ def test_initial_updates_are_not_repeated_after_a_resume(probe: Any) -> None:
         trainer.close()
 
 
-def test_an_agents_own_random_actions_replace_uniform_ones(probe: Any) -> None:
+def test_own_random_actions(probe: Any) -> None:
+    """An agent's own random actions replace uniform ones."""
     uniform, own = (probe(kind, online=OnlineConfig(random_steps=5)) for kind in (Probe, Exploring))
     for trainer in (uniform, own):
         trainer.online(9)
@@ -207,7 +214,8 @@ def test_an_agents_own_random_actions_replace_uniform_ones(probe: Any) -> None:
         trainer.close()
 
 
-def test_a_window_longer_than_what_is_stored_is_refused_before_any_step(probe: Any) -> None:
+def test_overlong_window_refused(probe: Any) -> None:
+    """A window longer than what is stored is refused before any step."""
     with pytest.raises(ConfigError, match=r"learns from 10000000 steps in a row, the dataset holds \d+; shorten"):
         probe(window=10_000_000)
     trainer = probe()
@@ -217,14 +225,16 @@ def test_a_window_longer_than_what_is_stored_is_refused_before_any_step(probe: A
     assert trainer.episodes == []
 
 
-def test_an_agent_that_never_updates_has_no_warm_up(tiny_run: Maker) -> None:
+def test_no_updates_no_warm_up(tiny_run: Maker) -> None:
+    """An agent that never updates has no warm-up."""
     trainer = session.build(tiny_run("bc"))
     trainer.online(5)
     assert trainer.phase_name == "online" and trainer.counters.online_updates == 0
     trainer.close()
 
 
-def test_waiting_for_the_first_finished_episode_is_warm_up(tiny_run: Maker) -> None:
+def test_waiting_is_warm_up(tiny_run: Maker) -> None:
+    """Waiting for the first finished episode is warm-up."""
     trainer = session.build(tiny_run("calql"))
     trainer.online(30)
     assert trainer.counters.env_steps > trainer.online_config.first_update()
@@ -235,7 +245,8 @@ def test_waiting_for_the_first_finished_episode_is_warm_up(tiny_run: Maker) -> N
 # ---------------------------------------------------------------- resume
 
 
-def test_a_policy_whose_environment_is_lost_begins_a_new_chunk_and_the_others_go_on(probe: Any) -> None:
+def test_lost_environment_new_chunk(probe: Any) -> None:
+    """A policy whose environment is lost begins a new chunk, and the others go on."""
     first, second = probe(seeds=2), probe(seeds=2)
     first.online(2)
     arrays, state = first.save()
@@ -262,9 +273,8 @@ def test_a_policy_whose_environment_is_lost_begins_a_new_chunk_and_the_others_go
 
 
 @pytest.mark.parametrize(("policy", "seeds"), [("best_of_n", 1), ("distilled", 2)])
-def test_qc_stopped_with_actions_in_its_queue_goes_on_as_if_it_had_not(
-    policy: str, seeds: int, tiny_run: Maker, tmp_path: Path
-) -> None:
+def test_qc_resume_with_queue(policy: str, seeds: int, tiny_run: Maker, tmp_path: Path) -> None:
+    """QC stopped with actions in its queue goes on as if it had not been."""
     fields = [("policy", policy), ("num_samples", 3), ("flow_steps", 2), ("online.warmup_steps", 12)]
     run = tiny_run("qc", fields, seeds=seeds, offline_steps=20, online_steps=40)
     ends = []
@@ -305,7 +315,8 @@ def reopened(trainer: Trainer, run: RunConfig, folder: Path) -> Trainer:
     return fresh
 
 
-def test_a_run_of_qc_reports_its_phases(tiny_run: Maker, tmp_path: Path) -> None:
+def test_qc_phases(tiny_run: Maker, tmp_path: Path) -> None:
+    """A run of QC reports its phases."""
     fields = [("num_samples", 3), ("flow_steps", 2), ("online.warmup_steps", 12)]
     assert session.train(tiny_run("qc", fields, offline_steps=20, online_steps=40), tmp_path / "run")
     metrics = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -315,5 +326,6 @@ def test_a_run_of_qc_reports_its_phases(tiny_run: Maker, tmp_path: Path) -> None
     assert {row["phase"] for row in episodes} == {"offline", "warmup", "online"}
 
 
-def test_every_agent_without_a_window_learns_from_plain_rows() -> None:
+def test_default_window() -> None:
+    """Every agent without a window learns from plain rows."""
     assert AgentConfig().needs.window == 1 and Probe.create(KEY, None, jnp.zeros((1, 2))).needs.window == PLACES

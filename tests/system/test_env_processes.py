@@ -77,7 +77,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert np.asarray(a).dtype == np.asarray(b).dtype
 
 
-def test_a_fleet_in_processes_is_the_same_to_the_last_bit_also_resumed(fleets: tuple[Fleet, Fleet]) -> None:
+def test_fleet_in_processes_bitwise(fleets: tuple[Fleet, Fleet]) -> None:
+    """A fleet in processes is the same to the last bit, also when resumed."""
     here, there = fleets
     assert_same(here.observations, there.observations)
     first, second = actions(STEPS, 0), actions(STEPS, 1)
@@ -98,7 +99,8 @@ def test_a_fleet_in_processes_is_the_same_to_the_last_bit_also_resumed(fleets: t
     assert there.snapshot() == here.snapshot()
 
 
-def test_a_failing_environment_takes_the_others_back(fleets: tuple[Fleet, Fleet]) -> None:
+def test_failing_environment_rolls_back(fleets: tuple[Fleet, Fleet]) -> None:
+    """A failing environment takes the others back."""
     words = []
     for fleet in fleets:
         played(fleet, actions(3, 2))
@@ -115,7 +117,8 @@ def test_a_failing_environment_takes_the_others_back(fleets: tuple[Fleet, Fleet]
     assert_same(fleets[0].observations, fleets[1].observations)
 
 
-def test_a_killed_process_is_named_and_none_is_left() -> None:
+def test_killed_process_named() -> None:
+    """A killed process is named, and none is left."""
     fleet = Fleet(pictured(), 0, 1, ENVS, processes=8)
     assert fleet.crew is not None and [len(share) for share in fleet.crew.shares] == [1] * ENVS, "no idle process"
     fleet.step(actions(1, 0)[0], lambda *_: None)
@@ -130,7 +133,8 @@ def test_a_killed_process_is_named_and_none_is_left() -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_what_cannot_go_there_is_refused() -> None:
+def test_unsendable_refused() -> None:
+    """What cannot go to another process is refused."""
     lock = threading.Lock()
     with pytest.raises(ConfigError, match=r"env_fn cannot go .* or set loop\.env_processes to 0"):
         Crew(lambda _: lock, 1, 1)  # type: ignore[arg-type,return-value]
@@ -138,7 +142,8 @@ def test_what_cannot_go_there_is_refused() -> None:
         Fleet(pictured(), 0, 1, processes=-1)
 
 
-def test_a_board_gives_back_what_was_put_down() -> None:
+def test_board_round_trip() -> None:
+    """A board gives back what was put down."""
     layout = Layout(2, (3,), (((2,), "<f4"), ((2, 2, 1), "|u1")))
     board = Board(mmap(-1, layout.size), layout)
     observation = {"b": np.arange(4, dtype=np.uint8).reshape(2, 2, 1), "a": np.float32([0.1, 2.0])}

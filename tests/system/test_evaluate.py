@@ -91,11 +91,13 @@ def stack(*agents: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *agents)
 
 
-def test_the_hand_written_agent_is_one() -> None:
+def test_hand_written_agent() -> None:
+    """The hand-written agent is an `Agent`."""
     assert isinstance(STEADY, Agent)
 
 
-def test_one_row_per_episode_and_seed() -> None:
+def test_row_per_episode_and_seed() -> None:
+    """Evaluation gives one row per episode and seed."""
     made = []
 
     def env_fn(evaluation: bool) -> gymnasium.Env:
@@ -116,7 +118,8 @@ def test_one_row_per_episode_and_seed() -> None:
     evaluator.close()
 
 
-def test_deterministic_evaluation_repeats_itself() -> None:
+def test_deterministic_evaluation_repeats() -> None:
+    """Deterministic evaluation repeats itself."""
     evaluator = Evaluator(pendulum(200), seeds=2, episodes=3, seed=4)
     agents = stack(STILL, Pendulum(gains=jnp.asarray([0.0, 0.2, 0.0, 0.1])))
     first = evaluator(agents, None, point=10)
@@ -129,7 +132,8 @@ def test_deterministic_evaluation_repeats_itself() -> None:
         each.close()
 
 
-def test_sampled_evaluation_repeats_itself_too() -> None:
+def test_sampled_evaluation_repeats() -> None:
+    """Sampled evaluation repeats itself, too."""
     evaluator = Evaluator(pendulum(200), seeds=1, episodes=4, seed=0)
     agents = stack(STILL)
     first = evaluator(agents, None, point=0, deterministic=False)
@@ -138,7 +142,8 @@ def test_sampled_evaluation_repeats_itself_too() -> None:
     evaluator.close()
 
 
-def test_the_noise_of_policies_comes_from_the_seed_too() -> None:
+def test_policy_noise_from_seed() -> None:
+    """The noise of policies comes from the seed, too."""
     first = []
     for seed in (0, 1, 0):
         episodes: list[list[float]] = []
@@ -150,7 +155,8 @@ def test_the_noise_of_policies_comes_from_the_seed_too() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 10])
-def test_how_many_play_side_by_side_changes_nothing(slots: int) -> None:
+def test_slot_count_changes_nothing(slots: int) -> None:
+    """The number of episodes played side by side changes nothing."""
     agents = stack(STILL, STEADY)
     evaluator = Evaluator(pendulum(100), seeds=2, episodes=4, seed=1, slots=slots)
     reference = Evaluator(pendulum(100), seeds=2, episodes=4, seed=1, slots=2)
@@ -160,7 +166,8 @@ def test_how_many_play_side_by_side_changes_nothing(slots: int) -> None:
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.9], ids=["time limits", "falls"])
-def test_carries_are_cleared_at_every_end(gain: float) -> None:
+def test_carries_cleared_at_ends(gain: float) -> None:
+    """Carries are cleared at every end of an episode."""
     played: list[list[list[float]]] = []
 
     def env_fn(evaluation: bool) -> gymnasium.Env:
@@ -181,7 +188,8 @@ def test_carries_are_cleared_at_every_end(gain: float) -> None:
             np.testing.assert_allclose(episode, offset + np.arange(len(episode)) / 1000, atol=1e-6)
 
 
-def test_clear_carry_touches_only_what_ended() -> None:
+def test_clear_carry() -> None:
+    """`clear_carry` touches only what ended."""
     carry = {"a": jnp.ones((2, 3, 4)), "b": jnp.ones((2, 3))}
     fresh = jax.tree.map(jnp.zeros_like, carry)
     ended = np.asarray([[True, False, False], [False, False, True]])
@@ -190,13 +198,15 @@ def test_clear_carry_touches_only_what_ended() -> None:
     np.testing.assert_array_equal(cleared["a"], np.broadcast_to((1.0 - ended)[..., None], (2, 3, 4)))
 
 
-def test_the_normalizer_is_applied() -> None:
+def test_normalizer_applied() -> None:
+    """The normalizer is applied."""
     scale = Normalizer(mean=jnp.zeros(4), std=jnp.full(4, 2.0))
     doubled = STEADY.replace(gains=STEADY.gains * 2)
     assert evaluate(doubled, pendulum(100), 2, normalizer=scale) == evaluate(STEADY, pendulum(100), 2)
     assert evaluate(STEADY, pendulum(300), 1)[0]["length"] > evaluate(STILL, pendulum(300), 1)[0]["length"]
 
 
-def test_no_episodes_are_refused() -> None:
+def test_zero_episodes_refused() -> None:
+    """An evaluation of no episodes is refused."""
     with pytest.raises(ConfigError, match="eval_episodes is 0"):
         Evaluator(pendulum(), seeds=1, episodes=0, seed=0)

@@ -44,7 +44,8 @@ def pixel_agent() -> Any:
     return make(jax.random.key(0))
 
 
-def test_the_encoder_learns_from_imitation_first_and_online_from_the_critics_alone() -> None:
+def test_encoder_learning() -> None:
+    """The encoder learns from imitation first, and online from the critics alone."""
     agent, batch = pixel_agent(), pixel_batch(2, ROWS)
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     pretrained, _ = update(agent, batch)
@@ -57,7 +58,8 @@ def test_the_encoder_learns_from_imitation_first_and_online_from_the_critics_alo
     assert steps(after.encoder) == 1 + 2 and all(np.isfinite(value) for value in info.values())
 
 
-def test_actions_depend_on_the_image_and_the_state() -> None:
+def test_actions_use_image_and_state() -> None:
+    """Actions depend on the image and the state."""
     agent, observations = pixel_agent(), pixel_batch(2, ROWS)["observations"]
     before = act(agent, observations, KEY)
     assert before.shape == (2, ROWS, ACTION_DIM)
@@ -65,7 +67,8 @@ def test_actions_depend_on_the_image_and_the_state() -> None:
     assert moved(act(agent, {**observations, "state": observations["state"] + 1.0}, KEY), before)
 
 
-def test_observations_without_images_must_be_flat() -> None:
+def test_flat_observations_required() -> None:
+    """Observations without images must be flat."""
     with pytest.raises(ConfigError, match="EXPO needs flat float32 observations"):
         EXPO.create(KEY, {"state": jnp.zeros((1, 3))}, jnp.zeros((1, 2)), TINY)
 
@@ -84,10 +87,13 @@ MODES = {"prior data": (0, 15), "pre-trained": (30, 0)}
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stopped_and_resumed_equals_never_stopped(
+def test_stop_and_resume(
     mode: str, tiny_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Online with prior data (random steps, then everything learns), and after imitation alone."""
+    """A run stopped and resumed equals one never stopped.
+
+    Online with prior data (random steps, then everything learns), and after imitation alone.
+    """
     offline_steps, random_steps = MODES[mode]
     loop = LoopConfig(eval_every=1000, eval_episodes=1, log_every=10, checkpoint_every=10_000, updates_per_dispatch=10)
     fields = [*SMALLER, ("online.random_steps", random_steps)]
@@ -110,8 +116,11 @@ def test_stopped_and_resumed_equals_never_stopped(
 
 @pytest.mark.learning
 @pytest.mark.parametrize("base", ["diffusion", "flow"])
-def test_on_a_bandit_the_rewarded_one_of_two_modes_is_chosen(base: Any) -> None:
-    """Data at -0.6 and 0.6 alike, reward for the positive ones: the base has both modes, the OTF policy one."""
+def test_bandit_mode_choice(base: Any) -> None:
+    """On a bandit the rewarded one of two modes is chosen.
+
+    Data at -0.6 and 0.6 alike, reward for the positive ones: the base has both modes, the OTF policy one.
+    """
     config = replace(
         TINY, base=base, base_width=32, base_lr=3e-3, base_ema=0.02, critic_lr=3e-3, tau=0.05, edit_scale=0.1,
         diffusion=Diffusion(steps=10), flow=Flow(steps=10), n_edits=N, batch_size=64,

@@ -91,7 +91,8 @@ def agents(seeds, **fields):
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_dataset_on_the_host_is_drawn_as_on_the_device(window):
+def test_host_dataset_draws(window):
+    """A dataset on the host is drawn as on the device."""
     rows = rows_of(ROWS)
     device, host = (kind.create(rows, ("ends",), SOURCES) for kind in (OfflineData, HostData))
     for seed in range(3):
@@ -108,7 +109,8 @@ def test_a_dataset_on_the_host_is_drawn_as_on_the_device(window):
     assert host.size == ROWS and host.rows["observations"]["camera"] is rows["observations"]["camera"]
 
 
-def test_the_device_holds_no_observation():
+def test_device_holds_no_observation():
+    """The device holds no observation."""
     host = HostData.create(rows_of(ROWS), ("ends",))
     assert row_bytes(host.light.rows) < 40
     assert row_bytes(host.rows) > 2 * 4 * 4 * 3
@@ -125,7 +127,8 @@ def keys_of(seeds):
 
 
 @pytest.mark.parametrize(("seeds", "window"), [(1, 1), (2, 3)])
-def test_offline_updates_are_the_same(seeds, window):
+def test_offline_updates_match(seeds, window):
+    """Offline updates are the same from the host as from the device."""
     found, sampling = [], Sampling(BATCH, window=window)
     for replay in replays(rows_of(ROWS), ("ends",), seeds):
         agent, totals, at = agents(seeds, window=window), {"toy/memory": jnp.zeros(seeds)}, 0
@@ -186,7 +189,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_online_steps_are_the_same_bit_for_bit(case):
+def test_online_steps_match_bitwise(case):
+    """Online steps are the same bit for bit."""
     rows, options = rows_of(ROWS), dict(CASES[case])
     needs = ("mc_returns", "ends")
     if options.pop("normalizer", False):
@@ -200,7 +204,8 @@ def test_online_steps_are_the_same_bit_for_bit(case):
     host.close()
 
 
-def test_the_rows_ahead_are_mostly_right_and_their_timing_does_not_matter(monkeypatch):
+def test_rows_read_ahead(monkeypatch):
+    """The rows read ahead are mostly right, and their timing does not matter."""
     read, calls, rng = RowStore.read, [], np.random.default_rng(0)
 
     def slow(store, handles, dataset, until):
@@ -226,7 +231,8 @@ def example(seeds=2):
     return jax.tree.map(lambda leaf: leaf[:seeds], {key: rows[key] for key in ON_HOST})
 
 
-def test_a_store_gives_back_what_it_was_given_to_each_seed(tmp_path):
+def test_store_round_trip(tmp_path):
+    """A store gives back to each seed what it was given."""
     store = RowStore(tmp_path / "replay", example(), 3, 2)
     world = [rows_of(2, seed=i) for i in range(5)]
     handles = [store.add(rows) for rows in world]
@@ -243,7 +249,8 @@ def test_a_store_gives_back_what_it_was_given_to_each_seed(tmp_path):
     assert got["observations"]["camera"].dtype == np.uint8
 
 
-def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path):
+def test_files_of_killed_run(tmp_path):
+    """Files of a killed run are used again, and lost rows are refused."""
     store = RowStore(tmp_path, example(), 3, 2)
     world = [rows_of(2, seed=i) for i in range(9)]
     for rows in world[:7]:
@@ -261,7 +268,8 @@ def test_files_of_a_killed_run_are_used_again_and_lost_rows_are_refused(tmp_path
     np.testing.assert_array_equal(kept["observations"]["camera"][0, 0], world[4]["observations"]["camera"][0])
 
 
-def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path, monkeypatch):
+def test_rows_synced_before_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """What a checkpoint refers to is on the disk before it."""
     done, written, fsync, save = [], [], os.fsync, checkpoint.save
 
     def syncing(descriptor):
@@ -285,12 +293,14 @@ def test_what_a_checkpoint_refers_to_is_on_the_disk_before_it(tiny_run, tmp_path
     assert all(done[at - 5 : at] == rows for at in steps if done[at] > 10)
 
 
-def test_too_small_a_disk_is_refused_before_any_step(tmp_path):
+def test_small_disk_refused(tmp_path):
+    """Too small a disk is refused before any step."""
     with pytest.raises(ConfigError, match=r"needs .* GiB in .*replay_capacity"):
         RowStore(tmp_path, example(), 10**13, 1)
 
 
-def test_a_temporary_store_removes_its_files():
+def test_temporary_store_cleanup():
+    """A temporary store removes its files."""
     store = RowStore(None, example(), 3, 1)
     folder = store.folder
     assert folder.is_dir()
@@ -298,12 +308,14 @@ def test_a_temporary_store_removes_its_files():
     assert not folder.exists()
 
 
-def test_the_limit_is_the_given_one_or_what_the_back_end_suggests():
+def test_device_limit():
+    """The limit is the given one, or what the back end suggests."""
     assert Place(0).limit() == 0 and Place(5).limit() == 5
     assert Place().limit() >= 2**30
 
 
-def test_a_run_that_is_only_looked_at_keeps_its_rows(tiny_run, tmp_path):
+def test_viewed_run_keeps_rows(tiny_run, tmp_path):
+    """A run that is only looked at keeps its rows."""
     loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=0)
     assert session.train(tiny_run("wsrl", offline_steps=10, online_steps=40, loop=loop), tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run/replay").iterdir()}

@@ -71,7 +71,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("back_end", ["cpu", "gpu"])
-def test_values_and_gradients_are_the_plain_ones(case: str, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients(case: str, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are the plain ones."""
     monkeypatch.setattr(jax, "default_backend", lambda: back_end)
     ours, plain, args = CASES[case]
     wanted = value_and_grads(plain, *args)
@@ -85,7 +86,8 @@ def test_values_and_gradients_are_the_plain_ones(case: str, back_end: str, monke
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_sums_over_rows_and_means_are_products_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_only_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows and means are products on a CPU only."""
     x = jnp.ones((4, 6))
     for back_end, products in (("cpu", 2), ("gpu", 0)):
         monkeypatch.setattr(jax, "default_backend", lambda name=back_end: name)
@@ -98,8 +100,11 @@ WITH_CRITICS = ("iql", "calql", "rlpd", "wsrl", "expo", "qc", "residual", "famo2
 
 
 @pytest.mark.parametrize("name", WITH_CRITICS)
-def test_an_update_as_a_cpu_runs_it_equals_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam's first steps have the size of the rate whatever the gradient: a gradient of 0 may come out either way."""
+def test_cpu_update_matches_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update as a CPU runs it equals the plain one.
+
+    Adam's first steps have the size of the rate whatever the gradient: a gradient of 0 may come out either way.
+    """
     forget_many_programs()
     case = Case(name, "online")
     ours, our_info = case.updated
@@ -112,7 +117,8 @@ def test_an_update_as_a_cpu_runs_it_equals_the_plain_one(name: str, monkeypatch:
         np.testing.assert_allclose(our_info[key], info[key], rtol=1e-3, atol=1e-4, err_msg=key)
 
 
-def test_members_are_evaluated_alone_and_drawn() -> None:
+def test_drawn_members() -> None:
+    """Members that were drawn are evaluated alone."""
     critic = CriticEnsemble((16, 16), num=5, layer_norm=True)
     observations, actions = jax.random.normal(KEY, (7, 3)), jax.random.normal(jax.random.key(6), (4, 7, 2))
     params: Any = critic.init(KEY, observations, actions)
@@ -122,7 +128,8 @@ def test_members_are_evaluated_alone_and_drawn() -> None:
     np.testing.assert_allclose(two, values[jnp.array([3, 1])], rtol=1e-5, atol=1e-5)
 
 
-def test_centred_weights_are_a_layer_norms_first_half() -> None:
+def test_centred_weights() -> None:
+    """Centred weights are a layer norm's first half."""
     x = jax.random.normal(KEY, (3, 6, 4))
     plain, centred = EnsembleDense(3, 8), EnsembleDense(3, 8, centred=True)
     params = plain.init(KEY, x)
@@ -141,7 +148,8 @@ def stacked(seeds: int) -> tuple[Any, OfflineData]:
     return agent, OfflineData.create(jax.tree.map(np.asarray, rows), ("ends",))
 
 
-def test_seeds_that_follow_one_another_learn_what_batched_ones_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequential_seeds_match_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that follow one another learn what batched ones learn."""
     agent, data = stacked(2)
     keys = jax.random.split(KEY, 2)
     replay, sampling = DeviceReplay(data, 2, 16), Sampling(4, 2)
@@ -170,14 +178,17 @@ def test_seeds_that_follow_one_another_learn_what_batched_ones_learn(monkeypatch
         assert moved > 0.3 * size and bad <= 0.01 * size, f"{bad} of {size} numbers differ"
 
 
-def test_the_layout_of_seeds_goes_by_their_size_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_layout_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of seeds goes by their size, on a CPU only."""
     small, large = ({"w": jax.ShapeDtypeStruct((3, size), jnp.float32)} for size in (10_000, 3_000_000))
     assert not layout.seeds_in_turn(small) and layout.seeds_in_turn(large)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not layout.seeds_in_turn(large)
 
 
-def test_a_branch_that_no_seed_takes_is_not_computed_for_batched_ones() -> None:
+def test_untaken_branch_skipped() -> None:
+    """A branch that no seed takes is not computed for batched ones."""
+
     def step(flag: Array, x: Array) -> Array:
         return layout.branch(flag, lambda x: x @ x, lambda x: x - 1.0, x)
 
@@ -195,10 +206,11 @@ def test_a_branch_that_no_seed_takes_is_not_computed_for_batched_ones() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "batched"), [(1, True), (2, True), (2, False)])
-def test_a_step_copies_nothing_of_the_size_of_the_replay_buffer(
-    seeds: int, batched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither storing a row nor learning from a million of them needs room for another one."""
+def test_step_copies_no_buffer(seeds: int, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step copies nothing of the size of the replay buffer.
+
+    Neither storing a row nor learning from a million of them needs room for another one.
+    """
     if not batched:
         monkeypatch.setattr(layout, "BATCHED_NUMBERS", 1)
     jax.clear_caches()

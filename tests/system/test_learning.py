@@ -15,7 +15,8 @@ FAST += [("online.warmup_steps", 500)]
 """Faster settings than the preset's; what the preset itself reaches is a benchmark's matter."""
 
 
-def test_fine_tuning_solves_the_maze(embedded: str, tmp_path: Path) -> None:
+def test_fine_tuning_solves_maze(embedded: str, tmp_path: Path) -> None:
+    """Fine-tuning solves the maze."""
     run = session.preset_run("wsrl", embedded, "small", seed=5)  # seed 3 ends at 0.45 on one kind of processor
     loop = dataclasses.replace(run.loop, eval_every=10_000, eval_episodes=20, checkpoint_every=100_000)
     config = session.with_fields(run.config, FAST)

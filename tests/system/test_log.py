@@ -32,7 +32,8 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_rows_are_flushed_and_those_behind_a_checkpoint_forgotten(tmp_path: Path) -> None:
+def test_rows_flushed_and_truncated(tmp_path: Path) -> None:
+    """Rows are flushed, and those behind a checkpoint are forgotten."""
     rows = JsonLines(tmp_path / "rows.jsonl")
     rows.write({"a": 1.5})
     length = rows.offset()
@@ -44,16 +45,16 @@ def test_rows_are_flushed_and_those_behind_a_checkpoint_forgotten(tmp_path: Path
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [{"a": 1.5}, {"a": 2}]
 
 
-def test_who_only_looks_at_rows_opens_no_file(tmp_path: Path) -> None:
+def test_viewing_opens_no_file(tmp_path: Path) -> None:
+    """Looking at rows opens no file."""
     rows = JsonLines(tmp_path / "rows.jsonl")
     rows.truncate(0)
     rows.close()
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_rows_that_a_power_cut_took_are_reported_and_a_half_one_is_cut_off(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_after_power_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows that a power cut took are reported, and a half one is cut off."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
     rows = JsonLines(path)
@@ -65,7 +66,8 @@ def test_rows_that_a_power_cut_took_are_reported_and_a_half_one_is_cut_off(
     assert "rows.jsonl has 16 bytes but its checkpoint was taken at 500: rows are missing" in warning
 
 
-def test_what_is_renamed_or_counted_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synced_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is renamed or counted is on the disk before."""
     done: list[tuple[str, str]] = []
     synced: set[str] = set()
     fsync, replace = os.fsync, os.replace
@@ -95,8 +97,11 @@ def test_what_is_renamed_or_counted_is_on_the_disk_before(tmp_path: Path, monkey
     rows.close()
 
 
-def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
-    """The second write of a path ends while the first is under way; the file then holds what the first one wrote."""
+def test_concurrent_writes(tmp_path: Path) -> None:
+    """Two writers do not share a temporary file.
+
+    The second write of a path ends while the first is under way; the file then holds what the first one wrote.
+    """
 
     def slowly(file: IO[bytes]) -> None:
         file.write(b"first ")
@@ -109,7 +114,9 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_file(tmp_path: Path) -> None:
+    """A write that fails leaves the old file."""
+
     def full(file: IO[bytes]) -> None:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -121,7 +128,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_stops_no_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks stops no run."""
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*_: Any) -> None:
@@ -140,17 +148,15 @@ def test_a_file_system_without_locks_stops_no_run(code: str, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_logger_that_is_not_installed_says_what_to_install(
-    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_logger(name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger that is not installed says what to install."""
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"logger '{name}' needs {module}: pip install 'o2o\[log\]'"):
         make_loggers((name,), tmp_path, {})
 
 
-def test_an_unknown_logger_is_refused_before_the_run_exists(
-    embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_logger(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown logger is refused before the run exists."""
     arguments = ["train", "bc", "--dataset", embedded, "--preset", "small", "--runs", str(tmp_path), "--name", "run"]
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--loggers", "tensorbord"])
@@ -160,7 +166,9 @@ def test_an_unknown_logger_is_refused_before_the_run_exists(
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_start_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wandb that cannot start is a one-line error."""
+
     class Wandb:
         @staticmethod
         def init(**_: Any) -> None:
@@ -189,7 +197,8 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Wandb
 
 
-def test_wandb_gets_every_number_under_its_seed(tmp_path: Path, wandb: Any) -> None:
+def test_wandb_numbers_per_seed(tmp_path: Path, wandb: Any) -> None:
+    """`wandb` gets every number under its seed."""
     (logger,) = make_loggers(("wandb",), tmp_path, {})
     for row in ROWS:
         logger.metrics(row)
@@ -201,7 +210,8 @@ def test_wandb_gets_every_number_under_its_seed(tmp_path: Path, wandb: Any) -> N
     ]
 
 
-def test_an_evaluation_is_a_row_of_means_per_seed() -> None:
+def test_evaluation_row_means() -> None:
+    """An evaluation is a row of means per seed."""
     position = {"phase": "warmup", "env_steps": 40, "gradient_steps": 500}
     rows = [
         {**position, "seed": seed, "episode": i, "return": 2.0 * i + seed, "success": i == 0, "length": 7 + i, **score}
@@ -214,7 +224,9 @@ def test_an_evaluation_is_a_row_of_means_per_seed() -> None:
     ]
 
 
-def test_a_terminal_that_has_gone_ends_no_run() -> None:
+def test_lost_terminal() -> None:
+    """A terminal that has gone ends no run."""
+
     class Gone(io.StringIO):
         def write(self, _: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
@@ -225,9 +237,10 @@ def test_a_terminal_that_has_gone_ends_no_run() -> None:
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_evaluations_reach_the_loggers_and_a_resume_goes_on_with_the_same_run(
+def test_evaluations_reach_loggers(
     beside: bool, tiny_run: Callable[..., session.RunConfig], tmp_path: Path, wandb: Any
 ) -> None:
+    """Evaluations reach the loggers, and a resume goes on with the same run."""
     run = tiny_run("bc", offline_steps=20, online_steps=60, seeds=2, loggers=("wandb",))
     run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=beside, eval_episodes=2))
     assert session.train(run, tmp_path / "run")
@@ -248,7 +261,8 @@ def test_evaluations_reach_the_loggers_and_a_resume_goes_on_with_the_same_run(
     assert first == resumed != other
 
 
-def test_tensorboard_writes_an_event_file_per_seed(tmp_path: Path) -> None:
+def test_tensorboard_file_per_seed(tmp_path: Path) -> None:
+    """TensorBoard's logger writes an event file per seed."""
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed; pip install 'o2o[log]'")
     (logger,) = make_loggers(("tensorboard",), tmp_path, {})
     for row in ROWS:

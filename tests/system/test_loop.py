@@ -42,7 +42,8 @@ def networks(agent: Any) -> Any:
     return [learner.actor, learner.critic, learner.target_critic, learner.temperature]
 
 
-def test_first_update_is_after_the_warm_up() -> None:
+def test_first_update_after_warm_up() -> None:
+    """The first update is after the warm-up."""
     assert OnlineConfig(warmup_steps=5000, min_rows=1024).first_update() == 5001
     assert OnlineConfig(warmup_steps=0, min_rows=1024).first_update() == 1025
     assert OnlineConfig(random_steps=5000).first_update() == 5000
@@ -53,7 +54,8 @@ def test_evaluation_points() -> None:
     assert points == {4000, 8000, 5000, 5001 + 250, 10_000}
 
 
-def test_wsrl_warm_up_moves_nothing_and_keeps_only_its_own_rows(tiny_run: Maker) -> None:
+def test_wsrl_warm_up(tiny_run: Maker) -> None:
+    """WSRL's warm-up moves nothing and keeps only its own rows."""
     trainer = trainer_of(tiny_run("wsrl"))
     trainer.offline(40)
     before = networks(trainer.agent)
@@ -75,7 +77,8 @@ def test_wsrl_warm_up_moves_nothing_and_keeps_only_its_own_rows(tiny_run: Maker)
     trainer.close()
 
 
-def test_rlpd_random_phase_is_uniform_and_moves_nothing(tiny_run: Maker) -> None:
+def test_rlpd_random_phase(tiny_run: Maker) -> None:
+    """RLPD's random phase is uniform and moves nothing."""
     trainer = trainer_of(tiny_run("rlpd", [("online.random_steps", 300)]))
     before = networks(trainer.agent)
     trainer.online(300)
@@ -89,7 +92,8 @@ def test_rlpd_random_phase_is_uniform_and_moves_nothing(tiny_run: Maker) -> None
     trainer.close()
 
 
-def test_append_starts_with_the_dataset(tiny_run: Maker) -> None:
+def test_append_starts_with_dataset(tiny_run: Maker) -> None:
+    """A replay that appends starts with the dataset."""
     trainer = trainer_of(tiny_run("iql"))
     trainer.begin_online(30)
     assert trainer.counters.phase == "online"
@@ -111,7 +115,8 @@ def test_bc_acts_online_without_learning(tiny_run: Maker) -> None:
     trainer.close()
 
 
-def test_calql_samples_only_finished_episodes_with_their_returns(tiny_run: Maker) -> None:
+def test_calql_finished_episodes_only(tiny_run: Maker) -> None:
+    """Cal-QL samples only finished episodes, with their returns."""
     trainer = trainer_of(tiny_run("calql"))
     trainer.offline(20)
     trainer.online(100)
@@ -142,7 +147,8 @@ def test_calql_samples_only_finished_episodes_with_their_returns(tiny_run: Maker
     trainer.close()
 
 
-def test_time_limit_bootstraps_and_the_last_observation_is_kept(tiny_run: Maker) -> None:
+def test_time_limit_bootstraps(tiny_run: Maker) -> None:
+    """A time limit bootstraps, and the last observation is kept."""
     trainer = trainer_of(tiny_run("wsrl", [("online.warmup_steps", 10_000)]))
     trainer.online(400)
     assert trainer.counters.phase == "online"
@@ -160,7 +166,8 @@ def test_time_limit_bootstraps_and_the_last_observation_is_kept(tiny_run: Maker)
     trainer.close()
 
 
-def test_one_program_per_kind_of_step(tiny_run: Maker) -> None:
+def test_program_per_step_kind(tiny_run: Maker) -> None:
+    """There is one program per kind of step."""
     updates.clear_cache()
     insert.clear_cache()
     learn_and_act.clear_cache()
@@ -174,7 +181,8 @@ def test_one_program_per_kind_of_step(tiny_run: Maker) -> None:
     trainer.close()
 
 
-def test_no_transfer_hidden_in_the_step(tiny_run: Maker) -> None:
+def test_no_hidden_transfer(tiny_run: Maker) -> None:
+    """No transfer is hidden in the step."""
     trainer = trainer_of(tiny_run("wsrl", online_steps=60))
     trainer.online(40)
     with jax.transfer_guard_device_to_device("disallow"):
@@ -183,7 +191,8 @@ def test_no_transfer_hidden_in_the_step(tiny_run: Maker) -> None:
     trainer.close()
 
 
-def test_several_seeds_differ_and_count_apart(tiny_run: Maker) -> None:
+def test_seeds_differ(tiny_run: Maker) -> None:
+    """Several seeds differ and count apart."""
     rows: list[dict[str, Any]] = []
     trainer = trainer_of(tiny_run("wsrl", seeds=2), metrics=rows.append)
     trainer.offline(20)
@@ -198,7 +207,9 @@ def test_several_seeds_differ_and_count_apart(tiny_run: Maker) -> None:
     trainer.close()
 
 
-def test_the_same_seed_gives_the_same_numbers(tiny_run: Maker) -> None:
+def test_same_seed_reproduces(tiny_run: Maker) -> None:
+    """The same seed gives the same numbers."""
+
     def final(seed: int) -> Any:
         trainer = trainer_of(tiny_run("wsrl", seed=seed))
         trainer.offline(20)
@@ -211,7 +222,8 @@ def test_the_same_seed_gives_the_same_numbers(tiny_run: Maker) -> None:
     assert not equal(first, final(4))
 
 
-def test_normalisation_is_frozen_and_travels_with_the_run(tiny_run: Maker) -> None:
+def test_normalisation_frozen(tiny_run: Maker) -> None:
+    """Normalisation is frozen and travels with the run."""
     trainer = trainer_of(tiny_run("wsrl", normalize=True))
     raw = trainer.data.arrays["observations"]
     assert trainer.normalizer is not None
@@ -228,7 +240,8 @@ def test_normalisation_is_frozen_and_travels_with_the_run(tiny_run: Maker) -> No
     trainer.close()
 
 
-def test_a_policy_that_is_not_finite_is_named(tiny_run: Maker) -> None:
+def test_non_finite_policy_named(tiny_run: Maker) -> None:
+    """A policy that is not finite is named."""
     trainer = trainer_of(tiny_run("wsrl"))
     broken = jax.tree.map(
         lambda leaf: leaf * np.nan if jax.numpy.issubdtype(leaf.dtype, np.floating) else leaf, trainer.agent
@@ -249,14 +262,16 @@ def test_settings_out_of_range(tiny_run: Maker) -> None:
         trainer_of(tiny_run("calql", [("online.replay", "append")])).online(10)
 
 
-def test_another_environment_is_refused(tiny_run: Maker) -> None:
+def test_other_environment_refused(tiny_run: Maker) -> None:
+    """Another environment is refused."""
     run = dataclasses.replace(tiny_run("wsrl"), env="InvertedPendulum-v5")
     with pytest.raises(EnvironmentMismatchError, match="InvertedPendulum"):
         trainer_of(run).online(10)
 
 
 @pytest.mark.parametrize("agent", ["wsrl", "calql"])
-def test_an_environment_that_cannot_be_replayed_begins_a_new_episode(agent: str, tiny_run: Maker) -> None:
+def test_unreplayable_env_new_episode(agent: str, tiny_run: Maker) -> None:
+    """An environment that cannot be replayed begins a new episode."""
     run = tiny_run(agent)
     first = trainer_of(run)
     first.online(30)

@@ -38,7 +38,8 @@ def stepped(trainer: Trainer) -> tuple[Any, np.ndarray]:
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_a_step_learns_the_same_and_acts_by_the_policy_of_one_update_before(tiny_run: Maker, seeds: int) -> None:
+def test_overlap_acts_one_update_behind(tiny_run: Maker, seeds: int) -> None:
+    """A step learns the same and acts by the policy of one update before."""
     run = tiny_run("rlpd", seeds=seeds, offline_steps=0)
     strict, beside = at_step(run, 30), at_step(run, 30)
     beside.loop = dataclasses.replace(beside.loop, overlap=True)
@@ -60,7 +61,8 @@ def test_a_step_learns_the_same_and_acts_by_the_policy_of_one_update_before(tiny
     beside.close()
 
 
-def test_before_the_first_update_nothing_differs(tiny_run: Maker) -> None:
+def test_same_before_first_update(tiny_run: Maker) -> None:
+    """Nothing differs before the first update."""
     run = tiny_run("wsrl", offline_steps=0)
     strict, beside = at_step(run, 22), at_step(overlapped(run), 22)
     assert strict.counters.phase == "online" and beside.counters.phase == "online"
@@ -74,7 +76,8 @@ def test_before_the_first_update_nothing_differs(tiny_run: Maker) -> None:
     beside.close()
 
 
-def test_one_program_to_choose_and_one_to_learn(tiny_run: Maker) -> None:
+def test_two_programs(tiny_run: Maker) -> None:
+    """There is one program to choose and one to learn."""
     for program in (insert, learn, learn_and_act):
         program.clear_cache()
     trainer = at_step(overlapped(tiny_run("wsrl", offline_steps=0)), 60)
@@ -82,9 +85,8 @@ def test_one_program_to_choose_and_one_to_learn(tiny_run: Maker) -> None:
     trainer.close()
 
 
-def test_stopped_and_resumed_equals_never_stopped(
-    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_and_resume(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stopped and resumed equals one never stopped."""
     run = overlapped(tiny_run("calql", offline_steps=20, online_steps=240), log_every=15)
     assert session.train(run, tmp_path / "whole")
     train_interrupted(run, tmp_path / "parts", monkeypatch, [StopAt("online", 120), StopAt("online", 180)])

@@ -52,7 +52,8 @@ def written(env: gym.Env, steps: int, root: Path) -> datasets.Dataset:
     return datasets.load(folder, task=Task("own", has_success=True), cache=False)
 
 
-def test_a_robot_registered_by_its_class_that_reports_success_in_an_array(tmp_path: Path) -> None:
+def test_robot_class_array_success(tmp_path: Path) -> None:
+    """A robot registered by its class may report success in an array."""
     gym.register(ARM, entry_point=Arm, max_episode_steps=5)
     data = written(gym.make(ARM), 6, tmp_path)
     assert data.info.episode_success is not None and data.info.episode_success.tolist() == [True, True]
@@ -68,7 +69,8 @@ def test_a_robot_registered_by_its_class_that_reports_success_in_an_array(tmp_pa
     env.close()
 
 
-def test_environments_are_the_same_if_their_specifications_read_alike_in_json(tmp_path: Path) -> None:
+def test_same_environment_by_json(tmp_path: Path) -> None:
+    """Environments are the same if their specifications read alike in JSON."""
     shaped = ReshapeObservation(gym.make("InvertedPendulum-v5"), (2, 2))
     assert shaped.spec is not None
     its = {"entry_point": shaped.spec.entry_point, "additional_wrappers": shaped.spec.additional_wrappers}
@@ -81,7 +83,8 @@ def test_environments_are_the_same_if_their_specifications_read_alike_in_json(tm
     assert not envs.same_environment(CLOCK, about)
 
 
-def test_wrappers_of_our_own_in_a_file_are_none_of_the_environments() -> None:
+def test_own_wrappers_ignored() -> None:
+    """Wrappers of our own in a file are none of the environment's."""
     env = envs.make("InvertedPendulum-v5")
     assert env.spec is not None and env.spec.additional_wrappers
     spec = files.env_spec({"env_spec": env.spec.to_json(), "dataset_id": "own/set-v0"})
@@ -89,7 +92,8 @@ def test_wrappers_of_our_own_in_a_file_are_none_of_the_environments() -> None:
     env.close()
 
 
-def test_wrappers_that_a_dataset_was_recorded_through_are_named_not_dropped(tmp_path: Path) -> None:
+def test_recording_wrappers_named(tmp_path: Path) -> None:
+    """Wrappers that a dataset was recorded through are named, not dropped."""
     env = TimeAwareObservation(gym.make("InvertedPendulum-v5"))
     about = written(env, 20, tmp_path).info
     with pytest.raises(EnvironmentMismatchError, match=r"wrappers around it \(TimeAwareObservation\).*--env module:ID"):
@@ -105,7 +109,8 @@ def test_wrappers_that_a_dataset_was_recorded_through_are_named_not_dropped(tmp_
     env.close()
 
 
-def test_images_of_cameras_are_recorded_with_the_environment_that_renders_them(rendering: None, tmp_path: Path) -> None:
+def test_camera_images_recorded(rendering: None, tmp_path: Path) -> None:
+    """Images of cameras are recorded with the environment that renders them."""
     env = envs.CameraObservation(gym.make("InvertedPendulum-v5"), {"free": (16, 16)})
     data = written(env, 5, tmp_path)
     assert data.arrays["observations"]["free"].shape == (data.size, 16, 16, 3)
@@ -116,7 +121,8 @@ def test_images_of_cameras_are_recorded_with_the_environment_that_renders_them(r
     env.close()
 
 
-def test_nothing_is_recorded_from_an_environment_of_o2os_own() -> None:
+def test_o2o_env_not_recorded() -> None:
+    """Nothing is recorded from an environment of o2o's own."""
     env = envs.make("InvertedPendulum-v5")
     with pytest.raises(DatasetError, match=r"make it with gymnasium.make \(for images, o2o.envs.CameraObservation"):
         next(datasets.record(env, lambda *_: np.zeros(1, np.float32), 5))

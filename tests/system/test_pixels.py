@@ -58,9 +58,8 @@ def agent_of(path: Path) -> tuple[list[np.ndarray], Any]:
     return [np.asarray(data(leaf)) for leaf in found], replay
 
 
-def test_pre_trained_and_fine_tuned_on_images_killed_resumed_and_evaluated(
-    pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pixel_run_end_to_end(pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on images is pre-trained, fine-tuned, killed, resumed and evaluated."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert session.train(pixel_run(pixels), whole)
     listen = session.Session._metrics
@@ -87,7 +86,8 @@ def test_pre_trained_and_fine_tuned_on_images_killed_resumed_and_evaluated(
     assert len(rows) == 1 and rows[0]["length"] > 0
 
 
-def test_what_does_not_fit_is_said_before_any_step(pixels: str, tmp_path: Path) -> None:
+def test_misfit_refused(pixels: str, tmp_path: Path) -> None:
+    """What does not fit is reported before any step."""
     run = pixel_run(pixels)
     with pytest.raises(ConfigError, match="has no camera 'wrist'; it has free"):
         session.train(dataclasses.replace(run, cameras=("wrist",)), tmp_path / "unknown")

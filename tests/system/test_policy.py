@@ -54,14 +54,16 @@ def evaluated(path: Path, seed: int) -> dict[str, Any]:
     return {"return": row["return"], "length": row["length"]}
 
 
-def test_an_episode_by_hand_is_the_evaluations(dense: Maker, tmp_path: Path) -> None:
+def test_episode_by_hand(dense: Maker, tmp_path: Path) -> None:
+    """An episode by hand is the evaluation's."""
     assert session.train(dense("bc", normalize=True, action_range="data"), tmp_path / "run")
     found = [by_hand(tmp_path / "run", seed) for seed in (3, 4)]
     assert found == [evaluated(tmp_path / "run", seed) for seed in (3, 4)]
     assert found[0]["return"] != found[1]["return"]
 
 
-def test_each_seed_has_its_own_policy(dense: Maker, tmp_path: Path) -> None:
+def test_policy_per_seed(dense: Maker, tmp_path: Path) -> None:
+    """Each seed has its own policy."""
     assert session.train(dense("bc", seeds=2), tmp_path / "run")
     found = [by_hand(tmp_path / "run", 3, index) for index in range(2)]
     assert found[0]["return"] != found[1]["return"]
@@ -72,7 +74,8 @@ def test_each_seed_has_its_own_policy(dense: Maker, tmp_path: Path) -> None:
     trainer.close()
 
 
-def test_so_it_is_with_history_and_chunks_and_on_top_of_a_base(dense: Maker, tmp_path: Path) -> None:
+def test_history_chunks_and_base(dense: Maker, tmp_path: Path) -> None:
+    """An episode by hand is the evaluation's with history and chunks and on top of a base, too."""
     base = dense("diffusion_bc", CHUNKED, history=2, normalize=True)
     assert session.train(base, tmp_path / "base")
     assert by_hand(tmp_path / "base", 3) == evaluated(tmp_path / "base", 3)
@@ -81,7 +84,8 @@ def test_so_it_is_with_history_and_chunks_and_on_top_of_a_base(dense: Maker, tmp
     assert by_hand(tmp_path / "run", 3) == evaluated(tmp_path / "run", 3)
 
 
-def test_which_checkpoint_and_what_it_refuses(dense: Maker, tmp_path: Path) -> None:
+def test_checkpoint_choice(dense: Maker, tmp_path: Path) -> None:
+    """The policy is that of the checkpoint asked for, and refuses what does not fit it."""
     run = dense("bc", offline_steps=40)
     loop = dataclasses.replace(run.loop, checkpoint_every=20, log_every=20)
     assert session.train(dataclasses.replace(run, loop=loop), tmp_path / "run")

@@ -33,7 +33,8 @@ class Stubborn(Exception):
         super().__init__(reason)
 
 
-def test_what_cannot_travel_is_refused_in_one_line() -> None:
+def test_unsendable_refused() -> None:
+    """What cannot travel is refused in one line."""
     lock = threading.Lock()
     with pytest.raises(
         ConfigError, match=r"env_fn cannot go to another process .*_thread.lock.*: let env_fn"
@@ -84,7 +85,8 @@ def echo(connection: object) -> None:
         answer(connection, work)  # type: ignore[arg-type]
 
 
-def test_none_outlives_a_killed_parent() -> None:
+def test_killed_parent_ends_child() -> None:
+    """No process outlives a killed parent."""
     code = (
         "import time; from o2o.train.processes import Child\n"
         "child = Child('tests.system.test_processes:echo', 'x'); child.send(1); child.receive()\n"
@@ -107,7 +109,8 @@ def test_none_outlives_a_killed_parent() -> None:
     assert within(10, stopped), "nobody waits for an orphan here but init"
 
 
-def test_an_answer_that_was_broken_off_is_never_taken_for_another() -> None:
+def test_broken_off_answer() -> None:
+    """An answer that was broken off is never taken for another."""
     child = Child("tests.system.test_processes:echo", "the echo")
     child.ask("first")
     with pytest.raises(EnvironmentFaultError, match="was interrupted: resume the run"):
@@ -119,7 +122,8 @@ def hang(_: object) -> None:
     time.sleep(60)
 
 
-def test_several_that_hang_have_their_patience_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes that hang have their patience together."""
     monkeypatch.setattr(processes, "PATIENCE_S", 2.0)
     children = [Child("tests.system.test_processes:hang", "the deaf") for _ in range(4)]
     began = time.monotonic()
@@ -128,7 +132,8 @@ def test_several_that_hang_have_their_patience_together(monkeypatch: pytest.Monk
     assert all(gone(child.process.pid) and not child.close.alive for child in children)
 
 
-def test_an_interrupted_wait_ends_them_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_wait_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted wait ends all processes at once."""
     children = [Child("tests.system.test_processes:hang", "the deaf") for _ in range(3)]
 
     def interrupt(_: float) -> None:
@@ -142,7 +147,8 @@ def test_an_interrupted_wait_ends_them_all_at_once(monkeypatch: pytest.MonkeyPat
     assert within(10, lambda: all(child.process.poll() is not None for child in children))
 
 
-def test_one_that_is_forgotten_ends() -> None:
+def test_forgotten_child_ends() -> None:
+    """A process that is forgotten ends."""
     child = Child("tests.system.test_processes:echo", "the echo")
     pid, closed = child.process.pid, child.close
     del child

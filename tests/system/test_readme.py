@@ -20,7 +20,8 @@ README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_example_works(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_works(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's example works."""
     code = BLOCKS[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
     shorter = code.replace("3_000", "30")
@@ -32,7 +33,8 @@ def test_the_example_works(embedded: str, capsys: pytest.CaptureFixture[str]) ->
     assert trainer.counters.offline_steps == 30 and trainer.counters.env_steps == 30  # pyright: ignore
 
 
-def test_the_parts_below_work_on_their_own(embedded: str) -> None:
+def test_parts_work_alone(embedded: str) -> None:
+    """The parts below the example work on their own."""
     assert embedded in BLOCKS[1]
     scope: dict[str, Any] = {}
     exec(compile(BLOCKS[1], "README.md", "exec"), scope)
@@ -60,9 +62,10 @@ def teleoperate(observation, rng):
 @pytest.mark.parametrize(
     ("patience", "ends", "kept"), [(1000, "", 28), (18, "KeyboardInterrupt", 14), (18, "OSError", 14)]
 )
-def test_demonstrations_become_a_dataset_of_the_robot(
+def test_demonstrations_become_dataset(
     patience: int, ends: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Demonstrations become a dataset of the robot."""
     (tmp_path / "my_robot.py").write_text(ROBOT.format(patience=patience, ends=ends))
     monkeypatch.syspath_prepend(tmp_path)
     for known, name in ((sys.modules, "my_robot"), (gymnasium.registry, "MyArm-v0")):
@@ -84,9 +87,10 @@ def test_demonstrations_become_a_dataset_of_the_robot(
     env.close()
 
 
-def test_a_trained_policy_acts_in_a_loop_of_ones_own(
+def test_policy_in_own_loop(
     tiny_run: Callable[..., session.RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A trained policy acts in a loop of one's own."""
     monkeypatch.chdir(tmp_path)
     assert session.train(tiny_run("bc", online_steps=0), Path("runs/mine"))
     scope: dict[str, Any] = {}

@@ -91,7 +91,8 @@ def played(folder: Path, task: Task, episodes: int, limit: int = 6, names: bool 
 
 
 @pytest.mark.parametrize("ends_on_success", [True, False])
-def test_dict_images_takeovers_and_ends_come_back_as_the_buffer_had_them(ends_on_success: bool, tmp_path: Path) -> None:
+def test_recorded_rows_match_buffer(ends_on_success: bool, tmp_path: Path) -> None:
+    """Dicts, images, takeovers and ends come back as the buffer had them."""
     task = Task("bench", has_success=True, terminate_on_success=ends_on_success, reward_scale=10.0, reward_bias=-5.0)
     rows = played(tmp_path / EPISODES, task, 3)
     assert len(rows["rewards"]) == 3 * (4 if ends_on_success else 6)
@@ -113,7 +114,8 @@ def test_dict_images_takeovers_and_ends_come_back_as_the_buffer_had_them(ends_on
     assert datasets.check(folder) == ["no env_spec: the environment cannot be recovered, give one with --env ID"]
 
 
-def test_an_episode_that_is_broken_off_is_not_recorded(tmp_path: Path) -> None:
+def test_broken_off_episode(tmp_path: Path) -> None:
+    """An episode that is broken off is not recorded."""
     env = Recorder(Bench(), tmp_path / EPISODES, Task("bench"))
     env.reset()
     env.step(np.asarray([1.0, 0.5], np.float32))
@@ -123,14 +125,16 @@ def test_an_episode_that_is_broken_off_is_not_recorded(tmp_path: Path) -> None:
         export(tmp_path)
 
 
-def test_without_names_episodes_are_counted_behind_those_there(tmp_path: Path) -> None:
+def test_unnamed_episodes_counted(tmp_path: Path) -> None:
+    """Episodes without names are counted behind those there."""
     played(tmp_path / EPISODES, Task("bench", has_success=True), 2, names=False)
     played(tmp_path / EPISODES, Task("bench", has_success=True), 1, names=False)
     assert sorted(path.name for path in (tmp_path / EPISODES).glob("*.npz")) == ["0.npz", "1.npz", "2.npz"]
     assert datasets.info(export(tmp_path)).episodes == 3
 
 
-def test_an_episode_of_a_name_that_is_taken_is_kept_beside_the_first(tmp_path: Path) -> None:
+def test_taken_episode_name(tmp_path: Path) -> None:
+    """An episode of a name that is taken is kept beside the first."""
     task = Task("bench", has_success=True)
     played(tmp_path / EPISODES, task, 2)
     first = datasets.load(export(tmp_path), cache=False)
@@ -139,7 +143,8 @@ def test_an_episode_of_a_name_that_is_taken_is_kept_beside_the_first(tmp_path: P
     assert (first.info.episodes, second.info.episodes) == (2, 4) and (first.size, second.size) == (12, 12 + 10)
 
 
-def test_forget_cuts_behind_the_episode_under_way(tmp_path: Path) -> None:
+def test_forget_later_episodes(tmp_path: Path) -> None:
+    """`forget` cuts behind the episode under way."""
     folder = tmp_path / EPISODES
     folder.mkdir()
     for name in ("0-0-0-2", "0-0-0-10", "0-0-0-11", "0-0-1-0", "0-0-2-0"):
@@ -148,7 +153,8 @@ def test_forget_cuts_behind_the_episode_under_way(tmp_path: Path) -> None:
     assert sorted(path.stem for path in folder.glob("*.npz")) == ["0-0-0-10", "0-0-0-2", "0-0-1-0"]
 
 
-def test_a_kill_while_writing_leaves_no_half_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_half_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that breaks off leaves no half episode."""
     task = Task("bench", has_success=True)
     played(tmp_path / EPISODES, task, 1)
     whole = (tmp_path / EPISODES / "3-0-1-0.npz").read_bytes()
@@ -167,7 +173,8 @@ def test_a_kill_while_writing_leaves_no_half_episode(tmp_path: Path, monkeypatch
         export(tmp_path)
 
 
-def test_a_header_that_a_power_cut_emptied_is_one_clear_line(tmp_path: Path) -> None:
+def test_empty_header(tmp_path: Path) -> None:
+    """A header that a power cut emptied is one clear line."""
     played(tmp_path / EPISODES, Task("bench", has_success=True), 1)
     (tmp_path / EPISODES / "environment.json").write_bytes(b"")
     for reading in (lambda: export(tmp_path), lambda: forget(tmp_path, {})):
@@ -177,7 +184,8 @@ def test_a_header_that_a_power_cut_emptied_is_one_clear_line(tmp_path: Path) -> 
     assert len(list((tmp_path / EPISODES).glob("*.npz"))) == 1
 
 
-def test_another_root_is_never_overwritten_and_ids_are_checked(tmp_path: Path) -> None:
+def test_export_never_overwrites(tmp_path: Path) -> None:
+    """Another root is never overwritten, and ids are checked."""
     played(tmp_path / "run" / EPISODES, Task("bench", has_success=True), 1)
     root = tmp_path / "elsewhere"
     assert export(tmp_path / "run", "mine/bench-v0", root) == root / "mine/bench-v0"
@@ -189,9 +197,8 @@ def test_another_root_is_never_overwritten_and_ids_are_checked(tmp_path: Path) -
     assert (tmp_path / "run" / EPISODES).is_dir()
 
 
-def test_a_run_stopped_and_resumed_records_what_its_buffer_holds(
-    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_recording(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stopped and resumed records what its buffer holds."""
     loop = LoopConfig(eval_every=1000, eval_episodes=1, log_every=15, checkpoint_every=10_000, updates_per_dispatch=10)
     run = tiny_run("wsrl", seeds=2, offline_steps=10, online_steps=320, loop=loop, record=True)
     original, trainers = session.Session._metrics, list[Trainer]()
@@ -247,6 +254,7 @@ def test_a_run_stopped_and_resumed_records_what_its_buffer_holds(
     assert again["algorithm_name"] == "wsrl" and export(path) == folder
 
 
-def test_without_record_nothing_is_written(tiny_run: Maker, tmp_path: Path) -> None:
+def test_no_recording_by_default(tiny_run: Maker, tmp_path: Path) -> None:
+    """Nothing is written without `record`."""
     session.train(tiny_run("bc", offline_steps=10, online_steps=10), tmp_path / "run")
     assert not (tmp_path / "run" / EPISODES).exists()

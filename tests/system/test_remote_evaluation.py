@@ -75,7 +75,8 @@ def pid_of(evaluator: RemoteEvaluator) -> int:
     return child.process.pid
 
 
-def test_a_stop_is_seen_before_the_episodes_of_a_call(here: Evaluator, there: RemoteEvaluator) -> None:
+def test_stop_before_episodes(here: Evaluator, there: RemoteEvaluator) -> None:
+    """A stop is seen before the episodes of a call."""
     agents = stack(STILL, STEADY)
     assert there.until_stopped(agents, None, 3) == here.until_stopped(agents, None, 3) == here(agents, None, 3)
     for evaluator in (here, there):
@@ -84,7 +85,8 @@ def test_a_stop_is_seen_before_the_episodes_of_a_call(here: Evaluator, there: Re
         evaluator.should_stop = lambda: False
 
 
-def test_rows_are_the_same_to_the_last_bit(here: Evaluator, there: RemoteEvaluator) -> None:
+def test_rows_are_bitwise_equal(here: Evaluator, there: RemoteEvaluator) -> None:
+    """Rows are the same to the last bit as without the process."""
     agents, others = stack(STILL, STEADY), stack(Counting(gains=jnp.full(4, 0.1)), Counting(gains=jnp.full(4, 0.2)))
     scale = Normalizer(mean=jnp.full(4, 0.01), std=jnp.full(4, 1.5))
     for agent, normalizer, point, deterministic in (
@@ -98,7 +100,8 @@ def test_rows_are_the_same_to_the_last_bit(here: Evaluator, there: RemoteEvaluat
         assert expected[0]["normalized"] == expected[0]["return"] / 10
 
 
-def test_who_asks_does_not_wait_and_rows_come_in_order(here: Evaluator, there: RemoteEvaluator) -> None:
+def test_ask_does_not_wait(here: Evaluator, there: RemoteEvaluator) -> None:
+    """Who asks does not wait, and rows come in order."""
     agents = stack(STILL, STEADY)
     there(agents, None, 0)
     os.kill(pid_of(there), signal.SIGSTOP)
@@ -113,9 +116,8 @@ def test_who_asks_does_not_wait_and_rows_come_in_order(here: Evaluator, there: R
     assert there.take(wait=True) == []
 
 
-def test_a_failing_environment_is_named_and_the_others_rows_are_not_lost(
-    here: Evaluator, there: RemoteEvaluator
-) -> None:
+def test_failing_environment_named(here: Evaluator, there: RemoteEvaluator) -> None:
+    """A failing environment is named, and the others' rows are not lost."""
     agents, bad = stack(STILL, STEADY), stack(BAD, BAD)
     there.ask(bad, None, 0, about={"env_steps": 5, "gradient_steps": 8})
     there.ask(agents, None, 1, about="kept")
@@ -130,7 +132,8 @@ def test_a_failing_environment_is_named_and_the_others_rows_are_not_lost(
     assert there.take(wait=True) == [("kept", here(agents, None, 1))]
 
 
-def test_a_killed_process_is_named_and_replaced(here: Evaluator, there: RemoteEvaluator) -> None:
+def test_killed_process_replaced(here: Evaluator, there: RemoteEvaluator) -> None:
+    """A killed process is named and replaced."""
     agents = stack(STILL, STEADY)
     there.ask(agents, None, 0, about={"env_steps": 5, "gradient_steps": 8})
     os.kill(pid_of(there), signal.SIGKILL)
@@ -146,7 +149,8 @@ def test_a_killed_process_is_named_and_replaced(here: Evaluator, there: RemoteEv
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_what_cannot_go_there_is_refused_at_once() -> None:
+def test_unsendable_refused() -> None:
+    """What cannot go to the process is refused at once."""
     env = envs.make("InvertedPendulum-v5")
     lock = threading.Lock()
     with pytest.raises(ConfigError, match=r"env_fn cannot go .* or set loop\.eval_process to False"):
@@ -154,9 +158,8 @@ def test_what_cannot_go_there_is_refused_at_once() -> None:
     env.close()
 
 
-def test_training_goes_on_meanwhile_and_a_failure_leaves_the_run_saved(
-    tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_training_during_evaluation(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Training goes on meanwhile, and a failure leaves the run saved."""
     run = tiny_run("bc", online_steps=100)
     run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=True, eval_every=10_000))
     reported: list[tuple[int, int]] = []
@@ -191,9 +194,10 @@ def test_training_goes_on_meanwhile_and_a_failure_leaves_the_run_saved(
     folder.close()
 
 
-def test_a_checkpoint_waits_for_earlier_evaluations_only_and_has_its_score_later(
+def test_checkpoint_scored_later(
     tiny_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A checkpoint waits for earlier evaluations only and has its score later."""
     run = tiny_run("wsrl", offline_steps=20, online_steps=120, keep_checkpoints=9)
     run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_every=40, checkpoint_every=40))
     assert session.train(run, tmp_path / "whole")
@@ -234,9 +238,10 @@ def broken(evaluation: bool) -> gymnasium.Env:
     raise EnvironmentFaultError("no such robot")
 
 
-def test_a_run_with_processes_equals_one_without(
+def test_run_with_processes(
     tiny_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run with processes equals one without."""
     run = tiny_run("wsrl", seeds=2, offline_steps=0, online_steps=240, record=True)
     loop = dataclasses.replace(run.loop, eval_every=60, log_every=15)
     assert session.train(dataclasses.replace(run, loop=loop), tmp_path / "whole")

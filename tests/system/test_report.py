@@ -26,15 +26,15 @@ def evaluations(*steps: tuple[str, int, int]) -> list[Point]:
         (5000, [("warmup", 10, 0), ("online", 100, 5900)], None),
     ],
 )
-def test_the_early_column_counts_updates_after_the_initial_ones(
-    initial: int, steps: list[tuple[str, int, int]], early: int | None
-) -> None:
+def test_early_column(initial: int, steps: list[tuple[str, int, int]], early: int | None) -> None:
+    """The early column counts updates after the initial ones."""
     found = stages(evaluations(*steps), initial)["early"]
     assert (found and found.env_steps) == early
 
 
 @pytest.mark.parametrize(("initial", "column"), [(0, "20 %"), (1000, "90 %")])
-def test_a_report_takes_the_initial_updates_from_the_runs_config(tmp_path: Path, initial: int, column: str) -> None:
+def test_initial_updates_from_config(tmp_path: Path, initial: int, column: str) -> None:
+    """A report takes the initial updates from the run's config."""
     tasks = (BenchTask("demo/pen-v0"), BenchTask("demo/door-v0"))
     suite = Suite("tiny", "One method.", tasks, (Variant("residual", "residual"),), seeds=1, online_steps=500)
     config: dict[str, Any] = {"config": {"online": {"initial_updates": initial}}}

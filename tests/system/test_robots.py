@@ -44,10 +44,13 @@ def body(embedded: str, monkeypatch: pytest.MonkeyPatch) -> tuple[type, list[str
 
 
 @pytest.mark.parametrize("agent", ["wsrl", "calql"])
-def test_a_failing_reset_costs_no_transition(
+def test_failing_reset_keeps_transitions(
     agent: str, body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two seeds; the first ends an episode and cannot begin the next. What was played is stored, the other goes on."""
+    """A failing reset costs no transition.
+
+    Two seeds; the first ends an episode and cannot begin the next. What was played is stored, the other goes on.
+    """
     kind, done = body
     run = tiny_run(agent, seeds=2, offline_steps=10, online_steps=600)
     first = session.build(run)
@@ -98,9 +101,8 @@ def test_a_failing_reset_costs_no_transition(
     second.close()
 
 
-def test_a_first_reset_that_fails_leaves_the_trainer_before_the_switch(
-    body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_first_reset(body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first reset that fails leaves the trainer before the switch."""
     trainer = session.build(tiny_run("wsrl", offline_steps=10))
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: [])
     trainer.offline(10)
@@ -117,9 +119,8 @@ def test_a_first_reset_that_fails_leaves_the_trainer_before_the_switch(
     trainer.close()
 
 
-def test_only_who_trains_a_run_moves_its_environments(
-    body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path
-) -> None:
+def test_only_trainer_moves_environments(body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path) -> None:
+    """Only who trains a run moves its environments."""
     run = tiny_run("calql", offline_steps=10, online_steps=40)
     assert session.train(run, tmp_path / "run")
     whole = session.build(run)
@@ -141,10 +142,13 @@ def test_only_who_trains_a_run_moves_its_environments(
     assert done.count("step") == rows[0]["length"] and done.count("reset") == 1
 
 
-def test_where_the_reset_differs_no_action_is_played(
+def test_differing_reset_plays_no_action(
     body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A robot never stands exactly where it stood, whether or not its metadata says that it cannot be replayed."""
+    """Where the reset differs, no action is played.
+
+    A robot never stands exactly where it stood, whether or not its metadata says that it cannot be replayed.
+    """
     kind, done = body
     run = tiny_run("wsrl", offline_steps=10, online_steps=60)
     first = session.build(run)
@@ -170,10 +174,13 @@ def test_where_the_reset_differs_no_action_is_played(
 
 
 @pytest.mark.parametrize("robot", [True, False])
-def test_what_a_robot_recorded_is_kept_when_a_killed_run_is_resumed(
+def test_robot_recording_survives_kill(
     robot: bool, body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process dies behind two episodes and before any checkpoint online; only a simulator plays them again."""
+    """What a robot recorded is kept when a killed run is resumed.
+
+    The process dies behind two episodes and before any checkpoint online; only a simulator plays them again.
+    """
     if robot:
         monkeypatch.setitem(body[0].metadata, "replayable", False)  # type: ignore[attr-defined]
     loop = LoopConfig(eval_every=0, eval_episodes=1, log_every=25, checkpoint_every=10_000, updates_per_dispatch=10)
@@ -198,10 +205,13 @@ def test_what_a_robot_recorded_is_kept_when_a_killed_run_is_resumed(
         assert before.items() <= after.items()
 
 
-def test_evaluation_ends_the_episode_that_it_would_spoil(
+def test_evaluation_ends_episode(
     body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One arm: one evaluation episode at a time, then training begins an episode; nothing of the half one is lost."""
+    """Evaluation ends the episode that it would spoil.
+
+    One arm: one evaluation episode at a time, then training begins an episode; nothing of the half one is lost.
+    """
     kind, _ = body
     monkeypatch.setitem(kind.metadata, "replayable", False)  # type: ignore[attr-defined]
     made = list[Any]()
@@ -248,10 +258,11 @@ def test_evaluation_ends_the_episode_that_it_would_spoil(
     refused.close()
 
 
-def test_a_robot_that_cannot_be_put_back_is_not_moved_on(
-    body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first reset works, the second fails; mended, it begins an episode and ends the half one."""
+def test_failing_second_reset(body: tuple[type, list[str]], tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robot that cannot be put back is not moved on.
+
+    The first reset works, the second fails; mended, it begins an episode and ends the half one.
+    """
     kind, done = body
     monkeypatch.setitem(kind.metadata, "replayable", False)  # type: ignore[attr-defined]
     run = tiny_run("wsrl", offline_steps=10, online_steps=60)
@@ -280,9 +291,10 @@ def test_a_robot_that_cannot_be_put_back_is_not_moved_on(
     second.close()
 
 
-def test_a_robots_last_half_episode_is_in_the_exported_dataset(
+def test_half_episode_exported(
     body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A robot's last half episode is in the exported dataset."""
     monkeypatch.setitem(body[0].metadata, "replayable", False)  # type: ignore[attr-defined]
     run = tiny_run("bc", offline_steps=10, online_steps=30, record=True)
     assert session.train(run, tmp_path / "run")
@@ -293,10 +305,13 @@ def test_a_robots_last_half_episode_is_in_the_exported_dataset(
     assert not (tmp_path / "beside").exists()
 
 
-def test_episodes_behind_an_inexact_resume_are_counted_on(
+def test_episode_count_after_resume(
     body: tuple[type, list[str]], tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three lives of a simulator, the second of another version: nothing that is in the replay is deleted."""
+    """Episodes behind an inexact resume are counted on.
+
+    Three lives of a simulator, the second of another version: nothing that is in the replay is deleted.
+    """
     kind, _ = body
     loop = LoopConfig(eval_every=0, eval_episodes=1, log_every=25, checkpoint_every=200, updates_per_dispatch=10)
     run, path = tiny_run("bc", offline_steps=10, online_steps=1200, loop=loop, record=True), tmp_path / "run"
@@ -329,7 +344,8 @@ def test_episodes_behind_an_inexact_resume_are_counted_on(
     assert numbers == list(range(len(numbers)))
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tiny_run: Maker, tmp_path: Path) -> None:
+def test_one_process_per_run(tiny_run: Maker, tmp_path: Path) -> None:
+    """A run is trained by one process at a time."""
     run, path = tiny_run("bc", offline_steps=10, online_steps=0), tmp_path / "run"
     assert session.train(run, path)
     rows = read_rows(path / "metrics.jsonl")
@@ -342,7 +358,8 @@ def test_a_run_is_trained_by_one_process_at_a_time(tiny_run: Maker, tmp_path: Pa
     assert session.resume(path)
 
 
-def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tiny_run: Maker, tmp_path: Path) -> None:
+def test_best_checkpoint_was_evaluated(tiny_run: Maker, tmp_path: Path) -> None:
+    """Only a checkpoint that was evaluated can be the best."""
     loop = LoopConfig(eval_every=40, eval_episodes=1, log_every=25, checkpoint_every=30, updates_per_dispatch=10)
     run = tiny_run("bc", offline_steps=10, online_steps=130, loop=loop, keep_checkpoints=9)
     assert session.train(run, tmp_path / "run")
@@ -360,11 +377,13 @@ def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tiny_run: Maker, t
     [("eval_every", -1, 0), ("updates_per_dispatch", 0, 1), ("log_every", 0, 1), ("checkpoint_every", 0, 1),
      ("eval_episodes", 0, 1), ("device_bytes", -5, 0), ("env_processes", -1, 0)],
 )  # fmt: skip
-def test_schedules_that_cannot_be_are_refused_at_once(field: str, value: int, least: int) -> None:
+def test_impossible_schedules_refused(field: str, value: int, least: int) -> None:
+    """Schedules that cannot be are refused at once."""
     with pytest.raises(ConfigError, match=rf"loop\.{field} is {value}; expected at least {least}"):
         LoopConfig(**{field: value})
 
 
-def test_no_evaluation_every_so_often_leaves_those_at_turning_points() -> None:
+def test_no_regular_evaluation() -> None:
+    """Evaluations at turning points remain where there are no regular ones."""
     points = evaluation_steps(LoopConfig(eval_every=0), OnlineConfig(utd_ratio=4, warmup_steps=5000), 10_000)
     assert points == {5000, 5001 + 250, 10_000}

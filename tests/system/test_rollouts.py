@@ -37,8 +37,11 @@ def ppo(tiny_run: Maker) -> Trainer:
     return trainer
 
 
-def test_a_rollout_is_in_order_of_time_and_joins_no_episodes(ppo: Trainer) -> None:
-    """11 vector steps of an unfinished rollout: each next observation is the next row's, but at an episode's end."""
+def test_rollout_time_order(ppo: Trainer) -> None:
+    """A rollout is in order of time and joins no episodes.
+
+    11 vector steps of an unfinished rollout: each next observation is the next row's, but at an episode's end.
+    """
     ppo.loop = replace(ppo.loop, eval_every=1_000)
     ppo.begin_online(22)
     ppo.choose_actions()
@@ -70,8 +73,11 @@ def test_counters_updates_and_compilations(ppo: Trainer, tiny_run: Maker) -> Non
     ppo.close()
 
 
-def test_evaluations_are_where_they_were_asked_for(tiny_run: Maker, tmp_path: Path) -> None:
-    """With 4 environments, steps come in fours: 50 is evaluated at 52, the end at 80."""
+def test_evaluation_steps(tiny_run: Maker, tmp_path: Path) -> None:
+    """Evaluations are where they were asked for.
+
+    With 4 environments, steps come in fours: 50 is evaluated at 52, the end at 80.
+    """
     points = evaluation_steps(LoopConfig(eval_every=50), OnlineConfig(replay="rollout"), 80)
     assert points == {50, 80}
     run = tiny_run("ppo", (("online.num_envs", 4), ("online.rollout_steps", 24)), offline_steps=0)
@@ -84,11 +90,14 @@ def test_evaluations_are_where_they_were_asked_for(tiny_run: Maker, tmp_path: Pa
     ("agent", "fields", "steps", "stops"),
     [("ppo", SMALL, 20, [StopAt("online", 50)]), ("uni_o4", STAGED, 45, [StopAt("offline", 34), StopAt("online", 30)])],
 )
-def test_stopped_and_resumed_equals_never_stopped(
+def test_stop_and_resume(
     agent: str, fields: Any, steps: int, stops: list[StopAt], tiny_run: Maker, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Also in the middle of a rollout, and of a stage (gradient step 34 of 45 lies in the improvement)."""
+    """A run stopped and resumed equals one never stopped.
+
+    Also in the middle of a rollout, and of a stage (gradient step 34 of 45 lies in the improvement).
+    """
     loop = LoopConfig(eval_every=40, eval_episodes=1, log_every=6, checkpoint_every=10_000, updates_per_dispatch=4)
     run = tiny_run(agent, fields, seeds=2, offline_steps=steps, online_steps=80, loop=loop)
     assert session.train(run, tmp_path / "whole")
@@ -104,7 +113,8 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert session.evaluate_run(tmp_path / "parts", episodes=1)[0]["length"] > 0
 
 
-def test_a_run_that_cannot_be_replayed_cuts_the_episode_in_the_rollout(ppo: Trainer) -> None:
+def test_unreplayable_run_cuts_episode(ppo: Trainer) -> None:
+    """A run that cannot be replayed cuts the episode in the rollout."""
     ppo.begin_online(40)
     ppo.choose_actions()
     for _ in range(3):
@@ -128,7 +138,8 @@ class Staged(Agent):
 FIRST, LAST = Phase("first", 4), Phase("last", 6, check_every=2)
 
 
-def test_the_stage_of_a_step() -> None:
+def test_stage_of_step() -> None:
+    """Each step has its stage, and more steps than the stages have are refused."""
     assert plan(Staged(), 10) == [(FIRST, 0), (LAST, 4)]
     assert [phase_at(Staged(), 10, at) for at in (0, 1, 4, 5, 10)] == [FIRST, FIRST, FIRST, LAST, LAST]
     assert plan(Agent(), 7) == [(Phase("offline", 7), 0)] and phase_at(Agent(), 7, 3) == Phase("offline", 7)
@@ -136,7 +147,8 @@ def test_the_stage_of_a_step() -> None:
         plan(Staged(), 11)
 
 
-def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_candidate_goes_online(tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidate that is best in the environment goes online."""
     trainer = session.build(tiny_run("uni_o4", STAGED, seeds=2, offline_steps=45))
     played: list[Any] = []
 
@@ -157,7 +169,8 @@ def test_the_candidates_best_in_the_environment_goes_online(tiny_run: Maker, mon
     np.testing.assert_array_equal(np.stack(gone[-2:]), [0, 1])
 
 
-def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Path) -> None:
+def test_bad_settings_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """What cannot work is refused before a step."""
     uneven = r"rollout_steps is 24 with num_envs 5; expected a multiple"
     for agent in ("ppo", "uni_o4"):
         with pytest.raises(ConfigError, match=uneven):
@@ -174,7 +187,8 @@ def test_what_cannot_work_is_refused_before_a_step(tiny_run: Maker, tmp_path: Pa
         session.build(tiny_run("uni_o4", STAGED), few).offline(45)
 
 
-def test_ppo_learns_the_same_from_a_dataset_in_host_memory(tiny_run: Maker) -> None:
+def test_ppo_from_host_memory(tiny_run: Maker) -> None:
+    """PPO learns the same from a dataset in host memory."""
     agents = []
     for device_bytes in (None, 0):
         loop = LoopConfig(eval_every=0, eval_episodes=1, updates_per_dispatch=10, device_bytes=device_bytes)

@@ -58,7 +58,8 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_hang_up_is_a_signal_to_stop_unless_it_is_ignored() -> None:
+def test_hang_up_signal() -> None:
+    """A hang-up is a signal to stop unless it is ignored."""
     before = signal.signal(signal.SIGHUP, lambda *_: None)
     try:
         with StopFlag() as stop:
@@ -104,9 +105,8 @@ def assert_same_runs(
 
 
 @pytest.mark.parametrize("agent", ["wsrl", "calql"])
-def test_stopped_and_resumed_equals_never_stopped(
-    agent: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_and_resume(agent: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stopped and resumed equals one never stopped."""
     loop = LoopConfig(eval_every=60, eval_episodes=1, log_every=15, checkpoint_every=10_000, updates_per_dispatch=10)
     run = tiny_run(agent, seeds=2, offline_steps=60, online_steps=240, loop=loop)
     assert session.train(run, tmp_path / "whole")
@@ -114,7 +114,8 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=4)
 
 
-def test_killed_at_any_instant_goes_on_from_the_last_checkpoint(tiny_run: Maker, tmp_path: Path) -> None:
+def test_kill_and_resume(tiny_run: Maker, tmp_path: Path) -> None:
+    """A run killed at any instant goes on from the last checkpoint."""
     loop = LoopConfig(eval_every=100, eval_episodes=1, log_every=20, checkpoint_every=50, updates_per_dispatch=10)
     run = tiny_run("wsrl", offline_steps=100, online_steps=300, loop=loop)
     assert session.train(run, tmp_path / "whole")
@@ -140,9 +141,10 @@ def test_killed_at_any_instant_goes_on_from_the_last_checkpoint(tiny_run: Maker,
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_an_evaluation_that_fails_at_a_phases_end_is_played_when_resumed(
+def test_failed_evaluation_resumed(
     beside: bool, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An evaluation that fails at a phase's end is played when the run is resumed."""
     run = tiny_run("bc", offline_steps=20, online_steps=30)
     run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_process=beside))
     assert session.train(run, tmp_path / "whole")
@@ -166,7 +168,8 @@ def test_an_evaluation_that_fails_at_a_phases_end_is_played_when_resumed(
     assert checkpoint.best_step(tmp_path / "parts/checkpoints") == best is not None
 
 
-def test_run_folder_holds_what_it_should(tiny_run: Maker, tmp_path: Path) -> None:
+def test_run_folder_contents(tiny_run: Maker, tmp_path: Path) -> None:
+    """A run folder holds what it should."""
     loop = LoopConfig(eval_every=50, eval_episodes=2, log_every=20, checkpoint_every=20, updates_per_dispatch=10)
     run = tiny_run("wsrl", online_steps=60, loop=loop, keep_checkpoints=1)
     session.train(run, tmp_path / "run")
@@ -188,7 +191,8 @@ def test_run_folder_holds_what_it_should(tiny_run: Maker, tmp_path: Path) -> Non
     assert untimed(read_rows(tmp_path / "run" / "episodes.jsonl")) == untimed(rows)
 
 
-def test_checkpoint_of_another_shape_or_agent_is_refused(tiny_run: Maker, tmp_path: Path) -> None:
+def test_other_checkpoint_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """A checkpoint of another shape or agent is refused."""
     loop = LoopConfig(eval_every=1000, eval_episodes=1, checkpoint_every=10, updates_per_dispatch=10)
     session.train(tiny_run("wsrl", offline_steps=10, online_steps=0, loop=loop), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
@@ -208,7 +212,8 @@ def test_checkpoint_of_another_shape_or_agent_is_refused(tiny_run: Maker, tmp_pa
         session.open_run(tmp_path / "run")
 
 
-def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
+def test_wsrl_from_other_run(tiny_run: Maker, tmp_path: Path) -> None:
+    """WSRL starts from another run."""
     loop = LoopConfig(eval_every=1000, eval_episodes=1, checkpoint_every=1000, updates_per_dispatch=10)
     source = tiny_run("calql", offline_steps=20, online_steps=0, loop=loop)
     session.train(source, tmp_path / "calql")
@@ -235,8 +240,11 @@ def test_wsrl_starts_from_another_run(tiny_run: Maker, tmp_path: Path) -> None:
     assert not any((tmp_path / name).exists() for name in ("other", "shifted", "normalised", "actions"))
 
 
-def test_rows_of_two_normalisers_are_not_mixed(tiny_run: Maker, tmp_path: Path) -> None:
-    """The policy goes on under its own run's statistics: a dataset of other statistics may not join its batches."""
+def test_normalisers_not_mixed(tiny_run: Maker, tmp_path: Path) -> None:
+    """Rows of two normalisers are not mixed.
+
+    The policy goes on under its own run's statistics: a dataset of other statistics may not join its batches.
+    """
     session.train(tiny_run("calql", offline_steps=10, online_steps=0, normalize=True), tmp_path / "calql")
     about = {"online_steps": 30, "normalize": True, "init_from": str(tmp_path / "calql"), "std_floor": 1.0}
     mixed = tiny_run("wsrl", [("online.replay", "mixed")], **about)
@@ -264,9 +272,10 @@ class Breaking(gymnasium.Wrapper):
 
 
 @pytest.mark.parametrize(("how", "words"), [("raise", "gripper lost contact"), ("nan", "returned nan")])
-def test_a_failing_environment_leaves_the_run_saved(
+def test_failing_environment_saves_run(
     how: str, words: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A failing environment leaves the run saved."""
     run = tiny_run("wsrl", offline_steps=10, online_steps=60)
     built, made = gymnasium.make, []
 
@@ -287,9 +296,8 @@ def test_a_failing_environment_leaves_the_run_saved(
     assert read_status(tmp_path / "run") == "finished"
 
 
-def test_no_space_left_keeps_the_old_checkpoint(
-    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space_keeps_checkpoint(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old checkpoint is kept when no space is left."""
     session.train(tiny_run("wsrl", offline_steps=10, online_steps=0), tmp_path / "run")
     config, trainer = session.open_run(tmp_path / "run")
     full = os.statvfs(tmp_path)
@@ -320,7 +328,8 @@ def test_bad_folders_and_fields(tmp_path: Path, tiny_run: Maker) -> None:
     assert from_dict(type(run.config), to_dict(run.config)) == run.config
 
 
-def test_a_changed_dataset_is_noticed_at_resume(tiny_run: Maker, tmp_path: Path) -> None:
+def test_changed_dataset_noticed(tiny_run: Maker, tmp_path: Path) -> None:
+    """A changed dataset is noticed at resume."""
     session.train(tiny_run("bc", offline_steps=10, online_steps=0), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace(json.loads(path.read_text())["fingerprint"], "0" * 16))

@@ -30,10 +30,11 @@ def trained(run: RunConfig, heard: list[dict[str, Any]]) -> Trainer:
 
 
 @pytest.mark.parametrize(("agent", "fields"), [("wsrl", ()), ("iql", ()), ("ppo", PPO)], ids=["wsrl", "iql", "ppo"])
-def test_a_seed_beside_another_is_the_run_of_that_seed_alone(
-    agent: str, fields: Any, tiny_run: Callable[..., RunConfig]
-) -> None:
-    """Networks, stored transitions and evaluation episodes agree; the first seed's differ from them."""
+def test_seed_independent_of_others(agent: str, fields: Any, tiny_run: Callable[..., RunConfig]) -> None:
+    """A seed beside another is the run of that seed alone.
+
+    Networks, stored transitions and evaluation episodes agree; the first seed's differ from them.
+    """
     steps = {"offline_steps": 10, "online_steps": 48}
     beside, alone = [], []
     pair = trained(tiny_run(agent, fields, seed=3, seeds=2, **steps), beside)

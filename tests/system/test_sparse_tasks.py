@@ -58,7 +58,8 @@ def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     gym.registry.pop(ARM)
 
 
-def test_returns_of_failure_and_success_by_the_declared_rewards(arm: str) -> None:
+def test_returns_by_declared_rewards(arm: str) -> None:
+    """Returns of failure and success go by the declared rewards."""
     rows = datasets.load(arm, task=TASK).arrays
     assert TASK.failure_reward == -5.0
     assert rows["rewards"].tolist() == [-5, -5, 5, -5, -5, -5, -5, -5]
@@ -66,8 +67,11 @@ def test_returns_of_failure_and_success_by_the_declared_rewards(arm: str) -> Non
     np.testing.assert_allclose(rows["mc_returns"], [*SOLVED, -500.0, *FAILED], rtol=1e-6)
 
 
-def test_a_trajectory_of_one_success_is_no_failure(arm: str) -> None:
-    """Behind the first success of an episode that went on, every step may be one more, a trajectory of its own."""
+def test_single_success_trajectory(arm: str) -> None:
+    """A trajectory of one success is no failure.
+
+    Behind the first success of an episode that went on, every step may be one more, a trajectory of its own.
+    """
     about = datasets.info(arm)
     steps = np.arange(3) == 2
     more = datasets.Episode(
@@ -79,7 +83,8 @@ def test_a_trajectory_of_one_success_is_no_failure(arm: str) -> None:
     np.testing.assert_allclose(datasets.load("own/more-v0", task=TASK).arrays["mc_returns"], [-0.05, 5.0, 5.0])
 
 
-def test_failing_rewards_other_than_declared_are_refused(arm: str) -> None:
+def test_undeclared_rewards_refused(arm: str) -> None:
+    """Failing rewards other than the declared ones are refused."""
     words = r"own/arm-v0: episode 0, step 0 is no success and has the raw reward -1.0, .* arm declares 0.0"
     undeclared = replace(TASK, raw_failure_reward=0.0)
     with pytest.raises(DatasetError, match=words):
@@ -91,7 +96,8 @@ def test_failing_rewards_other_than_declared_are_refused(arm: str) -> None:
     assert maze.strange_failures([0.0, 1.0, 1.0, 0.5], [False, True, False, False]).tolist() == [3]
 
 
-def test_online_episodes_have_the_same_returns(arm: str) -> None:
+def test_online_returns_match(arm: str) -> None:
+    """Online episodes have the same returns."""
     run = session.preset_run("calql", arm, "small", env=ARM, loop=LoopConfig(eval_every=0, eval_episodes=1))
     widths = [(f"{network}_hidden_dims", (8,)) for network in ("actor", "critic")]
     config = session.with_fields(run.config, [*widths, ("batch_size", 8), ("num_critics", 2)])

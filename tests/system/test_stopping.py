@@ -72,10 +72,11 @@ def steps(embedded: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("agent", ["bc", "rlpd"])
 @pytest.mark.parametrize("which", [0, 1], ids=["the first evaluation", "the last one"])
-def test_a_signal_ends_an_evaluation_at_its_next_step(
-    which: int, agent: str, steps: dict[str, int], tiny_run: Maker, tmp_path: Path
-) -> None:
-    """The first one comes behind pre-training, or without any before all else; the last one behind all steps."""
+def test_signal_ends_evaluation(which: int, agent: str, steps: dict[str, int], tiny_run: Maker, tmp_path: Path) -> None:
+    """A signal ends an evaluation at its next step.
+
+    The first one comes behind pre-training, or without any before all else; the last one behind all steps.
+    """
     run = tiny_run(agent, offline_steps=10 if agent == "bc" else 0, online_steps=40, loop=LOOP)
     assert session.train(run, tmp_path / "whole")
     lengths = [row["length"] for row in read_rows(tmp_path / "whole" / "episodes.jsonl")]
@@ -89,10 +90,11 @@ def test_a_signal_ends_an_evaluation_at_its_next_step(
     assert written(tmp_path / "run") == written(tmp_path / "whole")
 
 
-def test_a_signal_ends_the_choice_of_candidates_and_a_resume_makes_it_anew(
-    steps: dict[str, int], tiny_run: Maker, tmp_path: Path
-) -> None:
-    """It comes one step before the second of two candidates has played its episode."""
+def test_signal_ends_candidate_choice(steps: dict[str, int], tiny_run: Maker, tmp_path: Path) -> None:
+    """A signal ends the choice of candidates, and a resume makes it anew.
+
+    It comes one step before the second of two candidates has played its episode.
+    """
     run = tiny_run("uni_o4", STAGED, offline_steps=45, online_steps=48, loop=LOOP)
     assert session.train(run, tmp_path / "whole")
     lengths = [row["length"] for row in read_rows(tmp_path / "whole" / "episodes.jsonl")]
@@ -117,9 +119,8 @@ def test_a_signal_ends_the_choice_of_candidates_and_a_resume_makes_it_anew(
     theirs.close()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kill_before_first_checkpoint(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed before its first checkpoint begins again."""
     run = tiny_run("rlpd", offline_steps=0, online_steps=200, loop=LOOP, record=True)
     assert session.train(run, tmp_path / "whole") and recorded(tmp_path / "whole")
 
@@ -145,8 +146,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
 
 
 @pytest.mark.parametrize("agent", ["wsrl", "iql"])
-def test_the_replay_buffer_grows_with_the_run(agent: str, tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Played in two parts or in one, a run learns the same; `iql`'s buffer holds the dataset, too."""
+def test_buffer_grows_with_run(agent: str, tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replay buffer grows with the run.
+
+    Played in two parts or in one, a run learns the same; `iql`'s buffer holds the dataset, too.
+    """
     monkeypatch.setattr(buffer, "SMALLEST_BUFFER", 20)
     trainers = [session.build(tiny_run(agent, offline_steps=10)) for _ in range(2)]
     for trainer, parts in zip(trainers, ([30, 70], [70]), strict=True):
@@ -162,7 +166,8 @@ def test_the_replay_buffer_grows_with_the_run(agent: str, tiny_run: Maker, monke
         trainer.close()
 
 
-def test_a_ring_that_went_round_grows_in_order_of_age() -> None:
+def test_wrapped_ring_grows() -> None:
+    """A ring that went round grows in order of age."""
     ring = ReplayBuffer.create({"rewards": np.float32(0)}, 4)
     for value in range(6):
         ring = ring.add({"rewards": np.float32(value)})
@@ -171,7 +176,8 @@ def test_a_ring_that_went_round_grows_in_order_of_age() -> None:
     assert jax.tree.map(lambda leaf: leaf[0], stacked).add({"rewards": np.float32(6)}).rows["rewards"][4] == 6
 
 
-def test_a_replay_in_host_memory_says_that_it_cannot_grow(tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_replay_cannot_grow(tiny_run: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay in host memory says that it cannot grow."""
     monkeypatch.setattr(buffer, "SMALLEST_BUFFER", 20)
     loop = LoopConfig(eval_every=0, eval_episodes=1, device_bytes=0)
     trainer = session.build(tiny_run("wsrl", offline_steps=0, loop=loop))
@@ -183,7 +189,8 @@ def test_a_replay_in_host_memory_says_that_it_cannot_grow(tiny_run: Maker, monke
     trainer.close()
 
 
-def test_a_finished_run_goes_on_for_longer(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_extended(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run goes on for longer."""
     monkeypatch.setattr(buffer, "SMALLEST_BUFFER", 20)
     for name, until in (("run", 30), ("whole", 70)):
         assert session.train(tiny_run("wsrl", offline_steps=10, online_steps=until, loop=LOOP), tmp_path / name)
@@ -202,9 +209,10 @@ def test_a_finished_run_goes_on_for_longer(tiny_run: Maker, tmp_path: Path, monk
     theirs.close()
 
 
-def test_a_replay_on_disk_that_cannot_grow_is_refused_before_anything_is_changed(
+def test_disk_replay_cannot_grow(
     tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]
 ) -> None:
+    """A replay on disk that cannot grow is refused before anything is changed."""
     monkeypatch.setattr(buffer, "SMALLEST_BUFFER", 20)
     loop, path = dataclasses.replace(LOOP, device_bytes=0), tmp_path / "run"
     assert session.train(tiny_run("wsrl", offline_steps=10, online_steps=30, loop=loop), path)
@@ -221,7 +229,8 @@ def test_a_replay_on_disk_that_cannot_grow_is_refused_before_anything_is_changed
     assert read_rows(path / "episodes.jsonl")[-1]["env_steps"] == 70
 
 
-def test_what_diverged_is_not_saved(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_not_saved(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What diverged is not saved."""
     loop = LoopConfig(eval_every=0, eval_episodes=1, log_every=20, checkpoint_every=20, updates_per_dispatch=10)
     step = Trainer.step
 

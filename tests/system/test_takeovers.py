@@ -77,7 +77,8 @@ def arms(made: list[Arm] | None = None, human: tuple[int, ...] = HUMAN) -> EnvFn
     return make
 
 
-def test_an_action_that_is_not_finite_reaches_no_robot_in_evaluation_and_play() -> None:
+def test_non_finite_action_not_played() -> None:
+    """An action that is not finite reaches no robot in evaluation and play."""
     diverged, made = Pendulum(gains=jnp.full(2, jnp.nan)), list[Arm]()
     with pytest.raises(DivergenceError, match="action has nan in entry 0 and was not played"):
         evaluate(diverged, arms(made), episodes=1)
@@ -88,7 +89,8 @@ def test_an_action_that_is_not_finite_reaches_no_robot_in_evaluation_and_play() 
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: int) -> None:
+def test_non_finite_action_in_processes(processes: int) -> None:
+    """An action that is not finite has its error in processes, too."""
     fleet = Fleet(arms(human=(0,)), 0, 2, processes=processes)
     before = fleet.snapshot()
     with pytest.raises(DivergenceError, match="action has inf in entry 0"):
@@ -97,7 +99,8 @@ def test_an_action_that_is_not_finite_has_its_error_in_processes_too(processes: 
     fleet.close()
 
 
-def test_a_sensor_or_a_policy_that_is_not_finite_gives_no_action(arm_data: Dataset) -> None:
+def test_non_finite_gives_no_action(arm_data: Dataset) -> None:
+    """A sensor or a policy that is not finite gives no action."""
     source: Any = RunPolicy("run", None, probe(arm_data), None, arm_data, 2, True, None)
     policy, plain = TrainedPolicy(source), TrainedPolicy(source)
     with pytest.raises(EnvironmentFaultError, match="observation has nan, for which there is no action"):
@@ -113,7 +116,8 @@ def test_a_sensor_or_a_policy_that_is_not_finite_gives_no_action(arm_data: Datas
         base.act(seen)
 
 
-def test_a_takeover_beyond_the_runs_actions_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_takeover_beyond_action_range(caplog: pytest.LogCaptureFixture) -> None:
+    """A takeover beyond the run's actions is reported once."""
     for low, lines in ((-0.5, 1), (-2.0, 0)):
         env = envs.wrap(Arm(), TASK, action_map=ActionMap((low,), (2.0,), (1,)))
         for _ in range(2):
@@ -155,7 +159,8 @@ def probe(data: Dataset) -> Probe:
 
 
 @pytest.mark.parametrize("where", ["here", "host", "processes"])
-def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) -> None:
+def test_takeover_ends_training_chunk(where: str, arm_data: Dataset) -> None:
+    """A takeover ends the chunk in training."""
     loop, told = (
         LoopConfig(eval_every=1000, checkpoint_every=1000, env_processes=2 * (where == "processes")),
         list[Any](),
@@ -172,7 +177,8 @@ def test_a_takeover_ends_the_chunk_in_training(where: str, arm_data: Dataset) ->
     assert [row["train/intervention"] for row in told if "train/return" in row] == [len(HUMAN) / LIMIT] * 4
 
 
-def test_a_takeover_ends_the_chunk_in_evaluation_and_play(arm_data: Dataset) -> None:
+def test_takeover_ends_evaluation_chunk(arm_data: Dataset) -> None:
+    """A takeover ends the chunk in evaluation and play."""
     made = list[Arm]()
     rows = evaluate(probe(arm_data), arms(made), episodes=3)
     assert [row["intervention"] for row in rows] == [len(HUMAN) / LIMIT] * 3
@@ -181,7 +187,8 @@ def test_a_takeover_ends_the_chunk_in_evaluation_and_play(arm_data: Dataset) -> 
     np.testing.assert_allclose(played, [COMMANDED] * 5, atol=1e-6)
 
 
-def test_other_memories_outlive_a_takeover() -> None:
+def test_memories_outlive_takeover() -> None:
+    """A takeover empties a policy's chunk queue and leaves every other memory as it is."""
     ended, human = np.asarray([True, False, False]), np.asarray([False, True, False])
     assert outdated(empty_queue((3,), 2, 1), ended, human).tolist() == [True, True, False]
     guide = Episode(jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32))
@@ -234,7 +241,8 @@ class Follower(Probe):
 
 
 @pytest.mark.parametrize("kind", ["chunks", "controller", "run"])
-def test_a_takeover_interrupts_a_base_policy(kind: str, arm_data: Dataset) -> None:
+def test_takeover_interrupts_base_policy(kind: str, arm_data: Dataset) -> None:
+    """A takeover interrupts a base policy."""
     env = envs.BaseAction(arms()(False), Base(source_of(kind, arm_data), arm_data))
     seen = [env.reset(seed=0)[0]] + [env.step(np.zeros(1, np.float32))[0] for _ in range(LIMIT)]
     found = [2.0 * float(observation["base_action"][0]) for observation in seen]
@@ -243,7 +251,8 @@ def test_a_takeover_interrupts_a_base_policy(kind: str, arm_data: Dataset) -> No
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(loaded: bool, arm_data: Dataset) -> None:
+def test_chunked_base_replans_after_takeover(loaded: bool, arm_data: Dataset) -> None:
+    """A chunking run used as the base policy plans anew after a takeover."""
     source: Any = RunPolicy("run", None, probe(arm_data), None, arm_data, 1, True, None)
     source = load_base(TrainedPolicy(source)) if loaded else source
     env = envs.BaseAction(arms()(False), Base(source, arm_data))
@@ -252,7 +261,8 @@ def test_a_run_of_chunks_as_base_plans_anew_after_a_takeover(loaded: bool, arm_d
     np.testing.assert_allclose(found, [*COMMANDED, 0.6], atol=1e-6)
 
 
-def test_a_takeover_in_a_loop_of_ones_own_interrupts_the_policy(arm_data: Dataset) -> None:
+def test_interrupt_from_user_loop(arm_data: Dataset) -> None:
+    """A user's own loop interrupts the policy at a takeover, which then plans anew."""
     policy, arm = TrainedPolicy(RunPolicy("run", None, probe(arm_data), None, arm_data, 1, True, None)), Arm()
     for _ in range(2):
         observation, over = arm.reset()[0], False
@@ -267,7 +277,8 @@ def test_a_takeover_in_a_loop_of_ones_own_interrupts_the_policy(arm_data: Datase
 # ---------------------------------------------------------------- what files say of it
 
 
-def test_demonstrations_have_what_the_human_did_and_when(arm_folder: Path) -> None:
+def test_demonstrations_record_human_actions(arm_folder: Path) -> None:
+    """Demonstrations have what the human did and when."""
     *taught, alone = MinariStorage.read(arm_folder / "data").get_episodes(range(4))
     for episode in taught:
         assert episode["infos"]["intervened"].tolist() == [False, False, True, True, False, False, False]
@@ -275,7 +286,9 @@ def test_demonstrations_have_what_the_human_did_and_when(arm_folder: Path) -> No
     assert "intervened" not in (alone.get("infos") or {}) and (alone["actions"] >= 0).all()
 
 
-def test_demonstrations_are_copies_and_hold_no_action_that_cannot_be() -> None:
+def test_demonstrations_copied_and_finite() -> None:
+    """Demonstrations hold copies of the observations, and an action that is not finite is refused."""
+
     class Camera(gym.ObservationWrapper):
         """Gives the same array every time."""
 

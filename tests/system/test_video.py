@@ -43,7 +43,8 @@ def gl_environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("suffix", video.SUFFIXES)
-def test_a_file_holds_every_frame(suffix: str, tmp_path: Path) -> None:
+def test_file_holds_every_frame(suffix: str, tmp_path: Path) -> None:
+    """A video file holds every frame."""
     pictures = [np.full((64, 48, 3), 10 * i, np.uint8) for i in range(17)]
     out = tmp_path / "new" / f"video{suffix}"
     video._write(out, pictures, 20)
@@ -52,7 +53,8 @@ def test_a_file_holds_every_frame(suffix: str, tmp_path: Path) -> None:
     assert middle.shape[:2] == (64, 48) and abs(float(np.asarray(middle)[..., :3].mean()) - 80) < 6
 
 
-def test_an_unknown_suffix_and_an_unwritable_place(tmp_path: Path) -> None:
+def test_bad_suffix_or_path_refused(tmp_path: Path) -> None:
+    """An unknown suffix and an unwritable place are refused."""
     slot: Any = None
     with pytest.raises(ConfigError, match="has no known suffix; use one of .mp4, .gif, .webm"):
         video.record(slot, None, None, 1, tmp_path / "video.avi")
@@ -61,7 +63,8 @@ def test_an_unknown_suffix_and_an_unwritable_place(tmp_path: Path) -> None:
         video.record(slot, None, None, 1, tmp_path / "file" / "video.mp4")
 
 
-def test_a_window_needs_a_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_needs_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window needs a display."""
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
@@ -71,7 +74,8 @@ def test_a_window_needs_a_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     video.check_window()
 
 
-def test_play_writes_a_video_of_whole_episodes(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_play_writes_whole_episodes(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """`play` writes a video of whole episodes."""
     variables = gl_environment()
     session.train(tiny_run("bc", offline_steps=10, online_steps=0), tmp_path / "run")
     command = [sys.executable, "-m", "o2o.cli", "play", str(tmp_path / "run"), "--out", str(tmp_path / "play.mp4")]

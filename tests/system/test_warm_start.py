@@ -34,15 +34,19 @@ def calql(tiny_run: Maker, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", OTHER_CLASSES)
-def test_agents_of_other_classes_are_refused_in_one_line(name: str) -> None:
-    """Those derived from IQL or CQL too: their policy is more than the actor."""
+def test_other_agent_classes_refused(name: str) -> None:
+    """Agents of other classes are refused in one line.
+
+    Those derived from IQL or CQL too: their policy is more than the actor.
+    """
     agent = jax.eval_shape(Case(name, "offline").make, jax.random.key(0))
     words = f"cannot start from {type(agent).__name__}; expected SAC, RLPD, CQL, CalQL, IQL, BC or WSRL"
     with pytest.raises(ConfigError, match=words):
         WSRL.from_agent(agent, WSRL.preset("other", "small").config)
 
 
-def test_runs_of_other_agents_or_sizes_are_refused_before_anything_is_written(tiny_run: Maker, tmp_path: Path) -> None:
+def test_mismatched_source_run_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """Runs of other agents or sizes are refused before anything is written."""
     assert session.train(tiny_run("flow_bc", [("actor_hidden_dims", (8,))], loop=LOOP, **OFFLINE), tmp_path / "flow")
     wide = TaskConfig(achieved_goal=True)
     assert session.train(tiny_run("bc", task=wide, loop=LOOP, **OFFLINE), tmp_path / "wide")
@@ -72,16 +76,20 @@ def test_runs_of_other_agents_or_sizes_are_refused_before_anything_is_written(ti
         ),
     ],
 )
-def test_critics_of_other_rewards_are_refused_with_the_flags_that_mend_it(
+def test_mismatched_rewards_refused(
     calql: Path, tiny_run: Maker, task: dict[str, Any], fields: Any, words: str
 ) -> None:
+    """Critics of other rewards are refused with the flags that mend it."""
     run = tiny_run("wsrl", fields, loop=LOOP, init_from=str(calql))
     with pytest.raises(CheckpointError, match=words):
         session.build(dataclasses.replace(run, task=dataclasses.replace(run.task, **task)))
 
 
-def test_the_same_rewards_of_other_raw_ones_are_the_same(calql: Path, tiny_run: Maker) -> None:
-    """A maze of -1 and 0 with a bias of 5 has the rewards of one of 0 and 1 with -5."""
+def test_equal_rewards_accepted(calql: Path, tiny_run: Maker) -> None:
+    """Equal rewards are accepted, also where they were made from other raw ones.
+
+    A maze of -1 and 0 with a bias of 5 has the rewards of one of 0 and 1 with -5.
+    """
     run = tiny_run("wsrl", loop=LOOP, init_from=str(calql))
     data = session.load_data(run)
     task = dataclasses.replace(data.task, raw_failure_reward=-1.0, success_reward=0.0)
@@ -91,7 +99,8 @@ def test_the_same_rewards_of_other_raw_ones_are_the_same(calql: Path, tiny_run: 
     session.build(run, alike).close()
 
 
-def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_source(calql: Path, tiny_run: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    """A stopped source is taken as it is with a warning; one whose pretraining is incomplete is refused."""
     run, folder = tiny_run("wsrl", loop=LOOP, init_from=str(calql)), RunFolder.open(calql)
     session.build(run).close()
     assert not caplog.messages
@@ -103,10 +112,13 @@ def test_a_source_that_is_not_finished(calql: Path, tiny_run: Maker, caplog: pyt
         session.build(run)
 
 
-def test_a_run_goes_on_whatever_its_source_has_become(
+def test_resume_ignores_source_changes(
     calql: Path, tiny_run: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it took is in its own checkpoints; a run from it does not ask about that source either."""
+    """A run goes on whatever its source has become.
+
+    What it took is in its own checkpoints; a run from it does not ask about that source either.
+    """
     run = tiny_run("wsrl", online_steps=5, loop=LOOP, init_from=str(calql))
     assert session.train(run, tmp_path / "run")
     folder = RunFolder.open(calql)
@@ -124,10 +136,13 @@ def test_a_run_goes_on_whatever_its_source_has_become(
 
 
 @pytest.mark.parametrize("source", ["bc", "iql"])
-def test_a_reopened_run_samples_as_it_was_trained(
+def test_reopened_run_samples_unchanged(
     source: str, tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source with sigma at its limits, which WSRL's own settings do not have; no update between."""
+    """A reopened run samples as it was trained.
+
+    A source with sigma at its limits, which WSRL's own settings do not have; no update between.
+    """
     limits = [("log_std_range", (-4.0, -3.0)), ("actor_layer_norm", True), ("std_mode", "uniform")]
     fits = [("critic_layer_norm", True), ("num_critics", 4), ("shared_output", True), ("squash", True)]
     names = {field.name for field in dataclasses.fields(session.config_class(source))}

@@ -42,7 +42,8 @@ def put(root: Path, episodes: list[Episode], actions: spaces.Space = ACTIONS, sp
     datasets.write(NAME, episodes, observation_space=OBSERVATIONS, action_space=actions, spec=spec, root=root)
 
 
-def test_an_episode_without_steps_is_not_written_and_nothing_is_left_behind(root):
+def test_write_refuses_empty_episode(root):
+    """An episode without steps is not written, and nothing is left behind."""
     with pytest.raises(DatasetError, match="has no steps; leave it out"):
         put(root, [episode(), episode(steps=0)])
     assert not list(root.rglob("*.hdf5"))
@@ -61,7 +62,8 @@ def error(root: Path, **options) -> str:
     return message
 
 
-def test_unknown_id_suggests_near_ones_and_says_how_to_download(root):
+def test_unknown_id_suggests_near_ones(root):
+    """The error for an unknown id suggests near ones and says how to download."""
     put(root, [episode()])
     with pytest.raises(DatasetError) as caught:
         datasets.load("test/bat-v0", root=root)
@@ -72,6 +74,8 @@ def test_unknown_id_suggests_near_ones_and_says_how_to_download(root):
 
 
 def test_no_network(root, monkeypatch):
+    """A download that fails without a network is a dataset error that says so."""
+
     def refuse(name):
         raise ConnectionError("Failed to resolve 'huggingface.co'\n(no route)")
 
@@ -83,6 +87,7 @@ def test_no_network(root, monkeypatch):
 
 
 def test_truncated_file(root):
+    """A truncated file is reported with the episode that cannot be read."""
     put(root, [episode(200, i) for i in range(20)])
     whole = hdf5(root).read_bytes()
     hdf5(root).write_bytes(whole[: len(whole) // 2])
@@ -91,19 +96,22 @@ def test_truncated_file(root):
 
 
 def test_overwritten_file(root):
+    """A file overwritten with something else is reported as corrupt."""
     put(root, [episode()])
     hdf5(root).write_bytes(b"this is not HDF5" * 100)
     assert "corrupt or truncated" in error(root)
 
 
-def test_missing_episode_is_named(root):
+def test_missing_episode_named(root):
+    """An episode that is missing is named."""
     put(root, [episode(), episode()])
     with h5py.File(hdf5(root), "a") as file:
         del file["episode_1"]
     assert "episode 1 of 2 cannot be read" in error(root)
 
 
-def test_no_data_file_and_no_metadata(root):
+def test_missing_data_or_metadata(root):
+    """A missing data file and missing metadata are each reported."""
     put(root, [episode()])
     hdf5(root).unlink()
     assert "cannot be opened" in error(root)
@@ -112,6 +120,7 @@ def test_no_data_file_and_no_metadata(root):
 
 
 def test_unreadable_metadata(root):
+    """Metadata that cannot be read, or lack a field, are reported with what is wrong."""
     put(root, [episode()])
     path = root / NAME / "data" / "metadata.json"
     text = path.read_text()
@@ -132,11 +141,13 @@ def test_unreadable_metadata(root):
 
 
 def test_empty_dataset(root):
+    """A dataset without episodes is refused as empty."""
     put(root, [])
     assert "it is empty (0 episodes)" in error(root)
 
 
 def test_zero_length_episode(root):
+    """An episode without steps is named."""
     put(root, [episode(), episode()])
     with h5py.File(hdf5(root), "a") as file:
         for key in ("actions", "rewards", "terminations", "truncations", "observations"):
@@ -147,7 +158,8 @@ def test_zero_length_episode(root):
 
 @pytest.mark.parametrize(("key", "step"), [("observations", 4), ("rewards", 2), ("actions", 0)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite(root, key, step, value):
+def test_nonfinite_values(root, key, step, value):
+    """Values that are not finite are reported with their episode and step."""
     bad = episode()
     getattr(bad, key)[step, ...] = value
     put(root, [episode(), bad])
@@ -156,13 +168,15 @@ def test_values_that_are_not_finite(root, key, step, value):
 
 
 def test_values_too_large_for_float32(root):
+    """Values too large for float32 are reported with their episode, step and entry."""
     bad = episode()
     bad.observations[2, 3] = 1e300
     put(root, [bad])
     assert "episode 0, step 2: observations (observation) has 1e+300 in entry 3" in error(root)
 
 
-def test_actions_outside_the_bounds(root):
+def test_actions_outside_bounds(root):
+    """Actions outside the bounds are refused unless they are to be clipped."""
     bad = episode()
     bad.actions[3, 1] = 1.37
     put(root, [episode(), bad])
@@ -174,23 +188,27 @@ def test_actions_outside_the_bounds(root):
     assert "outside the bounds" in error(root)
 
 
-def test_actions_at_the_bounds_are_fine(root):
+def test_actions_at_bounds_accepted(root):
+    """Actions at the bounds are fine."""
     put(root, [replace(episode(), actions=np.array([[1, -1, np.nextafter(np.float32(1), 2)]] * 4, np.float32))])
     assert datasets.load(NAME, root=root).size == 4
 
 
 def test_discrete_actions(root):
+    """Discrete actions are refused."""
     put(root, [replace(episode(), actions=np.zeros(4, np.int64))], spaces.Discrete(3))
     assert "Discrete(3)" in error(root) and "not supported" in error(root)
     assert "Discrete(3)" in datasets.check(NAME, root)[0]
 
 
 def test_unbounded_actions(root):
+    """Actions without finite bounds are refused."""
     put(root, [episode()], spaces.Box(-np.inf, np.inf, (3,), np.float32))
     assert "no finite bounds" in error(root)
 
 
-def test_lengths_that_do_not_fit(root):
+def test_mismatched_lengths(root):
+    """Columns whose lengths do not fit are reported with their episode."""
     put(root, [episode(), replace(episode(), observations=np.zeros((4, 11)))])
     assert "episode 1 has 4 observations for 4 steps, expected 5" in error(root)
     shutil.rmtree(root / NAME)
@@ -198,7 +216,8 @@ def test_lengths_that_do_not_fit(root):
     assert "episode 0 has 3 actions for 4 rewards" in error(root)
 
 
-def test_shapes_that_do_not_fit_the_spaces(root):
+def test_mismatched_shapes(root):
+    """Shapes that do not fit the spaces are reported with their episode."""
     put(root, [replace(episode(), observations=np.zeros((5, 10)))])
     assert "episode 0: observation entry 'observation' has shape (5, 10), expected (11,)" in error(root)
     shutil.rmtree(root / NAME)
@@ -206,7 +225,8 @@ def test_shapes_that_do_not_fit_the_spaces(root):
     assert "episode 0" in error(root) and "actions" in error(root)
 
 
-def test_images_that_are_not_uint8(root):
+def test_images_not_uint8(root):
+    """Images that are not uint8 are refused."""
     space = spaces.Dict({"camera": spaces.Box(0, 255, (8, 8, 3), np.uint8), "x": OBSERVATIONS})
     bad = episode()
     bad = replace(bad, observations={"camera": np.full((5, 8, 8, 3), 0.5), "x": bad.observations})
@@ -215,7 +235,8 @@ def test_images_that_are_not_uint8(root):
     assert words in error(root) and any(words in problem for problem in datasets.check(NAME, root))
 
 
-def test_datasets_of_other_actions_are_not_mixed_whatever_their_range(root):
+def test_mixture_needs_same_action_space(root):
+    """Datasets of other actions are not mixed, whatever their range."""
     put(root, [episode()])
     wide = replace(episode(), actions=np.zeros((4, 2), np.float32))
     other = {"observation_space": OBSERVATIONS, "action_space": spaces.Box(-1.0, 1.0, (2,), np.float32)}
@@ -225,7 +246,8 @@ def test_datasets_of_other_actions_are_not_mixed_whatever_their_range(root):
             datasets.load([NAME, "test/other-v0"], root=root, action_range=action_range)
 
 
-def test_a_root_that_is_a_file(root):
+def test_root_is_file(root):
+    """A root that is a file is refused and left as it is."""
     root.write_text("mine")
     with pytest.raises(DatasetError, match="could not be written to .*: .*Not a directory"):
         put(root, [episode()])
@@ -255,13 +277,15 @@ def test_check_collects_all_problems(root):
         assert sum(text in problem for problem in problems) == 1
 
 
-def test_nothing_is_cached_of_a_bad_dataset(root, tmp_path):
+def test_bad_dataset_not_cached(root, tmp_path):
+    """Nothing is cached of a bad dataset."""
     put(root, [])
     error(root)
     assert not (tmp_path / "cache").exists()
 
 
-def test_spaces_that_differ_from_the_environments(root):
+def test_env_spaces_mismatch(root):
+    """A dataset whose spaces differ from the environment's is refused with both named."""
     put(root, [episode()], spec=EnvSpec("Hopper-v5"))
     about = datasets.info(NAME, root)
     with pytest.raises(EnvironmentMismatchError) as caught:

@@ -22,12 +22,14 @@ from o2o.runs.session import load_base
         ("absent.pt", "there is no such file"),
     ],
 )
-def test_specs_that_lead_nowhere(spec: str, words: str) -> None:
+def test_bad_specs_refused(spec: str, words: str) -> None:
+    """Specs that lead nowhere are refused with the reason."""
     with pytest.raises(ConfigError, match=words):
         load_base(spec)
 
 
-def test_a_controller_in_a_python_file(world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_file_controller(world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller in a Python file is loaded as a base policy, by module name or by path."""
     code = "import numpy as np\ndef make():\n    return lambda observation: np.full(2, 0.25)\ndef act(observation):\n"
     (tmp_path / "my_robot.py").write_text(code + "    return np.full(2, 0.25)\n")
     monkeypatch.chdir(tmp_path)
@@ -38,9 +40,10 @@ def test_a_controller_in_a_python_file(world: Dataset, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("name", "module", "extra"), [("p.onnx", "onnxruntime", "onnx"), ("p.pt", "torch", "torch")])
-def test_a_missing_extra_is_named(
+def test_missing_extra_named(
     name: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A missing extra is named with the command that installs it."""
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"needs {module}, which is not installed: pip install 'o2o\[{extra}\]'"):
@@ -69,7 +72,8 @@ def write_onnx(path: Path, width: int = 3) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def test_an_onnx_graph(world: Dataset, tmp_path: Path) -> None:
+def test_onnx_graph(world: Dataset, tmp_path: Path) -> None:
+    """An ONNX graph is loaded as a base policy; one that does not fit or is broken is refused."""
     pytest.importorskip("onnxruntime")
     write_onnx(tmp_path / "policy.onnx")
     source = load_base(tmp_path / "policy.onnx")
@@ -85,7 +89,8 @@ def test_an_onnx_graph(world: Dataset, tmp_path: Path) -> None:
         base_labels(load_base(tmp_path / "broken.onnx"), world)
 
 
-def test_a_torchscript_module(world: Dataset, tmp_path: Path) -> None:
+def test_torchscript_module(world: Dataset, tmp_path: Path) -> None:
+    """A TorchScript module or an exported program is loaded as a base policy; a broken one is refused."""
     torch = pytest.importorskip("torch")
     layer = torch.nn.Linear(3, 2)
     with torch.no_grad():

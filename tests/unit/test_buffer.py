@@ -64,7 +64,8 @@ def drawn(buffer: ReplayBuffer, draws: int = 400) -> set[float]:
 # ---------------------------------------------------------------- the ring
 
 
-def test_wrap_keeps_the_newest_rows_in_order() -> None:
+def test_wrap_keeps_newest_rows() -> None:
+    """The ring keeps the newest rows in order when it wraps."""
     buffer = fill(empty(5), range(1, 13))
     assert buffer.capacity == 5 and int(buffer.size) == 5 and int(buffer.visible) == 5
     assert contents(buffer) == [8, 9, 10, 11, 12]
@@ -75,11 +76,13 @@ def test_wrap_keeps_the_newest_rows_in_order() -> None:
     np.testing.assert_array_equal(batch["next_observations"], batch["observations"] + 0.5)
 
 
-def test_a_partly_filled_ring_yields_only_what_was_stored() -> None:
+def test_partly_filled_ring() -> None:
+    """A partly filled ring yields only what was stored."""
     assert drawn(fill(empty(50), [3, 4])) == {3, 4}
 
 
-def test_extend_appends_in_order_across_the_wrap() -> None:
+def test_extend_across_wrap() -> None:
+    """`extend` appends in order across the wrap."""
     buffer = extend(fill(empty(7), [1, 2, 3, 4, 5]), rows([6, 7, 8, 9]))
     assert contents(buffer) == [3, 4, 5, 6, 7, 8, 9]
     assert contents(fill(buffer, [10])) == [4, 5, 6, 7, 8, 9, 10]
@@ -90,7 +93,8 @@ def test_extend_appends_in_order_across_the_wrap() -> None:
         empty(0)
 
 
-def test_pending_rows_are_never_sampled() -> None:
+def test_pending_rows_not_sampled() -> None:
+    """Pending rows are never sampled."""
     buffer = fill(fill(empty(10), [1, 2, 3]), [4, 5, 6, 7], pending=True)
     assert int(buffer.size) == 7 and int(buffer.visible) == 3
     assert drawn(buffer) == {1, 2, 3}
@@ -102,7 +106,8 @@ def test_pending_rows_are_never_sampled() -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1, 4, 6])
-def test_commit_puts_returns_on_the_episodes_rows(before: int) -> None:
+def test_commit_sets_episode_returns(before: int) -> None:
+    """`commit` puts returns on the episode's rows."""
     buffer = fill(empty(7), np.arange(before) - 100.0)
     buffer = fill(buffer, [1, 2, 3, 4], pending=True)
     returns = np.asarray([10, 20, 30, 40, -1, -1, -1, -1], np.float32)  # padded, as the loop does
@@ -114,14 +119,16 @@ def test_commit_puts_returns_on_the_episodes_rows(before: int) -> None:
     assert drawn(buffer) == set(contents(buffer))
 
 
-def test_commit_of_nothing_changes_nothing() -> None:
+def test_empty_commit() -> None:
+    """A commit of nothing changes nothing."""
     buffer = fill(empty(4), [1, 2, 3], pending=True)
     after = commit(buffer, np.full(2, 9.0, np.float32), 0)
     for one, two in zip(jax.tree.leaves(buffer), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-def test_an_episode_longer_than_the_ring_keeps_its_newest_rows() -> None:
+def test_episode_longer_than_ring() -> None:
+    """An episode longer than the ring keeps its newest rows."""
     buffer = fill(empty(3), range(1, 8), pending=True)
     assert int(buffer.pending) == 3 and int(buffer.visible) == 0
     buffer = commit(buffer, np.arange(10.0, 80.0, 10.0, dtype=np.float32), 7)
@@ -141,7 +148,8 @@ OPERATIONS = st.lists(
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(capacity=st.sampled_from([3, 5]), operations=OPERATIONS)
-def test_ring_agrees_with_a_deque(capacity: int, operations: list[tuple[str, int]]) -> None:
+def test_ring_matches_deque(capacity: int, operations: list[tuple[str, int]]) -> None:
+    """The ring agrees with a deque."""
     buffer, model, tag = empty(capacity), deque[tuple[float, float]](maxlen=capacity), 0.0
     for kind, count in operations:
         tags = [tag + i + 1 for i in range(count)]
@@ -165,7 +173,8 @@ def test_ring_agrees_with_a_deque(capacity: int, operations: list[tuple[str, int
         assert drawn(buffer) == {t for t, _ in model}
 
 
-def test_methods_work_under_vmap_and_keep_images() -> None:
+def test_methods_under_vmap() -> None:
+    """The methods work under `vmap` and keep images."""
     example = {**row(0.0), "observations": {"camera": np.zeros((2, 2, 3), np.uint8), "state": np.zeros(2, np.float32)}}
     buffers = jax.vmap(lambda _: ReplayBuffer.create(example, 4))(jnp.arange(2))
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) + 200
@@ -181,7 +190,8 @@ def test_methods_work_under_vmap_and_keep_images() -> None:
 
 
 @pytest.mark.parametrize("stored", [4, 6, 9])
-def test_sequences_are_consecutive_and_never_cross_the_cursor(stored: int) -> None:
+def test_sequences_are_consecutive(stored: int) -> None:
+    """Sequences are consecutive and never cross the cursor."""
     buffer = fill(empty(6), range(1, stored + 1))
     windows = np.asarray(sample_sequences(buffer, KEY, shape=(500,), horizon=3)["rewards"])
     np.testing.assert_array_equal(np.diff(windows, axis=1), 1.0)
@@ -189,7 +199,8 @@ def test_sequences_are_consecutive_and_never_cross_the_cursor(stored: int) -> No
     assert set(windows[:, 0].tolist()) == set(range(oldest, stored - 1))
 
 
-def test_valid_stops_after_an_end() -> None:
+def test_valid_stops_after_end() -> None:
+    """The `valid` column stops after an episode's end."""
     ends = [0, 0, 1, 0, 0, 0, 1, 0]
     buffer = extend(empty(8), rows(np.arange(8.0), ends))
     batch = sample_sequences(buffer, KEY, shape=(20, 20), horizon=4)
@@ -205,7 +216,8 @@ def test_valid_stops_after_an_end() -> None:
     assert seen == set(range(5))
 
 
-def test_too_few_rows_for_a_window_are_marked_invalid() -> None:
+def test_short_window_marked_invalid() -> None:
+    """A window with too few rows behind it has the missing ones marked invalid."""
     buffer = fill(fill(empty(8), [1, 2]), [3, 4], pending=True)
     batch = sample_sequences(buffer, KEY, shape=(10,), horizon=4)
     np.testing.assert_array_equal(batch["valid"], np.broadcast_to([1.0, 1.0, 0.0, 0.0], (10, 4)))
@@ -226,8 +238,11 @@ def known(buffer: ReplayBuffer) -> dict[float, float | None]:
     return dict(found)
 
 
-def test_next_actions_of_a_dataset_stay_in_their_episode() -> None:
-    """Episodes of 3 and 2 rows; the last row of each has none, whether or not the dataset marks the very last."""
+def test_dataset_next_actions_in_episode() -> None:
+    """The next actions of a dataset stay in their episode.
+
+    Episodes of 3 and 2 rows; the last row of each has none, whether or not the dataset marks the very last.
+    """
     actions = np.asarray([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]], np.float32)
     for last in (0, 1):
         columns = following_actions(actions, np.asarray([0, 0, 1, 0, last]))
@@ -235,7 +250,8 @@ def test_next_actions_of_a_dataset_stay_in_their_episode() -> None:
         np.testing.assert_array_equal(columns["next_actions"], [[3, 4], [5, 6], [0, 0], [9, 10], [0, 0]])
 
 
-def test_next_actions_of_a_dataset_are_made_where_they_are_needed() -> None:
+def test_dataset_next_actions_on_demand() -> None:
+    """The next actions of a dataset are made where they are needed."""
     data = rows(np.arange(1.0, 7.0), [0, 1, 0, 0, 0, 0])
     made = OfflineData.create(data, FOLLOWING, [(0, 4, 1.0), (4, 2, 1.0)]).rows
     np.testing.assert_array_equal(made["next_actions"][:, 0], [2, 0, 4, 0, 6, 0])  # row 3 ends its source
@@ -250,8 +266,11 @@ def test_next_actions_of_a_dataset_are_made_where_they_are_needed() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(ends=st.lists(st.booleans(), max_size=14), pending=st.booleans())
-def test_next_actions_of_the_ring_are_those_of_the_next_row_of_the_episode(ends: list[bool], pending: bool) -> None:
-    """Over any ends, also across the wrap: the newest row has none yet, no row has that of another episode."""
+def test_ring_next_actions_in_episode(ends: list[bool], pending: bool) -> None:
+    """The next actions of the ring are those of the next row of the episode.
+
+    Over any ends, also across the wrap: the newest row has none yet, no row has that of another episode.
+    """
     buffer, capacity = ReplayBuffer.create({**row(0.0), **NEXT}, 4), 4
     for i, end in enumerate(ends):
         buffer = add(buffer, row(i + 1.0, float(end)), pending=pending)
@@ -259,8 +278,11 @@ def test_next_actions_of_the_ring_are_those_of_the_next_row_of_the_episode(ends:
         assert known(buffer) == {j + 1.0: j + 2.0 if j < i and not ends[j] else None for j in stored}
 
 
-def test_an_episode_broken_off_has_no_next_action() -> None:
-    """`mark_ends` closes the episode of the newest row in the first of two rings only."""
+def test_broken_episode_no_next_action() -> None:
+    """An episode broken off has no next action.
+
+    `mark_ends` closes the episode of the newest row in the first of two rings only.
+    """
     ring = fill(ReplayBuffer.create({**row(0.0), **NEXT}, 4), [1, 2])
     rings = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), ring).mark_ends(np.asarray([True, False]))
     rings = jax.vmap(lambda ring: ring.add(row(3.0)))(rings)
@@ -268,8 +290,11 @@ def test_an_episode_broken_off_has_no_next_action() -> None:
     assert known(first) == {1.0: 2.0, 2.0: None, 3.0: None} and known(second) == {1.0: 2.0, 2.0: 3.0, 3.0: None}
 
 
-def test_next_actions_go_through_every_draw() -> None:
-    """A ring that begins with a dataset, then grows by an episode; the batch says what the rows say."""
+def test_next_actions_in_every_draw() -> None:
+    """The next actions go through every draw.
+
+    A ring that begins with a dataset, then grows by an episode; the batch says what the rows say.
+    """
     data = OfflineData.create(rows([-3.0, -2.0, -1.0]), ("ends", "mc_returns", *FOLLOWING))
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], data.rows), 5).extend(data.rows)
     buffer = fill(buffer, [1, 2, 3])
@@ -287,7 +312,8 @@ def test_next_actions_go_through_every_draw() -> None:
 # ---------------------------------------------------------------- the dataset and its share
 
 
-def test_a_dataset_without_a_needed_key_is_named() -> None:
+def test_missing_key_named() -> None:
+    """A key that the agent needs and the dataset lacks is named."""
     data = rows([1, 2, 3])
     del data["mc_returns"]
     assert OfflineData.create(data).size == 3
@@ -299,19 +325,22 @@ def test_a_dataset_without_a_needed_key_is_named() -> None:
         OfflineData.create(data, needs=("mc_returns",))
 
 
-def test_only_what_is_needed_goes_to_the_device() -> None:
+def test_only_needed_columns_on_device() -> None:
+    """Only what is needed goes to the device."""
     data = OfflineData.create({**rows([1.0, 2.0]), "notes": np.zeros(2)}, needs=("ends",))
     assert set(data.rows) == {"observations", "actions", "rewards", "masks", "next_observations", "ends"}
 
 
-def test_rows_of_one_source_are_drawn_uniformly() -> None:
+def test_single_source_drawn_uniformly() -> None:
+    """Rows of one source are drawn uniformly."""
     tags = np.asarray(OfflineData.create(rows(np.arange(5.0))).sample(KEY, (40, 250))["rewards"])
     counts = np.bincount(tags.ravel().astype(int), minlength=5)
     assert counts.sum() == 10_000
     np.testing.assert_allclose(counts / 10_000, 0.2, atol=0.02)  # five standard deviations
 
 
-def test_sources_are_drawn_by_weight_whatever_their_size() -> None:
+def test_sources_drawn_by_weight() -> None:
+    """Sources are drawn by weight, whatever their size."""
     data = OfflineData.create(rows(np.arange(12.0)), sources=[(0, 9, 1.0), (9, 2, 3.0), (11, 1, 0.0)])
     tags = np.asarray(jax.jit(lambda k: data.sample(k, (20_000,)))(KEY)["rewards"]).astype(int)
     counts = np.bincount(tags, minlength=12) / len(tags)
@@ -321,7 +350,8 @@ def test_sources_are_drawn_by_weight_whatever_their_size() -> None:
 
 
 @pytest.mark.parametrize("utd", [1, 4, 20])
-def test_every_minibatch_has_exactly_its_share_of_dataset_rows(utd: int) -> None:
+def test_minibatch_dataset_share(utd: int) -> None:
+    """Every minibatch has exactly its share of dataset rows."""
     camera = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
     data = rows(-1.0 - np.arange(40.0))  # the dataset's rewards are negative, the buffer's positive
     image = {"camera": camera, "state": np.asarray(data["observations"])}
@@ -343,7 +373,8 @@ def test_every_minibatch_has_exactly_its_share_of_dataset_rows(utd: int) -> None
     assert set(batch) == set(offline.rows) - {"ends"}
 
 
-def test_shares_at_the_limits() -> None:
+def test_dataset_share_limits() -> None:
+    """A share of one draws only dataset rows; a share of zero, or no dataset, only online ones."""
     offline = OfflineData.create(rows(-1.0 - np.arange(4.0)), needs=("ends", "mc_returns"))
     buffer = fill(empty(4), [1, 2])
     draw = lambda data, ratio: np.asarray(sample_minibatches(KEY, data, buffer, 2, 8, ratio)["rewards"])  # noqa: E731

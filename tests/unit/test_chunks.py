@@ -16,14 +16,16 @@ def numbered(start: float, batch: tuple[int, ...] = (), steps: int = PLACES) -> 
     return jnp.broadcast_to(start + jnp.arange(float(steps))[:, None], (*batch, steps, DIM))
 
 
-def test_a_fresh_queue_is_empty_and_holds_a_chunk():
+def test_fresh_queue_is_empty():
+    """A fresh queue is empty and has room for a chunk."""
     queue = empty_queue((3,), PLACES, DIM)
     assert queue.actions.shape == (3, PLACES, DIM) and queue.actions.dtype == jnp.float32
     assert queue.left.tolist() == [0, 0, 0] and queue.left.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("execute", [1, 3, PLACES])
-def test_executed_actions_equal_the_chunk_entries_in_order_and_the_query_comes_every_execute_steps(execute):
+def test_chunk_executed_in_order(execute):
+    """Executed actions are the chunk's entries in order, and a query comes every `execute` steps."""
     queries = []
 
     def propose():
@@ -41,13 +43,15 @@ def test_executed_actions_equal_the_chunk_entries_in_order_and_the_query_comes_e
     assert len(queries) == 2
 
 
-def test_the_queue_holds_a_whole_chunk_after_each_query():
+def test_queue_holds_whole_chunk():
+    """The queue holds a whole chunk after each query."""
     _, queue = next_action(empty_queue((), PLACES, DIM), lambda: numbered(1.0), PLACES)
     assert int(queue.left) == PLACES - 1
     np.testing.assert_array_equal(np.asarray(queue.actions)[: PLACES - 1, 0], [2.0, 3.0, 4.0])
 
 
-def test_members_of_a_batch_stand_at_different_positions_of_their_chunks():
+def test_batch_members_at_own_positions():
+    """Members of a batch stand at different positions of their chunks."""
     queue = ActionQueue(actions=jnp.stack([numbered(0.0), numbered(5.0)]), left=jnp.asarray([0, 2], jnp.int32))
     action, queue = jax.jit(lambda q: next_action(q, lambda: numbered(100.0, (2,)), 3))(queue)
     assert action[:, 0].tolist() == [100.0, 5.0]
@@ -55,14 +59,16 @@ def test_members_of_a_batch_stand_at_different_positions_of_their_chunks():
     assert queue.actions[:, 0, 0].tolist() == [101.0, 6.0]
 
 
-def test_nothing_is_proposed_while_every_queue_has_actions_left():
+def test_no_proposal_while_queues_filled():
+    """Nothing is proposed while every queue has actions left."""
     queue = ActionQueue(numbered(1.0, (2,)), jnp.asarray([1, 3], jnp.int32))
     with jax.disable_jit():
         action, _ = next_action(queue, lambda: pytest.fail("proposed with a full queue"), PLACES)
     assert action[:, 0].tolist() == [1.0, 1.0]
 
 
-def test_vmapped_queues_equal_each_queue_by_itself():
+def test_vmapped_queues_match_single():
+    """Queues under `vmap` equal each queue by itself."""
     queue = ActionQueue(jnp.stack([numbered(0.0), numbered(5.0)]), jnp.asarray([0, 2], jnp.int32))
     chunks = jnp.stack([numbered(20.0), numbered(30.0)])
     action, after = jax.vmap(lambda q, c: next_action(q, lambda: c, PLACES))(queue, chunks)
@@ -73,7 +79,8 @@ def test_vmapped_queues_equal_each_queue_by_itself():
         assert int(after.left[member]) == int(alone_after.left)
 
 
-def test_vmapped_queues_ask_only_when_one_is_empty():
+def test_vmapped_queues_ask_when_empty():
+    """Queues under `vmap` ask only when one is empty."""
     weights = jnp.ones((3, 3))
 
     def step(queue):
@@ -88,12 +95,14 @@ def test_vmapped_queues_ask_only_when_one_is_empty():
     assert jax.vmap(step)(emptied)[0][:, 0].tolist() == [3.0, 2.0]
 
 
-def test_a_longer_proposal_than_the_queue_is_cut_to_what_is_executed():
+def test_long_proposal_is_cut():
+    """A proposal longer than the queue is cut to what is executed."""
     action, queue = next_action(empty_queue((), 2, DIM), lambda: numbered(1.0, steps=7), 2)
     assert float(action[0]) == 1.0 and int(queue.left) == 1 and float(queue.actions[0, 0]) == 2.0
 
 
-def test_impossible_lengths_are_named():
+def test_impossible_lengths_refused():
+    """Impossible lengths are refused and named."""
     with pytest.raises(ConfigError, match="horizon must be at least 1"):
         empty_queue((), 0, DIM)
     with pytest.raises(ConfigError, match="the queue has 4 places"):

@@ -37,6 +37,7 @@ def run(*args: str) -> int:
 
 
 def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run is trained, evaluated, plotted and resumed; `eval` and `play` refuse what cannot be."""
     assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 0
     path = tmp_path / "one"
     assert read_status(path) == "finished" and (path / "curve.png").stat().st_size > 5_000
@@ -72,7 +73,8 @@ def test_train_eval_plot_play(embedded: str, tmp_path: Path, capsys: pytest.Capt
     assert "no curve drawn: no evaluation" in capsys.readouterr().err
 
 
-def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_name_is_file(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run name that is a file is refused."""
     (tmp_path / "one").write_text("mine")
     assert run("train", "wsrl", "--dataset", embedded, *TINY, "--runs", str(tmp_path), "--name", "one") == 2
     error = capsys.readouterr().err
@@ -113,22 +115,23 @@ def test_a_name_that_is_a_file_is_refused(embedded: str, tmp_path: Path, capsys:
         (["eval", "runs/absent", "--episodes", "many"], "--episodes: invalid literal"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    args: list[str], words: str, embedded: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_one_line(args: list[str], words: str, embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad input is one line and exit code 2."""
     assert run(*args) == 2
     error = capsys.readouterr().err
     assert error.startswith("o2o: error: ") and error.count("\n") == 1 and words in error
 
 
-def test_an_unknown_field_is_refused_with_the_near_one(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_field_suggests_near_one(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown field is refused with the near one."""
     assert run("train", "wsrl", "--dataset", embedded, "--config.online.utd-ration", "3") == 2
     error = capsys.readouterr().err
     assert "did you mean --config.online.utd-ratio?" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("agent", ["bc", "iql", "cql", "calql", "sac", "rlpd", "wsrl"])
-def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_field(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help explains every field with its default."""
     assert run("train", agent, "--help") == 0
     text = capsys.readouterr().out
     for option in ("--config.discount", "--config.online.utd-ratio", "--dataset", "--seeds"):
@@ -137,7 +140,8 @@ def test_help_explains_every_field_with_its_default(agent: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize("args", [[], ["data"], ["bench"], ["train"], ["eval"], ["data", "export"]])
-def test_help_of_every_level(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_at_every_level(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every level of the command line has its help."""
     assert run(*args, "--help") == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(" ".join(["usage: o2o", *args])) and not shown.err
@@ -150,12 +154,14 @@ def test_help_of_every_level(args: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_help_needs_no_jax() -> None:
+    """The help does not import JAX."""
     code = "import sys; from o2o import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands `data list`, `data describe` and `data check` work."""
     assert run("data", "list") == 0
     assert "PointMaze" in capsys.readouterr().out
     assert run("data", "describe", embedded) == 0
@@ -164,9 +170,8 @@ def test_data_commands(embedded: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "ok" in capsys.readouterr().out
 
 
-def test_what_a_dataset_says_of_itself_is_no_markup(
-    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_description_not_markup(embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a dataset says of itself is not read as markup."""
     words = "see [/bold] and [red]this[/red] :warning:"
     shutil.copytree(embedded_root, tmp_path / "data")
     (path,) = (tmp_path / "data").rglob("metadata.json")
@@ -175,9 +180,8 @@ def test_what_a_dataset_says_of_itself_is_no_markup(
     assert f"description: {words}\n" in capsys.readouterr().out
 
 
-def test_a_broken_dataset_is_listed_as_such(
-    embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_dataset_listed(embedded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken dataset is listed as such."""
     shutil.copytree(embedded_root, tmp_path / "data")
     for name, text in (("cut", '{"dataset_id": "cut'), ("other", "[1]")):
         (tmp_path / "data" / name / "data").mkdir(parents=True)
@@ -187,10 +191,13 @@ def test_a_broken_dataset_is_listed_as_such(
     assert shown.count("broken:") == 2 and "PointMaze_UMaze-v3" in shown
 
 
-def test_the_command_line_prints_the_librarys_messages_once(
+def test_library_messages_printed_once(
     embedded: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python callers get log records; the command prints each as one line and then removes its handler."""
+    """The command line prints the library's messages once.
+
+    Python callers get log records; the command prints each as one line and then removes its handler.
+    """
 
     def describe(*_: object) -> dict[str, str]:
         logging.getLogger("o2o.data").warning("disk is nearly full")
@@ -203,7 +210,8 @@ def test_the_command_line_prints_the_librarys_messages_once(
     assert not logging.getLogger("o2o").handlers
 
 
-def test_module_runs_as_a_program(embedded: str) -> None:
+def test_module_runs_as_program(embedded: str) -> None:
+    """The module runs as a program."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", "o2o.cli", "--version"], capture_output=True, text=True, env=environment, timeout=120

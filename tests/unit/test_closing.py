@@ -47,7 +47,7 @@ def closed(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("fault", [False, True])
-def test_a_failing_close_leaves_no_robot_open_and_no_half_episode_unwritten(
+def test_failing_close_during_training(
     fault: bool,
     embedded: str,
     tiny_run: Maker,
@@ -55,7 +55,10 @@ def test_a_failing_close_leaves_no_robot_open_and_no_half_episode_unwritten(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The environment made second is the evaluation's, the third the training's, which fails in a step or not."""
+    """A failing close leaves no robot open and no half episode unwritten.
+
+    The environment made second is the evaluation's, the third the training's, which fails in a step or not.
+    """
     env = envs.make(datasets.info(embedded))
     kind, made, done, steps = type(env.unwrapped), list[Any](), list[int](), list[int]()
     env.close()
@@ -94,7 +97,8 @@ def test_a_failing_close_leaves_no_robot_open_and_no_half_episode_unwritten(
     assert words in caplog.text
 
 
-def test_an_evaluation_closes_all_its_environments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_closes_all_envs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An evaluation closes all its environments, also where one cannot be closed."""
     for name in ("whole", "diverged"):
         (tmp_path / name).mkdir()
     rows = evaluate(Pendulum(gains=jnp.zeros(2)), stuck(tmp_path / "whole", 2), episodes=4)
@@ -107,7 +111,8 @@ def test_an_evaluation_closes_all_its_environments(tmp_path: Path, caplog: pytes
     assert caplog.messages[0].startswith("besides, while closing: environment Arm raised")
 
 
-def test_what_does_not_fit_is_said_though_it_cannot_be_closed(tmp_path: Path) -> None:
+def test_mismatch_reported_despite_close(tmp_path: Path) -> None:
+    """What does not fit is said, though it cannot be closed."""
     fleet = Fleet(stuck(tmp_path, 1), 0, 3)
     rows = {"observations": np.zeros((1, 7)), "actions": np.zeros((1, 1))}
     with pytest.raises(EnvironmentMismatchError, match=r"gives observations \(2,\)"):
@@ -115,7 +120,8 @@ def test_what_does_not_fit_is_said_though_it_cannot_be_closed(tmp_path: Path) ->
     assert closed(tmp_path) == {"0", "1", "2"}
 
 
-def test_a_process_closes_all_its_environments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_process_closes_all_envs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A process closes all its environments."""
     fleet = Fleet(stuck(tmp_path, 1), 0, 3, processes=1)
     fleet.close()
     assert closed(tmp_path) == {"0", "1", "2"}
@@ -123,7 +129,9 @@ def test_a_process_closes_all_its_environments(tmp_path: Path, capfd: pytest.Cap
     assert error.count("\n") == 1 and "brake stuck as it was closed" in error
 
 
-def test_an_interruption_stays_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_interruption_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """An interruption stays one where closing fails as well."""
+
     def failing() -> None:
         raise OSError("disk gone")
 

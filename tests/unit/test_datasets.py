@@ -67,7 +67,8 @@ def put(root: Path, episodes: list[Episode], name: str = "test/set-v0", space: s
     return name
 
 
-def test_rows_equal_minaris_own_reader(tmp_path, monkeypatch):
+def test_rows_match_minari(tmp_path, monkeypatch):
+    """The rows equal those of Minari's own reader."""
     episodes = [episode(5, 0, terminated=True, space=SPACE), episode(3, 1, space=SPACE)]
     name = put(tmp_path, episodes, space=SPACE)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
@@ -90,20 +91,23 @@ def test_rows_equal_minaris_own_reader(tmp_path, monkeypatch):
     assert np.flatnonzero(data.arrays["ends"]).tolist() == [4, 7]
 
 
-def test_actions_stay_off_the_bounds(tmp_path):
+def test_actions_stay_off_bounds(tmp_path):
+    """Actions stay off the bounds."""
     full = replace(episode(4, 0), actions=np.full((4, 2), 2.0, np.float32))
     data = datasets.load(put(tmp_path, [full]), root=tmp_path)
     assert data.arrays["actions"].max() == np.float32(0.99999)
 
 
-def test_last_row_of_an_unmarked_episode_is_an_end(tmp_path):
+def test_unmarked_episode_last_row_ends(tmp_path):
+    """The last row of an unmarked episode is an end."""
     open_end = replace(episode(3, 0), truncations=np.zeros(3, bool))
     data = datasets.load(put(tmp_path, [open_end, episode(2, 1)]), root=tmp_path)
     assert data.arrays["ends"].tolist() == [False, False, True, False, True]
     assert data.arrays["masks"].tolist() == [1, 1, 1, 1, 1]
 
 
-def test_binary_task_cuts_after_the_last_success(tmp_path):
+def test_binary_task_ends_at_success(tmp_path):
+    """A binary task cuts an episode after the last success."""
     episodes = [episode(5, 0, [0, 1, 0, 1, 0]), episode(3, 1, [0, 0, 0])]
     name = put(tmp_path, episodes)
     arrays = datasets.load(name, root=tmp_path, task=BINARY).arrays
@@ -117,6 +121,7 @@ def test_binary_task_cuts_after_the_last_success(tmp_path):
 
 
 def test_only_successes(tmp_path):
+    """`only_successes` leaves failed episodes out, and is refused where none succeeds or none is known to."""
     name = put(tmp_path, [episode(3, 1, [0, 0, 0]), episode(3, 0, [0, 1, 0])])
     data = datasets.load(name, root=tmp_path, task=replace(BINARY, only_successes=True))
     assert data.size == 2 and data.info.episode_success.tolist() == [False, True]
@@ -129,7 +134,8 @@ def test_only_successes(tmp_path):
             datasets.load(names, root=tmp_path, task=Task("dense", has_success=True, only_successes=True))
 
 
-def test_maze_task_terminates_on_reward_one_and_keeps_what_follows(tmp_path):
+def test_maze_terminates_on_reward_one(tmp_path):
+    """A maze task terminates on reward one and keeps what follows."""
     rewards = replace(episode(4, 0), rewards=np.array([0.0, 1.0, 0.0, 0.0]))
     arrays = datasets.load(put(tmp_path, [rewards]), root=tmp_path, task=envs.task_for("PointMaze_UMaze-v3")).arrays
     assert arrays["rewards"].tolist() == [-5, 5, -5, -5]
@@ -138,7 +144,8 @@ def test_maze_task_terminates_on_reward_one_and_keeps_what_follows(tmp_path):
     np.testing.assert_allclose(arrays["mc_returns"], [-0.05, 5, -500, -500], atol=1e-4)
 
 
-def test_binary_without_success_flags_is_an_error(tmp_path):
+def test_binary_needs_success_flags(tmp_path):
+    """A binary task without success flags is an error."""
     with pytest.raises(DatasetError, match=r"needs infos\['success'\]"):
         datasets.load(put(tmp_path, [episode(3, 0)]), root=tmp_path, task=BINARY)
 
@@ -146,7 +153,8 @@ def test_binary_without_success_flags_is_an_error(tmp_path):
 G = datasets.monte_carlo_returns
 
 
-def test_returns_of_the_specification():
+def test_returns_of_specification():
+    """The returns of a failed and of a solved trajectory are those of the specification."""
     ends = np.array([False, False, True])
     failed = G(np.full(3, -5.0), np.ones(3), ends, 0.99, -5.0)
     np.testing.assert_allclose(failed, [-500, -500, -500], rtol=1e-6)
@@ -154,17 +162,20 @@ def test_returns_of_the_specification():
     np.testing.assert_allclose(solved, [-5.0495, -0.05, 5.0], atol=1e-5)
 
 
-def test_dense_truncated_trajectory_has_tail_zero():
+def test_truncated_dense_tail_is_zero():
+    """A dense trajectory that is truncated has a tail of zero."""
     np.testing.assert_allclose(G(np.ones(3), np.ones(3), np.array([0, 0, 1]), 0.5), [1.75, 1.5, 1.0])
 
 
-def test_trajectories_do_not_leak_and_terminals_block():
+def test_returns_stop_at_boundaries():
+    """Returns do not leak from one trajectory into another, and terminals block them."""
     rewards, masks = np.array([1.0, 2, 4, 8]), np.ones(4)
     np.testing.assert_allclose(G(rewards, masks, np.array([0, 1, 0, 1]), 0.5), [2, 2, 8, 8])
     np.testing.assert_allclose(G(rewards, np.array([1.0, 0, 1, 1]), np.array([0, 0, 0, 1]), 0.5), [2, 2, 8, 8])
 
 
-def test_returns_are_the_same_however_many_rows_are_computed_together(monkeypatch):
+def test_returns_independent_of_block_size(monkeypatch):
+    """The returns are the same however many rows are computed together."""
     draw = np.random.default_rng(0)
     rewards, masks, ends = draw.normal(size=50), draw.random(50) > 0.1, draw.random(50) > 0.9
     whole = G(rewards, masks, ends, 0.9)
@@ -174,21 +185,24 @@ def test_returns_are_the_same_however_many_rows_are_computed_together(monkeypatc
         np.testing.assert_array_equal(G(rewards, masks, ends, 0.9), whole)
 
 
-def test_failure_rule_is_per_trajectory_and_needs_all_rewards():
+def test_failure_rule_per_trajectory():
+    """The failure rule is per trajectory and needs all rewards to be the failure's."""
     rewards = np.array([-5.0, -5, -5, 5])
     returns = G(rewards, np.array([1.0, 1, 1, 0]), np.array([0, 1, 0, 1]), 0.99, -5.0)
     np.testing.assert_allclose(returns, [-500, -500, -0.05, 5], atol=1e-4)
     np.testing.assert_allclose(G(rewards[:2], np.ones(2), np.array([0, 1]), 0.99), [-9.95, -5], rtol=1e-6)
 
 
-def test_returns_without_end_mark_empty_and_undiscounted():
+def test_returns_edge_cases():
+    """Returns are right with no end mark, no rows or no discount; an endless failure needs a discount."""
     np.testing.assert_allclose(G(np.ones(2), np.ones(2), np.zeros(2, bool), 1.0), [2, 1])
     assert G(np.empty(0), np.empty(0), np.empty(0, bool), 0.9, -1.0).shape == (0,)
     with pytest.raises(ConfigError, match="below 1"):
         G(np.ones(2), np.ones(2), np.zeros(2, bool), 1.0, -1.0)
 
 
-def test_path_root_and_variable_find_the_same_data(tmp_path, monkeypatch):
+def test_path_root_and_variable_agree(tmp_path, monkeypatch):
+    """The path, the root and the environment variable find the same data."""
     name = put(tmp_path, [episode(3, 0)])
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     loaded = [datasets.load(name), datasets.load(name, root=tmp_path), datasets.load(tmp_path / name)]
@@ -196,7 +210,8 @@ def test_path_root_and_variable_find_the_same_data(tmp_path, monkeypatch):
     assert {data.info.ids for data in loaded} == {(name,)}
 
 
-def test_fingerprint_is_of_the_data_not_of_the_task_or_the_folder(tmp_path):
+def test_fingerprint_depends_on_data_only(tmp_path):
+    """The fingerprint is of the data, not of the task or the folder."""
     episodes = [episode(3, 0, [0, 1, 0])]
     first = datasets.load(put(tmp_path / "a", episodes), root=tmp_path / "a")
     second = datasets.load(put(tmp_path / "b", episodes), root=tmp_path / "b", task=BINARY, discount=0.5)
@@ -205,7 +220,8 @@ def test_fingerprint_is_of_the_data_not_of_the_task_or_the_folder(tmp_path):
     assert len(first.fingerprint) == 64
 
 
-def test_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
+def test_cache_used_and_rebuilt(tmp_path, monkeypatch):
+    """The cache is used, and a damaged one is made anew."""
     name = put(tmp_path, [episode(30, 0)])
     first = datasets.load(name, root=tmp_path)
     (entry,) = (tmp_path / "cache").iterdir()
@@ -224,14 +240,17 @@ def test_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
 
 
-def test_unwritable_cache_does_not_matter(tmp_path, monkeypatch):
+def test_unwritable_cache_tolerated(tmp_path, monkeypatch):
+    """A cache that cannot be written does not matter."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "file" / "cache"))
     assert datasets.load(put(tmp_path, [episode(3, 0)]), root=tmp_path).size == 3
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_cache_entry_that_was_broken_off_leaves_nothing(tmp_path, monkeypatch, error):
+def test_broken_off_cache_leaves_nothing(tmp_path, monkeypatch, error):
+    """A cache entry that was broken off leaves nothing."""
+
     def broken(file, **_):
         file.write(b"half")
         raise error
@@ -244,6 +263,7 @@ def test_a_cache_entry_that_was_broken_off_leaves_nothing(tmp_path, monkeypatch,
 
 
 def test_mixture_keeps_sources_and_weights(tmp_path):
+    """A mixture keeps its sources and weights."""
     names = [put(tmp_path, [episode(3, 0)], "test/a-v0"), put(tmp_path, [episode(5, 1)], "test/b-v0")]
     data = datasets.load(names, root=tmp_path, weights=[3, 1])
     assert [(s.start, s.size, s.weight) for s in data.sources] == [(0, 3, 0.75), (3, 5, 0.25)]
@@ -256,14 +276,16 @@ def test_mixture_keeps_sources_and_weights(tmp_path):
             datasets.load(names, root=tmp_path, weights=weights)
 
 
-def test_mixture_of_different_spaces_names_both(tmp_path):
+def test_mixture_names_differing_spaces(tmp_path):
+    """The error for a mixture of different spaces names both."""
     names = [put(tmp_path, [episode(3, 0)], "test/a-v0")]
     names.append(put(tmp_path, [episode(3, 0, space=SPACE)], "test/b-v0", space=SPACE))
     with pytest.raises(DatasetError, match="test/a-v0 and test/b-v0 cannot be mixed: observation_space"):
         datasets.load(names, root=tmp_path)
 
 
-def test_write_is_whole_or_not_at_all_and_never_overwrites(tmp_path):
+def test_write_is_atomic(tmp_path):
+    """A dataset is written whole or not at all, and never overwrites another."""
     name = put(tmp_path, [episode(3, 0)])
     with pytest.raises(DatasetError, match="exists already"):
         put(tmp_path, [episode(3, 0)])
@@ -280,7 +302,8 @@ def test_write_is_whole_or_not_at_all_and_never_overwrites(tmp_path):
         put(tmp_path, [episode(3, 0)], "no version")
 
 
-def test_minari_reads_what_was_written(tmp_path, monkeypatch):
+def test_minari_reads_written_dataset(tmp_path, monkeypatch):
+    """Minari reads what was written."""
     written = episode(4, 7, [0, 0, 1, 1])
     name = put(tmp_path, [written], metadata={"author": {"me"}, "ref_min_score": 0.0, "ref_max_score": 2.0})
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
@@ -293,7 +316,8 @@ def test_minari_reads_what_was_written(tmp_path, monkeypatch):
     assert datasets.info(name).normalized(1.0) == 50.0
 
 
-def test_normalized_score_needs_the_environment_of_the_references(tmp_path):
+def test_normalized_score_needs_own_env(tmp_path):
+    """A normalized score needs the environment of the reference scores."""
     scores = {"ref_min_score": 0.0, "ref_max_score": 1.0}
     name = put(tmp_path, [episode(3, 0)], metadata=scores)
     about = datasets.info(name, tmp_path)
@@ -304,7 +328,8 @@ def test_normalized_score_needs_the_environment_of_the_references(tmp_path):
     assert replace(about, ref_max_score=None).normalized(0.5) is None
 
 
-def test_describe_and_check_of_a_sound_set(tmp_path):
+def test_describe_and_check_sound_dataset(tmp_path):
+    """A sound dataset is described, and `check` finds no problem in it."""
     name = put(tmp_path, [episode(4, 0, [0, 0, 1, 0]), episode(2, 1, [0, 0], terminated=True)])
     about = datasets.describe(name, tmp_path)
     assert (about["episodes"], about["steps"], about["success"], about["terminated"]) == (2, 6, 0.5, 0.5)
@@ -312,7 +337,8 @@ def test_describe_and_check_of_a_sound_set(tmp_path):
     assert datasets.check(name, tmp_path) == []
 
 
-def test_the_action_range_of_the_data_is_shared_by_a_mixture(tmp_path):
+def test_mixture_shares_action_range(tmp_path):
+    """The action range of the data is shared by a mixture."""
     gentle = [replace(e, actions=0.3 * e.actions) for e in (episode(40, 0), episode(40, 1))]
     names = [put(tmp_path, [e], f"mix/part{i}-v0") for i, e in enumerate(gentle)]
     plain = datasets.load(names, root=tmp_path)
@@ -349,6 +375,7 @@ RECORDED = {  # episodes, steps, mean return, standard deviation, success in any
 @pytest.mark.data
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_numbers(name):
+    """The published datasets have the recorded episodes, steps, returns and success rates."""
     root = os.environ.get("MINARI_DATASETS_PATH")
     if not root or not (Path(root) / name).is_dir():
         pytest.skip(f"{name} is not under MINARI_DATASETS_PATH")
@@ -364,7 +391,8 @@ def test_recorded_numbers(name):
 
 
 @pytest.mark.data
-def test_recorded_rows_equal_minaris_reader():
+def test_recorded_rows_match_minari():
+    """The rows of a published dataset equal those of Minari's reader."""
     name = "hand_dapg/pen/noisy-v0"
     root = os.environ.get("MINARI_DATASETS_PATH")
     if not root or not (Path(root) / name).is_dir():

@@ -66,7 +66,8 @@ def play(env: gym.Env, actions, seed: int = 0):
     return rows
 
 
-def test_contract_of_a_step():
+def test_step_contract():
+    """A wrapped step keeps its contract: the types, the task's reward, the end and the info."""
     env = envs.wrap(Line(), BINARY)
     rows = play(env, [[1.0]] * 6)
     assert rows[0][0].dtype == np.float32 and rows[0][0].tolist() == [1, 0]
@@ -77,7 +78,8 @@ def test_contract_of_a_step():
     assert info["success"] is True and info["raw_reward"] == 1.0 and info["executed_action"].tolist() == [1.0]
 
 
-def test_evaluation_goes_on_after_success_and_remembers_it():
+def test_evaluation_continues_after_success():
+    """An evaluation goes on after a success and remembers it."""
     env = envs.wrap(Line(), BINARY, evaluation=True)
     rows = play(env, [[1.0], [1.0], [-1.0], [-1.0], [-1.0], [-1.0]])
     assert len(rows) == 7 and rows[-1][2] is False and rows[-1][3] is True
@@ -85,18 +87,21 @@ def test_evaluation_goes_on_after_success_and_remembers_it():
     assert successes[1] is True and successes[-1] is False
 
 
-def test_actions_are_clipped_and_mapped():
+def test_actions_clipped_and_mapped():
+    """Actions are clipped and mapped."""
     rows = play(envs.wrap(Line(), Task("raw")), [[7.0], [0.5]])
     assert rows[1][0].tolist() == [1, 0.5] and rows[1][4]["executed_action"].tolist() == [1.0]
     assert rows[2][0].tolist() == [1, 0.75] and rows[2][4]["executed_action"].tolist() == [0.5]
 
 
-def test_takeover_is_what_was_executed():
+def test_takeover_is_executed_action():
+    """The executed action is the takeover's."""
     rows = play(envs.wrap(Line(takeover=True), Task("raw")), [[-1.0]])
     assert rows[1][4]["executed_action"].tolist() == [0.5]
 
 
-def test_success_is_none_where_the_task_knows_none():
+def test_success_none_when_unknown():
+    """Success is None where the task knows none."""
     rows = play(envs.wrap(Line(), Task("raw")), [[0.0]] * 6)
     assert len(rows) == 7 and all(row[4]["success"] is None for row in rows[1:])
 
@@ -109,7 +114,8 @@ def test_success_is_none_where_the_task_knows_none():
         ("observation", "returned inf in its observation 'x' at step 3 of the episode"),
     ],
 )
-def test_faults_name_the_step(fault, text):
+def test_faults_name_step(fault, text):
+    """Faults of an environment name the step."""
     env = envs.wrap(Line(fault), Task("raw"))
     with pytest.raises(EnvironmentFaultError, match="environment Line") as caught:
         play(env, [[0.1]] * 6)
@@ -141,13 +147,15 @@ class Still(gym.Env):
         (np.asarray([0.0, 1e300]), "returned 1e+300 in its observation on reset"),
     ],
 )
-def test_numbers_that_float32_cannot_hold_are_faults_in_whatever_form(seen, text):
+def test_non_float32_numbers_are_faults(seen, text):
+    """Numbers that float32 cannot hold are faults, in whatever form."""
     with pytest.raises(EnvironmentFaultError) as caught:
         envs.wrappers.FaultGuard(Still(seen)).reset()
     assert text in str(caught.value)
 
 
-def test_other_numbers_pass_as_they_are_but_no_reward_beyond_float32():
+def test_numbers_pass_through_guard():
+    """Other numbers pass as they are, but no reward beyond float32 does."""
     for seen in ([1, 2.0], 3, np.float64(-3e38), {"a": (np.zeros((2, 2, 3), np.uint8), [])}, np.asarray([True])):
         assert envs.wrappers.FaultGuard(Still(seen)).reset()[0] is seen
     with pytest.raises(EnvironmentFaultError, match=r"returned the reward 1e\+300 at step 1"):
@@ -169,13 +177,15 @@ def test_other_numbers_pass_as_they_are_but_no_reward_beyond_float32():
         ("left", "returned 'left' as its intervene_action, expected an array of numbers"),
     ],
 )
-def test_a_takeover_that_cannot_have_been_executed_is_a_fault(human, text):
+def test_impossible_takeover_is_fault(human, text):
+    """A takeover that cannot have been executed is a fault."""
     with pytest.raises(EnvironmentFaultError) as caught:
         play(envs.wrap(Line(takeover=True, human=human), Task("raw")), [[0.1]])
     assert text in str(caught.value)
 
 
-def test_an_action_that_is_not_finite_moves_nothing():
+def test_nonfinite_action_not_played():
+    """An action that is not finite moves nothing."""
     env = envs.wrap(Line(), Task("raw"))
     env.reset(seed=0)
     for bad in (np.nan, np.inf, -np.inf):
@@ -184,14 +194,16 @@ def test_an_action_that_is_not_finite_moves_nothing():
     assert env.unwrapped.t == 0 and env.step([0.5])[0].tolist() == [1, 0.25]
 
 
-def test_unknown_environment_suggests():
+def test_unknown_env_suggests_near_one():
+    """The error for an unknown environment suggests a near one."""
     with pytest.raises(ConfigError, match="did you mean.*Hopper-v5"):
         envs.make("Hoper-v5")
     with pytest.raises(ConfigError, match="cannot be made"):
         envs.make("Hopper-v5", env_kwargs={"colour": "red"})
 
 
-def test_pointmaze_ends_at_the_goal_with_the_tasks_reward():
+def test_pointmaze_ends_at_goal():
+    """A PointMaze episode ends at the goal with the task's reward."""
     env = envs.make("PointMaze_UMaze-v3", evaluation=True)
     controller, rng = WaypointController(env), np.random.default_rng(0)
     env.reset(seed=3)
@@ -208,7 +220,8 @@ def test_pointmaze_ends_at_the_goal_with_the_tasks_reward():
     assert terminated and info["success"] and info["raw_reward"] == 1.0
 
 
-def test_environment_of_a_dataset_has_the_evaluation_time_limit(tmp_path):
+def test_dataset_env_eval_time_limit(tmp_path):
+    """The environment of a dataset has the evaluation's time limit."""
     box = spaces.Box(-np.inf, np.inf, (11,), np.float64)
     made = gym.make("Hopper-v5")
     datasets.write(
@@ -231,7 +244,8 @@ REPLAYED = [
 
 
 @pytest.mark.parametrize("env_id", REPLAYED)
-def test_episode_is_a_function_of_seed_and_actions(env_id):
+def test_episode_is_deterministic(env_id):
+    """An episode is a function of its seed and actions."""
     task = envs.task_for(env_id)
     used, fresh = envs.make(env_id, task, evaluation=True), envs.make(env_id, task, evaluation=True)
     rng = np.random.default_rng(0)
@@ -248,13 +262,15 @@ def test_episode_is_a_function_of_seed_and_actions(env_id):
 
 
 def test_make_seed_fixes_unseeded_resets():
+    """The seed given to `make` fixes unseeded resets."""
     first, second = (envs.make("PointMaze_UMaze-v3", seed=4) for _ in range(2))
     for _ in range(3):
         np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
     np.testing.assert_array_equal(first.action_space.sample(), second.action_space.sample())
 
 
-def test_kitchen_reward_counts_subtasks_and_infos_do_not_change_later():
+def test_kitchen_reward_counts_subtasks():
+    """The kitchen's reward counts subtasks, and infos do not change later."""
     env = envs.make("FrankaKitchen-v1")
     env.reset(seed=0)
     _, reward, _, _, first = env.step(np.zeros(9))
@@ -268,7 +284,8 @@ def test_kitchen_reward_counts_subtasks_and_infos_do_not_change_later():
 
 
 @pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "AntMaze_UMaze-v5"])
-def test_mazes_leave_nothing_in_the_temporary_folder(env_id, tmp_path, monkeypatch):
+def test_mazes_leave_no_temporary_files(env_id, tmp_path, monkeypatch):
+    """Mazes leave nothing in the temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     made = gym.make(env_id)
     assert len(list(tmp_path.iterdir())) == 1
@@ -290,6 +307,7 @@ def test_controller_reaches_every_goal():
 
 
 def test_embedded_dataset(tmp_path, monkeypatch):
+    """The embedded dataset is sound, replays in its environment and is made only once."""
     monkeypatch.setitem(EMBEDDED, "pointmaze-umaze", SMALL)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "cache"))
@@ -318,7 +336,8 @@ def test_embedded_dataset(tmp_path, monkeypatch):
         envs.make_embedded("maze")
 
 
-def test_embedded_dataset_is_the_same_every_time(tmp_path, monkeypatch):
+def test_embedded_dataset_deterministic(tmp_path, monkeypatch):
+    """The embedded dataset is the same every time."""
     monkeypatch.setitem(EMBEDDED, "pointmaze-umaze", SMALL)
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("o2o.envs.pointmaze.REFERENCE_EPISODES", 2)
@@ -332,7 +351,8 @@ def test_embedded_dataset_is_the_same_every_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["hand_dapg/door/human-v0", "hand_dapg/pen/noisy-v0", "o2o/hopper/medium-v0", "o2o/pointmaze/umaze-v0"]
 )
-def test_environments_of_the_recorded_sets(name):
+def test_recorded_dataset_environments(name):
+    """The environments of the published datasets fit their rows and tasks."""
     root = os.environ.get("MINARI_DATASETS_PATH")
     if not root or not (Path(root) / name).is_dir():
         pytest.skip(f"{name} is not under MINARI_DATASETS_PATH")

@@ -27,7 +27,8 @@ def play(slot: EnvSlot, steps: int, seed: int = 0) -> list[Any]:
     return seen
 
 
-def test_reset_seeds_are_functions_of_all_their_parts() -> None:
+def test_reset_seeds_use_all_parts() -> None:
+    """Reset seeds are functions of all their parts."""
     parts = [
         (s, stream, m, e) for s in (0, 1) for stream in (TRAIN_STREAM, EVAL_STREAM) for m in range(3) for e in (0, 7)
     ]
@@ -37,7 +38,8 @@ def test_reset_seeds_are_functions_of_all_their_parts() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_episodes_begin_alike_only_with_the_same_seeds() -> None:
+def test_episode_starts_follow_seeds() -> None:
+    """Episodes begin alike only with the same seeds."""
     one, same, other = slot_of(), slot_of(), slot_of(seeds=(0, TRAIN_STREAM, 1))
     first = one.reset()
     np.testing.assert_array_equal(first, same.reset())
@@ -48,7 +50,8 @@ def test_episodes_begin_alike_only_with_the_same_seeds() -> None:
     np.testing.assert_array_equal(same.reset(), second)
 
 
-def test_counters_belong_to_the_episode() -> None:
+def test_counters_reset_with_episode() -> None:
+    """The counters belong to the episode."""
     slot = slot_of("InvertedPendulum-v5")
     slot.reset()
     steps = [slot.step(np.ones(1, np.float32)) for _ in range(3)]
@@ -71,7 +74,8 @@ def test_counters_belong_to_the_episode() -> None:
     assert slot.row(False) == {**row, "episode": 1, "return": 0.0, "length": 0, "normalized": None, "score": 0.0}
 
 
-def test_success_in_any_step_counts_and_so_does_the_last() -> None:
+def test_success_any_and_last_step() -> None:
+    """Success in any step counts, and so does the last step's."""
     slot = slot_of("PointMaze_UMaze-v3")
     slot.reset()
     assert slot.success is None
@@ -89,7 +93,8 @@ def test_success_in_any_step_counts_and_so_does_the_last() -> None:
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "InvertedPendulum-v5"])
-def test_restore_stands_exactly_where_the_snapshot_was_taken(env_id: str) -> None:
+def test_restore_matches_snapshot(env_id: str) -> None:
+    """A restored slot stands exactly where the snapshot was taken."""
     slot = slot_of(env_id)
     slot.reset()
     play(slot, 60)
@@ -109,7 +114,8 @@ def test_restore_stands_exactly_where_the_snapshot_was_taken(env_id: str) -> Non
         assert (before.reward, before.terminated, before.truncated) == (after.reward, after.terminated, after.truncated)
 
 
-def test_restore_at_the_start_of_an_episode() -> None:
+def test_restore_at_episode_start() -> None:
+    """A slot is restored at the start of an episode too."""
     slot = slot_of()
     slot.reset()
     observation = slot.reset()
@@ -118,7 +124,8 @@ def test_restore_at_the_start_of_an_episode() -> None:
     assert again.episode == 1 and again.actions == []
 
 
-def test_another_observation_begins_a_new_episode() -> None:
+def test_other_observation_starts_anew() -> None:
+    """Another observation than the snapshot's begins a new episode."""
     slot = slot_of()
     slot.reset()
     play(slot, 3)
@@ -129,7 +136,8 @@ def test_another_observation_begins_a_new_episode() -> None:
     np.testing.assert_array_equal(again.observation, slot_of().reset(snapshot["episode"] + 1))
 
 
-def test_an_environment_that_cannot_be_replayed_begins_a_new_episode() -> None:
+def test_unreplayable_env_starts_anew() -> None:
+    """An environment that cannot be replayed begins a new episode."""
     env = gymnasium.make("InvertedPendulum-v5")
     base: Any = env.unwrapped
     base.metadata = {**base.metadata, "replayable": False}
@@ -143,7 +151,9 @@ def test_an_environment_that_cannot_be_replayed_begins_a_new_episode() -> None:
     assert slot.episode == 1 and slot.actions == [] and slot.raw_return == 0.0
 
 
-def test_an_image_that_is_written_in_place_does_not_spoil_what_the_episode_began_with() -> None:
+def test_inplace_image_keeps_first_frame() -> None:
+    """An image that is written in place does not spoil what the episode began with."""
+
     class Camera(gymnasium.Wrapper):
         """Its frame is one array, as cameras have it."""
 

@@ -78,9 +78,8 @@ def row(observations: Any, index: int) -> Any:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
-def test_a_datasets_rows_are_what_the_live_environment_gives_for_the_same_actions(
-    length: int, walks: tuple[datasets.Dataset, list[int]], tmp_path: Path
-) -> None:
+def test_dataset_rows_match_live_env(length: int, walks: tuple[datasets.Dataset, list[int]], tmp_path: Path) -> None:
+    """A dataset's rows are what the live environment gives for the same actions."""
     data, seeds = walks
     joined = with_history(data, length).arrays
     env = envs.wrap(Walk(), TASK, history=length)
@@ -98,9 +97,10 @@ def test_a_datasets_rows_are_what_the_live_environment_gives_for_the_same_action
     assert at == data.size
 
 
-def test_next_observations_are_the_next_rows_observations_except_at_the_ends(
+def test_next_observations_from_next_row(
     walks: tuple[datasets.Dataset, list[int]],
 ) -> None:
+    """The next observations are the next row's observations, except at the ends."""
     arrays = with_history(walks[0], 3).arrays
     inside = np.flatnonzero(~arrays["ends"][:-1])
     for key in ("state", "camera"):
@@ -110,7 +110,8 @@ def test_next_observations_are_the_next_rows_observations_except_at_the_ends(
     assert arrays["observations"]["camera"].dtype == np.uint8
 
 
-def test_nothing_of_another_episode_is_seen() -> None:
+def test_history_stays_in_episode() -> None:
+    """A history shows nothing of another episode."""
     base = {"observations": np.arange(6, dtype=np.float32)[:, None], "ends": np.array([0, 0, 1, 1, 0, 1], bool)}
     arrays = {**base, "next_observations": base["observations"] + 0.5, "rewards": np.zeros(6, np.float32)}
     data: Any = datasets.Dataset(arrays, None, "", (), None, None, TASK)  # type: ignore[arg-type]
@@ -122,7 +123,8 @@ def test_nothing_of_another_episode_is_seen() -> None:
     assert with_history(data, 1) is data
 
 
-def test_history_by_hand() -> None:
+def test_history_values() -> None:
+    """A history of numbers equals the one made by hand."""
     history = History(3)
     assert history.reset(np.array([1.0])).tolist() == [1, 1, 1]
     assert history.push(np.array([2.0])).tolist() == [1, 1, 2]
@@ -130,19 +132,22 @@ def test_history_by_hand() -> None:
     assert history.reset(np.array([9.0])).tolist() == [9, 9, 9]
 
 
-def test_arrays_that_an_environment_writes_again_do_not_change_the_past() -> None:
+def test_reused_arrays_keep_past() -> None:
+    """Arrays that an environment writes again do not change the past."""
     reused, history = np.zeros(2), History(2)
     history.reset({"state": reused})
     reused[:] = 5.0
     assert history.push({"state": reused})["state"].tolist() == [0, 0, 5, 5]
 
 
-def test_images_are_joined_along_their_channels_oldest_first() -> None:
+def test_images_stacked_oldest_first() -> None:
+    """Images are joined along their channels, the oldest first."""
     frames = [{"camera": np.full((2, 2, 1), value, np.uint8)} for value in (1, 2, 3)]
     assert join(frames)["camera"].shape == (2, 2, 3) and join(frames)["camera"][0, 1].tolist() == [1, 2, 3]
 
 
-def test_a_history_below_one_is_refused(walks: tuple[datasets.Dataset, list[int]]) -> None:
+def test_history_below_one_refused(walks: tuple[datasets.Dataset, list[int]]) -> None:
+    """A history below one is refused."""
     for refused in (lambda: History(0), lambda: with_history(walks[0], 0), lambda: envs.wrap(Walk(), TASK, history=0)):
         with pytest.raises(ConfigError, match="history is 0; expected at least 1"):
             refused()

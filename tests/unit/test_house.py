@@ -66,12 +66,14 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize("path", real_files(*CODE, "tests", "benchmarks"), ids=ids)
-def test_agents_and_envs_have_one_name(path):
+def test_agents_and_envs_single_name(path):
+    """The agents and envs packages have one name each, that within `o2o`."""
     bare = {module for module in imports(path) if within(module, "agents") or within(module, "envs")}
     assert not bare, f"{name_of(path)} imports {sorted(bare)}; say o2o.agents or o2o.envs, else the module loads twice"
 
 
-def test_links_lead_to_the_folders():
+def test_links_lead_to_folders():
+    """The links in `o2o` lead to the folders."""
     for name in ("agents", "envs"):
         assert (ROOT / "o2o" / name / "__init__.py").resolve() == (ROOT / name / "__init__.py").resolve()
 
@@ -91,7 +93,8 @@ def committed():
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-def test_no_path_of_one_machine_in_any_file():
+def test_no_machine_paths():
+    """No path of one machine is in any file."""
     pattern = re.compile(r"(?<![\w.:/~}$)-])/(?:home|root|Users|work|mnt|media|tmp|private|var/folders|content)/[\w.-]")
     found = []
     for path in committed():
@@ -109,7 +112,8 @@ def run_python(code, home, cwd, **env):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=keep, capture_output=True, text=True, timeout=300)
 
 
-def test_importing_starts_no_jax_back_end(tmp_path):
+def test_import_starts_no_backend(tmp_path):
+    """Importing the package starts no JAX back end."""
     code = (
         "import jax\n"
         "import o2o.agents, o2o.envs, o2o.cli, o2o.train.trainer, o2o.report.suite, o2o.report.suite_report\n"
@@ -141,7 +145,8 @@ def test_constraints_pin_every_dependency():
     assert "index-url" not in mentions and "find-links" not in mentions
 
 
-def test_version_is_said_once():
+def test_version_matches_project():
+    """The package's version is the one that `pyproject.toml` says."""
     import o2o
 
     assert o2o.__version__ == PROJECT["project"]["version"]
@@ -167,7 +172,8 @@ def built(tmp_path_factory):
     return work / "dist"
 
 
-def test_wheel_holds_the_package_and_nothing_else(built):
+def test_wheel_contents(built):
+    """The wheel holds the package and nothing else."""
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
@@ -179,7 +185,8 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_sdist_holds_what_a_builder_needs(built):
+def test_sdist_contents(built):
+    """The sdist holds what a builder needs."""
     (sdist,) = built.glob("*.tar.gz")
     names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
     wanted = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "agents/__init__.py", "envs/__init__.py"}
@@ -187,7 +194,8 @@ def test_sdist_holds_what_a_builder_needs(built):
     assert wanted <= names, sorted(wanted - names)
 
 
-def test_the_wheel_imports_in_another_folder(built, tmp_path):
+def test_wheel_imports_elsewhere(built, tmp_path):
+    """The wheel imports in another folder."""
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     elsewhere = tmp_path / "elsewhere"

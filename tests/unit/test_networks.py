@@ -46,7 +46,8 @@ def orthogonal_gain(kernel: jax.Array) -> float:
     return float(singular[0])
 
 
-def test_ensemble_members_differ_and_have_the_right_shape() -> None:
+def test_ensemble_members_differ() -> None:
+    """The ensemble's members differ and have the right shape."""
     critic = CriticEnsemble((8, 8), num=4)
     q = apply(critic, init(critic, KEY, OBSERVATIONS, ACTIONS), OBSERVATIONS, ACTIONS)
     assert q.shape == (4, 6)
@@ -57,7 +58,8 @@ def test_ensemble_members_differ_and_have_the_right_shape() -> None:
 
 @pytest.mark.parametrize("shared_output", [False, True])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_taken_members_equal_the_rows_of_the_full_ensemble(shared_output: bool, layer_norm: bool) -> None:
+def test_taken_members_match_ensemble(shared_output: bool, layer_norm: bool) -> None:
+    """Members taken alone equal the rows of the full ensemble."""
     critic = CriticEnsemble((8, 8), num=5, layer_norm=layer_norm, shared_output=shared_output)
     params = init(critic, KEY, OBSERVATIONS, ACTIONS)
     members = jnp.array([3, 1, 3])
@@ -66,7 +68,8 @@ def test_taken_members_equal_the_rows_of_the_full_ensemble(shared_output: bool, 
     np.testing.assert_allclose(taken, full[members], rtol=1e-5, atol=1e-6)
 
 
-def test_shared_output_has_one_layer_and_the_default_one_per_member() -> None:
+def test_shared_output_layer() -> None:
+    """A shared output has one layer, and the default has one per member."""
     own = init(CriticEnsemble((8,), num=4), KEY, OBSERVATIONS, ACTIONS)["params"]
     shared = init(CriticEnsemble((8,), num=4, shared_output=True), KEY, OBSERVATIONS, ACTIONS)["params"]
     assert own["output"]["kernel"].shape == (4, 8, 1)
@@ -74,7 +77,8 @@ def test_shared_output_has_one_layer_and_the_default_one_per_member() -> None:
     assert orthogonal_gain(shared["shared_output"]["kernel"]) == pytest.approx(np.sqrt(2), rel=1e-4)
 
 
-def test_ensemble_equals_a_loop_over_plain_dense_layers() -> None:
+def test_ensemble_matches_dense_loop() -> None:
+    """The ensemble equals a loop over plain dense layers."""
     critic = CriticEnsemble((8,), num=3)
     params = init(critic, KEY, OBSERVATIONS, ACTIONS)
     q = apply(critic, params, OBSERVATIONS, ACTIONS)
@@ -86,7 +90,8 @@ def test_ensemble_equals_a_loop_over_plain_dense_layers() -> None:
         np.testing.assert_allclose(q[i], expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_one_member_does_not_depend_on_the_others() -> None:
+def test_members_are_independent() -> None:
+    """One member does not depend on the others."""
     critic = CriticEnsemble((8, 8), num=3)
     params = init(critic, KEY, OBSERVATIONS, ACTIONS)
     grads = jax.grad(lambda p: apply(critic, p, OBSERVATIONS, ACTIONS)[1].sum())(params)
@@ -95,7 +100,8 @@ def test_one_member_does_not_depend_on_the_others() -> None:
         np.testing.assert_array_equal(leaf[2], np.zeros_like(leaf[2]))
 
 
-def test_critic_broadcasts_many_actions_over_one_observation() -> None:
+def test_critic_broadcasts_actions() -> None:
+    """The critic broadcasts many actions over one observation."""
     critic = CriticEnsemble((8,), num=2)
     params = init(critic, KEY, OBSERVATIONS, ACTIONS)
     many = jax.random.normal(KEY, (5, 6, 2))
@@ -106,12 +112,14 @@ def test_critic_broadcasts_many_actions_over_one_observation() -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_ensemble_dense_keeps_batch_axes(stacked: bool) -> None:
+    """The ensemble's dense layer keeps the batch axes."""
     layer = EnsembleDense(3, 4, stacked=stacked)
     x = jax.random.normal(KEY, (3, 5, 7, 2) if stacked else (5, 7, 2))
     assert apply(layer, init(layer, KEY, x), x).shape == (3, 5, 7, 4)
 
 
-def test_ensemble_layer_norm_equals_flax_layer_norm_per_member() -> None:
+def test_ensemble_layer_norm_matches_flax() -> None:
+    """The ensemble's layer norm equals Flax's layer norm for each member."""
     x = 3.0 + 2.0 * jax.random.normal(KEY, (2, 5, 8))
     scale, bias = jax.random.normal(jax.random.key(1), (2, 8)), jax.random.normal(jax.random.key(2), (2, 8))
     ours = apply(EnsembleLayerNorm(2), {"params": {"scale": scale, "bias": bias}}, x)
@@ -120,7 +128,8 @@ def test_ensemble_layer_norm_equals_flax_layer_norm_per_member() -> None:
         np.testing.assert_allclose(ours[i], theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_mlp_order_is_dense_layer_norm_relu_after_the_last_layer_too() -> None:
+def test_mlp_layer_order() -> None:
+    """The MLP's order is dense, layer norm, ReLU, after the last layer too."""
     mlp = MLP((8, 4), layer_norm=True)
     params = init(mlp, KEY, OBSERVATIONS)
     x = np.asarray(OBSERVATIONS)
@@ -133,6 +142,7 @@ def test_mlp_order_is_dense_layer_norm_relu_after_the_last_layer_too() -> None:
 
 
 def test_initial_gains_and_biases() -> None:
+    """The initial kernels have the stated orthogonal gains, and the biases are zero."""
     params = init(MLP((8, 8), last_gain=0.01), KEY, OBSERVATIONS)["params"]
     assert orthogonal_gain(params["Dense_0"]["kernel"]) == pytest.approx(np.sqrt(2), rel=1e-4)
     assert orthogonal_gain(params["Dense_1"]["kernel"]) == pytest.approx(0.01, rel=1e-4)
@@ -142,13 +152,15 @@ def test_initial_gains_and_biases() -> None:
     assert orthogonal_gain(critic["dense_1"]["kernel"][1]) == pytest.approx(0.01, rel=1e-4)
 
 
-def test_ensemble_fan_in_ignores_the_member_axis() -> None:
+def test_ensemble_fan_in() -> None:
+    """The ensemble's fan-in ignores the member axis."""
     single = kernel_init("lecun")(KEY, (64, 64))
     stacked = init(EnsembleDense(10, 64, init_scheme="lecun", stacked=False), KEY, jnp.zeros((2, 64)))
     assert float(stacked["params"]["kernel"].std()) == pytest.approx(float(single.std()), rel=0.1)
 
 
-def test_dropout_acts_only_in_training_and_keeps_the_mean() -> None:
+def test_dropout_only_in_training() -> None:
+    """Dropout acts only in training and keeps the mean."""
     mlp = MLP((256,), dropout=0.5)
     params = init(mlp, KEY, OBSERVATIONS)
     quiet = apply(mlp, params, OBSERVATIONS)
@@ -159,6 +171,7 @@ def test_dropout_acts_only_in_training_and_keeps_the_mean() -> None:
 
 
 def test_actor_heads_and_bounds() -> None:
+    """Each of the actor's heads has its distribution and keeps its bounds."""
     free = GaussianActor((8,), 2, std_mode="uniform", squash=False, tanh_mean=True, log_std_min=-5.0, log_std_max=2.0)
     params = init(free, KEY, OBSERVATIONS)
     np.testing.assert_array_equal(params["params"]["log_std"], np.zeros(2))
@@ -173,7 +186,8 @@ def test_actor_heads_and_bounds() -> None:
     assert isinstance(squashed, TanhNormal) and not np.allclose(squashed.std[0], squashed.std[1])
 
 
-def test_std_is_clipped_to_its_range() -> None:
+def test_std_clipped_to_range() -> None:
+    """The standard deviation is clipped to its range."""
     actor = GaussianActor((8,), 2, std_mode="uniform")
     params = init(actor, KEY, OBSERVATIONS)
     params["params"]["log_std"] = jnp.array([-50.0, 50.0])
@@ -181,13 +195,15 @@ def test_std_is_clipped_to_its_range() -> None:
 
 
 def test_value_and_scalar_shapes() -> None:
+    """The value network and the scalar have their shapes."""
     value = Value((8,))
     assert apply(value, init(value, KEY, OBSERVATIONS), OBSERVATIONS).shape == (6,)
     scalar = apply(Scalar(0.7), init(Scalar(0.7), KEY))
     assert scalar.shape == () and float(scalar) == pytest.approx(0.7)
 
 
-def test_first_adam_step_moves_by_the_learning_rate() -> None:
+def test_first_adam_step_size() -> None:
+    """The first Adam step moves by the learning rate."""
     model = Model.create(KEY, Scalar(1.0), Adam(0.1))
     grads = jax.grad(lambda params: 3.0 * model(params=params))(model.params)
     assert float(model.apply_gradients(grads)()) == pytest.approx(0.9, abs=1e-5)
@@ -204,7 +220,8 @@ def test_cosine_decay_reaches_zero() -> None:
     np.testing.assert_allclose(steps, expected, atol=1e-5)
 
 
-def test_optimisers_and_modules_compare_by_value() -> None:
+def test_compare_by_value() -> None:
+    """Optimisers and modules compare by value."""
     assert Adam(1e-3, 5) == Adam(1e-3, 5) and hash(Adam(1e-3, 5)) == hash(Adam(1e-3, 5))
     assert Adam(1e-3) != Adam(1e-4)
     first = Model.create(KEY, Value((8,)), Adam(), OBSERVATIONS)
@@ -212,7 +229,8 @@ def test_optimisers_and_modules_compare_by_value() -> None:
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
-def test_weight_decay_shrinks_parameters_without_gradient() -> None:
+def test_weight_decay_without_gradient() -> None:
+    """Weight decay shrinks parameters without a gradient."""
     model = Model.create(KEY, Scalar(1.0), Adam(0.1, weight_decay=0.5))
     assert isinstance(model.optimizer.build(), optax.GradientTransformation)
     still = model.apply_gradients(jax.tree.map(jnp.zeros_like, model.params))

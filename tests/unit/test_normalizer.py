@@ -11,7 +11,8 @@ from o2o.errors import ConfigError
 OBSERVATIONS = np.random.default_rng(0).normal([3.0, -50.0, 0.0], [2.0, 1e-3, 10.0], (5000, 3)).astype(np.float32)
 
 
-def test_statistics_are_those_of_td3_bc() -> None:
+def test_statistics_match_td3_bc() -> None:
+    """The statistics are those of TD3+BC."""
     normalizer = Normalizer.fit(OBSERVATIONS)
     expected = OBSERVATIONS.astype(np.float64)
     np.testing.assert_allclose(normalizer.mean, expected.mean(axis=0), rtol=1e-6)
@@ -22,7 +23,8 @@ def test_statistics_are_those_of_td3_bc() -> None:
     np.testing.assert_allclose(out.std(axis=0)[[0, 2]], 1.0, atol=1e-2)
 
 
-def test_a_dimension_that_never_varies_is_only_centred() -> None:
+def test_constant_dimension_only_centred() -> None:
+    """A dimension that never varies is only centred."""
     observations = np.tile(np.asarray([7.0, 1e6, 0.0], np.float32), (100, 1))
     observations[:, 2] = np.linspace(-1, 1, 100)
     normalizer = Normalizer.fit(observations)
@@ -30,7 +32,8 @@ def test_a_dimension_that_never_varies_is_only_centred() -> None:
     np.testing.assert_allclose(normalizer(np.asarray([7.5, 1e6 + 3, 0.0], np.float32)), [0.5, 3.0, 0.0], atol=1e-6)
 
 
-def test_any_leading_axes_under_jit_and_vmap() -> None:
+def test_leading_axes_under_jit_vmap() -> None:
+    """Any leading axes are normalised, under `jit` and `vmap` too."""
     normalizer = Normalizer.fit(jnp.asarray(OBSERVATIONS))
     one = np.asarray(normalizer(OBSERVATIONS[0]))
     batch = OBSERVATIONS[:6].reshape(2, 3, 3)
@@ -40,13 +43,15 @@ def test_any_leading_axes_under_jit_and_vmap() -> None:
     np.testing.assert_allclose(jitted, mapped, rtol=1e-6)
 
 
-def test_without_a_normalizer_observations_pass_untouched() -> None:
+def test_no_normalizer_is_identity() -> None:
+    """Without a normalizer, observations pass untouched."""
     assert normalize(None, OBSERVATIONS) is OBSERVATIONS
     image = {"camera": np.zeros((2, 2, 3), np.uint8)}
     assert normalize(None, image) is image
 
 
-def test_a_floor_holds_the_standard_deviation_up() -> None:
+def test_std_floor() -> None:
+    """A floor holds the standard deviation up."""
     normalizer = Normalizer.fit(OBSERVATIONS, floor=0.1)
     deviations = OBSERVATIONS.astype(np.float64).std(axis=0)
     np.testing.assert_allclose(normalizer.std, [deviations[0], 0.1, deviations[2]], rtol=1e-6)
@@ -55,7 +60,8 @@ def test_a_floor_holds_the_standard_deviation_up() -> None:
         Normalizer.fit(OBSERVATIONS, floor=0.0)
 
 
-def test_of_a_dict_only_the_state_is_normalised() -> None:
+def test_dict_normalises_state_only() -> None:
+    """Of a dict, only the state is normalised."""
     others = {"camera": np.full((5000, 2, 2, 3), 7, np.uint8), "base_action": np.ones((5000, 2), np.float32)}
     observations = {"state": OBSERVATIONS, **others}
     normalizer = Normalizer.fit(observations)
@@ -67,6 +73,7 @@ def test_of_a_dict_only_the_state_is_normalised() -> None:
     assert rows["actions"] is others["base_action"]
 
 
-def test_images_alone_are_refused() -> None:
+def test_images_alone_refused() -> None:
+    """Images alone are refused."""
     with pytest.raises(ConfigError, match="flat float32 observations, not on images"):
         Normalizer.fit({"camera": np.zeros((10, 2, 2, 3), np.uint8)})

@@ -29,7 +29,8 @@ def write_run(folder: Path, agent="wsrl", seed=0, settings=None, **kwargs) -> Pa
     return folder
 
 
-def test_runs_become_labelled_curves_and_a_picture(tmp_path):
+def test_runs_become_labelled_curves(tmp_path):
+    """Runs become labelled curves and a picture."""
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", "rlpd", phases=("online",))]
     out = tmp_path / "pictures" / "curve.png"
     curves = plot_runs(runs, out, "return", "mean")
@@ -40,12 +41,14 @@ def test_runs_become_labelled_curves_and_a_picture(tmp_path):
     assert picture.shape[:2] == (660, 1350) and picture.std() > 0.05
 
 
-def test_an_unknown_statistic_is_refused_before_anything_is_read(tmp_path):
+def test_unknown_statistic_refused(tmp_path):
+    """An unknown statistic is refused before anything is read."""
     with pytest.raises(ConfigError, match="unknown statistic 'median'; expected one of mean, iqm"):
         plot_runs([tmp_path / "none"], tmp_path / "p.png", "return", "median")
 
 
-def test_runs_that_differ_in_their_seeds_only_are_pooled(tmp_path):
+def test_seeds_are_pooled(tmp_path):
+    """Runs that differ in their seeds only are pooled."""
     versions = [{"versions": {"machine": name}, "batch_size": 8} for name in "xyz"]
     runs = [write_run(tmp_path / f"s{i}", seed=i, seeds=1, settings=versions[i]) for i in range(3)]
     for run, offset in zip(runs, (0.0, 30.0, 60.0), strict=True):
@@ -62,7 +65,8 @@ def test_runs_that_differ_in_their_seeds_only_are_pooled(tmp_path):
     assert drawn == {"wsrl: s0 and 2 more": 3, "wsrl: other": 1, "wsrl: again": 1}
 
 
-def test_pooled_rows_have_one_number_per_run_and_member(tmp_path):
+def test_pooled_rows_numbering(tmp_path):
+    """Pooled rows have one number per run and member."""
     runs = [write_run(tmp_path / "a", seeds=2), write_run(tmp_path / "b", seeds=3), write_run(tmp_path / "c", seeds=1)]
     last = aggregate(pool(runs))[-1]
     assert last.scores == {0: 2800.0, 1: 2801.0, 2: 2800.0, 3: 2801.0, 4: 2802.0, 5: 2800.0}
@@ -70,7 +74,8 @@ def test_pooled_rows_have_one_number_per_run_and_member(tmp_path):
 
 
 @pytest.mark.parametrize(("out", "why"), [("x.txt", "has no known suffix"), ("file/x.png", "cannot be written")])
-def test_a_picture_that_cannot_be_written_is_one_line(out, why, tmp_path, capsys):
+def test_unwritable_picture(out, why, tmp_path, capsys):
+    """A picture that cannot be written is an error of one line."""
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(SystemExit) as ended:
         cli.main(["plot", str(write_run(tmp_path / "a")), "--out", str(tmp_path / out)])
@@ -79,14 +84,16 @@ def test_a_picture_that_cannot_be_written_is_one_line(out, why, tmp_path, capsys
 
 
 @pytest.mark.parametrize("phases", [("offline",), ("online",)])
-def test_one_phase_alone_can_be_drawn(phases, tmp_path):
+def test_single_phase_drawn(phases, tmp_path):
+    """One phase alone can be drawn."""
     only = curve(rows(phases=phases))
     assert only is not None
     plot_curves({"bc": only}, tmp_path / "p.png", title="task", reference=("dataset mean", 900.0))
     assert matplotlib.image.imread(tmp_path / "p.png").std() > 0.02
 
 
-def test_nothing_to_draw_is_an_error(tmp_path):
+def test_nothing_to_draw(tmp_path):
+    """Nothing to draw is an error."""
     run = write_run(tmp_path / "a")
     with pytest.raises(RunError, match="no evaluation with metric 'success'"):
         plot_runs([run], tmp_path / "p.png", "success")
@@ -94,7 +101,8 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         plot_runs([tmp_path / "nowhere"], tmp_path / "p.png")
 
 
-def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path):
+def test_cut_off_row_left_out(tmp_path):
+    """A row cut off by a kill is left out."""
     path = tmp_path / "episodes.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
     assert read_rows(path) == [{"a": 1}, {"a": 2}]

@@ -42,7 +42,8 @@ class Told:
         return [np.asarray(10 * seen) for seen in observations]
 
 
-def test_slots_share_the_episodes_and_policies_are_told_before_they_act() -> None:
+def test_slots_share_episodes() -> None:
+    """Slots share the episodes, and policies are told of them before they act."""
     slots, policy, numbers = [Count(), Count(human=1)], Told(), iter(range(4))
     ended = [(slot, slots[slot].episode) for slot, _ in rollout(policy, slots, [numbers, numbers])]
     assert ended == [(0, 0), (1, 1), (0, 2), (1, 3)]
@@ -58,21 +59,24 @@ def test_slots_share_the_episodes_and_policies_are_told_before_they_act() -> Non
     ]
 
 
-def test_a_stop_is_seen_before_every_step_and_no_step_follows() -> None:
+def test_stop_seen_before_every_step() -> None:
+    """A stop is seen before every step, and no step follows."""
     slot, policy = Count(), Told()
     stops = iter([False, False, True])
     assert list(rollout(policy, [slot], [iter([5])], lambda: next(stops))) == []
     assert slot.played == [(5, 0), (5, 10)] and policy.calls == 2
 
 
-def test_before_step_sees_what_the_policy_saw() -> None:
+def test_before_step_observation() -> None:
+    """`before_step` sees what the policy saw."""
     slot, seen = Count(), list[int]()
     for _ in rollout(Told(), [slot], [iter([1, 0])], before_step=lambda: seen.append(slot.observation)):
         pass
     assert seen == [0, 1, 0]
 
 
-def test_a_slot_without_episodes_plays_nothing() -> None:
+def test_slot_without_episodes() -> None:
+    """A slot without episodes plays nothing."""
     slots = [Count(), Count()]
     for slot in slots:
         slot.observation = 0
@@ -97,7 +101,8 @@ class Adding:
         return self.queue.next(lambda: list(observation["x"] + np.arange(3)))
 
 
-def test_recorded_episodes_give_the_same_actions_in_turn_and_side_by_side() -> None:
+def test_recorded_episodes_in_parallel() -> None:
+    """Recorded episodes give the same actions in turn and side by side."""
     episodes = [{"x": np.arange(10.0, 15.0)}, {"x": np.arange(2.0)}]
     expected = [[10, 11, 12, 13, 14], [0, 1]]
     alone = Adding()

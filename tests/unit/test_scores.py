@@ -45,7 +45,8 @@ def env_fn(evaluation: bool) -> gym.Env:
     return envs.wrap(Kitchen(), envs.task_for("FrankaKitchen-v1"), evaluation=evaluation)
 
 
-def test_kitchens_score_is_in_the_rows_and_makes_the_best_checkpoint(tmp_path: Path) -> None:
+def test_kitchen_score_in_rows(tmp_path: Path) -> None:
+    """The kitchen's score is in the rows and makes the best checkpoint."""
     episodes = datasets.record(Kitchen(), lambda _, rng: rng.uniform(-1, 1, 1).astype(np.float32), 10)
     space = {"observation_space": Kitchen.observation_space, "action_space": Kitchen.action_space}
     folder = datasets.write("kitchen-v0", episodes, **space, spec=None, root=tmp_path)
@@ -57,7 +58,8 @@ def test_kitchens_score_is_in_the_rows_and_makes_the_best_checkpoint(tmp_path: P
     trainer.close()
 
 
-def test_pictures_and_tables_show_the_score_where_it_is_neither_success_nor_return(tmp_path: Path) -> None:
+def test_plots_and_tables_show_score(tmp_path: Path) -> None:
+    """Pictures and tables show the score where it is neither success nor return."""
     agent = Probe.create(None, None, np.zeros((1, 1)))
     place = {"phase": "offline", "env_steps": 0, "gradient_steps": 10}
     rows = [{**place, **row} for row in evaluate(agent, env_fn, 2)]
@@ -69,7 +71,8 @@ def test_pictures_and_tables_show_the_score_where_it_is_neither_success_nor_retu
     assert "score" in text.getvalue() and "0.750" in text.getvalue()
 
 
-def test_what_rows_are_judged_by() -> None:
+def test_judging_metric_of_rows() -> None:
+    """Rows are judged by the score where it says more than success, else by success or return."""
     kitchen = {"seed": 0, "score": 0.75, "success": False, "return": 7.0}
     maze, hopper = {**kitchen, "score": 0.0}, {**kitchen, "score": 7.0, "success": None}
     assert judged_by([kitchen, maze]) == "score" and judged_by([maze]) == "success" and judged_by([hopper]) == "return"
@@ -77,7 +80,8 @@ def test_what_rows_are_judged_by() -> None:
     assert judged_by([kitchen, *old]) == "success" and judged_by(old[1:]) == "return"
 
 
-def test_a_report_has_the_score_of_a_task_that_has_one() -> None:
+def test_report_has_score() -> None:
+    """A report has the score of a task that has one."""
     suite = load_suite("offline")
     kitchen = {"seed": 0, "score": 0.75, "success": False, "return": 7.0}
     methods = [Method("kitchen", "iql", [kitchen], []), Method("maze", "iql", [{**kitchen, "score": 0.0}], [])]

@@ -57,8 +57,11 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return write
 
 
-def test_changes_are_made_together_and_of_one_field_the_last_counts() -> None:
-    """1,000 steps do not go into the 8 environments of the preset, nor its 2,048 into 3."""
+def test_changes_made_together() -> None:
+    """Changes are made together, and of those to one field the last counts.
+
+    1,000 steps do not go into the 8 environments of the preset, nor its 2,048 into 3.
+    """
     config = with_fields(PPOConfig(), [("online.num_envs", 3), ("clip", 0.1), ("online.rollout_steps", 999)])
     assert (config.online.num_envs, config.online.rollout_steps, config.clip) == (3, 999, 0.1)
     assert with_fields(PPOConfig(), [("online.num_envs", 3), ("online.num_envs", 4)]).online.num_envs == 4
@@ -68,7 +71,8 @@ def test_changes_are_made_together_and_of_one_field_the_last_counts() -> None:
     assert whole.online == dataclasses.replace(other, rollout_steps=10) and with_fields(PPOConfig(), []) == PPOConfig()
 
 
-def test_only_successes_leaves_failed_episodes_out(put: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_successes_drops_failures(put: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`only_successes` leaves failed episodes out."""
     flags = [[False, True, False], [False] * 4, [False, False, True, True]]
     name = put("test/door-v0", [episode([0.0] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
     every = session.preset_run("bc", name, "small")
@@ -90,7 +94,8 @@ def test_only_successes_leaves_failed_episodes_out(put: Callable[..., str], monk
         session.load_data(dataclasses.replace(only, dataset=(failed,)))
 
 
-def test_returns_are_normalised_for_dataset_and_environment_alike(put: Callable[..., str]) -> None:
+def test_returns_normalised_alike(put: Callable[..., str]) -> None:
+    """Returns are normalised for the dataset and the environment alike."""
     name = put("test/hopper-v0", [episode([1.0, 2.0]), episode([4.0, 1.0, 2.0]), episode([2.0, 3.0])], "Hopper-v5")
     assert returns_scale([name], envs.task_for("Hopper-v5"), 1000.0) == 1000.0 / (7.0 - 3.0)
     run = session.preset_run("iql", name, "small")
@@ -105,7 +110,8 @@ def test_returns_are_normalised_for_dataset_and_environment_alike(put: Callable[
     env.close()
 
 
-def test_only_iqls_locomotion_normalises_and_a_given_scale_wins(put: Callable[..., str]) -> None:
+def test_only_iql_normalises(put: Callable[..., str]) -> None:
+    """Only IQL's locomotion preset normalises returns, and a given scale wins."""
     name = put("test/hopper-v0", [episode([1.0]), episode([2.0])], "Hopper-v5")
     for agent in ("bc", "calql", "sac", "rlpd", "wsrl"):
         assert session.preset_run(agent, name, "small").task.normalize_returns is None
@@ -128,7 +134,8 @@ def test_only_iqls_locomotion_normalises_and_a_given_scale_wins(put: Callable[..
         {"binary": None, "reward_scale": None, "achieved_goal": True},
     ],
 )
-def test_the_command_line_and_python_make_the_same_run(given: dict[str, Any], put: Callable[..., str]) -> None:
+def test_cli_matches_python_run(given: dict[str, Any], put: Callable[..., str]) -> None:
+    """The command line and Python make the same run."""
     flags = [[False, True, False], [False] * 4, [False, True]]
     door = put("test/door-v0", [episode([0.1] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
     hopper = put("test/hopper-v0", [episode([1.0]), episode([2.0])], "Hopper-v5")
@@ -140,7 +147,8 @@ def test_the_command_line_and_python_make_the_same_run(given: dict[str, Any], pu
         assert all(getattr(parsed.task, key) == value for key, value in given.items() if value is not None)
 
 
-def test_task_flags_do_not_mix_with_what_the_preset_has_for_another_task(put: Callable[..., str]) -> None:
+def test_task_flags_replace_preset_task(put: Callable[..., str]) -> None:
+    """Task flags do not mix with what the preset has for another task."""
     flags = [[False, True, False], [False] * 4]
     door = put("test/door-v0", [episode([0.25] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
     assert session.preset_run("wsrl", door).task == TaskConfig(
@@ -151,13 +159,15 @@ def test_task_flags_do_not_mix_with_what_the_preset_has_for_another_task(put: Ca
     assert session.load_data(dense).arrays["rewards"].tolist() == [0.25] * (3 + 4)
 
 
-def test_returns_are_normalised_where_the_preset_has_a_scale(embedded: str) -> None:
+def test_normalised_despite_preset_scale(embedded: str) -> None:
+    """Returns are normalised on request where the preset has a scale."""
     _, maze = cli.parse_train("wsrl", ["--dataset", embedded, "--task.normalize-returns", "1000"])
     assert maze.task == TaskConfig(normalize_returns=1000.0)
     assert session.task_of(maze).reward_scale == 1000.0, "the maze's returns are 0 and 1"
 
 
-def test_help_shows_the_datasets_own_defaults(put: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_dataset_defaults(put: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The help shows the dataset's own defaults."""
     door = put("test/door-v0", [episode([0.0, 0.0], [False, True])], "AdroitHandDoor-v1")
     for args, reward_scale in ((["--dataset", door], "10.0"), ([], "None"), (["--task.reward-scale", "7"], "7.0")):
         with pytest.raises(SystemExit) as ended:
@@ -168,7 +178,8 @@ def test_help_shows_the_datasets_own_defaults(put: Callable[..., str], capsys: p
         assert about[about.index("(default:") :].startswith(f"(default:{reward_scale})")
 
 
-def test_a_scale_that_is_not_the_normalised_one_is_refused(tiny_run: Maker, tmp_path: Path) -> None:
+def test_conflicting_scale_refused(tiny_run: Maker, tmp_path: Path) -> None:
+    """A scale that is not the normalised one is refused."""
     run = tiny_run("bc", offline_steps=10, online_steps=0, task=TaskConfig(normalize_returns=100.0, reward_scale=2.0))
     with pytest.raises(ConfigError, match=r"reward_scale is 2, but task.normalize_returns 100 asks for 100: give one"):
         session.train(run, tmp_path / "run")
@@ -177,7 +188,8 @@ def test_a_scale_that_is_not_the_normalised_one_is_refused(tiny_run: Maker, tmp_
     assert session.train(again, tmp_path / "again"), "the settings that a run wrote"
 
 
-def test_returns_that_are_all_equal_have_no_scale(put: Callable[..., str]) -> None:
+def test_equal_returns_have_no_scale(put: Callable[..., str]) -> None:
+    """Returns that are all equal have no scale."""
     name = put("test/hopper-v0", [episode([1.0, 2.0]), episode([3.0])], "Hopper-v5")
     with pytest.raises(ConfigError, match="all episodes of test/hopper-v0 have the return 3, so there is no scale"):
         session.load_data(session.preset_run("iql", name, "small"))
@@ -185,7 +197,8 @@ def test_returns_that_are_all_equal_have_no_scale(put: Callable[..., str]) -> No
         session.load_data(session.preset_run("iql", name, "small", task=TaskConfig(normalize_returns=0.0)))
 
 
-def test_the_scale_is_kept_with_the_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_kept_with_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale is kept with the run."""
     run = tiny_run("bc", offline_steps=10, online_steps=0, task=TaskConfig(normalize_returns=100.0, reward_bias=0.0))
     scale = session.task_of(run).reward_scale
     assert scale == 100.0, "the maze's returns are 0 and 1"
@@ -199,14 +212,16 @@ def test_the_scale_is_kept_with_the_run(tiny_run: Maker, tmp_path: Path, monkeyp
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
 
 
-def test_what_load_data_refuses_of_the_agents_settings(tiny_run: Maker) -> None:
+def test_load_data_checks_agent_settings(tiny_run: Maker) -> None:
+    """`load_data` refuses an agent's settings that cannot be."""
     with pytest.raises(ConfigError, match="config.batch_size is 0; expected at least 1"):
         session.load_data(tiny_run("bc", [("batch_size", 0)]))
     with pytest.raises(ConfigError, match="config.discount is 1.5; expected 0 to 1"):
         session.load_data(tiny_run("bc", [("discount", 1.5)]))
 
 
-def test_only_agents_that_learn_from_returns_need_a_discount_below_one(tiny_run: Maker) -> None:
+def test_discount_of_one(tiny_run: Maker) -> None:
+    """Only agents that learn from returns need a discount below one."""
     for agent in ("bc", "iql", "sac", "rlpd"):
         data = session.load_data(tiny_run(agent, [("discount", 1.0)]))
         assert data.task.sparse and "mc_returns" not in data.arrays
@@ -217,7 +232,8 @@ def test_only_agents_that_learn_from_returns_need_a_discount_below_one(tiny_run:
             session.load_data(tiny_run(agent, [("discount", 1.0)]))
 
 
-def test_scores_are_normalised_only_in_the_datasets_own_environment(put: Callable[..., str]) -> None:
+def test_scores_normalised_in_own_env(put: Callable[..., str]) -> None:
+    """Scores are normalised only in the dataset's own environment."""
     episodes = [episode([1.0, 2.0]), episode([3.0])]
     name = put("test/hopper-v0", episodes, "Hopper-v5", ref_min_score=0.0, ref_max_score=200.0)
 
@@ -232,7 +248,8 @@ def test_scores_are_normalised_only_in_the_datasets_own_environment(put: Callabl
     assert score(env="Hopper-v4") is None
 
 
-def test_another_environment_is_one_of_another_id_arguments_or_time_limit(put: Callable[..., str]) -> None:
+def test_same_environment(put: Callable[..., str]) -> None:
+    """Another environment is one of another id, other arguments or another time limit."""
     about = datasets.info(put("test/hopper-v0", [episode([1.0])], "Hopper-v5"))
     assert envs.same_environment("Hopper-v5", about) and not envs.same_environment("Walker2d-v5", about)
     spec = about.env_spec
@@ -245,6 +262,7 @@ def test_another_environment_is_one_of_another_id_arguments_or_time_limit(put: C
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_preset_survives_json(agent: str) -> None:
+    """Every preset survives a round trip through JSON."""
     for family in ("pointmaze", "adroit", "locomotion", "other"):
         config = AGENTS[agent].preset(family, "paper").config
         again = from_dict(type(config), json.loads(json.dumps(to_dict(config))))
@@ -272,14 +290,16 @@ RUN: dict[str, Any] = {"agent": "bc", "config": None, "dataset": ["a/b-v0"]}
         ({"seeeds": 2}, "run: RunConfig has no field 'seeeds'; did you mean 'seeds'?"),
     ],
 )
-def test_a_bad_value_is_one_line_with_its_path(change: dict[str, Any], message: str) -> None:
+def test_bad_value_names_path(change: dict[str, Any], message: str) -> None:
+    """A bad value is an error of one line with its path."""
     assert from_dict(RunConfig, RUN).seeds == 1
     with pytest.raises(ConfigError) as caught:
         from_dict(RunConfig, {**RUN, **change}, "run")
     assert str(caught.value) == message
 
 
-def test_a_missing_field_is_named() -> None:
+def test_missing_field_named() -> None:
+    """A missing field is named."""
     with pytest.raises(ConfigError, match="^run.agent: this field is missing$"):
         from_dict(RunConfig, {"config": None, "dataset": []}, "run")
 
@@ -315,8 +335,8 @@ class Nested:
     range: tuple[float, float] | None = None
 
 
-def test_unions_of_configs_are_told_apart() -> None:
-    """By the literal `kind`, or by the names of their fields."""
+def test_config_unions_told_apart() -> None:
+    """Unions of configs are told apart. By the literal `kind`, or by the names of their fields."""
     for config in (
         Nested(),
         Nested(Flow(widths=(3,)), Narrow(5), "never", (0.0, 1.0)),
@@ -344,9 +364,10 @@ def test_unions_of_configs_are_told_apart() -> None:
         ({"format": FORMAT + 1}, f"in format {FORMAT + 1}, .* opens format {FORMAT} only"),
     ],
 )
-def test_a_run_folder_of_another_format_is_one_line(
+def test_other_run_folder_format(
     values: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A run folder of another format is an error of one line."""
     (tmp_path / "config.json").write_text(json.dumps({**RUN, **values}))
     for command in ("resume", "eval"):
         with pytest.raises(SystemExit) as ended:

@@ -19,7 +19,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_command_line_keeps_compiled_programs_and_sets_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_sets_cache_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line keeps compiled programs and sets flags."""
     monkeypatch.setenv("O2O_CACHE", "somewhere")
     monkeypatch.setattr(startup, "KNOWN_TO", (version("jaxlib"),))
     startup.prepare_process()
@@ -29,7 +30,8 @@ def test_the_command_line_keeps_compiled_programs_and_sets_flags(monkeypatch: py
     assert os.environ["XLA_FLAGS"] == startup.NO_YNN  # once
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_settings_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has set stays."""
     own = f"--xla_dump_to=x {startup.NO_YNN}1"
     monkeypatch.setenv("XLA_FLAGS", own)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
@@ -37,13 +39,15 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["XLA_FLAGS"] == own and os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
 
 
-def test_a_release_that_may_not_know_a_flag_does_not_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_release_gets_no_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that may not know a flag does not get it."""
     monkeypatch.setattr(startup, "KNOWN_TO", ("0.0.",))
     startup.prepare_process()
     assert "XLA_FLAGS" not in os.environ
 
 
-def test_importing_the_agents_starts_no_back_end_and_sets_nothing() -> None:
+def test_agents_import_has_no_effects() -> None:
+    """Importing the agents starts no back end and sets nothing."""
     code = (
         "import os; before = dict(os.environ); import o2o.agents, o2o; from jax._src import xla_bridge as bridge; "
         "assert not bridge._backends, bridge._backends; changed = {k for k in os.environ if os.environ[k] != "

@@ -17,7 +17,8 @@ def printed(scores):
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_the_spread_is_the_sample_deviation_of_the_seeds():
+def test_spread_is_sample_deviation():
+    """The spread is the sample deviation of the seeds."""
     # means 2, 4, 9: mean 5, squares 9 + 1 + 16 over n - 1 = 2, root of 13
     assert printed([[1.0, 3.0], [4.0, 4.0], [9.0, 9.0]]) == ["return", "5.000", "3.606 (n=3)", "6"]
 

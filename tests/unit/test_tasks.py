@@ -11,32 +11,37 @@ from o2o.data.task import Task
 from o2o.errors import ConfigError
 
 
-def test_maze_reward_is_minus_five_or_five():
+def test_maze_reward():
+    """The maze's reward is minus five or five."""
     task = envs.task_for("AntMaze_Large-v5")
     assert task.rewards(np.array([0.0, 1.0])).tolist() == [-5.0, 5.0]
     assert task.failure_reward == -5.0
     assert task.terminate_on_success and dict(task.env_kwargs) == {"continuing_task": False, "reset_target": False}
 
 
-def test_binary_reward_ignores_the_raw_one():
+def test_binary_reward_ignores_raw():
+    """The binary reward ignores the raw one."""
     task = envs.task_for("AdroitHandPen-v1", binary=True)
     rewards = task.rewards(np.array([60.9, -3.2]), np.array([True, False]))
     assert rewards.tolist() == [5.0, -5.0] and rewards.dtype == np.float32
     assert task.failure_reward == -5.0 and task.terminate_on_success
 
 
-def test_failure_reward_equals_rewards_in_float32():
+def test_failure_reward_in_float32():
+    """The failure reward equals that of `rewards` in float32."""
     task = Task("t", reward_scale=0.1, reward_bias=0.3, binary=True, sparse=True, has_success=True)
     assert np.float32(task.failure_reward) == task.rewards([0.0], [False])[0]
     assert Task("dense").failure_reward is None
 
 
-def test_binary_without_flags_is_an_error():
+def test_binary_needs_success_flags():
+    """A binary reward without success flags is an error."""
     with pytest.raises(ConfigError, match="binary reward needs success flags"):
         Task("t", binary=True).rewards([1.0])
 
 
-def test_success_from_flags_then_reward_then_unknown():
+def test_success_source_order():
+    """Success is read from the flags, else from the reward, else it is unknown."""
     maze = envs.task_for("PointMaze_UMaze-v3")
     assert maze.success(np.array([0.0, 1.0])).tolist() == [False, True]
     assert maze.success(np.array([1.0, 1.0]), np.array([0, 1])).tolist() == [False, True]
@@ -56,29 +61,34 @@ def test_success_from_flags_then_reward_then_unknown():
         ("CartPole-v1", "other", "success", False),
     ],
 )
-def test_table(env_id, family, metric, sparse):
+def test_task_table(env_id, family, metric, sparse):
+    """The table has the family, the metric and the sparsity of each environment's task."""
     task = envs.task_for(env_id)
     assert (task.family, task.metric, task.sparse, task.env_id) == (family, metric, sparse, env_id)
     assert hash(task) == hash(envs.task_for(env_id))
 
 
-def test_kitchen_is_shifted_by_four():
+def test_kitchen_reward_shift():
+    """The kitchen's reward is shifted by four."""
     assert envs.task_for("FrankaKitchen-v1").rewards([0.0, 4.0]).tolist() == [-4.0, 0.0]
 
 
-def test_an_episode_is_judged_by_its_tasks_metric():
+def test_episode_score_by_task_metric():
+    """An episode is judged by its task's metric."""
     kitchen, maze, hopper = (envs.task_for(name) for name in ("FrankaKitchen-v1", "PointMaze_UMaze-v3", "Hopper-v5"))
     assert kitchen.score(71.0, 3.0, False) == 0.75 and maze.score(71.0, 3.0, False) == 0.0
     assert maze.score(71.0, 3.0, True) == 1.0 and hopper.score(71.0, 3.0, True) == 71.0
     assert Task("mine").score(71.0, 3.0, None) == 71.0, "where success is not known"
 
 
-def test_binary_is_refused_where_it_makes_no_sense():
+def test_binary_refused_without_success():
+    """A binary reward is refused where it makes no sense."""
     with pytest.raises(ConfigError, match="Hopper-v5"):
         envs.task_for("Hopper-v5", binary=True)
 
 
-def test_register_wins_over_the_table(monkeypatch):
+def test_register_overrides_table(monkeypatch):
+    """A registered task wins over the table."""
     monkeypatch.setattr("o2o.envs.tasks.TASKS", list(envs.TASKS))
     envs.register(r"Hopper-v\d+", Task("mine", "other", reward_scale=2.0))
     assert envs.task_for("Hopper-v5").reward_scale == 2.0
@@ -87,9 +97,8 @@ def test_register_wins_over_the_table(monkeypatch):
         envs.register("(", Task("mine"))
 
 
-def test_a_module_of_the_working_folder_brings_its_environment_and_its_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_module_env_and_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the working folder brings its environment and its task."""
     (tmp_path / "my_arm.py").write_text(
         "import gymnasium\nfrom o2o import envs\nfrom o2o.data.task import Task\n"
         "gymnasium.register('MyArm-v0', 'gymnasium.envs.mujoco.reacher_v5:ReacherEnv', max_episode_steps=7)\n"

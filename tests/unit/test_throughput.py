@@ -44,7 +44,8 @@ def work(clock: list[float], each: float, overhead: float = 0.0, first: float = 
     return run
 
 
-def test_a_rate_leaves_out_the_first_call_and_every_calls_overhead(clock: list[float]) -> None:
+def test_rate_excludes_overhead(clock: list[float]) -> None:
+    """A rate leaves out the first call and every call's overhead."""
     run = work(clock, each=0.25, overhead=2.0, first=60.0)
     meter = Meter(run, overhead=2.0)
     assert meter.first == 62.25
@@ -52,14 +53,17 @@ def test_a_rate_leaves_out_the_first_call_and_every_calls_overhead(clock: list[f
     assert run.calls[-1] == 64, "eight times the overhead at least"  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def test_counts_are_multiples_of_the_step_and_rates_are_in_units(clock: list[float]) -> None:
+def test_counts_and_units(clock: list[float]) -> None:
+    """Counts are multiples of the step, and rates are in units."""
     run = work(clock, each=0.001)
     meter = Meter(run, step=64, unit=5)
     assert meter.measure(1.0) == pytest.approx(5000.0)
     assert all(count % 64 == 0 for count in run.calls)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def test_settings_are_replaced_at_every_depth() -> None:
+def test_settings_replaced_at_every_depth() -> None:
+    """Settings are replaced at every depth."""
+
     @dataclasses.dataclass(frozen=True)
     class Inner:
         utd_ratio: int = 1
@@ -76,6 +80,7 @@ def test_settings_are_replaced_at_every_depth() -> None:
 
 
 def test_patterns_choose_cases() -> None:
+    """Patterns choose cases, and one that matches none is refused."""
     assert throughput.chosen(["iql/pen/1/*"], ()) == [
         f"iql/pen/1/{form}" for form in ("offline", "act", "insert", "utd1", "utd4", "utd20")
     ]
@@ -88,13 +93,15 @@ def test_patterns_choose_cases() -> None:
 
 
 @pytest.mark.parametrize("args", [["--quik"], ["iqll/*"], ["--against", "nowhere"]])
-def test_bad_arguments_end_with_code_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_exit_code(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad arguments end with exit code two."""
     with pytest.raises(SystemExit) as stopped:
         throughput.main(args)
     assert stopped.value.code == 2 and args[-1] in capsys.readouterr().err
 
 
-def test_tables_are_written_and_read(tmp_path: Path) -> None:
+def test_tables_round_trip(tmp_path: Path) -> None:
+    """Tables are written and read back."""
     rows = [{"device": "AMD, 2 cores", "case": "iql/pen/1/offline", "per_second": "12"}]
     throughput.write_table(tmp_path / "new", "rates.csv", rows, throughput.markdown_table(("case", "per_second"), rows))
     assert throughput.read_table(tmp_path / "new/rates.csv") == rows
@@ -126,7 +133,8 @@ def test_workers_answer_in_turns() -> None:
         ("def make(): raise ValueError('no such\\n agent')\nserve(make)", "it: ValueError: no such agent"),
     ],
 )
-def test_a_process_that_fails_says_why(body: str, said: str) -> None:
+def test_failed_process_says_why(body: str, said: str) -> None:
+    """A process that fails says why."""
     worker = start(body)
     try:
         with pytest.raises(MeasureError, match=said):
@@ -135,7 +143,8 @@ def test_a_process_that_fails_says_why(body: str, said: str) -> None:
         worker.close()
 
 
-def test_the_ratio_is_the_median_of_the_rounds_not_of_the_rates() -> None:
+def test_ratio_is_median_of_rounds() -> None:
+    """The ratio is the median of the rounds' ratios, not the ratio of the median rates."""
     shared = {"device": "cpu", "case": "iql", "form": peers.AS_RUN, "date": "2026-11-30"}
     rows = [
         {**shared, "library": "o2o", "version": "o2o", "rates": "10 40 90"},
@@ -148,7 +157,8 @@ def test_the_ratio_is_the_median_of_the_rounds_not_of_the_rates() -> None:
     assert any("| products alone | 80 [20, 180] | 0.50 [0.50, 0.50] |" in line for line in lines)
 
 
-def test_committed_comparisons_have_as_many_rounds_on_every_side() -> None:
+def test_committed_rounds_match() -> None:
+    """The committed comparisons have as many rounds on every side."""
     rows = throughput.read_table(Path(throughput.HERE) / "results/throughput/comparison.csv")
     rounds: dict[str, set[int]] = {}
     for row in rows:
@@ -157,7 +167,8 @@ def test_committed_comparisons_have_as_many_rounds_on_every_side() -> None:
     assert set(rounds) == set(peers.CASES) and all(len(found) == 1 for found in rounds.values())
 
 
-def test_one_update_has_one_count_in_the_committed_table() -> None:
+def test_committed_flops_are_unique() -> None:
+    """One update has one count of operations in the committed table."""
     rows = throughput.read_table(Path(throughput.HERE) / "results/throughput/rates.csv")
     flops: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
@@ -166,7 +177,8 @@ def test_one_update_has_one_count_in_the_committed_table() -> None:
     assert len(flops) > 100 and all(len(found) == 1 for found in flops.values())
 
 
-def test_products_count_every_round_of_a_scan_and_the_dearest_branch() -> None:
+def test_products_in_scan_and_branch() -> None:
+    """The products count every round of a scan and the dearest branch."""
     x, y = jnp.zeros((3, 4)), jnp.zeros((4, 5))
 
     def rounds(x: jax.Array, y: jax.Array) -> Any:
@@ -178,7 +190,8 @@ def test_products_count_every_round_of_a_scan_and_the_dearest_branch() -> None:
     assert list(kinds.values()) == [(8, 2.0 * 3 * 4 * 5)] and next(iter(kinds))[0] == ((3, 4), (4, 5))
 
 
-def test_a_product_that_is_transposed_afterwards_is_made_with_its_operands_exchanged() -> None:
+def test_transposed_product_swaps_operands() -> None:
+    """A product that is transposed afterwards is made with its operands exchanged."""
     x, y = jnp.zeros((4, 3)), jnp.zeros((3, 5))
     (kind,) = peers.kinds_of(jax.make_jaxpr(lambda a, b: (a @ b).T)(x, y).jaxpr)
     assert kind[0] == ((3, 5), (4, 3))
@@ -186,7 +199,8 @@ def test_a_product_that_is_transposed_afterwards_is_made_with_its_operands_excha
     assert kind[0] == ((4, 3), (3, 5)), "it is read as it is, too"
 
 
-def test_a_product_alone_is_made_as_often_as_asked() -> None:
+def test_product_alone_count() -> None:
+    """A product alone is made as often as asked."""
     run: Any = peers.alone(((2, 3, 4), (2, 4, 5)), (((2,), (1,)), ((0,), (0,))))
     first, second = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 4), (2, 4, 5)]))
     once = float((first @ second)[-1, -1, -1])
@@ -194,7 +208,8 @@ def test_a_product_alone_is_made_as_often_as_asked() -> None:
         assert float(run(count)) == pytest.approx(count * once, rel=1e-4)
 
 
-def test_a_folder_of_something_else_is_never_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_folder_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of something else is never emptied."""
     (tmp_path / "mine.txt").write_text("mine")
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     with pytest.raises(MeasureError, match="holds something else"):
@@ -202,7 +217,8 @@ def test_a_folder_of_something_else_is_never_emptied(tmp_path: Path, monkeypatch
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_the_other_libraries_are_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other libraries are installed once."""
     folder, commands = tmp_path / "peers", []
 
     def run(command: list[str], **_: Any) -> Any:

@@ -12,8 +12,11 @@ from tests.helpers.contract import Case
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_an_agents_structure_tells_its_class(name: str) -> None:
-    """Of equal structures, `jax.jit` may run the program of one class on the other."""
+def test_structure_tells_agent_class(name: str) -> None:
+    """An agent's structure tells its class.
+
+    Of equal structures, `jax.jit` may run the program of one class on the other.
+    """
     base: Any = AGENTS[name]
     agent = jax.eval_shape(Case(name, "offline").make, jax.random.key(0))
     parts = {field.name: getattr(agent, field.name) for field in dataclasses.fields(agent)}

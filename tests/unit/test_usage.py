@@ -43,16 +43,19 @@ def message(args: list[str]) -> str:
         (["--name"], "--name"),
     ],
 )
-def test_a_complaint_is_one_line(args: list[str], words: str) -> None:
+def test_complaint_is_one_line(args: list[str], words: str) -> None:
+    """A complaint of the parser is one line."""
     assert words in message(args)
 
 
-def test_so_is_one_without_box_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_complaint_without_box_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """A complaint without box characters is one line too."""
     text = message(["--name", "a", "--inner.learning-rat", "3"])  # capsys names its encoding so that tyro draws none
     assert text.startswith("Unrecognized options: --inner.learning-rat, 3; did you mean --inner.learning-rate?;")
 
 
 def test_help_and_values_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help, parsed values and the command's own output pass unchanged."""
     with pytest.raises(SystemExit) as ended, one_line("o2o thing"):
         tyro.cli(Args, args=["--help"], prog="o2o thing")
     assert not ended.value.code and "How often." in capsys.readouterr().out
@@ -62,6 +65,7 @@ def test_help_and_values_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed.count == 1 and capsys.readouterr().err == "careful\n"
 
 
-def test_an_exit_without_a_word_is_left_alone() -> None:
+def test_silent_exit_left_alone() -> None:
+    """An exit without a word is left alone."""
     with pytest.raises(SystemExit), one_line("o2o thing"):
         sys.exit(3)

@@ -36,7 +36,8 @@ def tags_of(batch: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(batch["rewards"]).reshape(-1, width), np.asarray(batch["valid"]).reshape(-1, width)
 
 
-def test_windows_of_a_dataset_are_rows_in_a_row_of_one_episode() -> None:
+def test_dataset_windows_are_consecutive() -> None:
+    """Windows of a dataset are consecutive rows of one episode."""
     data = OfflineData.create(rows(10, (3, 9)), ("ends",))
     batch = data.sample_sequences(KEY, (2, 200), 3)
     assert batch["observations"].shape == (2, 200, 3, 2) and batch["ends"].dtype == jnp.float32
@@ -48,7 +49,8 @@ def test_windows_of_a_dataset_are_rows_in_a_row_of_one_episode() -> None:
         np.testing.assert_array_equal(counts, np.arange(3) < length)
 
 
-def test_windows_stay_within_their_source_and_sources_keep_their_weights() -> None:
+def test_windows_stay_in_source() -> None:
+    """Windows stay within their source, and sources keep their weights."""
     data = OfflineData.create(rows(12), ("ends",), [(0, 8, 1.0), (8, 2, 3.0), (10, 2, 0.0)])
     tags, valid = tags_of(jax.jit(lambda key: data.sample_sequences(key, (4000,), 3))(KEY))
     second = tags[:, 0] > 8
@@ -60,7 +62,8 @@ def test_windows_stay_within_their_source_and_sources_keep_their_weights() -> No
     assert data.rows["ends"].tolist() == [i in (7, 9, 11) for i in range(12)], "every source ends an episode"
 
 
-def test_what_is_appended_to_the_dataset_is_not_joined_with_it() -> None:
+def test_appended_rows_not_joined() -> None:
+    """What is appended to the dataset is not joined with it."""
     data = OfflineData.create(rows(5), ("ends",))
     example = jax.tree.map(lambda leaf: leaf[0], data.rows)
     buffer = ReplayBuffer.create(example, 8).extend(data.rows)
@@ -74,7 +77,8 @@ def test_what_is_appended_to_the_dataset_is_not_joined_with_it() -> None:
 
 
 @pytest.mark.parametrize("stored", [9, 12, 17])
-def test_windows_of_minibatches_cross_neither_the_cursor_nor_an_end_and_keep_their_shares(stored: int) -> None:
+def test_minibatch_windows(stored: int) -> None:
+    """Windows of minibatches cross neither the cursor nor an end, and keep their shares."""
     offline = OfflineData.create(rows(20, (6,), -1.0), ("ends",))
     buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], offline.rows), 9)
     add = jax.jit(ReplayBuffer.add)
@@ -149,10 +153,11 @@ def all_windows() -> dict[str, Any]:
         (1, "terminal", [1, 1, 1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5, 0.5, 0], [11, 11, 11, 11, 11, 11]),
     ],
 )
-def test_n_step_rows_by_hand(
-    n: int, timeouts: Any, rewards: list[float], masks: list[float], following: list[float]
-) -> None:
-    """One number for each kind of window. Discount 0.5: rewards 1, 2, 4 are worth 1, 1, 1."""
+def test_n_step_rows(n: int, timeouts: Any, rewards: list[float], masks: list[float], following: list[float]) -> None:
+    """The n-step rows equal those made by hand.
+
+    One number for each kind of window. Discount 0.5: rewards 1, 2, 4 are worth 1, 1, 1.
+    """
     rows = jax.jit(lambda batch: n_step_rows(batch, n, 0.5, timeouts))(all_windows())
     for column in range(2):
         np.testing.assert_array_equal(rows["rewards"][:, column], rewards)
@@ -163,7 +168,8 @@ def test_n_step_rows_by_hand(
     assert rows["observations"]["camera"].shape == (len(END), 2, 2, 2, 1)
 
 
-def test_the_last_row_of_an_episode_and_the_action_that_is_repeated() -> None:
+def test_last_valid_and_repeat_last() -> None:
+    """The last valid row of a window is found, and its action is repeated behind it."""
     assert [int(last_valid(window(kind)["valid"])) for kind in END] == [2, 1, 1, 2, 2, 0]
     batch = window("limit inside")
     np.testing.assert_array_equal(repeat_last(batch["actions"], batch["valid"])[:, 0], [1, 2, 2])
@@ -188,8 +194,11 @@ def test_the_last_row_of_an_episode_and_the_action_that_is_repeated() -> None:
         ),
     ],
 )
-def test_chunk_rows_by_hand(pad: bool, valid: list[int], actions: list[list[int]], entries: list[list[int]]) -> None:
-    """One number or row for each kind of window. Discount 0.5; each action is (x, -x)."""
+def test_chunk_rows(pad: bool, valid: list[int], actions: list[list[int]], entries: list[list[int]]) -> None:
+    """The chunk rows equal those made by hand.
+
+    One number or row for each kind of window. Discount 0.5; each action is (x, -x).
+    """
     states = {key: all_windows()[key]["state"] for key in ("observations", "next_observations")}
     chunks = jax.jit(lambda batch: chunk_rows(batch, 0.5, pad))({**all_windows(), **states})
     np.testing.assert_array_equal(chunks.returns[:, 0], [3, 2, 2, 3, 3, 1])
