@@ -37,11 +37,23 @@ def to_online(agent: Agent) -> Agent:
     return agent.online()
 
 
-def zeros_of(step: Callable[..., tuple[Any, Info]], agent: Any, *args: Any) -> Info:
-    """Return zeros shaped like the metrics of `step(agent, *args)`, leaves `[S]`, for stacked agents `[S, ...]`."""
+@partial(jax.jit, inline=True)
+def update(agent: Any, batch: Batch) -> tuple[Any, Info]:
+    """Run one agent's update call. Jitted, so that it is traced once for all programs that it becomes a part of."""
+    return agent.update(batch)
+
+
+@partial(jax.jit, static_argnames="step", inline=True)
+def own_update(agent: Any, data: Any, progress: Array, *, step: Callable[..., tuple[Any, Info]]) -> tuple[Any, Info]:
+    """Run one gradient step `Phase.update` of one agent; traced once, as `update` is."""
+    return step(agent, data, progress)
+
+
+def zeros_of(program: Callable[..., Any], agent: Any, *args: Any, **static: Any) -> Info:
+    """Return zeros shaped like the metrics of `program(agent, *args)`, leaves `[S]`, for stacked agents `[S, ...]`."""
     seeds = jax.tree.leaves(agent)[0].shape[0]
-    one = jax.eval_shape(lambda a: jax.tree.map(lambda leaf: leaf[0], a), agent)
-    infos = jax.eval_shape(lambda a, rest: step(a, *rest)[1], one, args)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), agent)
+    infos = jax.eval_shape(partial(program, **static), one, *args)[1]
     return jax.tree.map(lambda leaf: jnp.zeros((seeds, *leaf.shape), leaf.dtype), infos)
 
 
@@ -79,9 +91,10 @@ def updates(
         def step(i: Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
             agent, totals = state
             if phase is not None and phase.update is not None:
-                agent, info = phase.update(agent, source.data, (at + i - begin) / jnp.float32(phase.steps))
+                progress = (at + i - begin) / jnp.float32(phase.steps)
+                agent, info = own_update(agent, source.data, progress, step=phase.update)
             else:
-                agent, info = agent.update(source.one_seed(key, at + i * stride, sampling))
+                agent, info = update(agent, source.one_seed(key, at + i * stride, sampling))
             return agent, _add(totals, info)
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
@@ -95,7 +108,7 @@ def _learned(
     """Run every seed's update call of gradient step `at`; its metrics join the totals."""
 
     def one_seed(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
-        agent, info = agent.update(batch)
+        agent, info = update(agent, batch)
         return agent, _add(totals, info)
 
     batches = source.minibatches(keys, at, sampling)

@@ -204,9 +204,11 @@ class Trainer:
     def _zeros(self, phase: Phase | None) -> Any:
         """Return zeros `[S]` for the sums of the metrics of a phase; None: of the online phase."""
         if phase is not None and phase.update is not None:
-            return programs.zeros_of(phase.update, self.agent, self.replay.data, jnp.zeros(()))
+            return programs.zeros_of(
+                programs.own_update, self.agent, self.replay.data, jnp.zeros(()), step=phase.update
+            )
         shapes = self.replay.batch_shapes(self._sampling() if phase is None else self._sampling(utd_ratio=1))
-        return programs.zeros_of(lambda agent, batch: agent.update(batch), self.agent, shapes)
+        return programs.zeros_of(programs.update, self.agent, shapes)
 
     # The switch
 
