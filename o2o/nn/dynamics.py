@@ -1,15 +1,15 @@
 """An ensemble of probabilistic dynamics models, for evaluating policies without the environment.
 
-Each member is a Gaussian over (s' - s, r) given (s, a) in raw units, fitted by maximum likelihood to its own bootstrap
-of the training rows; the members with the least hold-out error, the elites, are sampled in roll-outs (PETS, arXiv
-1805.12114; the form and the constants are those that Uni-O4, arXiv 2311.03351, takes over from MOBILE's code).
+Each member is a Gaussian over (s' - s, r) given (s, a) in raw units. It is fitted by maximum likelihood to its own
+bootstrap of the training rows. Roll-outs sample the elites, the members with the least hold-out error (PETS, arXiv
+1805.12114). Form and constants are those of Uni-O4 (arXiv 2311.03351), which took them from MOBILE's code.
 Where the task has no termination rule, a classifier of (s, a, s') learns one from the dataset.
 
-Where we differ from that code
-- A member's rows are drawn with replacement from its bootstrap list, not gone through in epochs; the list itself is a
-  hash of (member, position), so nothing is stored. Hold-out rows lie at equal distances in the dataset.
-- Training has a fixed number of steps; once `patience` validations in a row have improved no member, the best weights
-  no longer change, which is what stopping would leave.
+Differences from that code
+- Rows are drawn with replacement from a member's bootstrap list; the code goes through the list in epochs. The list is
+  a hash of (member, position), so nothing is stored. Hold-out rows lie at equal distances in the dataset.
+- Training has a fixed number of steps; the code stops early. Once `patience` validations in a row have improved no
+  member, the best weights no longer change, so the result is that of stopping.
 """
 
 from collections.abc import Sequence

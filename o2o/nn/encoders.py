@@ -8,7 +8,8 @@ convolutions of DrQ (arXiv 2004.13649), for small presets with larger strides.
 Where we differ
 - DrQ's kernels are orthogonal; here Xavier-uniform (batched orthogonal draws can deadlock on XLA's CPU back end).
 - Biases begin at zero; ResFiT's convolutions keep the random ones of their framework.
-- `latent_dim` squashes with tanh (RLPD's pixels); ResFiT's heads project for themselves, which is `latent_dim=0`.
+- `latent_dim` projects the features and squashes them with tanh, as RLPD's pixel agent does. ResFiT projects in its
+  heads instead: `latent_dim=0`.
 """
 
 from collections.abc import Callable, Mapping

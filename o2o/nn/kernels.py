@@ -9,7 +9,7 @@
   chunks act one seed after the other on a CPU, each planning only when its own queue is empty.
 - A branch that only some steps take stays a branch when seeds are batched, where `jax.vmap` alone computes both.
 
-What is defined here by its own gradient can be differentiated in reverse mode only.
+Functions with a gradient of their own can be differentiated in reverse mode only.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def plans_in_turn() -> bool:
 
 @custom_vmap
 def any_seed(flag: Array) -> Array:
-    """Return `flag` `[]`; under `jax.vmap` whether it is true of any, which is no longer batched."""
+    """Return `flag` `[]`. Under `jax.vmap`: whether the flag of any seed is true, one value that is not batched."""
     return flag
 
 

@@ -1,11 +1,11 @@
 """When an episode ends, as functions of the raw next observation, for roll-outs in a learned model.
 
-The rules are those of the Uni-O4 release (which go beyond the simulators where a state is out of range), but for the
-range of hopper's, which has both bounds here: there a misplaced parenthesis leaves the upper one only. Its `pen` rule
-can be asked for by name, since gymnasium-robotics' pen does not end when it is dropped. Of a longer observation each
-reads the last numbers: before them are older observations (`o2o.data.history`) or a position that is usually left out.
-`learned` stands for a classifier that a dynamics model fits to the dataset's own ends; it serves every other task,
-where the release has a goal distance (AntMaze) or no end at all.
+The rules come from the Uni-O4 release. They also end an episode whose state is out of range, which the simulators do
+not do. One differs: hopper's range has both bounds here; the release has the upper bound only, by a misplaced
+parenthesis. The `pen` rule must be asked for by name, since gymnasium-robotics' pen does not end when it is dropped.
+A rule reads the last numbers of an observation. Before them may be older observations (`o2o.data.history`) or a position
+that is usually left out. `learned` is a classifier that a dynamics model fits to the ends in the dataset. It serves all
+other tasks, where the release uses a goal distance (AntMaze) or no end at all.
 """
 
 import re
