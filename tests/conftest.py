@@ -15,6 +15,9 @@ import pytest
 if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.find_library("OSMesa"):
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
+# Toy programs take longer to compile than to run, in this process and in those that it starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # read when a back end starts
+
 from o2o import envs
 from o2o.config import LoopConfig
 from o2o.data.datasets import Dataset

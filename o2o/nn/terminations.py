@@ -3,9 +3,9 @@
 The rules come from the Uni-O4 release. They also end an episode whose state is out of range, which the simulators do
 not do. One differs: hopper's range has both bounds here; the release has the upper bound only, by a misplaced
 parenthesis. The `pen` rule must be asked for by name, since gymnasium-robotics' pen does not end when it is dropped.
-A rule reads the last numbers of an observation. Before them may be older observations (`o2o.data.history`) or a position
-that is usually left out. `learned` is a classifier that a dynamics model fits to the ends in the dataset. It serves all
-other tasks, where the release uses a goal distance (AntMaze) or no end at all.
+A rule reads the last numbers of an observation. Before them may be older observations (`o2o.data.history`) or a
+position that is usually left out. `learned` is a classifier that a dynamics model fits to the ends in the dataset. It
+serves all other tasks, where the release uses a goal distance (AntMaze) or no end at all.
 """
 
 import re
