@@ -15,7 +15,7 @@ from o2o.closing import Closing
 from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
-from o2o.data.history import check_length, with_history
+from o2o.data.history import with_history
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
@@ -127,11 +127,6 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
 
     `base`: the run's base policy, if it is loaded already.
     """
-    check_length(config.history)
-    if not 0.0 <= config.config.discount <= 1.0:
-        raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
-    if config.config.batch_size < 1:
-        raise ConfigError(f"config.batch_size is {config.config.batch_size}; expected at least 1")
     base, needs = base or base_of(config), config.config.needs
     data = datasets.load(
         config.dataset,
