@@ -392,7 +392,8 @@ def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> Train
 
 def check_seed_index(path: Path, seed_index: int) -> None:
     """Raise `ConfigError` unless a run has a seed of this index."""
-    if not 0 <= seed_index < (seeds := load_config(path).seeds):
+    seeds = load_config(path).seeds
+    if not 0 <= seed_index < seeds:
         raise ConfigError(f"no seed of index {seed_index}: {path} trained {seeds} seed(s), counted from 0")
 
 
