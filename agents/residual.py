@@ -232,7 +232,7 @@ class Residual(Agent):
         Raises `ConfigError` for observations without a base action.
         """
         if not isinstance(observations, Mapping) or "base_action" not in observations:
-            raise ConfigError("Residual needs observations with a base_action: train it with --base")
+            raise ConfigError("Residual needs observations with a base_action: train it with `base`")
         rng, actor_rng, critic_rng, encoder_rng, trunk_rng = jax.random.split(rng, 5)
         action_dim = actions.shape[-1]
         critic_adam = Adam(config.critic_lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm)

@@ -123,7 +123,7 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
 
     @dataclasses.dataclass(frozen=True)
     class Train(_part(session.RunConfig, first)):
-        config: kinds["config"]  # pyright: ignore[reportInvalidTypeForm]
+        config: kinds["config"]  # pyright: ignore[reportInvalidTypeForm, reportGeneralTypeIssues]
         preset: Literal["paper", "small"] = "paper"
         """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
         name: str | None = None

@@ -178,7 +178,8 @@ def with_fields(config: T, changes: Mapping[str, Any] | Iterable[tuple[str, Any]
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"{config!r} is no group of settings: it has no fields to change")
     known = [f.name for f in dataclasses.fields(config)]
-    for name, value in changes.items() if isinstance(changes, Mapping) else changes:
+    pairs: Any = changes.items() if isinstance(changes, Mapping) else changes
+    for name, value in pairs:
         head, _, rest = name.partition(".")
         if head not in known:
             raise ConfigError(f"{type(config).__name__} has no field {head!r}; {suggest(head, known)}")

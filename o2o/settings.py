@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 import os
 import types
 from collections.abc import Callable, Mapping
@@ -50,24 +51,22 @@ class Range:
 
     def problem(self, value: Any) -> str | None:
         """Return what was expected instead of `value`, None if it is in range."""
-        low, high = (self.least, self.above), (self.most, self.below)
-        inside = (
-            (isinstance(value, int) or math.isfinite(value) or value in (self.least, self.most))
-            and (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
+        finite = isinstance(value, int) or math.isfinite(value)
+        ends = (
+            ("at least", self.least, operator.ge),
+            ("above", self.above, operator.gt),
+            ("at most", self.most, operator.le),
+            ("below", self.below, operator.lt),
         )
-        if inside:
+        broken = [(word, end) for word, end, holds in ends if end is not None and not holds(value, end)]
+        if not broken and (finite or value in (self.least, self.most)):
             return None
         if self.most == LARGEST:  # not worth a word unless it is what is wrong
-            return f"at most {LARGEST}" if value > LARGEST else f"at least {self.least}"
-        if None not in (self.least, self.most):
+            return f"{broken[0][0]} {broken[0][1]}"
+        if self.least is not None and self.most is not None:
             return f"{self.least:g} to {self.most:g}"
-        words = zip(("at least", "above", "at most", "below"), (*low, *high), strict=True)
-        ends = [f"{word} {end:g}" for word, end in words if end is not None and math.isfinite(end)]
-        kind = [] if ends and math.isfinite(value) else ["a finite number"]
-        return ", ".join(kind + ends)
+        words = [f"{word} {end:g}" for word, end, _ in ends if end is not None and math.isfinite(end)]
+        return ", ".join(words if words and finite else ["a finite number", *words])
 
 
 @dataclass(frozen=True)

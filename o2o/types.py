@@ -146,8 +146,17 @@ class Agent(struct.PyTreeNode):
     agent_class: Any = struct.field(pytree_node=False, default=None, kw_only=True, repr=False)
     """Set by the class itself."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Agent.__repr__  # a dataclass would print every parameter
+        super().__init_subclass__(**kwargs)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "agent_class", type(self))
+
+    def __repr__(self) -> str:
+        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
+        return f"{type(self).__name__}({count:,} numbers, {getattr(self, 'config', None)})"
 
     @property
     def needs(self) -> Needs:

@@ -86,6 +86,11 @@ class Trainer:
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
+    def __repr__(self) -> str:
+        at = self.state.counters
+        steps = f"{at.gradient_steps} updates, {at.env_steps} environment steps"
+        return f"Trainer({type(self.agent).__name__}, {self.data.info.name}, seeds={self.seeds}, {at.phase}: {steps})"
+
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
