@@ -44,9 +44,9 @@ def whole(word: str) -> int:
     """Return the integer of a word such as 100000, 100_000 or 1e5; raises `ValueError`."""
     try:
         number = Decimal(word)
-        if number == number.to_integral_value() and abs(number) < Decimal("1e30"):
+        if number.is_finite() and number.adjusted() < 40 and number == number.to_integral_value():
             return int(number)
-    except (InvalidOperation, ValueError):  # no number; NaN and infinity compare to nothing
+    except InvalidOperation:
         pass
     raise ValueError(f"expected a whole number, such as 10 or 1e5, not {word!r}")
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,15 @@ from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
 log = logging.getLogger("o2o")
 
 
-class Trainer:
+A = TypeVar("A", bound=Agent)
+
+
+class Trainer(Generic[A]):
     """Pre-trains and fine-tunes `seeds` agents of one class side by side."""
 
     def __init__(
         self,
-        agent_class: type[Agent],
+        agent_class: type[A],
         config: AgentConfig,
         data: Dataset,
         env_fn: EnvFn,
@@ -96,9 +99,9 @@ class Trainer:
         return None if score is None else float(score)
 
     @property
-    def agent(self) -> Any:
+    def agent(self) -> A:
         """The agents of all seeds, leaves `[S, ...]`."""
-        return self.state.agent
+        return self.state.agent  # pyright: ignore[reportReturnType]  # the state holds any agent
 
     @property
     def counters(self) -> Counters:
