@@ -1,6 +1,7 @@
 """An agent of one's own trains, evaluates, resumes, plots and is loaded by the command line and from Python."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,11 @@ not_an_agent = 3
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "my_agents.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_agents", raising=False)
-    monkeypatch.setattr("o2o.agents.AGENTS", dict(AGENTS))
     yield "my_agents"
     AGENTS.pop("mine", None)
 
