@@ -121,7 +121,7 @@ def test_broken_off_episode(tmp_path: Path) -> None:
     env.step(np.asarray([1.0, 0.5], np.float32))
     env.reset()
     assert not list((tmp_path / EPISODES).glob("*.npz"))
-    with pytest.raises(RunError, match="no recorded episode: train with --record"):
+    with pytest.raises(RunError, match="no recorded episode: train with `record`"):
         export(tmp_path)
 
 
