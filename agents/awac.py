@@ -24,9 +24,9 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model
 from o2o.rl import losses
+from o2o.settings import AboveZero, Average, Count, Interval, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
@@ -34,36 +34,28 @@ from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfi
 class AWACConfig(AgentConfig):
     """Settings of AWAC."""
 
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     """Lambda: advantages are divided by it; larger is closer to behaviour cloning."""
-    weight_cap: float = 100.0
+    weight_cap: AboveZero = 100.0
     """Largest advantage weight; without it a small lambda explodes."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    actor_hidden_dims: Widths = (256, 256, 256)
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    critic_hidden_dims: Widths = (256, 256, 256)
     """Widths of the critics' hidden layers."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Ensemble size; targets and advantages use the minimum over it."""
     init_scheme: Init = "linear"
     """Initialiser of every kernel."""
-    log_std_range: tuple[float, float] = (-20.0, 2.0)
+    log_std_range: Interval = (-20.0, 2.0)
     """Clip of the free log-std, one per action dimension."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam's rate of the critics."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target critics' average, after every update."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        for name in ("temperature", "weight_cap"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"AWACConfig.{name} is {getattr(self, name)}; expected a number above 0.")
-        if self.num_critics < 1:
-            raise ConfigError(f"AWACConfig.num_critics is {self.num_critics}; expected at least 1.")
 
 
 _DEFAULT = AWACConfig()

@@ -5,54 +5,46 @@ The policy gets a coefficient beta per state, `[...]`, as its second input; a la
 less constraint.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o2o.errors import ConfigError
 from o2o.nn.distributions import Normal, TanhNormal
 from o2o.nn.modules import GaussianActor
+from o2o.settings import AboveZero, Ordered, Range, Rate, Settings, Widths
 from o2o.types import Array, Info
 
-Range = tuple[float, float]
+Ends = Annotated[tuple[float, float], Ordered(equal=True)]
 
 
 @dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(Settings):
     """Settings of the balance coefficient."""
 
-    balance_range: Range = (8.0, 14.0)
+    balance_range: Ends = (8.0, 14.0)
     """Smallest and largest coefficient; equal ones make a constant balance."""
-    encoding_dim: int = 6
+    encoding_dim: Annotated[int, Range(least=2, most=1024)] = 6
     """Numbers that encode the coefficient for the policy: half of them sines, half cosines."""
-    encoding_base: float = 10_000.0
+    encoding_base: AboveZero = 10_000.0
     """Frequencies of the encoding are encoding_base^(-2i / encoding_dim), i = 0, 1, ..."""
-    balance_hidden_dims: tuple[int, ...] = (256, 256)
+    balance_hidden_dims: Widths = (256, 256)
     """Widths of the balance network's hidden layers."""
-    balance_lr: float = 3e-4
+    balance_lr: Rate = 3e-4
     """Adam rate of the balance network, and of its temperature where it has one."""
 
     @property
-    def reach(self) -> Range:
+    def reach(self) -> Ends:
         """Smallest and largest coefficient that the balance network can choose."""
         return self.balance_range
 
-    def check_balance(self) -> None:
-        """Raise `ConfigError` for settings of the balance that cannot be used."""
-        name, ends = type(self).__name__, self.balance_range
-        if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] > ends[1]:
-            raise ConfigError(
-                f"{name}.balance_range is {ends}; expected two finite numbers, the lower first, such as 8.0 14.0"
-            )
-        if self.encoding_dim < 2 or self.encoding_dim % 2:
-            raise ConfigError(f"{name}.encoding_dim is {self.encoding_dim}; expected an even number from 2, such as 6")
-        if not (math.isfinite(self.encoding_base) and self.encoding_base > 0.0):
-            raise ConfigError(
-                f"{name}.encoding_base is {self.encoding_base}; expected a positive number, such as 10000"
-            )
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a value out of range."""
+        super().__post_init__()
+        if self.encoding_dim % 2:
+            raise self.refuse("encoding_dim", "an even number from 2, such as 6")
 
 
 def encode(beta: Array, dim: int = 6, base: float = 10_000.0) -> Array:
@@ -62,13 +54,13 @@ def encode(beta: Array, dim: int = 6, base: float = 10_000.0) -> Array:
     return jnp.stack([jnp.sin(phases), jnp.cos(phases)], axis=-1).reshape(*beta.shape, dim)
 
 
-def coefficient(x: Array, ends: Range) -> Array:
+def coefficient(x: Array, ends: Ends) -> Array:
     """Map x in [-1, 1] to the balance range, -1 and 1 to its ends; any shape."""
     low, high = ends
     return jnp.clip(low + (x + 1.0) / 2.0 * (high - low), low, high)
 
 
-def uniform_betas(rng: Array, shape: tuple[int, ...], ends: Range) -> Array:
+def uniform_betas(rng: Array, shape: tuple[int, ...], ends: Ends) -> Array:
     """Draw coefficients `shape` from all of the range: the offline phase's."""
     return jax.random.uniform(rng, shape, minval=ends[0], maxval=ends[1])
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, GaussianActor, Init, Model
+from o2o.settings import Dropout, Interval, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
@@ -31,29 +31,24 @@ class BCConfig(AgentConfig):
     """`nll`: negative log-likelihood of a Gaussian; `mse`: squared error of the mode, and a deterministic policy."""
     squash: bool = True
     """Tanh-squashed Gaussian; otherwise a plain one whose samples are clipped."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    actor_hidden_dims: Widths = (256, 256)
     """Widths of the hidden layers."""
     actor_layer_norm: bool = False
     """LayerNorm in the actor (WSRL's actor has it)."""
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
     """Dropout in the hidden layers, active in the loss only."""
     init_scheme: Init = "orthogonal"
     """Initialiser of every kernel."""
-    last_gain: float | None = None
+    last_gain: NotNegative | None = None
     """Orthogonal gain of the last hidden layer; `None` is sqrt(2)."""
     std_mode: Literal["exp", "uniform"] = "exp"
     """`exp`: log-std is a linear head of the state; `uniform`: one free vector."""
-    log_std_range: tuple[float, float] | None = (-5.0, 2.0)
+    log_std_range: Interval | None = (-5.0, 2.0)
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]. The likelihood has no maximum without a floor."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam rate."""
     online: OnlineConfig = OnlineConfig(replay="none")
     """Online phase: act and store, never update."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        if self.loss not in ("nll", "mse"):
-            raise ConfigError(f"BCConfig.loss is {self.loss!r}; expected 'nll' or 'mse'.")
 
 
 _DEFAULT = BCConfig()

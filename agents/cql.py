@@ -25,7 +25,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,15 @@ from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, s
 from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
+from o2o.settings import AboveZero, Count, Interval, NotNegative, Range, Rate, Settings
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class Conservative:
+class Conservative(Settings):
     """The conservative term of CQL and Cal-QL."""
 
-    weight: float = 5.0
+    weight: NotNegative = 5.0
     """Weight of the gap; with `dual` it multiplies the dual variable."""
     dual: bool = False
     """Weight the gap by a dual variable that grows while the gap exceeds `target_gap`."""
@@ -50,25 +51,20 @@ class Conservative:
     """Gap that the dual variable aims at."""
     dual_param: Positive = "softplus"
     """How the dual variable is made from its free parameter."""
-    dual_init: float = 1.0
+    dual_init: AboveZero = 1.0
     """Initial dual variable."""
-    dual_lr: float = 3e-4
+    dual_lr: Rate = 3e-4
     """Adam's rate of the dual variable."""
-    n_actions: int = 10
+    n_actions: Count = 10
     """Actions N per state from each of: uniform, policy at s, policy at s'."""
     importance_sampling: bool = True
     """Correct the 3N values by their log-densities; otherwise the logged action's value joins them, 3N + 1 in all."""
     subtract_log_count: bool = True
     """Without importance sampling subtract ln(3N + 1), so that the soft maximum is a soft mean (W; O does not)."""
-    subset: int | None = 2
+    subset: Count | None = 2
     """Critics that the gap is taken of, drawn with replacement at every step; `None` for all."""
-    gap_min: float = -float("inf")
+    gap_min: Annotated[float, Range(least=-float("inf"))] = -float("inf")
     """Lower clip of each row's gap (CORL's Cal-QL on AntMaze: -200)."""
-
-    def __post_init__(self) -> None:
-        """Check the counts."""
-        if self.n_actions < 1 or (self.subset is not None and self.subset < 1):
-            raise ConfigError(f"n_actions={self.n_actions} and subset={self.subset} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -83,35 +79,35 @@ class CQLConfig(SACConfig):
     """LayerNorm after each hidden layer of the critics."""
     init_scheme: Init = "orthogonal"
     """Initialiser of every kernel."""
-    last_gain: float | None = 1e-2
+    last_gain: NotNegative | None = 1e-2
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
     shared_output: bool = True
     """One output layer for all critics (WSRL's code) instead of one each."""
-    log_std_range: tuple[float, float] | None = None
+    log_std_range: Interval | None = None
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
-    num_critics: int = 10
+    num_critics: Count = 10
     """Members of the critic ensemble."""
-    target_subset: int | None = 2
+    target_subset: Count | None = 2
     """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
     subset_replace: bool = True
     """Draw those members with replacement (WSRL's code)."""
     backup_entropy: bool = False
     """Subtract alpha * log pi(a'|s') in the target."""
-    max_target_actions: int | None = 10
+    max_target_actions: Count | None = 10
     """Next actions of which the target takes the best; `None` for a single one."""
     temperature_param: Positive = "softplus"
     """How alpha is made from its free parameter."""
     temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    next_entropy_samples: int | None = 1
+    next_entropy_samples: Count | None = 1
     """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
     joint_policy_step: bool = True
     """True: actor and temperature step on the rows of all minibatches of a call, `utd * B`; in a call with one
     minibatch they are judged by the critics from before their step. False: on the last minibatch, by the new critics.
     """
-    actor_lr: float = 1e-4
+    actor_lr: Rate = 1e-4
     """Adam's rate of the actor."""
-    temperature_lr: float = 1e-4
+    temperature_lr: Rate = 1e-4
     """Adam's rate of the temperature."""
     conservative: Conservative = Conservative()
     """The conservative term."""

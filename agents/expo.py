@@ -43,23 +43,17 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
-from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model, Scalar, draw_members
 from o2o.rl import losses
+from o2o.settings import AboveZero, Amount, Average, Count, Dropout, NotNegative, Rate, Width, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ALPHA_CAP = 1e6
 """Largest entropy temperature."""
 Selection = Literal["max", "soft"]
-CHOICES = {
-    "base": ("diffusion", "flow"),
-    "selection": ("max", "soft"),
-    "backup": ("otf", "base"),
-    "entropy_target": ("reachable", "released"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,86 +68,72 @@ class EXPOConfig(AgentConfig):
     """Settings of a diffusion base."""
     flow: Flow = Flow()
     """Settings of a flow base."""
-    base_width: int = 256
+    base_width: Width = 256
     """Width of the base's residual network; its blocks are four times as wide inside."""
-    base_blocks: int = 3
+    base_blocks: Count = 3
     """Residual blocks of the base's network."""
-    base_dropout: float = 0.0
+    base_dropout: Dropout = 0.0
     """Dropout at the start of every block of the base, active in its loss only."""
-    base_lr: float = 3e-4
+    base_lr: Rate = 3e-4
     """First learning rate of the base, AdamW."""
-    base_weight_decay: float = 1e-4
+    base_weight_decay: NotNegative = 1e-4
     """Weight decay of the base."""
-    base_ema: float = 0.001
+    base_ema: Average = 0.001
     """Weight of the new parameters in the average of the base that acts, after every base step."""
-    decay_steps: int | None = 3_000_000
+    decay_steps: Count | None = 3_000_000
     """Cosine decay of the rates of base and edit policy to 0 over this many steps of each; `None`: constant."""
-    n_samples: int = 8
+    n_samples: Count = 8
     """Base samples N of the on-the-fly policy; a single sample is neither edited nor scored."""
-    n_edits: int = 8
+    n_edits: Amount = 8
     """How many of the samples are edited, the first ones. 0: best of N, and no edit policy is trained."""
-    edit_scale: float = 0.05
+    edit_scale: AboveZero = 0.05
     """Bound beta of an edit per action coordinate: 0.05 to 0.1 for precise tasks, 0.5 to 0.7 for exploration."""
     selection: Selection = "max"
     """`max`: the best candidate. `soft`: a draw by exp(Q), with the draw's entropy in the backup, for narrow data."""
-    inverse_temperature: float = 1.0
+    inverse_temperature: AboveZero = 1.0
     """Of the soft selection: weights exp(inverse_temperature * Q), entropy bonus H / inverse_temperature."""
     backup: Literal["otf", "base"] = "otf"
     """Next action of the target: the on-the-fly policy's, or a plain sample of the base (the paper's ablation)."""
-    edit_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    edit_hidden_dims: Widths = (256, 256, 256)
     """Widths of the edit policy's hidden layers."""
-    edit_dropout: float = 0.0
+    edit_dropout: Dropout = 0.0
     """Dropout in the edit policy, active in its loss only."""
-    edit_lr: float = 3e-4
+    edit_lr: Rate = 3e-4
     """First learning rate of the edit policy, Adam."""
-    entropy_scale: float = 1.0
+    entropy_scale: NotNegative = 1.0
     """Factor c on the entropy term of the edit policy's loss."""
     entropy_target: Literal["reachable", "released"] = "reachable"
     """`reachable` adds d ln(edit_scale) to the target entropy; `released` does not, and alpha may grow without end."""
     target_entropy: float = 0.5
     """Entropy target as a multiple of -d, d the number of action coordinates."""
-    temperature_init: float = 1.0
+    temperature_init: AboveZero = 1.0
     """Initial entropy temperature alpha."""
-    temperature_lr: float = 3e-4
+    temperature_lr: Rate = 3e-4
     """Learning rate of the temperature, Adam."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    critic_hidden_dims: Widths = (256, 256, 256)
     """Widths of every critic's hidden layers."""
     critic_layer_norm: bool = True
     """LayerNorm after each hidden layer of the critics."""
-    num_critics: int = 10
+    num_critics: Count = 10
     """Critics in the ensemble."""
-    target_subset: int = 2
+    target_subset: Count = 2
     """Target critics drawn for the score of candidates, and again for the target's value: their minimum counts."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Learning rate of the critics, Adam."""
     encoder: EncoderConfig = EncoderConfig(kind="conv", latent_dim=50)
     """How images become features; flat observations have no encoder."""
-    encoder_lr: float = 3e-4
+    encoder_lr: Rate = 3e-4
     """Learning rate of the encoder, Adam."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target critics' average, after every critic step."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        if not self.edit_scale > 0:
-            raise ConfigError(f"edit_scale is {self.edit_scale}; expected a positive number (no edits: n_edits=0)")
-        if self.n_samples < 1:
-            raise ConfigError(f"n_samples is {self.n_samples}; expected at least 1")
-        if not 0 <= self.n_edits <= self.n_samples:
-            raise ConfigError(
-                f"n_edits is {self.n_edits}; expected 0 to n_samples={self.n_samples}: lower it or raise n_samples"
-            )
-        if not 1 <= self.target_subset <= self.num_critics:
-            raise ConfigError(f"target_subset is {self.target_subset}; expected 1 to num_critics={self.num_critics}")
-        for name in ("temperature_init", "inverse_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number, such as 1.0")
-        for name in ("base_dropout", "edit_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 to below 1, such as 0.1")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.n_edits > self.n_samples:
+            raise self.refuse("n_edits", f"0 to n_samples={self.n_samples}: lower it or raise n_samples")
+        if self.target_subset > self.num_critics:
+            raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}")
 
     @property
     def generator(self) -> Diffusion | Flow:

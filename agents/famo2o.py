@@ -25,7 +25,7 @@ Where we differ
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from o2o.errors import ConfigError
 from o2o.nn.kernels import branch
 from o2o.nn.modules import Adam, GaussianActor, Model
 from o2o.rl.losses import sac_actor_loss, temperature_loss
+from o2o.settings import Between, Count, Range
 from o2o.types import Array, Batch, Carry, Info, Params, Preset
 
 LOG_STD_RANGE = (-10.0, 2.0)
@@ -49,24 +50,12 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
     """Settings of FamO2O over IQL; the defaults are AntMaze's."""
 
     beta: ClassVar[float] = math.nan  # pyright: ignore[reportIncompatibleVariableOverride]  # no field: balance_range
-    expectile: float = 0.9
+    expectile: Between = 0.9
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
-    balance_every: int = 1
+    balance_every: Count = 1
     """The balance network and its temperature step at every such update."""
-    balance_target_entropy: float = -0.5
+    balance_target_entropy: Annotated[float, Range(below=math.log(2.0))] = -0.5
     """Entropy that the temperature holds the balance policy at; of x in (-1, 1), whose largest is ln 2."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        super().__post_init__()
-        self.check_balance()
-        if self.balance_every < 1:
-            raise ConfigError(f"FamO2OConfig.balance_every is {self.balance_every}; expected at least 1")
-        if not self.balance_target_entropy < math.log(2.0):
-            raise ConfigError(
-                f"FamO2OConfig.balance_target_entropy is {self.balance_target_entropy}; expected less than ln 2 = "
-                "0.693, the entropy of a uniform x in (-1, 1)"
-            )
 
 
 class FamO2O(IQL):

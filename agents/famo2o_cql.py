@@ -29,12 +29,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from o2o.agents.balance import BalanceConfig, FamilyActor, Range, balance_info, coefficient, uniform_betas
+from o2o.agents.balance import BalanceConfig, Ends, FamilyActor, balance_info, coefficient, uniform_betas
 from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_term
 from o2o.agents.sac import Positive, SACConfig, build_actor, shrink
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.modules import Adam, Init, Model
+from o2o.settings import AboveZero, Count, Interval, NotNegative, Rate
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
@@ -42,61 +43,54 @@ from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     """Settings of FamO2O over CQL; the defaults are those of locomotion."""
 
-    balance_range: Range = (0.5, 1.5)
+    balance_range: Ends = (0.5, 1.5)
     """Smallest and largest coefficient; equal ones make a constant balance."""
     released_range: bool = False
     """As the released code: the balance network's coefficients are x (hi - lo) + lo, x in (-1, 1)."""
     target_beta: Literal["next", "current"] = "next"
     """State whose coefficient the next action is drawn at: `next`, or `current` as in the released code."""
-    policy_output_gain: float = 0.1
+    policy_output_gain: AboveZero = 0.1
     """Orthogonal gain of the output layers of actor and balance network."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
     actor_layer_norm: bool = False
     """LayerNorm after each hidden layer of actor and balance network."""
-    last_gain: float | None = None
+    last_gain: NotNegative | None = None
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
     init_scheme: Init = "orthogonal"
     """Initialiser of every kernel."""
-    output_gain: float = 0.1
+    output_gain: AboveZero = 0.1
     """Orthogonal gain of the critics' output layer."""
     shared_output: bool = False
     """One output layer for all critics instead of one each."""
     std_mode: Literal["exp", "scaled", "uniform"] = "scaled"
     """`exp`: log-std is a head of the state; `scaled`: with a learned scale and offset; `uniform`: one free vector."""
-    log_std_range: tuple[float, float] | None = (-20.0, 2.0)
+    log_std_range: Interval | None = (-20.0, 2.0)
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Members of the critic ensemble."""
-    target_subset: int | None = None
+    target_subset: Count | None = None
     """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
-    max_target_actions: int | None = None
+    max_target_actions: Count | None = None
     """Next actions of which the target takes the best; `None` for a single one."""
     temperature_param: Positive = "exp"
     """How alpha is made from its free parameter."""
     temperature_objective: Literal["alpha", "log_alpha"] = "log_alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    next_entropy_samples: int | None = None
+    next_entropy_samples: Count | None = None
     """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
-    temperature_lr: float = 3e-4
+    temperature_lr: Rate = 3e-4
     """Adam's rate of the temperature."""
     conservative: Conservative = Conservative(weight=1.0, subset=None)
     """The conservative term."""
 
     @property
-    def reach(self) -> Range:
+    def reach(self) -> Ends:
         """Smallest and largest coefficient that the balance network can choose."""
         low, high = self.balance_range
         return (2.0 * low - high, high) if self.released_range else (low, high)
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        super().__post_init__()
-        self.check_balance()
-        if self.target_beta not in ("next", "current"):
-            raise ConfigError(f"FamO2OCQLConfig.target_beta is {self.target_beta!r}; expected 'next' or 'current'")
 
 
 class FamO2OCQL(CQL):

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_counts, check_flat, each_minibatch
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.qc import OneStep
-from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, Model
 from o2o.rl.losses import critic_loss, td_target
+from o2o.settings import Average, Count, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
@@ -39,36 +39,28 @@ from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfi
 class FQLConfig(AgentConfig):
     """Settings of FQL."""
 
-    alpha: float = 10.0
+    alpha: NotNegative = 10.0
     """Weight of the distance to the flow; it depends on the scale of Q unless `normalize_q`."""
     normalize_q: bool = False
     """Divide the climbed Q by its mean size."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Number of critics."""
-    flow_steps: int = 10
+    flow_steps: Count = 10
     """Euler steps of the flow."""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    actor_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of the hidden layers of the flow and of the one-step policy."""
-    critic_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    critic_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of every critic's hidden layers."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the flow and of the one-step policy."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam's rate of the critics."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the critics in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        check_counts(self, "num_critics", "flow_steps")
-        if self.aggregate not in ("mean", "min"):
-            raise ConfigError(f"FQLConfig.aggregate is {self.aggregate!r}; expected 'mean' or 'min'.")
-        if not self.alpha >= 0.0:
-            raise ConfigError(f"FQLConfig.alpha is {self.alpha}; expected 0 or more, such as 10.")
 
 
 _DEFAULT = FQLConfig()

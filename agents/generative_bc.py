@@ -34,11 +34,11 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, Model
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.windows import flat_chunk, repeat_last
+from o2o.settings import Average, Count, Dropout, NotNegative, Rate, Width, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Phase, Preset
 
 
@@ -46,42 +46,36 @@ from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, Onli
 class GenerativeBCConfig(AgentConfig):
     """Settings of both agents."""
 
-    horizon: int = 1
+    horizon: Count = 1
     """Actions predicted at once."""
-    execute: int | None = None
+    execute: Count | None = None
     """Actions of a prediction played before the next one; `None` for all of them."""
     network: Literal["residual", "mlp"] = "residual"
     """`residual`: EXPO's, time in Fourier features; `mlp`: FQL's, time as a number."""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    actor_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of `mlp`."""
-    width: int = 256
+    width: Width = 256
     """Width of `residual`; four times as wide inside its blocks."""
-    blocks: int = 3
+    blocks: Count = 3
     """Blocks of `residual`."""
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
     """Dropout in the network, active in the loss only."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam rate at the start."""
-    decay_steps: int | None = None
+    decay_steps: Count | None = None
     """Cosine decay of the rate to 0 over this many updates; `None` for a constant one."""
-    weight_decay: float = 1e-6
+    weight_decay: NotNegative = 1e-6
     """AdamW's decay."""
-    ema_rate: float = 0.001
+    ema_rate: Average = 0.001
     """Weight of the new parameters in the average that acts; 1 acts with the trained network itself."""
     online: OnlineConfig = OnlineConfig(replay="none")
     """Online phase: act and store, never update."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        name = type(self).__name__
-        if self.horizon < 1:
-            raise ConfigError(f"{name}.horizon is {self.horizon}; expected at least 1 action per prediction.")
-        if self.execute is not None and not 1 <= self.execute <= self.horizon:
-            raise ConfigError(f"{name}.execute is {self.execute}; expected 1 to {self.horizon}, the horizon.")
-        if not 0.0 < self.ema_rate <= 1.0:
-            raise ConfigError(f"{name}.ema_rate is {self.ema_rate}; expected above 0 and at most 1.")
-        if self.network not in ("residual", "mlp"):
-            raise ConfigError(f"{name}.network is {self.network!r}; expected residual or mlp.")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.execute is not None and self.execute > self.horizon:
+            raise self.refuse("execute", f"1 to {self.horizon}, the horizon")
 
     @property
     def needs(self) -> Needs:

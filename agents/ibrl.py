@@ -25,7 +25,6 @@ Where we differ
 - None of our families of tasks is in the paper. Rewards are 0/1 on mazes and Adroit, else the task's own.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -35,10 +34,10 @@ from flax import struct
 
 from o2o.agents.bc import BC, BCConfig
 from o2o.agents.td3 import TD3, TD3Config
-from o2o.errors import ConfigError
 from o2o.nn.modules import CriticEnsemble, draw_members
 from o2o.rl import losses
 from o2o.rl.windows import Timeouts, n_step_rows
+from o2o.settings import Average, Count, Dropout, NotNegative, Rate, Widths
 from o2o.types import Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 WIDE = (1024, 1024, 1024)
@@ -50,64 +49,52 @@ class IBRLConfig(TD3Config):
 
     choice: Literal["soft", "hard"] = "soft"
     """`hard`: the action with the higher value; `soft`: a draw from the softmax of the values."""
-    inverse_temperature: float = 10.0
+    inverse_temperature: NotNegative = 10.0
     """Of the soft rule, on the scale of Q: 10 is for rewards of 0 and 1."""
-    target_subset: int | None = 2
+    target_subset: Count | None = 2
     """Target critics drawn for each choice and each target; their minimum counts. `None`: all critics."""
-    n_step: int = 3
+    n_step: Count = 3
     """Rewards summed before the target bootstraps."""
     timeouts: Timeouts = "bootstrap"
     """What a time limit does to the target: end it like a terminal, or bootstrap."""
-    clone_hidden_dims: tuple[int, ...] = WIDE
+    clone_hidden_dims: Widths = WIDE
     """Widths of the cloned policy's hidden layers."""
-    clone_dropout: float = 0.5
+    clone_dropout: Dropout = 0.5
     """Dropout while cloning."""
-    clone_lr: float = 1e-4
+    clone_lr: Rate = 1e-4
     """Adam's rate of the cloning."""
-    actor_hidden_dims: tuple[int, ...] = WIDE
+    actor_hidden_dims: Widths = WIDE
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = WIDE
+    critic_hidden_dims: Widths = WIDE
     """Widths of every critic's hidden layers."""
     critic_layer_norm: bool = True
     """LayerNorm before each activation of the critics."""
-    actor_dropout: float = 0.5
+    actor_dropout: Dropout = 0.5
     """Dropout in the actor's hidden layers: on in every loss and, as published, in the targets; off when it acts."""
-    num_critics: int = 5
+    num_critics: Count = 5
     """Critics in the ensemble."""
-    policy_delay: int = 5
+    policy_delay: Count = 5
     """Critic steps per actor step."""
     delayed_targets: bool = False
     """True: the critics' targets move with the actor's. False: they move after every critic step."""
-    target_noise: float = 0.1
+    target_noise: NotNegative = 0.1
     """Standard deviation of the noise on the actor's action, in the targets and in its own loss."""
-    noise_clip: float = 0.3
+    noise_clip: NotNegative = 0.3
     """Bound of that noise."""
-    actor_lr: float = 1e-4
+    actor_lr: Rate = 1e-4
     """Adam's rate of the actor."""
-    critic_lr: float = 1e-4
+    critic_lr: Rate = 1e-4
     """Adam's rate of the critics."""
-    tau: float = 0.01
+    tau: Average = 0.01
     """Weight of the new parameters in the targets' averages."""
     online: OnlineConfig = OnlineConfig(utd_ratio=2, random_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset; the clone plays `random_steps` before any update."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
+        """Raise `ConfigError` for values out of range, or that do not go together."""
         super().__post_init__()
-        for name, known in (("choice", ("soft", "hard")), ("timeouts", ("terminal", "bootstrap"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"IBRLConfig.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}.")
-        if not 0.0 <= self.inverse_temperature < math.inf:
-            raise ConfigError(
-                f"IBRLConfig.inverse_temperature is {self.inverse_temperature}; expected 0 or more, finite."
-            )
-        if self.target_subset is not None and not 1 <= self.target_subset <= self.num_critics:
-            raise ConfigError(
-                f"IBRLConfig.target_subset is {self.target_subset}; expected 1 to num_critics={self.num_critics}, or "
-                "None."
-            )
-        if self.n_step < 1:
-            raise ConfigError(f"IBRLConfig.n_step is {self.n_step}; expected at least 1.")
+        if self.target_subset is not None and self.target_subset > self.num_critics:
+            raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}, or None")
 
     @property
     def needs(self) -> Needs:

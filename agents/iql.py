@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_counts, check_flat, each_minibatch
-from o2o.errors import ConfigError
+from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.nn.distributions import Normal, TanhNormal
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
 from o2o.rl.losses import advantage_weights, critic_loss, expectile_loss, td_target
+from o2o.settings import AboveZero, Average, Between, Count, Dropout, Interval, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-5
@@ -37,34 +37,34 @@ ACTION_LIMIT = 1.0 - 1e-5
 class IQLConfig(AgentConfig):
     """Settings of IQL."""
 
-    expectile: float = 0.7
+    expectile: Between = 0.7
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
-    beta: float = 3.0
+    beta: NotNegative = 3.0
     """Inverse temperature of the advantage weights; 0 is behaviour cloning."""
-    weight_cap: float = 100.0
+    weight_cap: AboveZero = 100.0
     """Largest advantage weight."""
     update_order: Literal["sequential", "simultaneous"] = "sequential"
     """`sequential`: V first, then actor and Q with the new V (published code); `simultaneous`: all from the old
     parameters (WSRL's code)."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    actor_hidden_dims: Widths = (256, 256)
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256)
+    critic_hidden_dims: Widths = (256, 256)
     """Widths of the critics' hidden layers."""
-    value_hidden_dims: tuple[int, ...] = (256, 256)
+    value_hidden_dims: Widths = (256, 256)
     """Widths of the value network's hidden layers."""
     actor_layer_norm: bool = False
     """LayerNorm in the actor (WSRL's actor has it)."""
     critic_layer_norm: bool = False
     """LayerNorm in the critics (WSRL's critics have it)."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Ensemble size; the advantage uses the minimum over all targets."""
     shared_output: bool = False
     """One output layer for all critics, as in WSRL's code."""
     init_scheme: Init = "orthogonal"
     """Initialiser of every kernel."""
-    last_gain: float | None = None
+    last_gain: NotNegative | None = None
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
     """Dropout in the actor's hidden layers, active in the actor's loss only."""
     squash: bool = False
     """Tanh-squashed Gaussian actor, needed where WSRL or SAC starts from it; otherwise a plain Gaussian."""
@@ -72,30 +72,20 @@ class IQLConfig(AgentConfig):
     """Tanh on the mean of the plain Gaussian; ignored with `squash`."""
     std_mode: Literal["exp", "uniform"] = "uniform"
     """`uniform`: one free log-std per action dimension; `exp`: a linear head of the state."""
-    log_std_range: tuple[float, float] | None = (-5.0, 2.0)
+    log_std_range: Interval | None = (-5.0, 2.0)
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam rate of the critics."""
-    value_lr: float = 3e-4
+    value_lr: Rate = 3e-4
     """Adam rate of the value network."""
-    actor_decay_steps: int | None = None
+    actor_decay_steps: Count | None = None
     """Cosine decay of the actor's rate to 0 over this many updates, offline only; `None` for a constant rate."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target critics' average, after every update."""
     online: OnlineConfig = OnlineConfig(utd_ratio=1, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        check_counts(self, "num_critics")
-        if not 0.0 < self.expectile < 1.0:
-            raise ConfigError(f"IQLConfig.expectile is {self.expectile}; expected a number in (0, 1), such as 0.7.")
-        if self.update_order not in ("sequential", "simultaneous"):
-            raise ConfigError(
-                f"IQLConfig.update_order is {self.update_order!r}; expected 'sequential' or 'simultaneous'."
-            )
 
 
 _DEFAULT = IQLConfig()

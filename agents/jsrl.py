@@ -28,6 +28,7 @@ import numpy as np
 from o2o.agents.iql import IQL, IQLConfig, preset_settings
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
+from o2o.settings import Amount, Count
 from o2o.types import Array, Batch, Carry, Info, Params, Preset
 
 
@@ -35,26 +36,14 @@ from o2o.types import Array, Batch, Carry, Info, Params, Preset
 class JSRLConfig(IQLConfig):
     """Settings of jump-start RL: IQL's, and how guide and learner share an episode."""
 
-    max_guide_steps: int = 60
+    max_guide_steps: Amount = 60
     """H: no episode is guided for longer."""
     guide_steps: Literal["random", "fixed"] = "random"
     """`random`: uniform in {0, ..., H - 1} for each episode; `fixed`: H."""
-    anneal_updates: int | None = None
+    anneal_updates: Count | None = None
     """Online updates over which H falls linearly to 0; `None` for a constant H."""
     learner: Literal["copied", "fresh_policy", "fresh"] = "copied"
     """What the learner starts from: the offline agent; its critics and V, with a new policy; nothing."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        super().__post_init__()
-        if self.max_guide_steps < 0:
-            raise ConfigError(f"JSRLConfig.max_guide_steps is {self.max_guide_steps}; expected 0 or more.")
-        if self.anneal_updates is not None and self.anneal_updates < 1:
-            raise ConfigError(f"JSRLConfig.anneal_updates is {self.anneal_updates}; expected at least 1, or None.")
-        if self.guide_steps not in ("random", "fixed"):
-            raise ConfigError(f"JSRLConfig.guide_steps is {self.guide_steps!r}; expected 'random' or 'fixed'.")
-        if self.learner not in ("copied", "fresh_policy", "fresh"):
-            raise ConfigError(f"JSRLConfig.learner is {self.learner!r}; expected 'copied', 'fresh_policy' or 'fresh'.")
 
 
 _DEFAULT = JSRLConfig()

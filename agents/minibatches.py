@@ -16,13 +16,6 @@ def check_flat(observations: Any, agent: str) -> None:
         raise ConfigError(f"{agent} needs flat float32 observations [batch, dim]; choose the dataset's state entries")
 
 
-def check_counts(config: Any, *names: str) -> None:
-    """Raise `ConfigError` if one of these settings is below 1; None is allowed."""
-    for name in names:
-        if (count := getattr(config, name)) is not None and count < 1:
-            raise ConfigError(f"{type(config).__name__}.{name} is {count}; expected at least 1")
-
-
 def minibatches_in(batch: Batch) -> int:
     """Return `utd`, the number of minibatches in leaves `[utd, B, ...]`; raise `DatasetError` for leaves `[B, ...]`."""
     if jnp.ndim(batch["actions"]) < 3:

@@ -20,7 +20,6 @@ Where we differ
   Adroit and Kitchen, not in the paper, and all small ones follow IQL's presets.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -31,6 +30,7 @@ from o2o.agents.iql import IQL, IQLConfig, preset_settings
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, Init, Model
+from o2o.settings import Between, NotNegative, Share
 from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
@@ -38,31 +38,21 @@ from o2o.types import Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 class PEXConfig(IQLConfig):
     """Settings of policy expansion: IQL's, and how the two policies share."""
 
-    expectile: float = 0.9
+    expectile: Between = 0.9
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
-    beta: float = 10.0
+    beta: NotNegative = 10.0
     """Inverse temperature of the advantage weights; 0 is behaviour cloning."""
     update_order: Literal["sequential", "simultaneous"] = "simultaneous"
     """`sequential`: V first, then actor and Q with the new V (IQL's code); `simultaneous`: all from the old
     parameters (PEX's code, but for the weights)."""
     init_scheme: Init = "xavier"
     """Initialiser of every kernel."""
-    inverse_temperature: float = 10.0
+    inverse_temperature: NotNegative = 10.0
     """Kappa of the soft maximum, on the scale of Q: 0 chooses at random, infinity the better one."""
-    evaluation_randomness: float = 0.1
+    evaluation_randomness: Share = 0.1
     """Probability that a deterministic action has the new policy sampled, and, drawn apart, the choice."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="mixed", offline_ratio=0.5)
     """Online phase: half of each minibatch from the dataset, the first update after 5000 steps of both policies."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        super().__post_init__()
-        if not 0.0 <= self.inverse_temperature < math.inf:
-            raise ConfigError(
-                f"PEXConfig.inverse_temperature is {self.inverse_temperature}; expected 0 or more, finite."
-            )
-        if not 0.0 <= self.evaluation_randomness <= 1.0:
-            raise ConfigError(f"PEXConfig.evaluation_randomness is {self.evaluation_randomness}; expected 0 to 1.")
 
 
 _DEFAULT = PEXConfig()

@@ -17,7 +17,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Activation, Adam, BoundedGaussianActor, Init, Model, Value
 from o2o.rl.losses import clipped_surrogate, generalised_advantages
+from o2o.settings import AboveZero, Count, NotNegative, NotZero, Rate, Share, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
@@ -34,51 +35,46 @@ from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, Onli
 class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
-    actor_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    actor_hidden_dims: Widths = (256, 256, 256)
     """Widths of the actor's hidden layers."""
-    value_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    value_hidden_dims: Widths = (256, 256, 256)
     """Widths of V's hidden layers."""
     activation: Activation = "relu"
     """Activation of the actor's hidden layers."""
     value_init: Init = "linear"
     """Initialiser of V's kernels."""
-    actor_lr: float = 2e-5
+    actor_lr: Rate = 2e-5
     """Adam's rate of the actor online."""
-    value_lr: float = 2e-4
+    value_lr: Rate = 2e-4
     """Adam's rate of V online."""
-    pretrain_lr: float = 1e-4
+    pretrain_lr: Rate = 1e-4
     """Adam's rate of actor and V offline; the moments start anew at the switch."""
-    decay_steps: int | None = 3_000_000
+    decay_steps: Count | None = 3_000_000
     """Environment steps over which both rates fall linearly to 0; `None` for constant rates."""
-    adam_eps: float = 1e-5
+    adam_eps: AboveZero = 1e-5
     """Adam's epsilon online."""
-    clip: float = 0.05
+    clip: AboveZero = 0.05
     """The probability ratio is clipped to within this of 1."""
-    value_clip: float | None = 0.05
+    value_clip: AboveZero | None = 0.05
     """V's change per update is clipped to this, in units of the scaled return; `None`: no clip."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """Lambda of the generalised advantage estimate."""
-    epochs: int = 10
+    epochs: Count = 10
     """Passes over a rollout per update."""
-    entropy_coef: float = 0.01
+    entropy_coef: NotNegative = 0.01
     """Weight of the entropy bonus."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: AboveZero = 0.5
     """Gradients of each network are scaled down to this norm."""
-    reward_scale: float = 1.0
+    reward_scale: Annotated[float, NotZero()] = 1.0
     """Factor of all rewards that the agent sees, offline and online (0.1: Uni-O4's "number")."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Rows per minibatch."""
     online: OnlineConfig = OnlineConfig(replay="rollout", num_envs=8, rollout_steps=2048)
     """Online phase: rollouts of 2048 steps in all."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        if self.epochs < 1:
-            raise ConfigError(f"PPOConfig.epochs is {self.epochs}; expected at least 1")
-        if not self.clip > 0.0:
-            raise ConfigError(f"PPOConfig.clip is {self.clip}; expected a positive number, such as 0.2")
-        if not 0.0 <= self.gae_lambda <= 1.0:
-            raise ConfigError(f"PPOConfig.gae_lambda is {self.gae_lambda}; expected 0 to 1, such as 0.95")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
         if self.online.replay != "rollout":
             raise ConfigError(f"online.replay is {self.online.replay!r}; an on-policy agent needs 'rollout'")
         self.online.check_rollout()

@@ -37,12 +37,12 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.losses import td_target
 from o2o.rl.windows import Chunks, chunk_rows
+from o2o.settings import Average, Count, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
@@ -50,46 +50,34 @@ from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, Onli
 class QCConfig(AgentConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
-    chunk: int = 5
+    chunk: Count = 5
     """Actions h of a chunk."""
     policy: Literal["best_of_n", "distilled"] = "best_of_n"
     """`best_of_n` (QC): the best of the flow's samples; `distilled` (QC-FQL): a one-step policy that climbs Q."""
-    num_samples: int = 32
+    num_samples: Count = 32
     """Flow samples N of `best_of_n`, for acting and in the target; fewer stay closer to the data."""
-    alpha: float = 100.0
+    alpha: NotNegative = 100.0
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics."""
     pad_terminal: bool = True
     """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Critics in the ensemble."""
-    flow_steps: int = 10
+    flow_steps: Count = 10
     """Euler steps of the flow."""
-    actor_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    actor_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of the flow's and the one-step policy's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    critic_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of every critic's hidden layers."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the flow and of the one-step policy."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam's rate of the critics."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        for name in ("chunk", "num_samples", "num_critics"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"QCConfig.{name} is {getattr(self, name)}; expected at least 1.")
-        if self.policy not in ("best_of_n", "distilled"):
-            raise ConfigError(f"QCConfig.policy is {self.policy!r}; expected 'best_of_n' or 'distilled'.")
-        if self.aggregate not in ("mean", "min"):
-            raise ConfigError(f"QCConfig.aggregate is {self.aggregate!r}; expected 'mean' or 'min'.")
-        if self.alpha < 0:
-            raise ConfigError(f"QCConfig.alpha is {self.alpha}; expected 0 or more, such as 100.")
 
     @property
     def needs(self) -> Needs:

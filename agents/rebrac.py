@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from o2o.agents.td3 import TD3, TD3Config
-from o2o.errors import ConfigError
 from o2o.rl.losses import td_target
+from o2o.settings import NotNegative, Widths
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 
 
@@ -34,27 +34,20 @@ from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 class ReBRACConfig(TD3Config):
     """Settings of ReBRAC."""
 
-    actor_penalty: float = 0.01
+    actor_penalty: NotNegative = 0.01
     """Weight of |pi(s) - a|^2 in the actor's loss (beta_1), on a scale where Q has the mean size 1."""
-    critic_penalty: float = 0.01
+    critic_penalty: NotNegative = 0.01
     """Weight of |a' - a'_data|^2 in the target (beta_2), in units of the reward."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    actor_hidden_dims: Widths = (256, 256, 256)
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256, 256)
+    critic_hidden_dims: Widths = (256, 256, 256)
     """Widths of every critic's hidden layers."""
     critic_layer_norm: bool = True
     """LayerNorm behind each activation of the critics."""
-    exploration_noise: float = 0.2
+    exploration_noise: NotNegative = 0.2
     """Standard deviation of the Gaussian noise on sampled actions."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        super().__post_init__()
-        for name in ("actor_penalty", "critic_penalty"):
-            if not getattr(self, name) >= 0.0:
-                raise ConfigError(f"ReBRACConfig.{name} is {getattr(self, name)}; expected 0 or more.")
 
     @property
     def needs(self) -> Needs:

@@ -48,6 +48,7 @@ from o2o.nn.encoders import EncoderConfig, create_encoder, shift_observations
 from o2o.nn.kernels import branch
 from o2o.nn.modules import Adam, CriticEnsemble, Model, draw_members, kernel_init
 from o2o.rl.windows import Timeouts, n_step_rows
+from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Width, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 ACTION_LIMIT = 1.0 - 1e-6
@@ -58,18 +59,18 @@ ACTION_LIMIT = 1.0 - 1e-6
 class ResidualConfig(AgentConfig):
     """Settings of residual RL; the defaults are the paper's for robomimic Can and Square."""
 
-    residual_scale: float = 0.1
+    residual_scale: Average = 0.1
     """Bound of the mean residual per coordinate, in units where the dataset's actions span about [-1, 1]."""
-    n_step: int = 3
+    n_step: Count = 3
     """Rewards summed before the target bootstraps."""
     timeouts: Timeouts = "terminal"
     """`terminal`: nothing is worth anything behind an episode's end, time limits included (the paper). `bootstrap`:
     only a true termination stops the target."""
-    noise_std: float = 0.05
+    noise_std: NotNegative = 0.05
     """Standard deviation of the exploration noise on the residual, and of the noise on the target's residual."""
-    noise_clip: float = 0.3
+    noise_clip: NotNegative = 0.3
     """Bound of the target's noise."""
-    warmup_noise: float = 0.2
+    warmup_noise: NotNegative = 0.2
     """Bound of the uniform noise on the base action in the environment warm-up."""
     warmup_actions: Literal["base", "uniform"] = "base"
     """What the environment warm-up plays: the base with noise, or uniform actions (the paper's ablation)."""
@@ -77,62 +78,44 @@ class ResidualConfig(AgentConfig):
         utd_ratio=4, random_steps=10_000, replay="mixed", offline_ratio=0.5, initial_updates=10_000
     )
     """Schedule: `random_steps` is the environment warm-up, `initial_updates` the critic warm-up."""
-    actor_hidden_dims: tuple[int, ...] = (1024, 1024)
+    actor_hidden_dims: Widths = (1024, 1024)
     """Widths of the residual actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (1024, 1024)
+    critic_hidden_dims: Widths = (1024, 1024)
     """Widths of every critic's hidden layers."""
     actor_layer_norm: bool = True
     """LayerNorm after each hidden layer of the actor."""
     critic_layer_norm: bool = True
     """LayerNorm after each hidden layer of the critics."""
-    num_critics: int = 10
+    num_critics: Count = 10
     """Critics in the ensemble."""
-    target_subset: int = 2
+    target_subset: Count = 2
     """Target critics drawn for each minibatch without replacement; their minimum is the target."""
     critic_loss: Literal["mse", "squared_mean"] = "mse"
     """`mse`: squared error of every head. `squared_mean`: square of the heads' mean absolute error (the code)."""
-    target_clip: tuple[float, float] | None = None
+    target_clip: Interval | None = None
     """Bounds of the target, such as (0, 1) for 0/1 rewards, against over-estimation; `None` for no bounds."""
-    residual_penalty: float = 0.0
+    residual_penalty: NotNegative = 0.0
     """Weight lambda of the residual's squared length in the actor's loss."""
-    actor_lr: float = 1e-6
+    actor_lr: Rate = 1e-6
     """Learning rate of the actor, AdamW. It is tiny on purpose: this keeps early learning safe."""
-    critic_lr: float = 1e-4
+    critic_lr: Rate = 1e-4
     """Learning rate of critics, trunk and encoder, AdamW."""
-    weight_decay: float = 1e-2
+    weight_decay: NotNegative = 1e-2
     """AdamW's weight decay, PyTorch's default."""
-    clip_norm: float = 1.0
+    clip_norm: AboveZero = 1.0
     """Largest norm of each network's gradient."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the targets' averages, each after every step of its network."""
     encoder: EncoderConfig = EncoderConfig()
     """Image encoder per camera, if observations have images."""
-    trunk_width: int = 1024
+    trunk_width: Width = 1024
     """Width of the critics' trunk over image patches."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        if not 0.0 < self.residual_scale <= 1.0:
-            raise ConfigError(f"ResidualConfig.residual_scale is {self.residual_scale}; expected above 0, at most 1")
-        for name in ("noise_std", "noise_clip", "warmup_noise", "residual_penalty"):
-            if getattr(self, name) < 0.0:
-                raise ConfigError(f"ResidualConfig.{name} is {getattr(self, name)}; expected 0 or more")
-        if self.n_step < 1:
-            raise ConfigError(f"ResidualConfig.n_step is {self.n_step}; expected at least 1")
-        if not 1 <= self.target_subset <= self.num_critics:
-            raise ConfigError(
-                f"ResidualConfig.target_subset is {self.target_subset}; expected 1 to num_critics={self.num_critics}"
-            )
-        choices = {
-            "timeouts": ("terminal", "bootstrap"),
-            "warmup_actions": ("base", "uniform"),
-            "critic_loss": ("mse", "squared_mean"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"ResidualConfig.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
-        if self.target_clip is not None and not self.target_clip[0] < self.target_clip[1]:
-            raise ConfigError(f"ResidualConfig.target_clip is {self.target_clip}; expected (low, high)")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.target_subset > self.num_critics:
+            raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}")
 
     @property
     def needs(self) -> Needs:
@@ -249,7 +232,7 @@ class Residual(Agent):
         Raises `ConfigError` for observations without a base action.
         """
         if not isinstance(observations, Mapping) or "base_action" not in observations:
-            raise ConfigError("Residual needs observations with a base_action: train it with --base")
+            raise ConfigError("Residual needs observations with a base_action: train it with `base`")
         rng, actor_rng, critic_rng, encoder_rng, trunk_rng = jax.random.split(rng, 5)
         action_dim = actions.shape[-1]
         critic_adam = Adam(config.critic_lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm)

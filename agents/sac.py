@@ -32,11 +32,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_counts, check_flat, each_minibatch, minibatches_in
+from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.rl import losses
+from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Share, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 Positive = Literal["exp", "softplus"]
@@ -49,9 +50,9 @@ class SACConfig(AgentConfig):
 
     online: OnlineConfig = OnlineConfig(random_steps=100)
     """Schedule of the online phase."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    actor_hidden_dims: Widths = (256, 256)
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256)
+    critic_hidden_dims: Widths = (256, 256)
     """Widths of every critic's hidden layers."""
     actor_layer_norm: bool = False
     """LayerNorm after each hidden layer of the actor."""
@@ -59,19 +60,19 @@ class SACConfig(AgentConfig):
     """LayerNorm after each hidden layer of the critics."""
     init_scheme: Init = "xavier"
     """Initialiser of every kernel."""
-    last_gain: float | None = None
+    last_gain: NotNegative | None = None
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
-    output_gain: float = SQRT2
+    output_gain: AboveZero = SQRT2
     """Orthogonal gain of the critics' output layer."""
     shared_output: bool = False
     """One output layer for all critics (WSRL's code) instead of one each."""
     std_mode: Literal["exp", "scaled", "uniform"] = "exp"
     """`exp`: log-std is a head of the state; `scaled`: with a learned scale and offset; `uniform`: one free vector."""
-    log_std_range: tuple[float, float] | None = (-20.0, 2.0)
+    log_std_range: Interval | None = (-20.0, 2.0)
     """Clip of the log-std; `None` clips the std itself to [1e-5, 10]."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Members of the critic ensemble."""
-    target_subset: int | None = None
+    target_subset: Count | None = None
     """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
     subset_replace: bool = False
     """Draw those members with replacement (WSRL's code)."""
@@ -79,45 +80,43 @@ class SACConfig(AgentConfig):
     """How the actor loss reduces over the critics."""
     backup_entropy: bool = True
     """Subtract alpha * log pi(a'|s') in the target."""
-    max_target_actions: int | None = None
+    max_target_actions: Count | None = None
     """Next actions of which the target takes the best; `None` for a single one."""
     target_entropy: float = 1.0
     """Entropy target as a multiple of -dim(A)."""
     temperature_param: Positive = "exp"
     """How alpha is made from its free parameter."""
-    temperature_init: float = 1.0
+    temperature_init: AboveZero = 1.0
     """Initial alpha."""
     temperature_objective: Literal["alpha", "log_alpha"] = "log_alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
-    next_entropy_samples: int | None = None
+    next_entropy_samples: Count | None = None
     """The temperature sees the entropy of this many samples at each next state; `None`: that of the actor's loss."""
     joint_policy_step: bool = False
     """True: actor and temperature step on the rows of all minibatches of a call, `utd * B`; in a call with one
     minibatch they are judged by the critics from before their step. False: on the last minibatch, by the new critics.
     """
-    bc_weight: float = 0.0
+    bc_weight: Share = 0.0
     """Weight w of behaviour cloning in the actor loss, (1 - w) L_pi + w L_BC."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam's rate of the critics."""
-    temperature_lr: float = 3e-4
+    temperature_lr: Rate = 3e-4
     """Adam's rate of the temperature."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target's average, after every critic step."""
     zero_grad_steps: bool = False
     """As WSRL's code: networks whose loss did not run take an Adam step with gradients of zero."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a count is below 1 or two settings contradict each other."""
-        check_counts(self, "num_critics", "next_entropy_samples", "max_target_actions")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
         subset = self.target_subset
-        if subset is not None and (subset < 1 or (not self.subset_replace and subset > self.num_critics)):
-            raise ConfigError(f"target_subset is {subset}; expected 1 to num_critics={self.num_critics}, or None")
+        if subset is not None and not self.subset_replace and subset > self.num_critics:
+            raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}, or None")
         if self.temperature_objective == "log_alpha" and self.temperature_param != "exp":
             raise ConfigError("temperature_objective='log_alpha' needs temperature_param='exp'; set it, or use 'alpha'")
-        if self.temperature_init <= 0:
-            raise ConfigError(f"temperature_init is {self.temperature_init}; expected a positive number, such as 1.0")
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,9 @@ class RLPDConfig(SACConfig):
     """Schedule of the online phase."""
     critic_layer_norm: bool = True
     """LayerNorm after each hidden layer of the critics."""
-    num_critics: int = 10
+    num_critics: Count = 10
     """Members of the critic ensemble."""
-    target_subset: int | None = 2
+    target_subset: Count | None = 2
     """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
     actor_reduce: Literal["min", "mean"] = "mean"
     """How the actor loss reduces over the critics."""

@@ -18,10 +18,10 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
-from o2o.errors import ConfigError
 from o2o.nn.kernels import branch
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
 from o2o.rl import losses
+from o2o.settings import Average, Count, Dropout, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params
 
 
@@ -31,44 +31,34 @@ class TD3Config(AgentConfig):
 
     online: OnlineConfig = OnlineConfig()
     """Schedule of the online phase."""
-    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    actor_hidden_dims: Widths = (256, 256)
     """Widths of the actor's hidden layers."""
-    critic_hidden_dims: tuple[int, ...] = (256, 256)
+    critic_hidden_dims: Widths = (256, 256)
     """Widths of every critic's hidden layers."""
     critic_layer_norm: bool = False
     """LayerNorm before each activation of the critics."""
-    actor_dropout: float = 0.0
+    actor_dropout: Dropout = 0.0
     """Dropout in the actor's hidden layers, on in every loss and in the targets, off when it acts."""
     init_scheme: Init = "linear"
     """Initialiser of every kernel."""
-    num_critics: int = 2
+    num_critics: Count = 2
     """Critics in the ensemble."""
-    policy_delay: int = 2
+    policy_delay: Count = 2
     """Critic steps per actor step."""
     delayed_targets: bool = True
     """True: the critics' targets move with the actor's, every `policy_delay` steps. False: after every critic step."""
-    exploration_noise: float = 0.1
+    exploration_noise: NotNegative = 0.1
     """Standard deviation of the Gaussian noise on sampled actions."""
-    target_noise: float = 0.2
+    target_noise: NotNegative = 0.2
     """Standard deviation of the noise on the target's next action."""
-    noise_clip: float = 0.5
+    noise_clip: NotNegative = 0.5
     """Bound of that noise."""
-    actor_lr: float = 3e-4
+    actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Rate = 3e-4
     """Adam's rate of the critics."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the targets' averages."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        name = type(self).__name__
-        for field in ("num_critics", "policy_delay"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{name}.{field} is {getattr(self, field)}; expected at least 1.")
-        for field in ("exploration_noise", "target_noise", "noise_clip"):
-            if not getattr(self, field) >= 0.0:
-                raise ConfigError(f"{name}.{field} is {getattr(self, field)}; expected 0 or more.")
 
 
 class DeterministicActor(nn.Module):

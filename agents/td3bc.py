@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.td3 import TD3, TD3Config
-from o2o.errors import ConfigError
+from o2o.settings import Count, NotNegative
 from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
 
 
@@ -32,23 +32,14 @@ from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
 class TD3BCConfig(TD3Config):
     """Settings of TD3+BC."""
 
-    alpha: float = 2.5
+    alpha: NotNegative = 2.5
     """Weight of Q / mean |Q| against the squared distance to the data."""
-    bc_decay_steps: int | None = None
+    bc_decay_steps: Count | None = None
     """Critic steps of the online phase over which the distance's weight falls linearly; `None` keeps it at 1."""
-    bc_final: float = 0.0
+    bc_final: NotNegative = 0.0
     """The weight that the distance falls to."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        super().__post_init__()
-        for name in ("alpha", "bc_final"):
-            if not getattr(self, name) >= 0.0:
-                raise ConfigError(f"TD3BCConfig.{name} is {getattr(self, name)}; expected 0 or more.")
-        if self.bc_decay_steps is not None and self.bc_decay_steps < 1:
-            raise ConfigError(f"TD3BCConfig.bc_decay_steps is {self.bc_decay_steps}; expected at least 1, or None.")
 
 
 _DEFAULT = TD3BCConfig()

@@ -44,7 +44,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,12 @@ from flax import struct
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.ppo import PPO, PPOConfig
 from o2o.data.normalizer import Normalizer
-from o2o.errors import ConfigError
 from o2o.nn.distributions import Normal
 from o2o.nn.dynamics import Dynamics, holdout_rows
 from o2o.nn.modules import Adam, BoundedGaussianActor, CriticEnsemble, Model, Value, where_leading
 from o2o.nn.terminations import RULES, Termination
 from o2o.rl.losses import clipped_surrogate, critic_loss, expectile_loss, td_target
+from o2o.settings import AboveZero, Amount, Average, Between, Count, NotNegative, Rate, Share, Widths
 from o2o.types import Agent, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Phase, Preset
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -76,93 +76,80 @@ Diversity = Literal["none", "code_heuristic", "analytic_kl", "sampled_kl"]
 class UniO4Config(PPOConfig):
     """Settings of Uni-O4; those of `PPOConfig` are its online phase's."""
 
-    value_hidden_dims: tuple[int, ...] = (512, 512, 512)
+    value_hidden_dims: Widths = (512, 512, 512)
     """Widths of V's hidden layers, offline and online."""
-    critic_hidden_dims: tuple[int, ...] = (1024, 1024)
+    critic_hidden_dims: Widths = (1024, 1024)
     """Widths of the two Q-functions' hidden layers."""
     normalize_states: bool = True
     """Standardise states by the dataset's mean and std, which then stay with the agent."""
-    num_policies: int = 4
+    num_policies: Count = 4
     """Policies in the ensemble."""
-    offline_batch_size: int = 512
+    offline_batch_size: Count = 512
     """Rows per minibatch offline."""
-    expectile: float = 0.7
+    expectile: Between = 0.7
     """Weight of positive errors in V's loss, in (0, 1)."""
-    tau: float = 0.005
+    tau: Average = 0.005
     """Weight of the new parameters in the target critics' average, on every second step."""
     timeouts_bootstrap: bool = True
     """Bootstrap at the dataset's time limits; False treats them as terminals (the release)."""
     diversity: Diversity = "sampled_kl"
     """Term that keeps the clones apart. `sampled_kl`: as the paper means it. `code_heuristic`: as released, which
     only scales the gradient. `analytic_kl`: the divergence from the nearest other clone. `none`: no term."""
-    diversity_coef: float = 0.1
+    diversity_coef: NotNegative = 0.1
     """Weight alpha of that term."""
-    diversity_cap: float = 10.0
+    diversity_cap: AboveZero = 10.0
     """Largest divergence that counts, per state; the divergence itself has no upper bound."""
-    dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
+    dynamics_hidden_dims: Widths = (200, 200, 200, 200)
     """Widths of the dynamics models' hidden layers."""
-    dynamics_members: int = 7
+    dynamics_members: Count = 7
     """Dynamics models."""
-    dynamics_elites: int = 5
+    dynamics_elites: Count = 5
     """Dynamics models that roll-outs sample: those with the least hold-out error."""
-    dynamics_lr: float = 1e-3
+    dynamics_lr: Rate = 1e-3
     """Learning rate of the dynamics models, Adam."""
-    dynamics_patience: int = 5
+    dynamics_patience: Count = 5
     """Validations in a row without an improvement after which the dynamics models stay as they are."""
-    validate_every: int = 1000
+    validate_every: Count = 1000
     """Gradient steps from one validation of the dynamics models to the next."""
     termination: Termination | Literal["auto"] = "auto"
     """Rule that ends a roll-out. `auto`: the task's rule if a preset knows one, otherwise `learned`."""
-    improve_lr: float = 1e-4
+    improve_lr: Rate = 1e-4
     """Learning rate of the improvement, Adam, falling linearly to 0 over it."""
-    improve_clip: float = 0.25
+    improve_clip: AboveZero = 0.25
     """Clip of the probability ratio in the improvement, falling linearly to 0 over it."""
-    freeze_clip_at: float | None = None
+    freeze_clip_at: Share | None = None
     """Share of the improvement after which its clip stays as it is; `None`: never. The release has 0.02."""
-    improve_grad_norm: float = 0.5
+    improve_grad_norm: AboveZero = 0.5
     """Largest norm of a policy's gradient in the improvement."""
-    judge_every: int = 100
+    judge_every: Count = 100
     """Gradient steps of the improvement from one off-line evaluation to the next."""
-    horizon: int = 1000
+    horizon: Count = 1000
     """Steps H of a roll-out in the model."""
-    judge_rows: int = 512
+    judge_rows: Count = 512
     """Roll-outs of one off-line evaluation."""
     judge_sum: bool = False
     """Score a roll-out by the sum of its Q-values over the horizon (the paper). False: the mean of all Q-values of
     roll-outs still alive (the release)."""
     common_noise: bool = True
     """Judge all policies, every time, on the same start states and noise; False draws new ones (the release)."""
-    candidates: int = 3
+    candidates: Count = 3
     """Policies with the best scores that are tried in the environment before the online phase; 1 trusts the scores."""
-    critic_steps: int = 2_000_000
+    critic_steps: Amount = 2_000_000
     """Gradient steps of V and Q."""
-    dynamics_steps: int = 200_000
+    dynamics_steps: Amount = 200_000
     """Gradient steps of the dynamics models."""
-    clone_steps: int = 400_000
+    clone_steps: Amount = 400_000
     """Gradient steps of cloning."""
-    improve_steps: int = 10_000
+    improve_steps: Amount = 10_000
     """Gradient steps of improvement. A run whose offline steps are not the sum of these four stretches all of them."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
+        """Raise `ConfigError` for values out of range, or that do not go together."""
         super().__post_init__()
-        if not 0.0 < self.expectile < 1.0:
-            raise ConfigError(f"UniO4Config.expectile is {self.expectile}; expected a number in (0, 1), such as 0.7")
-        if not 1 <= self.dynamics_elites <= self.dynamics_members:
-            raise ConfigError(
-                f"dynamics_elites is {self.dynamics_elites} of {self.dynamics_members} dynamics_members; expected 1 "
-                "to as many as there are members"
-            )
-        if not 1 <= self.candidates <= self.num_policies:
-            raise ConfigError(f"candidates is {self.candidates}; expected 1 to num_policies ({self.num_policies})")
-        counts = ("horizon", "judge_rows", "judge_every", "validate_every", "dynamics_patience", "offline_batch_size")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"UniO4Config.{name} is {getattr(self, name)}; expected at least 1")
-        choices = {"diversity": get_args(Diversity), "termination": ("auto", *get_args(Termination))}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"UniO4Config.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
+        if self.dynamics_elites > self.dynamics_members:
+            raise self.refuse("dynamics_elites", f"1 to dynamics_members={self.dynamics_members}")
+        if self.candidates > self.num_policies:
+            raise self.refuse("candidates", f"1 to num_policies={self.num_policies}")
 
     @property
     def needs(self) -> Needs:

@@ -138,9 +138,8 @@ class WSRLConfig(AgentConfig):
     """SAC of the online phase."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for an unknown pre-trainer and for settings of a part that the whole decides."""
-        if self.pretrain not in ("calql", "cql", "iql", "bc", "sac"):
-            raise ConfigError(f"WSRLConfig.pretrain is {self.pretrain!r}; expected calql, cql, iql, bc or sac")
+        """Raise `ConfigError` for values out of range, and for settings of a part that the whole decides."""
+        super().__post_init__()
         for name in PARTS:
             part = getattr(self, name)
             for field in ("batch_size", "discount", "online"):
@@ -148,7 +147,7 @@ class WSRLConfig(AgentConfig):
                 if inside not in (outside, getattr(type(part), field)):
                     raise ConfigError(
                         f"WSRLConfig.{name}.{field} is {inside} and WSRLConfig.{field} is {outside}: the latter holds "
-                        f"for both phases; set it (--config.{field.replace('_', '-')}) and leave {name}.{field}"
+                        f"for both phases; set `config.{field}` and leave `config.{name}.{field}`"
                     )
 
     @property

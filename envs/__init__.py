@@ -187,15 +187,13 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
     if isinstance(source, DatasetInfo):
         spec = source.eval_env_spec or source.env_spec
         if spec is None:
-            raise EnvironmentMismatchError(
-                f"dataset {source.name} does not name its environment; give one with --env ID"
-            )
+            raise EnvironmentMismatchError(f"dataset {source.name} does not name its environment; give one with `env`")
         if spec.additional_wrappers:
             names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
             raise EnvironmentMismatchError(
                 f"dataset {source.name} was recorded in {spec.id} with wrappers around it ({names}), which o2o does "
-                "not make by itself: register an environment that has them, and give it with --env module:ID; or with "
-                f"--env {spec.id} if they change nothing"
+                "not make by itself: register an environment that has them, and give it as `env` module:ID; or give "
+                f"`env` {spec.id} if they change nothing"
             )
         return spec
     module, _, name = source.rpartition(":")

@@ -12,11 +12,13 @@ from gymnasium import spaces
 from o2o.data.datasets import DatasetInfo
 from o2o.data.spaces import STATE, ObservationSpec
 from o2o.errors import ConfigError, EnvironmentMismatchError
+from o2o.startup import choose_renderer
 
 HINT = (
     "without a display install OSMesa (apt-get install libosmesa6) and set MUJOCO_GL=osmesa, or use EGL with a GPU: "
-    "MUJOCO_GL=egl"
+    "MUJOCO_GL=egl; then restart Python, for MuJoCo reads it once"
 )
+choose_renderer()
 try:
     import mujoco as _mujoco
 except Exception as error:  # it loads the OpenGL that MUJOCO_GL names; each back end has errors of its own

@@ -6,44 +6,93 @@ Modules that need JAX are imported inside the commands, so that `o2o --help` sta
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 from tyro.extras import SubcommandApp
 
+from o2o.config import RunConfig
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
+from o2o.settings import Amount, Count, Seed, checked
 from o2o.startup import prepare_process
-from o2o.usage import one_line
+from o2o.usage import WORDS, booleans, in_options, one_line, spelled_out
 
 Name = tyro.conf.Positional
 ABOUT = "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment."
+MAIN = {"dataset", "preset", "env", "base", "seed", "seeds", "offline_steps", "online_steps"}
+"""The settings of a run that the help of `o2o train AGENT` shows first."""
+WHOLE = (tyro.conf.FlagConversionOff,)
+"""Booleans take a word; `spelled_out` adds the one of a bare --option."""
+OPTIONS = {"name", "runs", *(field.name for field in dataclasses.fields(RunConfig))}
+TRAIN_HELP = """
+options that matter first:
+  --dataset ID [ID ...]   Minari id or path; several are mixed
+  --preset paper|small    the paper's settings, or small ones for a laptop
+  --seeds 3               so many agents side by side
+  --name NAME             name of the run folder
+  --config.FIELD VALUE    a setting of the agent, such as --config.discount 0.98
+Booleans: --record is --record True, --no-record is --record False. Whole numbers may be written 1e5.
+
+examples:
+  o2o train wsrl --dataset o2o/embedded/pointmaze-umaze-v0 --preset small --seeds 3
+  o2o train residual --dataset ID --base runs/base     # or policy.onnx, policy.pt, module:function
+  o2o train my_agents:Mine --dataset ID                # a class of your own in my_agents.py
+  o2o train wsrl --dataset ID --help                   # every option, with its default for that dataset"""
+EXAMPLES = {
+    "o2o": """
+examples:
+  o2o demo                                                    # all of it in minutes
+  o2o data make pointmaze-umaze                               # a small dataset
+  o2o train wsrl --dataset o2o/embedded/pointmaze-umaze-v0 --preset small --name mine
+  o2o eval runs/mine --episodes 100
+  o2o play runs/mine --out play.mp4
+  o2o help train                                              # the agents; `o2o COMMAND --help` for any command""",
+    "o2o data": """
+examples:
+  o2o data list --json                # for scripts
+  o2o data describe o2o/embedded/pointmaze-umaze-v0
+  o2o data check path/to/dataset
+  o2o data export runs/mine --id mine/recorded-v0""",
+    "o2o bench": """
+examples:
+  o2o bench run benchmarks/my_suite.py --seeds 3
+  o2o bench report benchmarks/my_suite.py""",
+}
 
 
 def train(args: Name[tuple[str, ...]] = ()) -> int:
-    """Pre-train an agent on a dataset, then fine-tune it in its environment: `o2o train AGENT --dataset ID`.
+    """Pre-train an agent on a dataset, then fine-tune it in its environment.
 
     Args:
-        args: Name of the agent and the options of the run; `o2o train --help` lists the agents.
+        args: Name of the agent, or module:Class of your own, and the options of the run.
     """
     from o2o.agents import AGENTS
 
-    if args and args[0] not in ("-h", "--help"):
-        return _run_training(*parse_train(args[0], list(args[1:])))
-    print(
-        f"usage: o2o train AGENT --dataset ID [options]\n\nagents: {', '.join(AGENTS)}\n"
-        "`o2o train AGENT --help` explains every option. A residual agent corrects a policy given by --base: a run "
-        "folder, FILE.onnx, FILE.pt or module:function.",
-        file=sys.stdout if args else sys.stderr,
-    )
-    return 0 if args else 2
+    agent, rest = _agent_of(list(args))
+    if agent:
+        return _run_training(*parse_train(agent, rest))
+    print("usage: o2o train AGENT --dataset ID [options]\n\nagents:")
+    print_lines({name: first_line(kind) for name, kind in AGENTS.items()} | {"module:Class": "an agent of your own"})
+    print(TRAIN_HELP)
+    return 0 if rest else 2
+
+
+def _agent_of(args: list[str]) -> tuple[str, list[str]]:
+    """Return the agent, given first or by --agent, "" if there is none, and the other arguments."""
+    for index, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option == "--agent":
+            end = index + (1 if equals else 2)
+            return value or "".join(args[index + 1 : end]), args[:index] + args[end:]
+    return (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
 
 
 def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
@@ -56,32 +105,52 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     from o2o.runs import session
     from o2o.runs.presets import Chosen
 
-    config_class, quiet = session.config_class(agent), [arg for arg in args if arg not in ("-h", "--help")]
-    with one_line(prog := f"o2o train {agent}"):
-        chosen, _ = tyro.cli(Chosen, args=quiet, prog=prog, return_unknown_args=True)
+    kinds = {**get_type_hints(session.RunConfig), "config": session.config_class(agent)}
+    args = spelled_out(args, booleans(kinds))
+    quiet = [arg for arg in args if arg not in ("-h", "--help")]
+    parse = functools.partial(tyro.cli, prog=(prog := f"o2o train {agent}"), registry=WORDS, config=WHOLE)
+    with one_line(prog):
+        chosen, _ = parse(Chosen, args=quiet, return_unknown_args=True)
     if not chosen.dataset and quiet == args:
         raise ConfigError(f"{prog}: no --dataset; give a Minari id or a path (`o2o data list` shows the local ones)")
     default = chosen.run(agent)
+    values = vars(default)
+    first = {*MAIN, *(name for name in values if dataclasses.is_dataclass(values[name]))}
 
     @dataclasses.dataclass(frozen=True)
-    class TrainArgs(session.RunConfig):
-        """Pre-train an agent on a dataset, then fine-tune it in the environment."""
+    class More(_part(session.RunConfig, kinds.keys() - first)):
+        """What few runs set."""
 
-        agent: Annotated[str, tyro.conf.Suppress]
-        config: config_class  # pyright: ignore[reportInvalidTypeForm]
+    @dataclasses.dataclass(frozen=True)
+    class Train(_part(session.RunConfig, first)):
+        config: kinds["config"]  # pyright: ignore[reportInvalidTypeForm, reportGeneralTypeIssues]
         preset: Literal["paper", "small"] = "paper"
         """Start from the paper's settings for the dataset's family of tasks, or from small ones for a laptop."""
         name: str | None = None
         """Name of the run; None for AGENT-DATASET-SEED."""
         runs: Path = Path("runs")
         """Folder that holds the runs."""
+        more: tyro.conf.OmitArgPrefixes[More] = More(**values)
 
+    about = f"{first_line(session.agent_class(agent))}\n\nSuch as: {prog} --dataset ID --preset small --seeds 3"
     with one_line(prog):
-        parsed = tyro.cli(TrainArgs, args=args, default=TrainArgs(**vars(default)), prog=prog, console_outputs=True)
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(session.RunConfig)}
-    config = session.RunConfig(**{**values, "task": default.task})
+        run = parse(Train, args=args, default=Train(**values), description=about, console_outputs=True)
+    values = {name: getattr(run if name in first else run.more, name) for name in values}
+    config = session.RunConfig(**{**values, "agent": default.agent, "task": default.task})
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
-    return parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config
+    return run.runs / (run.name or f"{agent.rpartition(':')[2]}-{slug}-{config.seed}"), config
+
+
+def _part(cls: type, shown: Iterable[str]) -> Any:
+    """Return a class of the settings of `cls` whose help shows some of them only, and that checks nothing yet."""
+    kinds, entries = get_type_hints(cls, include_extras=True), []
+    for field in dataclasses.fields(cls):
+        if field.name not in shown or field.name == "agent":
+            default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # pyright: ignore
+            entries.append((field.name, Annotated[kinds[field.name], tyro.conf.Suppress], default))
+    return dataclasses.make_dataclass(
+        cls.__name__, entries, bases=(cls,), frozen=True, namespace={"__post_init__": lambda _: None}
+    )
 
 
 def _run_training(path: Path, config: Any) -> int:
@@ -95,7 +164,7 @@ def _run_training(path: Path, config: Any) -> int:
     return end(path, finished, console)
 
 
-def resume(run: Name[Path], online_steps: int | None = None) -> int:
+def resume(run: Name[Path], online_steps: Amount | None = None) -> int:
     """Continue a stopped or killed run from its last checkpoint, or a finished one for longer.
 
     Args:
@@ -113,7 +182,12 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
 
 
 def evaluate(
-    run: Name[Path], episodes: int = 50, checkpoint: str = "latest", seed: int = 1, sample: bool = False
+    run: Name[Path],
+    episodes: Count = 50,
+    checkpoint: str = "latest",
+    seed: Seed = 1,
+    sample: bool = False,
+    json: bool = False,
 ) -> int:
     """Evaluate the policies of all seeds of a run in fresh episodes.
 
@@ -123,11 +197,14 @@ def evaluate(
         checkpoint: `latest`, `best` or a checkpoint's number.
         seed: Seed of the evaluation environments.
         sample: Sample actions instead of taking the mode.
+        json: Print the rows, one per episode, as JSON.
     """
-    from o2o.report.tables import print_rows
+    from o2o.report.tables import print_json, print_rows
     from o2o.runs import session
 
     rows = session.evaluate_run(run, episodes, checkpoint, seed, not sample)
+    if json:
+        return print_json(rows)
     print_rows(rows, f"{run} ({checkpoint})", Console())
     return 0
 
@@ -135,10 +212,10 @@ def evaluate(
 def play(
     run: Name[Path],
     out: Path | None = None,
-    episodes: int = 1,
+    episodes: Count = 1,
     checkpoint: str = "latest",
-    seed_index: int = 0,
-    seed: int = 1,
+    seed_index: Amount = 0,
+    seed: Seed = 1,
 ) -> int:
     """Watch a run's policy in a window, or write a video.
 
@@ -196,14 +273,15 @@ def balance(run: Name[Path], out: Path = Path("balance.png")) -> int:
     return 0
 
 
-def data_list(root: Path | None = None) -> int:
+def data_list(root: Path | None = None, json: bool = False) -> int:
     """List the local datasets.
 
     Args:
         root: Folder of datasets; default: MINARI_DATASETS_PATH, else Minari's own.
+        json: Print a list of objects as JSON.
     """
     from o2o.data import datasets
-    from o2o.report.tables import print_datasets
+    from o2o.report.tables import dataset_rows, print_datasets, print_json
 
     def about(name: str) -> Any:
         try:
@@ -211,22 +289,29 @@ def data_list(root: Path | None = None) -> int:
         except DatasetError as error:
             return error
 
-    print_datasets([(name, about(name)) for name in datasets.list_datasets(root)], Console())
+    found = dataset_rows([(name, about(name)) for name in datasets.list_datasets(root)])
+    if json:
+        return print_json(found)
+    print_datasets(found)
     return 0
 
 
-def data_describe(dataset: Name[str], root: Path | None = None) -> int:
+def data_describe(dataset: Name[str], root: Path | None = None, json: bool = False) -> int:
     """Describe one dataset: spaces, sizes, returns, success, task conventions.
 
     Args:
         dataset: Minari id or path.
         root: Folder of datasets.
+        json: Print an object as JSON.
     """
     from o2o import envs
     from o2o.data import datasets
+    from o2o.report.tables import print_json
 
     console = Console()
     described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
+    if json:
+        return print_json(described)
     for key, value in described.items():
         console.print(Text.assemble((key, "bold"), f": {value}"))  # a dataset's words are no markup
     return 0
@@ -279,7 +364,7 @@ def bench_run(
     suite: Name[str],
     agents: tuple[str, ...] = (),
     tasks: tuple[str, ...] = (),
-    seeds: int | None = None,
+    seeds: Count | None = None,
     out: Path | None = None,
 ) -> int:
     """Run the cells of a suite that are missing and resume those that were interrupted.
@@ -322,7 +407,7 @@ def bench_report(suite: Name[str], out: Path | None = None) -> int:
     return 0
 
 
-def demo(runs: Path = Path("runs"), offline_steps: int = 4_000, online_steps: int = 8_000, seed: int = 0) -> int:
+def demo(runs: Path = Path("runs"), offline_steps: Amount = 4_000, online_steps: Amount = 8_000, seed: Seed = 0) -> int:
     """Make a small dataset, pre-train WSRL on it, fine-tune it, and show what the online phase gained.
 
     Args:
@@ -374,12 +459,32 @@ COMMANDS: Commands = {
 GROUPS = {"data": "Local datasets: list, describe, make, check, export.", "bench": "Suites of benchmarks: run, report."}
 
 
+def first_line(thing: Any) -> str:
+    """Return the first line of a docstring."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def print_lines(lines: Mapping[str, str]) -> None:
+    """Print a name and a line for each, the lines below each other."""
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"  {name:<{width}}  {line}")
+
+
+def overview(prog: str, commands: "Commands") -> int:
+    """Print a line for each command, and examples."""
+    print(f"usage: {prog} COMMAND [options]\n\n{ABOUT if prog == 'o2o' else GROUPS[prog.rpartition(' ')[2]]}\n")
+    print_lines({name: first_line(item) if callable(item) else GROUPS[name] for name, item in commands.items()})
+    print(EXAMPLES[prog])
+    return 0
+
+
 def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     """Return a function with the same signature that binds its arguments to `command` instead of calling it."""
 
     @functools.wraps(command)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], int]:
-        return functools.partial(command, *args, **kwargs)
+        return functools.partial(checked(command), *args, **kwargs)
 
     return bind
 
@@ -395,10 +500,10 @@ def _app(commands: Commands) -> SubcommandApp:
     return app
 
 
-def _prog(args: Sequence[str]) -> str:
-    """Return the command that `args` name, such as `o2o data list`. Raises `ConfigError` for an unknown one.
+def _named(args: Sequence[str]) -> tuple[str, Any]:
+    """Return the command that `args` name, such as `o2o data list`, and its function or its commands.
 
-    tyro would list all commands; this suggests the nearest.
+    Raises `ConfigError` for an unknown one: tyro would list all commands; this suggests the nearest.
     """
     known, prog = COMMANDS, "o2o"
     for word in args:
@@ -407,7 +512,7 @@ def _prog(args: Sequence[str]) -> str:
         if word not in known:
             raise ConfigError(f"{prog} has no command {word!r}; {suggest(word, known)}")
         known, prog = known[word], f"{prog} {word}"
-    return prog
+    return prog, known
 
 
 def _dispatch(args: list[str]) -> int:
@@ -416,11 +521,18 @@ def _dispatch(args: list[str]) -> int:
 
         print(f"o2o {__version__}")
         return 0
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
     if args[:1] == ["train"]:  # its options depend on the agent, so tyro reads them later
         return train(tuple(args[1:]))
-    with one_line(_prog(args)):
-        command = _app(COMMANDS).cli(prog="o2o", description=ABOUT, args=args)
-    return command()
+    prog, command = _named(args)
+    if not callable(command) and (args[-1:] in (["-h"], ["--help"]) or prog == " ".join(["o2o", *args])):
+        return overview(prog, command)
+    if callable(command):
+        args = spelled_out(args, booleans(get_type_hints(command)))
+    with one_line(prog):
+        bound = _app(COMMANDS).cli(prog="o2o", description=ABOUT, args=args, registry=WORDS, config=WHOLE)
+    return bound()
 
 
 class StandardError(logging.Handler):
@@ -449,13 +561,11 @@ def logging_to_stderr() -> Iterator[None]:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
     prepare_process()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every merge
-    warnings.filterwarnings("ignore", module="orbax")
     with logging_to_stderr():
         try:
             code = _dispatch(list(sys.argv[1:] if args is None else args))
         except O2OError as error:
-            print(f"o2o: error: {error}", file=sys.stderr)
+            print(f"o2o: error: {in_options(error, OPTIONS)}", file=sys.stderr)
             code = 2
     sys.exit(code)
 

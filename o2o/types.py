@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax
 from flax import struct
 
 from o2o.errors import ConfigError
+from o2o.settings import Amount, Count, Range, Settings, Share
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -26,7 +27,7 @@ ReplayKind = Literal["online", "mixed", "append", "rollout", "none"]
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
+class OnlineConfig(Settings):
     """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config.
 
     `replay` decides which fields are read. `online`, `append` and `mixed` read all but `num_envs` and `rollout_steps`;
@@ -34,34 +35,27 @@ class OnlineConfig:
     acts by `random_steps`; its other fields only set the times of evaluations.
     """
 
-    utd_ratio: int = 1
+    utd_ratio: Count = 1
     """Critic updates per environment step (update-to-data ratio)."""
-    warmup_steps: int = 0
+    warmup_steps: Amount = 0
     """Environment steps before updates are allowed (WSRL's K). The first update follows the second step after them."""
-    random_steps: int = 0
+    random_steps: Amount = 0
     """Environment steps with uniform random actions before the policy acts; no update before their end."""
-    min_rows: int = 0
+    min_rows: Amount = 0
     """The first update waits until the buffer held more rows than this before the current step."""
     replay: ReplayKind = "online"
     """Where online batches come from: `online` the run's own transitions only; `mixed` a share `offline_ratio` of each
     minibatch from the dataset; `append` one buffer that starts with the whole dataset; `rollout` no buffer: the newest
     `rollout_steps` steps in order of time, once; `none` no update at all."""
-    offline_ratio: float = 0.5
+    offline_ratio: Share = 0.5
     """Share of dataset rows in each minibatch when `replay` is `mixed`."""
-    initial_updates: int = 0
+    initial_updates: Amount = 0
     """Updates in one go just before the first online update, on leaves `[1, B, ...]`; the agent counts for itself which
     of its networks take part (ResFiT warms its critic up so)."""
-    num_envs: int = 1
+    num_envs: Annotated[int, Range(least=1, most=4096)] = 1
     """Environments per seed that are stepped together (`rollout` only)."""
-    rollout_steps: int = 2048
+    rollout_steps: Count = 2048
     """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a count or ratio is out of range."""
-        if self.utd_ratio < 1:
-            raise ConfigError(f"utd_ratio is {self.utd_ratio}; expected at least 1")
-        if not 0.0 <= self.offline_ratio <= 1.0:
-            raise ConfigError(f"offline_ratio is {self.offline_ratio}; expected 0 to 1")
 
     def first_update(self) -> int:
         """Return the number of the environment step, counted from 0, after which the first update runs."""
@@ -100,12 +94,12 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class AgentConfig:
+class AgentConfig(Settings):
     """The settings that every agent has; each agent's own config derives from it."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Rows (or windows of rows) of one minibatch."""
-    discount: float = 0.99
+    discount: Share = 0.99
     """Discount factor per step."""
     online: OnlineConfig = OnlineConfig()
     """Schedule of the online phase."""
@@ -152,8 +146,17 @@ class Agent(struct.PyTreeNode):
     agent_class: Any = struct.field(pytree_node=False, default=None, kw_only=True, repr=False)
     """Set by the class itself."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Agent.__repr__  # a dataclass would print every parameter
+        super().__init_subclass__(**kwargs)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "agent_class", type(self))
+
+    def __repr__(self) -> str:
+        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
+        return f"{type(self).__name__}({count:,} numbers, {getattr(self, 'config', None)})"
 
     @property
     def needs(self) -> Needs:

@@ -25,7 +25,7 @@ def check_data(agent: Any, data: datasets.Dataset, normalize: bool) -> None:
     `normalize`: whether the run normalises observations; some agents want them raw.
     """
     if normalize and agent.needs.raw_observations:
-        raise ConfigError("this agent standardises observations itself and wants them raw: leave out --normalize")
+        raise ConfigError("this agent standardises observations itself and wants them raw: leave out `normalize`")
     ends = np.flatnonzero(data.arrays["ends"])
     longest = int(np.diff(ends, prepend=-1).max()) if len(ends) else data.size
     if agent.needs.window > longest:

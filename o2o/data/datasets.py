@@ -203,7 +203,7 @@ def _transitions(
         if solved is None:
             raise DatasetError(
                 f"dataset {name}: the task keeps only episodes that succeed, and which do is not known (there is no "
-                "infos['success']); set only_successes to False (--task.only-successes False)"
+                "infos['success']); set `task.only_successes` to False"
             )
         keep &= solved[episode]
         if not keep.any():
@@ -384,5 +384,5 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
         if getattr(about, key) != counted:
             found.append(f"metadata.json says {getattr(about, key)} {key}, the data has {counted}")
     if about.env_spec is None:
-        found.append("no env_spec: the environment cannot be recovered, give one with --env ID")
+        found.append("no env_spec: the environment cannot be recovered, give one with `env`")
     return found

@@ -311,7 +311,7 @@ def problems(
         step, entry = out[0]
         yield (
             f"{where}, step {step}: action entry {entry} is {arrays['actions'][step, entry]:.6g}, outside the bounds "
-            f"[{actions.low[entry]:g}, {actions.high[entry]:g}]; clip them with --clip-actions (clip_actions=True)"
+            f"[{actions.low[entry]:g}, {actions.high[entry]:g}]; set `clip_actions` to clip them"
         )
 
 

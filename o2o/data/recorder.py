@@ -204,7 +204,7 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
         raise RunError(f"{run} is no run folder: there is no such folder")
     recorded = _files(run / EPISODES)
     if not recorded:
-        raise RunError(f"{run} has no recorded episode: train with --record until one episode of the online phase ends")
+        raise RunError(f"{run} has no recorded episode: train with `record` until one episode of the online phase ends")
     header = _header(run / EPISODES)
     observation_space, action_space, spec = datasets.read_environment(header, str(run / EPISODES / HEADER))
     name = dataset_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.resolve().name)}-v0"

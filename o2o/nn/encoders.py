@@ -24,44 +24,41 @@ from o2o.data.spaces import STATE
 from o2o.errors import ConfigError
 from o2o.nn.kernels import add_row, convolution
 from o2o.nn.modules import Adam, Model
+from o2o.settings import Amount, Count, Settings, Width, Widths
 from o2o.types import Array, Batch, Params
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Settings):
     """How camera images become features; used only where observations have images."""
 
     kind: Literal["patch", "conv"] = "patch"
     """`patch`: two convolutions to patches and a transformer (ResFiT); `conv`: plain convolutions (DrQ), cheaper."""
-    width: int = 128
+    width: Width = 128
     """Channels of every patch of the `patch` encoder."""
-    blocks: int = 1
+    blocks: Count = 1
     """Transformer blocks of the `patch` encoder."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads of each block; must divide `width`."""
-    conv_features: tuple[int, ...] = (32, 32, 32, 32)
+    conv_features: Widths = (32, 32, 32, 32)
     """Channels of the `conv` encoder's 3x3 convolutions."""
-    conv_strides: tuple[int, ...] = (2, 1, 1, 1)
+    conv_strides: tuple[Count, ...] = (2, 1, 1, 1)
     """Their strides."""
-    latent_dim: int = 0
+    latent_dim: Amount = 0
     """Width that each camera's features are projected to (Dense, LayerNorm, tanh); 0 leaves them as they are."""
-    shift_pad: int = 4
+    shift_pad: Amount = 4
     """Images are shifted by up to so many pixels in every update (random-shift augmentation); 0 for none."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that cannot be used."""
-        if self.kind not in ("patch", "conv"):
-            raise ConfigError(f"EncoderConfig.kind is {self.kind!r}; expected 'patch' or 'conv'")
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ConfigError(f"EncoderConfig.width is {self.width}; expected a multiple of heads={self.heads}")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.width % self.heads:
+            raise self.refuse("width", f"a multiple of heads={self.heads}")
         if not self.conv_features or len(self.conv_features) != len(self.conv_strides):
             raise ConfigError(
                 f"EncoderConfig has {len(self.conv_features)} conv_features and {len(self.conv_strides)} conv_strides; "
                 "expected as many of both, at least one"
             )
-        for name in ("blocks", "latent_dim", "shift_pad"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"EncoderConfig.{name} is {getattr(self, name)}; expected 0 or more")
 
     @classmethod
     def small(cls) -> "EncoderConfig":

@@ -17,6 +17,7 @@ import numpy as np
 
 from o2o.errors import ConfigError
 from o2o.nn.modules import join_alike, kernel_init
+from o2o.settings import Count, NotNegative, Settings
 from o2o.types import Array
 
 Apply = Callable[[Array, Array], Array]
@@ -32,32 +33,27 @@ MAX_BETA = 0.999
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Settings):
     """A diffusion of `steps` steps whose network predicts the noise."""
 
-    steps: int = 10
+    steps: Count = 10
     """Denoising steps T."""
     schedule: Literal["vp", "cosine", "linear"] = "vp"
     """`vp`: variance preserving (EXPO). `cosine`: arXiv 2102.09672 (DPPO). `linear`: arXiv 2006.11239, at least 20
     steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """`ddpm` draws noise at every step; `ddim` is a deterministic function of the initial noise."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Factor on the noise of every DDPM step."""
     clip: Literal["step", "prediction"] = "step"
     """`step`: every x is clipped to [-1, 1], and DDPM's noise has variance beta (EXPO). `prediction`: the clean vector
     predicted at every step is clipped, and the noise has the posterior's variance (DPPO)."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        if self.steps < 1:
-            raise ConfigError(f"Diffusion.steps is {self.steps}; expected at least 1.")
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
         if self.schedule == "linear" and self.steps < 20:
-            raise ConfigError(f"Diffusion.schedule 'linear' needs 20 steps or more, not {self.steps}; use 'vp'.")
-        choices = {"schedule": ("vp", "cosine", "linear"), "sampler": ("ddpm", "ddim"), "clip": ("step", "prediction")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"Diffusion.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}.")
+            raise self.refuse("steps", "at least 20 with schedule 'linear'; or use 'vp'")
 
     @property
     def alphas(self) -> np.ndarray:
@@ -127,16 +123,11 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Settings):
     """A flow along straight lines from noise to data, integrated by Euler steps (FQL)."""
 
-    steps: int = 10
+    steps: Count = 10
     """Euler steps."""
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` if a value is out of range."""
-        if self.steps < 1:
-            raise ConfigError(f"Flow.steps is {self.steps}; expected at least 1.")
 
     def deterministic(self) -> Self:
         """Return the model itself: its sampler depends on the initial noise only."""

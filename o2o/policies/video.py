@@ -22,7 +22,7 @@ SUFFIXES = (".mp4", ".gif", ".webm")
 def check_window() -> None:
     """Raise `ConfigError` if there is no display: without one GLFW ends the process without a message."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ConfigError("there is no display for a window; write a video instead, with --out play.mp4")
+        raise ConfigError("there is no display for a window; write a video instead, with `out` such as play.mp4")
 
 
 def check_out(out: Path | None) -> None:
@@ -72,7 +72,8 @@ def _frame(slot: EnvSlot) -> np.ndarray:
         return np.asarray(slot.env.render(), np.uint8)
     except Exception as error:
         raise EnvironmentFaultError(
-            f"the environment cannot draw ({error}); without a display install EGL or OSMesa and set MUJOCO_GL to it"
+            f"the environment cannot draw ({error}); without a display install EGL or OSMesa, set MUJOCO_GL to egl or "
+            "osmesa, and restart Python"
         ) from error
 
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from o2o.errors import ConfigError, RunError
@@ -66,12 +67,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RunError(f"cannot read {path}: {error}; expected a run folder") from error
 
 
-def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
+def _draw(axes: Axes, band: Band, index: int, label: str, spread: bool) -> None:
     if band.steps.size == 0:
         return
     color = COLORS[index % len(COLORS)]
     marker = MARKERS[index % len(MARKERS)]
-    axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.16, linewidth=0)
+    if spread:
+        axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.16, linewidth=0)
     axes.plot(
         band.steps,
         band.centre,
@@ -113,7 +115,7 @@ def _limits(curves: Sequence[Curve], metric: str) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _panels(figure: Figure, offline: bool, online: bool) -> tuple[Axes | None, Axes | None]:
+def _panels(figure: FigureBase, offline: bool, online: bool) -> tuple[Axes | None, Axes | None]:
     if offline and online:
         left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1.0, 2.3], "wspace": 0.05})
         return left, right
@@ -140,18 +142,37 @@ def _mark_warmup(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def plot_curves(
     curves: Mapping[str, Curve],
-    path: Path,
+    path: str | Path | None = None,
     metric: str = "return",
     title: str = "",
     statistic: str = "iqm",
     reference: tuple[str, float] | None = None,
-) -> None:
-    """Draw `label -> Curve` into the file `path`: pre-training left on grey, fine-tuning right, one vertical scale.
+) -> Figure:
+    """Draw `label -> Curve`: pre-training left on grey, fine-tuning right, one vertical scale; return the figure.
 
-    `reference` is a labelled level, such as the mean of the dataset.
+    `path`: a file for the picture. `reference` is a labelled level, such as the mean of the dataset.
     """
-    figure = Figure(figsize=(9.0, 4.4), dpi=150, layout="constrained")
+    figure = _figure(1)
+    _draw_curves(figure, curves, metric, title, statistic, reference)
+    if path is not None:
+        save_picture(figure, Path(path))
+    return figure
+
+
+def _figure(rows: int) -> Figure:
+    figure = Figure(figsize=(9.0, 4.4 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_curves(
+    figure: FigureBase,
+    curves: Mapping[str, Curve],
+    metric: str,
+    title: str,
+    statistic: str,
+    reference: tuple[str, float] | None = None,
+) -> None:
     items = list(curves.values())
     left, right = _panels(
         figure,
@@ -161,9 +182,9 @@ def plot_curves(
     for index, (label, item) in enumerate(curves.items()):
         text = f"{label} (n={item.seeds})"
         if left is not None:
-            _draw(left, item.offline, index, text)
+            _draw(left, item.offline, index, text, item.seeds > 1)
         if right is not None:
-            _draw(right, item.online, index, text)
+            _draw(right, item.online, index, text, item.seeds > 1)
     if left is not None:
         left.set_facecolor(SHADE)
         _dress(left, "Pre-training, offline", "gradient steps", [item.offline for item in items])
@@ -183,9 +204,11 @@ def plot_curves(
     _legend(figure, [axes for axes in (left, right) if axes is not None], last=reference[0] if reference else None)
     spread = "mean" if statistic == "mean" else "interquartile mean"
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", fontweight="bold")
-    note = f"{spread} over n seeds, 95 % bootstrap interval"
+    note = "one seed each, no interval"
+    if any(item.seeds > 1 for item in items):
+        where = "" if all(item.seeds > 1 for item in items) else " where n > 1"
+        note = f"{spread} over n seeds, 95 % bootstrap interval{where}"
     figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=7.5, color="#777777")
-    save_picture(figure, path)
 
 
 def check_picture(out: Path) -> None:
@@ -203,7 +226,7 @@ def save_picture(figure: Figure, out: Path) -> None:
         raise ConfigError(f"picture {out} cannot be written: {error.strerror}") from error
 
 
-def _legend(figure: Figure, panels: Sequence[Axes], last: str | None) -> None:
+def _legend(figure: FigureBase, panels: Sequence[Axes], last: str | None) -> None:
     entries: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -253,35 +276,79 @@ def _replicates(runs: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> l
     return [group for _, _, group in groups]
 
 
-def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statistic: str = "iqm") -> dict[str, Curve]:
-    """Draw the learning curves of run folders in one picture and return the curves.
+@dataclass(frozen=True)
+class Panel:
+    """The curves of one task, all of one metric."""
 
-    Runs whose settings differ only in their seeds are one curve. Without `metric`, the plot shows what the runs are
-    judged by (`judged_by`). Raises `RunError` for a folder without rows, or if no row has the metric. Raises
-    `ConfigError` for an unknown `statistic`, or a picture that cannot be written.
+    task: str
+    metric: str
+    curves: dict[str, Curve]
+
+
+def panels(runs: Sequence[str | Path], metric: str | None = None, statistic: str = "iqm") -> list[Panel]:
+    """Return the learning curves of run folders, one panel for each task.
+
+    Runs whose settings differ only in their seeds are one curve. Without `metric`, a panel shows what its runs are
+    judged by (`judged_by`). Raises `RunError` for a folder without rows, or if no row has the metric; `ConfigError` for
+    an unknown `statistic`.
     """
-    check_picture(out)
     reduce = statistic_of(statistic)
-    curves: dict[str, Curve] = {}
-    configs = [read_json(run / "config.json") for run in runs]
-    groups = _replicates(runs, configs)
-    pooled = [pool(group) for group in groups]
-    if metric is None:
-        metric = judged_by([row for rows in pooled for row in rows])
-    agents = {run: _name(config, run) for run, config in zip(runs, configs, strict=True)}
-    names = [agents[group[0]] for group in groups]
-    for name, group, rows in zip(names, groups, pooled, strict=True):
-        result = curve(rows, metric, reduce)
-        if result is not None:
+    tasks: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for run in map(Path, runs):
+        config = read_json(run / "config.json")
+        tasks.setdefault(_task(config), []).append((run, config))
+    found = []
+    for task, entries in tasks.items():
+        folders, configs = [run for run, _ in entries], [config for _, config in entries]
+        groups = _replicates(folders, configs)
+        pooled = [pool(group) for group in groups]
+        shown = metric or judged_by([row for rows in pooled for row in rows])
+        curves: dict[str, Curve] = {}
+        agents = {run: _name(config, run) for run, config in entries}
+        names = [agents[group[0]] for group in groups]
+        for name, group, rows in zip(names, groups, pooled, strict=True):
+            result = curve(rows, shown, reduce)
+            if result is None:
+                continue
             label = name if names.count(name) == 1 else f"{name}: {group[0].name}"
             label += f" and {len(group) - 1} more" if label != name and len(group) > 1 else ""
             while label in curves:
                 label += "'"
             curves[label] = result
-    if not curves:
-        given = ", ".join(str(run) for run in runs)
-        raise RunError(
-            f"no evaluation with metric {metric!r} in {given}; run longer, or name one of {', '.join(LABELS)}"
-        )
-    plot_curves(curves, out, metric, statistic=statistic)
-    return curves
+        if curves:
+            found.append(Panel(task, shown, curves))
+    if not found:
+        given = ", ".join(map(str, runs))
+        wanted = "of any metric" if metric is None else f"with metric {metric!r}"
+        raise RunError(f"no evaluation {wanted} in {given}; run longer, or name one of {', '.join(LABELS)}")
+    return found
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """Return what a run learns from and where it acts: runs that differ in it are not comparable."""
+    data = config.get("dataset")
+    names = ", ".join(map(str, data)) if isinstance(data, list) else ""
+    return f"{names} in {config['env']}" if config.get("env") else names
+
+
+def plot_runs(
+    runs: Sequence[str | Path] | str | Path,
+    out: str | Path | None = None,
+    metric: str | None = None,
+    statistic: str = "iqm",
+) -> Figure:
+    """Draw the learning curves of run folders, a row for each task (see `panels`), and return the figure.
+
+    `out`: a file for the picture. Raises `RunError` as `panels`, and `ConfigError` for an unknown `statistic` or a
+    picture that cannot be written.
+    """
+    if out is not None:
+        check_picture(Path(out))
+    found = panels([runs] if isinstance(runs, str | Path) else runs, metric, statistic)
+    figure = _figure(len(found))
+    parts: Any = [figure] if len(found) == 1 else figure.subfigures(len(found), 1)
+    for part, panel in zip(parts, found, strict=True):
+        _draw_curves(part, panel.curves, panel.metric, panel.task if len(found) > 1 else "", statistic)
+    if out is not None:
+        save_picture(figure, Path(out))
+    return figure

@@ -1,12 +1,12 @@
 """Tables and closing lines of the command line, printed with rich."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from o2o.data.files import DatasetInfo
@@ -70,17 +70,32 @@ def before_after(path: Path, console: Console) -> None:
     )
 
 
-def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], console: Console) -> None:
-    """Print one line per dataset; for one that cannot be read, the error."""
-    table = Table()
-    for column in ("dataset", "environment", "episodes", "steps"):
-        table.add_column(column)
-    for name, about in found:
-        if isinstance(about, DatasetError):
-            table.add_row(escape(name), escape(f"broken: {about}"))
-            continue
-        table.add_row(escape(name), escape(str(about.env_id)), str(about.episodes), str(about.steps))
-    console.print(table)
+def dataset_rows(found: Sequence[tuple[str, DatasetInfo | DatasetError]]) -> list[dict[str, Any]]:
+    """Return one row per dataset; for one that cannot be read, the error."""
+    return [
+        {"dataset": name, "error": str(about)}
+        if isinstance(about, DatasetError)
+        else {"dataset": name, "environment": about.env_id, "episodes": about.episodes, "steps": about.steps}
+        for name, about in found
+    ]
+
+
+def print_datasets(rows: Sequence[dict[str, Any]]) -> None:
+    """Print one line per dataset, as wide as it needs: an id is there to be copied."""
+    table = [("dataset", "environment", "episodes", "steps")]
+    for row in rows:
+        about = [f"broken: {row['error']}"] if "error" in row else [str(row[key]) for key in table[0][1:]]
+        table.append((row["dataset"], *about))  # pyright: ignore[reportArgumentType]
+    widths = [max(len(row[i]) for row in table if len(row) == 4) for i in range(4)]
+    widths[0] = max(len(row[0]) for row in table)
+    for row in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
+
+
+def print_json(value: Any) -> int:
+    """Print a value as JSON, what is no JSON type as its text; return exit code 0."""
+    print(json.dumps(value, indent=2, default=str))
+    return 0
 
 
 def print_episodes(rows: list[dict[str, Any]]) -> None:

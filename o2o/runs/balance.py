@@ -24,11 +24,14 @@ STATES = 5_000
 """Most states of the dataset in a plot, spread evenly over its rows."""
 
 
-def plot_balance(path: Path, out: Path, seed_index: int = 0, which: str = "latest") -> np.ndarray:
-    """Draw the coefficients of one seed of the run in folder `path` into the picture `out`; return them, `[N]`.
+def plot_balance(
+    path: str | Path, out: str | Path | None = None, seed_index: int = 0, which: str | int = "latest"
+) -> Figure:
+    """Draw the balance coefficients of one seed of the run in folder `path`, and return the figure.
 
-    `seed_index` counts from 0; `which` is the checkpoint: `latest`, `best` or a step. Raises `ConfigError` if
-    the agent has no balance coefficient, the run has no such seed, or the picture cannot be written.
+    `out`: a file for the picture. `seed_index` counts from 0; `which` is the checkpoint: `latest`, `best` or a step.
+    Raises `ConfigError` if the agent has no balance coefficient, the run has no such seed, or the picture cannot be
+    written.
     """
     config = load_config(path)
     if not hasattr(agent_class(config.agent), "balance"):
@@ -36,7 +39,8 @@ def plot_balance(path: Path, out: Path, seed_index: int = 0, which: str = "lates
             f"agent {config.agent} of run {path} has no balance coefficient to draw; give a run of famo2o or famo2o_cql"
         )
     check_seed_index(path, seed_index)
-    check_picture(out)
+    if out is not None:
+        check_picture(Path(out))
     _, trainer = open_run(path, which)
     try:
         rows = np.unique(np.linspace(0, trainer.data.size - 1, STATES).astype(int))
@@ -48,10 +52,12 @@ def plot_balance(path: Path, out: Path, seed_index: int = 0, which: str = "lates
     finally:
         trainer.close()
     if columns is None:
-        draw_values(betas, values, ends, title, out)
+        figure = draw_values(betas, values, ends, title)
     else:
-        draw_map(raw[:, columns], betas, ends, title, out)
-    return betas
+        figure = draw_map(raw[:, columns], betas, ends, title)
+    if out is not None:
+        save_picture(figure, Path(out))
+    return figure
 
 
 @jax.jit
@@ -86,17 +92,17 @@ def position(data: Dataset, width: int) -> list[int] | None:
     return [start, start + 1]
 
 
-def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
-    """Draw states at positions `[N, 2]`, coloured by coefficients `[N]`, into `out`. The title names `ends`."""
+def draw_map(positions: np.ndarray, betas: np.ndarray, ends: tuple[float, float], title: str) -> Figure:
+    """Return a map of states at positions `[N, 2]`, coloured by coefficients `[N]`. The title names `ends`."""
     figure, (axes,) = _figure(title, ends, 1, (6.4, 5.2))
     points = axes.scatter(positions[:, 0], positions[:, 1], c=betas, s=7, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="balance coefficient (larger: more improvement)")
     axes.set(xlabel="x", ylabel="y", aspect="equal")
-    save_picture(figure, out)
+    return figure
 
 
-def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float], title: str, out: Path) -> None:
-    """Draw a histogram of coefficients `[N]`, and a scatter plot of them against values `[N]`, into `out`."""
+def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float], title: str) -> Figure:
+    """Return a histogram of coefficients `[N]`, and a scatter plot of them against values `[N]`."""
     figure, (left, right) = _figure(title, ends, 2, (9.0, 4.2))
     low, high = (ends[0] - 0.5, ends[1] + 0.5) if ends[0] == ends[1] else ends
     low, high = min(low, float(betas.min())), max(high, float(betas.max()))
@@ -104,7 +110,7 @@ def draw_values(betas: np.ndarray, values: np.ndarray, ends: tuple[float, float]
     left.set(xlabel="balance coefficient (larger: more improvement)", ylabel="states", xlim=(low, high))
     right.scatter(values, betas, s=7, color=COLORS[0], alpha=0.4, linewidths=0)
     right.set(xlabel="value of the policy's action, least critic", ylabel="balance coefficient", ylim=(low, high))
-    save_picture(figure, out)
+    return figure
 
 
 def _figure(title: str, ends: tuple[float, float], panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:

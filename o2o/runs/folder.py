@@ -133,10 +133,10 @@ class RunFolder:
     def create(cls, path: Path, config: dict[str, Any], keep_last: int = 2) -> Self:
         """Make a new run folder. Raises `RunError` if it exists with files in it, or cannot be written."""
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file, where a run needs a folder: choose another --name")
+            raise RunError(f"{path} is a file, where a run needs a folder: choose another `name`")
         if path.exists() and any(path.iterdir()):
             raise RunError(
-                f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another --name"
+                f"run folder {path} exists already: continue it with `o2o resume {path}`, or choose another `name`"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ class RunFolder:
         if replay.get("kind") == "host" and short:
             raise ConfigError(
                 f"run {self.path} was begun for {planned} environment steps, and its replay, which is on disk "
-                f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without --online-steps, or begin a "
+                f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without `online_steps`, or begin a "
                 "new run for as many"
             )
 

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,6 +123,17 @@ def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
     return [makers[name]() for name in names]
 
 
+def _draws_bars(console: Console) -> bool:
+    """Whether bars can be drawn: rich draws them in a terminal and, with ipywidgets, in a notebook."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+def notebook_screen(quiet: bool = False) -> "Screen | None":
+    """Return a screen below the cell of a notebook; None in other processes, or if it is to be `quiet`."""
+    console = Console()
+    return Screen(console) if console.is_jupyter and not quiet else None
+
+
 class Screen:
     """Show one progress bar per phase with the newest score. Without a terminal, print one line per evaluation."""
 
@@ -136,20 +148,24 @@ class Screen:
             TimeRemainingColumn(),
         )
         self._progress = Progress(
-            *columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.console.is_terminal
+            *columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not _draws_bars(self.console)
         )
         self._tasks: dict[str, TaskID] = {}
-        self._note = ""
+        self._note, self._depth = "", 0
 
     def __enter__(self) -> "Screen":
-        """Start drawing."""
-        self._progress.start()
+        """Start drawing; an inner `with` on the same screen changes nothing."""
+        self._depth += 1
+        if self._depth == 1:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop drawing."""
-        with suppress(OSError):
-            self._progress.stop()
+        self._depth -= 1
+        if self._depth == 0:
+            with suppress(OSError):
+                self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int, _: dict[str, float]) -> None:
         """Show `done` of `total` steps on the bar of `phase`."""

@@ -1,6 +1,8 @@
 """Settings from names: the run that an agent's preset, or a cell of a benchmark, makes of a dataset."""
 
 import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,33 @@ from o2o.data import datasets
 from o2o.errors import ConfigError, suggest
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
-from o2o.types import Needs
+from o2o.types import Agent, Needs
+from o2o.user_code import import_module
 
 
 def agent_class(name: str) -> Any:
-    """Return the agent class of a name. Raises `ConfigError` with a suggestion for an unknown name."""
-    if name not in AGENTS:
-        raise ConfigError(f"no agent {name!r}; {suggest(name, AGENTS)}")
-    return AGENTS[name]
+    """Return the agent class of a name of `AGENTS`, or of `module:Class`, which imports the module.
+
+    Raises `ConfigError` with a suggestion for an unknown name.
+    """
+    module, colon, path = name.partition(":")
+    if not colon:
+        if name not in AGENTS:
+            raise ConfigError(f"no agent {name!r}; {suggest(name, AGENTS)}; or give your own as module:Class")
+        return AGENTS[name]
+    kind: Any = import_module(module)
+    for part in path.split("."):
+        kind = getattr(kind, part, None)
+    if not (isinstance(kind, type) and issubclass(kind, Agent)):
+        raise ConfigError(f"{name!r} is no agent: expected a class derived from o2o.types.Agent in module {module}")
+    return kind
+
+
+def agent_name(name: str) -> str:
+    """Return the name by which any process finds the agent: `module:Class` for one that is not the toolkit's own."""
+    kind = agent_class(name)
+    own = kind.__module__.partition(".")[0] in ("o2o", "__main__")
+    return name if own else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def config_class(name: str) -> Any:
@@ -47,7 +68,7 @@ class Chosen:
         kind = agent_class(agent)
         preset = kind.preset("other", "small" if self.preset == "small" else "paper")
         return RunConfig(
-            agent=agent,
+            agent=agent_name(agent),
             config=preset.config,
             dataset=("DATASET",),
             preset=self.preset,
@@ -59,17 +80,31 @@ class Chosen:
 
 
 def preset_run(
-    agent: str, dataset: str | tuple[str, ...], size: str = "paper", env: str | None = None, **changes: Any
+    agent: str,
+    dataset: str | Path | Sequence[str | Path],
+    size: str = "paper",
+    env: str | None = None,
+    **changes: Any,
 ) -> RunConfig:
     """Return the run that an agent's preset makes of a dataset, with the fields of `RunConfig` in `changes` replaced.
 
     `size` is `paper` or `small`. The papers of the presets scale only sparse rewards, and the settings of `task` win
-    over those of the preset. Raises `ConfigError` for an unknown agent or size, `DatasetError` for the dataset.
+    over those of the preset; dicts in `config`, `task` and `loop` change single fields. Raises `ConfigError` for an
+    unknown agent, size or field, `DatasetError` for the dataset.
     """
-    ids = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    ids = tuple(os.fspath(entry) for entry in ([dataset] if isinstance(dataset, str | Path) else dataset))
+    known = [field.name for field in dataclasses.fields(RunConfig) if field.name not in ("agent", "dataset", "preset")]
+    if unknown := sorted(changes.keys() - known):
+        hint = suggest(unknown[0], [*known, "size"])
+        raise ConfigError(f"preset_run has no argument {unknown[0]!r}; {hint}")
     if size not in ("paper", "small"):
         raise ConfigError(f"no preset {size!r}; there are paper, small")
+    agent = agent_name(agent)
+    if not ids:
+        raise ConfigError("dataset is empty; expected one or more Minari ids or paths")
     task_config = changes.pop("task", TaskConfig())
+    if isinstance(task_config, Mapping):
+        task_config = with_fields(TaskConfig(), task_config)
     about = datasets.info(ids[0])
     family = envs.task_for(env or about).family
     preset = agent_class(agent).preset(family, size)
@@ -98,7 +133,8 @@ def preset_run(
         "loop": loop,
         **preset.run,
     }
-    return RunConfig(agent=agent, dataset=ids, env=env, task=task_config, preset=size, **{**defaults, **changes})
+    run = RunConfig(agent=agent, dataset=ids, env=env, task=task_config, preset=size, **defaults)
+    return with_fields(run, changes)
 
 
 def cell_run(cell: Cell, path: Path) -> RunConfig:

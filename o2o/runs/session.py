@@ -5,6 +5,7 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from o2o.closing import Closing
 from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
-from o2o.data.history import check_length, with_history
+from o2o.data.history import with_history
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
@@ -27,8 +28,9 @@ from o2o.policies.python import python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, guarded, read_config
-from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
+from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
+from o2o.settings import Amount, Count, Seed, checked
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
@@ -70,16 +72,16 @@ def base_of(config: RunConfig) -> BasePolicy | None:
 
     Raises `ConfigError` if its agent needs a base and there is none, or takes none and there is one.
     """
-    takers = [name for name in AGENTS if config_needs(name).base_policy]
-    agent_class(config.agent)
-    if config.base is None and config.agent in takers:
+    takes = config_needs(config.agent).base_policy
+    if config.base is None and takes:
         raise ConfigError(
-            f"agent {config.agent} corrects a base policy, and there is none: give --base with a run folder, a .onnx "
+            f"agent {config.agent} corrects a base policy, and there is none: give `base`: a run folder, a .onnx "
             "or .pt file, or module:function"
         )
     if config.base is None:
         return None
-    if config.agent not in takers:
+    if not takes:
+        takers = [name for name in AGENTS if config_needs(name).base_policy]
         raise ConfigError(f"agent {config.agent} takes no base policy (base={config.base}); those that do: {takers}")
     return load_base(config.base, config.base_seed_index, config.base_sample)
 
@@ -105,7 +107,7 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     )
 
 
-def run_policy(path: Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
+def run_policy(path: str | Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
     """Return the agent of one seed of a run at checkpoint `which` (`open_run`) as a base policy."""
     config, trainer = open_run(path, which)
     trainer.close()
@@ -127,11 +129,6 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
 
     `base`: the run's base policy, if it is loaded already.
     """
-    check_length(config.history)
-    if not 0.0 <= config.config.discount <= 1.0:
-        raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
-    if config.config.batch_size < 1:
-        raise ConfigError(f"config.batch_size is {config.config.batch_size}; expected at least 1")
     base, needs = base or base_of(config), config.config.needs
     data = datasets.load(
         config.dataset,
@@ -231,9 +228,9 @@ def _to_look_at(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, record=False, loop=loop)
 
 
-def load_config(path: Path) -> RunConfig:
+def load_config(path: str | Path) -> RunConfig:
     """Return the settings of a run folder."""
-    values = read_config(path)
+    values = read_config(Path(path))
     for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint"):
         values.pop(name, None)
     agent_config = values.pop("config", {})
@@ -285,6 +282,9 @@ class Session:
         if self.screen is not None:
             self.screen.episodes(rows)
 
+    def __repr__(self) -> str:
+        return f"Session({str(self.run.path)!r}, {self.trainer!r})"
+
     def work(self) -> bool:
         """Train to the end; False if a signal stopped it (the state is saved)."""
 
@@ -298,15 +298,19 @@ class Session:
             for logger in self.loggers:
                 closing.callback(logger.close)
             closing.callback(self.trainer.close)
-            with self.stop:
+            with self.stop, self.screen or nullcontext():
                 finished = guarded(self.run, self.trainer, phases)
         if finished and self.config.record and any((self.run.path / EPISODES).glob("*.npz")):
             export(self.run.path)
         return finished
 
 
-def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
-    """Train a new run in folder `path`; False if a signal stopped it. Raises `RunError` if the folder exists."""
+def train(config: RunConfig, path: str | Path, screen: Screen | None = None, quiet: bool = False) -> bool:
+    """Train a new run in folder `path`; False if a signal stopped it. Raises `RunError` if the folder exists.
+
+    Progress goes to `screen`; without one, in a notebook, below the cell, unless `quiet`.
+    """
+    path, screen = Path(path), screen or notebook_screen(quiet)
     base = base_of(config)
     data = load_data(config, base)
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
@@ -330,13 +334,17 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     return session.work()
 
 
-def resume(path: Path, screen: Screen | None = None, online_steps: int | None = None) -> bool:
+@checked
+def resume(
+    path: str | Path, screen: Screen | None = None, online_steps: Amount | None = None, quiet: bool = False
+) -> bool:
     """Continue a run from its last checkpoint, as if it had never stopped; True at once if it had finished.
 
     Without any checkpoint it begins again. `online_steps`: until so many environment steps instead of those in its
     config.json, which is changed. Raises `ConfigError` if the run has made more of them, or has its replay on disk,
-    which cannot grow: nothing has been moved or written then.
+    which cannot grow: nothing has been moved or written then. Progress is shown as by `train`.
     """
+    path, screen = Path(path), screen or notebook_screen(quiet)
     config = load_config(path)
     base, begun = base_of(config), read_config(path)
     if base is not None and base.fingerprint != begun.get("base_fingerprint"):
@@ -370,10 +378,11 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
     return session.work()
 
 
-def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
-    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step given as digits."""
+def open_run(path: str | Path, which: str | int = "latest") -> tuple[RunConfig, Trainer]:
+    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step."""
     from o2o.train import checkpoint
 
+    path, which = Path(path), str(which)
     if which not in ("latest", "best") and not which.isdigit():
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
     config = load_config(path)
@@ -385,7 +394,8 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     return config, trainer
 
 
-def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
+@checked
+def load_policy(path: str | Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
     """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
     It acts by its mode. The run's dataset, and its base policy if it has one, must be where they were. Raises
@@ -395,25 +405,25 @@ def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> Train
     return TrainedPolicy(run_policy(path, seed_index, which=which))
 
 
-def check_seed_index(path: Path, seed_index: int) -> None:
+def check_seed_index(path: str | Path, seed_index: int) -> None:
     """Raise `ConfigError` unless a run has a seed of this index."""
-    if not 0 <= seed_index < (seeds := load_config(path).seeds):
+    seeds = load_config(path).seeds
+    if not 0 <= seed_index < seeds:
         raise ConfigError(f"no seed of index {seed_index}: {path} trained {seeds} seed(s), counted from 0")
 
 
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; expected at least 0")
-
-
+@checked
 def evaluate_run(
-    path: Path, episodes: int = 50, which: str = "latest", seed: int = 1, deterministic: bool = True
+    path: str | Path,
+    episodes: Count = 50,
+    which: str | int = "latest",
+    seed: Seed = 1,
+    deterministic: bool = True,
 ) -> list[dict[str, Any]]:
     """Play `episodes` new episodes with every seed of a run and return one row per episode.
 
-    `seed` is that of the resets. Raises `ConfigError` if it is negative.
+    `seed` is that of the resets. Raises `ConfigError` for a number out of range.
     """
-    _check_seed(seed)
     _, trainer = open_run(path, which)
     evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
     with Closing() as closing:
@@ -422,8 +432,14 @@ def evaluate_run(
         return evaluator(trainer.agent, trainer.normalizer, 0, deterministic)
 
 
+@checked
 def play_run(
-    path: Path, out: Path | None, episodes: int = 1, which: str = "latest", seed_index: int = 0, seed: int = 1
+    path: str | Path,
+    out: str | Path | None,
+    episodes: Count = 1,
+    which: str | int = "latest",
+    seed_index: Amount = 0,
+    seed: Seed = 1,
 ) -> list[dict[str, Any]]:
     """Play episodes with one seed of a run and return their rows.
 
@@ -432,10 +448,8 @@ def play_run(
     """
     from o2o.policies.video import check_out, check_window, record
 
+    out = None if out is None else Path(out)
     check_out(out) if out is not None else check_window()
-    if episodes < 1:
-        raise ConfigError(f"episodes is {episodes}; expected at least 1")
-    _check_seed(seed)
     check_seed_index(path, seed_index)
     config, trainer = open_run(path, which)
     mode = "human" if out is None else "rgb_array"

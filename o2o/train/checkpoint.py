@@ -6,7 +6,9 @@ Only its score may come later, in a file of its own.
 
 import errno
 import json
+import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from o2o.errors import CheckpointError
 from o2o.files import write_atomically
 
 _policies = ocp.training.preservation_policies
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname)
+warnings.filterwarnings("ignore", module="orbax")  # it logs and warns at every checkpoint
 
 
 LATE_SCORE = "score.json"

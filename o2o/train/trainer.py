@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,15 @@ from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
 log = logging.getLogger("o2o")
 
 
-class Trainer:
+A = TypeVar("A", bound=Agent)
+
+
+class Trainer(Generic[A]):
     """Pre-trains and fine-tunes `seeds` agents of one class side by side."""
 
     def __init__(
         self,
-        agent_class: type[Agent],
+        agent_class: type[A],
         config: AgentConfig,
         data: Dataset,
         env_fn: EnvFn,
@@ -86,14 +89,19 @@ class Trainer:
         self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
+    def __repr__(self) -> str:
+        at = self.state.counters
+        steps = f"{at.gradient_steps} updates, {at.env_steps} environment steps"
+        return f"Trainer({type(self.agent).__name__}, {self.data.info.name}, seeds={self.seeds}, {at.phase}: {steps})"
+
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
 
     @property
-    def agent(self) -> Any:
+    def agent(self) -> A:
         """The agents of all seeds, leaves `[S, ...]`."""
-        return self.state.agent
+        return self.state.agent  # pyright: ignore[reportReturnType]  # the state holds any agent
 
     @property
     def counters(self) -> Counters:

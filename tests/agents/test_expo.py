@@ -315,7 +315,7 @@ def test_random_keys() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"edit_scale": 0.0}, "edit_scale is 0.0; expected a positive number"),
+        ({"edit_scale": 0.0}, "edit_scale is 0.0; expected above 0"),
         ({"edit_scale": -0.1}, "edit_scale is -0.1"),
         ({"edit_scale": math.nan}, "edit_scale is nan"),
         ({"n_edits": 9}, "n_edits is 9; expected 0 to n_samples=8"),

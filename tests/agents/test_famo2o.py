@@ -377,12 +377,12 @@ def test_first_networks_and_rates() -> None:
     ("changes", "words"),
     [
         ({"balance_range": (14.0, 8.0)}, r"FamO2OConfig.balance_range is \(14.0, 8.0\); expected two finite numbers"),
-        ({"balance_range": (1.0, math.inf)}, r"balance_range is \(1.0, inf\)"),
-        ({"balance_range": (math.nan, 2.0)}, r"balance_range is \(nan, 2.0\)"),
+        ({"balance_range": (1.0, math.inf)}, r"balance_range\[1\] is inf"),
+        ({"balance_range": (math.nan, 2.0)}, r"balance_range\[0\] is nan"),
         ({"encoding_dim": 5}, "encoding_dim is 5; expected an even number"),
         ({"encoding_base": 0.0}, "encoding_base is 0.0"),
         ({"balance_every": 0}, "balance_every is 0"),
-        ({"balance_target_entropy": 0.7}, "balance_target_entropy is 0.7; expected less than ln 2"),
+        ({"balance_target_entropy": 0.7}, "balance_target_entropy is 0.7; expected below 0.693"),
         ({"expectile": 1.0}, "expectile is 1.0"),
     ],
 )

@@ -243,7 +243,7 @@ def test_wrong_settings_refused() -> None:
     """Settings that cannot be used are refused."""
     with pytest.raises(ConfigError, match=r"Diffusion\.steps is 0; expected at least 1"):
         Diffusion(0)
-    with pytest.raises(ConfigError, match="needs 20 steps or more, not 10; use 'vp'"):
+    with pytest.raises(ConfigError, match="Diffusion.steps is 10; expected at least 20 with schedule 'linear'"):
         Diffusion(10, "linear")
     with pytest.raises(ConfigError, match=r"Flow\.steps is 0; expected at least 1"):
         Flow(0)

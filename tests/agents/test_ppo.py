@@ -162,7 +162,6 @@ def test_pretraining_losses() -> None:
         ({"gae_lambda": 1.5}, "gae_lambda is 1.5"),
         ({"online": OnlineConfig()}, "needs 'rollout'"),
         ({"online": replace(CONFIG.online, num_envs=5)}, "rollout_steps is 12 with num_envs 5; expected a multiple"),
-        ({"online": replace(CONFIG.online, num_envs=0)}, "rollout_steps is 12 with num_envs 0"),
         ({"online": replace(CONFIG.online, utd_ratio=4)}, "utd_ratio is 4, which an on-policy agent does not read"),
         ({"online": replace(CONFIG.online, warmup_steps=10)}, "warmup_steps is 10, .* leave it at 0"),
         ({"online": replace(CONFIG.online, random_steps=10)}, "random_steps is 10"),

@@ -373,12 +373,12 @@ def test_phase_schedule() -> None:
     ("change", "message"),
     [
         ({"expectile": 1.0}, "expectile is 1.0"),
-        ({"dynamics_elites": 9}, "dynamics_elites is 9 of 3"),
-        ({"candidates": 3}, r"candidates is 3; expected 1 to num_policies \(2\)"),
+        ({"dynamics_elites": 9}, "dynamics_elites is 9; expected 1 to dynamics_members=3"),
+        ({"candidates": 3}, "candidates is 3; expected 1 to num_policies=2"),
         ({"horizon": 0}, "horizon is 0"),
         ({"dynamics_patience": 0}, "dynamics_patience is 0; expected at least 1"),
         ({"diversity": "kl"}, "diversity is 'kl'; expected none or code_heuristic or analytic_kl or sampled_kl"),
-        ({"termination": "Hopper-v5"}, "termination is 'Hopper-v5'; expected auto or learned or never"),
+        ({"termination": "Hopper-v5"}, "termination is 'Hopper-v5'; expected learned or never"),
     ],
 )
 def test_bad_settings_refused(change: dict[str, Any], message: str) -> None:

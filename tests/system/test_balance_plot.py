@@ -83,7 +83,7 @@ def test_position_entries() -> None:
 def test_value_histogram(tmp_path: Path) -> None:
     """The histogram is drawn for coefficients that differ and for a single one."""
     betas, values = np.linspace(0.5, 1.5, 200), np.linspace(-3, 3, 200)
-    balance_plot.draw_values(betas, values, (0.5, 1.5), "task", tmp_path / "spread.png")
-    balance_plot.draw_values(np.ones(200), values, (1.0, 1.0), "task", tmp_path / "one.png")
+    balance_plot.draw_values(betas, values, (0.5, 1.5), "task").savefig(tmp_path / "spread.png")
+    balance_plot.draw_values(np.ones(200), values, (1.0, 1.0), "task").savefig(tmp_path / "one.png")
     for name in ("spread", "one"):
         assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0.02

@@ -157,7 +157,7 @@ def test_first_evaluation_is_base(chunked_run: Path, maze_run: Runs) -> None:
 
 def test_residual_needs_base(maze_run: Runs, chunked_run: Path, tmp_path: Path) -> None:
     """A residual run needs a base, and others take none."""
-    with pytest.raises(ConfigError, match="agent residual corrects a base policy, and there is none: give --base"):
+    with pytest.raises(ConfigError, match="agent residual corrects a base policy, and there is none: give `base`"):
         session.train(maze_run("residual", RESIDUAL), tmp_path / "none")
     with pytest.raises(ConfigError, match="agent bc takes no base policy"):
         session.train(maze_run("bc", base=str(chunked_run)), tmp_path / "bc")

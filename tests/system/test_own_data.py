@@ -96,7 +96,7 @@ def test_recording_wrappers_named(tmp_path: Path) -> None:
     """Wrappers that a dataset was recorded through are named, not dropped."""
     env = TimeAwareObservation(gym.make("InvertedPendulum-v5"))
     about = written(env, 20, tmp_path).info
-    with pytest.raises(EnvironmentMismatchError, match=r"wrappers around it \(TimeAwareObservation\).*--env module:ID"):
+    with pytest.raises(EnvironmentMismatchError, match=r"wrappers around it \(TimeAwareObservation\).*`env` module:ID"):
         envs.make(about)
     assert env.spec is not None and not envs.same_environment("InvertedPendulum-v5", about)
     gym.register(CLOCK, env.spec.entry_point, max_episode_steps=1000, additional_wrappers=env.spec.additional_wrappers)

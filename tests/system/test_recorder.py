@@ -111,7 +111,7 @@ def test_recorded_rows_match_buffer(ends_on_success: bool, tmp_path: Path) -> No
         assert episode["infos"]["intervened"].tolist() == human
     raw = datasets.load(folder, cache=False)
     assert raw.arrays["rewards"][:4].tolist() == [0.5, 1.0, 1.5, 2.0] and raw.arrays["masks"].all()
-    assert datasets.check(folder) == ["no env_spec: the environment cannot be recovered, give one with --env ID"]
+    assert datasets.check(folder) == ["no env_spec: the environment cannot be recovered, give one with `env`"]
 
 
 def test_broken_off_episode(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_broken_off_episode(tmp_path: Path) -> None:
     env.step(np.asarray([1.0, 0.5], np.float32))
     env.reset()
     assert not list((tmp_path / EPISODES).glob("*.npz"))
-    with pytest.raises(RunError, match="no recorded episode: train with --record"):
+    with pytest.raises(RunError, match="no recorded episode: train with `record`"):
         export(tmp_path)
 
 

@@ -175,7 +175,7 @@ def test_bad_settings_refused(tiny_run: Maker, tmp_path: Path) -> None:
     for agent in ("ppo", "uni_o4"):
         with pytest.raises(ConfigError, match=uneven):
             tiny_run(agent, (("online.num_envs", 5), ("online.rollout_steps", 24)))
-    with pytest.raises(ConfigError, match="wants them raw: leave out --normalize"):
+    with pytest.raises(ConfigError, match="wants them raw: leave out `normalize`"):
         session.train(tiny_run("uni_o4", STAGED, offline_steps=45, normalize=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     host = tiny_run("uni_o4", STAGED, offline_steps=45, loop=LoopConfig(device_bytes=0))

@@ -189,7 +189,14 @@ def test_sdist_contents(built):
     """The sdist holds what a builder needs."""
     (sdist,) = built.glob("*.tar.gz")
     names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
-    wanted = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "agents/__init__.py", "envs/__init__.py"}
+    wanted = {
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "pyproject.toml",
+        "o2o/agents/__init__.py",
+        "o2o/envs/__init__.py",
+    }
     wanted |= {name_of(path) for path in (ROOT / "benchmarks").glob("*.py")}
     assert wanted <= names, sorted(wanted - names)
 

@@ -8,7 +8,7 @@ import pytest
 
 from o2o import cli
 from o2o.errors import ConfigError, RunError
-from o2o.report.plots import plot_curves, plot_runs, pool, read_rows
+from o2o.report.plots import panels, plot_curves, plot_runs, pool, read_rows
 from o2o.report.stats import aggregate, curve
 
 
@@ -33,7 +33,8 @@ def test_runs_become_labelled_curves(tmp_path):
     """Runs become labelled curves and a picture."""
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", "rlpd", phases=("online",))]
     out = tmp_path / "pictures" / "curve.png"
-    curves = plot_runs(runs, out, "return", "mean")
+    plot_runs(runs, out, "return", "mean")
+    curves = panels(runs, "return", "mean")[0].curves
     assert list(curves) == ["wsrl: a", "wsrl: b", "rlpd"], "agents that appear twice are told apart by their run"
     assert curves["rlpd"].offline.steps.size == 0
     assert curves["wsrl: a"].online.centre.tolist() == [1000.5, 1050.5, 1800.5, 2800.5]
@@ -54,13 +55,13 @@ def test_seeds_are_pooled(tmp_path):
     for run, offset in zip(runs, (0.0, 30.0, 60.0), strict=True):
         shifted = [{**row, "return": row["return"] + offset} for row in read_rows(run / "episodes.jsonl")]
         (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shifted))
-    curves = plot_runs(runs, tmp_path / "p.png", "return", "mean")
+    curves = panels(runs, "return", "mean")[0].curves
     assert list(curves) == ["wsrl"] and curves["wsrl"].seeds == 3
     assert curves["wsrl"].offline.centre.tolist() == [30.0, 1030.0]
     assert curves["wsrl"].offline.low[0] == 0.0 and curves["wsrl"].offline.high[0] == 60.0
     other = write_run(tmp_path / "other", seed=3, seeds=1, settings={"batch_size": 9})
     again = write_run(tmp_path / "again", seed=0, seeds=1, settings=versions[0])
-    curves = plot_runs([*runs, other, again], tmp_path / "p.png", "return")
+    curves = panels([*runs, other, again], "return")[0].curves
     drawn = {label: item.seeds for label, item in curves.items()}
     assert drawn == {"wsrl: s0 and 2 more": 3, "wsrl: other": 1, "wsrl: again": 1}
 

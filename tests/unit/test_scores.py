@@ -13,7 +13,7 @@ from rich.console import Console
 from o2o import envs
 from o2o.config import LoopConfig
 from o2o.data import datasets
-from o2o.report.plots import judged_by, plot_runs
+from o2o.report.plots import judged_by, panels
 from o2o.report.suite import load_suite
 from o2o.report.suite_report import Method, _metrics
 from o2o.report.tables import print_rows
@@ -65,7 +65,7 @@ def test_plots_and_tables_show_score(tmp_path: Path) -> None:
     rows = [{**place, **row} for row in evaluate(agent, env_fn, 2)]
     (tmp_path / "config.json").write_text(json.dumps({"agent": "iql"}))
     (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert plot_runs([tmp_path], tmp_path / "curve.png")["iql"].offline.centre.tolist() == [0.75]
+    assert panels([tmp_path])[0].curves["iql"].offline.centre.tolist() == [0.75]
     text = io.StringIO()
     print_rows(rows, "evaluation", Console(file=text, width=100))
     assert "score" in text.getvalue() and "0.750" in text.getvalue()
