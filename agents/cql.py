@@ -24,6 +24,7 @@ Where we differ
   "pointmaze" follows AntMaze with smaller critics.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,6 +37,11 @@ from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
+
+CLAMPED_SHARE = 0.9
+"""Share of policy samples whose value a return replaced above which Cal-QL gives advice."""
+CLAMPED_AFTER = 2_000
+"""Gradient steps before which it gives none: Q begins at 0 and has to climb."""
 
 
 @dataclass(frozen=True)
@@ -222,12 +228,21 @@ class CQL(SAC):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return the WSRL repository's settings for a task family; `small` for a laptop."""
+        """Return the settings for a task family.
+
+        `paper`: the official repository's (`official`), on Kitchen and locomotion with the WSRL repository's weights,
+        steps and, on Kitchen, widths. `small`: the WSRL repository's ensemble at laptop size. Cal-QL divides the dense
+        rewards of locomotion by 10: until Q has climbed to the returns its term cannot tell actions apart.
+        """
         networks, term, steps, reward = family_settings(family)
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
+        if cls.calibrated and family == "locomotion":
+            reward = (0.1, 0.0)
         if size == "small":
             return Preset(shrink(shrink_term(config), utd_ratio=1, rate=1e-3), 10_000, 10_000, reward)
-        return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
+        online_steps = 1_000_000 if family in ("antmaze", "pointmaze", "adroit") else 500_000
+        preset = Preset(official(config), steps, online_steps, reward, only_successes=family == "adroit")
+        return replace(preset, tasks={"pen": replace(preset, online_steps=200_000)})
 
 
 class CalQL(CQL):
@@ -244,6 +259,17 @@ class CalQL(CQL):
     def needs(self) -> Needs:
         """Monte-Carlo returns, whatever the config's class."""
         return Needs(batch_keys=("mc_returns",))
+
+    def advice(self, row: Mapping[str, Any]) -> str | None:
+        """Return what to do where returns still replace nearly all values of policy actions after many updates."""
+        share = row.get("calql/clamped", 0.0)
+        if share < CLAMPED_SHARE or row["gradient_steps"] < CLAMPED_AFTER:
+            return None
+        return (
+            f"calql/clamped is {share:.2f}: returns replace nearly all values of the policy's actions, so Cal-QL "
+            "cannot tell actions apart before Q has climbed to the returns; scale the rewards down "
+            "(--task.reward-scale 0.1), train longer, or use cql"
+        )
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
@@ -268,6 +294,7 @@ def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
         critic_layer_norm=False,
         last_gain=None,
         output_gain=1e-2,
+        policy_output_gain=1e-2,
         shared_output=False,
         num_critics=2,
         target_subset=None,

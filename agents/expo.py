@@ -43,6 +43,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
+from o2o.agents.sac import ADROIT_DATA
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
@@ -520,7 +521,7 @@ class EXPO(Agent):
             config = replace(config, edit_scale=0.1)
             offline_steps = 200_000
         if size == "paper":
-            return Preset(config, offline_steps, online_steps, reward)
+            return Preset(config, offline_steps, online_steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
         config = replace(
             config,
             batch_size=128,

@@ -53,6 +53,9 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
     balance_every: int = 1
     """The balance network and its temperature step at every such update."""
+    released_weights: bool = False
+    """As the released code, whose weights broadcast to [B, B]: each row's weight is the mean of its weights at the
+    coefficients of all rows of the minibatch, not the one at the row's own coefficient."""
     balance_target_entropy: float = -0.5
     """Entropy that the temperature holds the balance policy at; of x in (-1, 1), whose largest is ln 2."""
 
@@ -124,7 +127,8 @@ class FamO2O(IQL):
         beta = self.draw_betas(batch["observations"], beta_rng)
         dropout = {"dropout": dropout_rng}
         policy = self.actor(batch["observations"], beta, training=True, params=params, rngs=dropout)
-        loss, info = self.weighted_cloning(policy, beta, batch, value)
+        betas = beta[:, None] if self.config.released_weights else beta
+        loss, info = self.weighted_cloning(policy, betas, batch, value)
         return loss, {**info, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
 
     def alpha(self, params: Params | None = None) -> Array:
@@ -194,7 +198,6 @@ class FamO2O(IQL):
             balance_hidden_dims=settings["actor_hidden_dims"],
             balance_lr=1e-3 if size == "small" else 3e-4,
             balance_every=5 if published else 1,
+            released_weights=size == "paper",
         )
-        if published:
-            rest |= {"offline_steps": 1_000_000, "online_steps": 1_000_000}
         return Preset(config, **rest)

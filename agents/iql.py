@@ -172,11 +172,14 @@ class IQL(Agent):
     def weighted_cloning(
         self, policy: Normal | TanhNormal, beta: float | Array, batch: Batch, value: Model
     ) -> tuple[Array, Info]:
-        """Return the actor's loss for its distribution at the batch's states and `beta`, one or `[B]`, and metrics."""
+        """Return the actor's loss for its distribution at the batch's states and `beta`, and metrics.
+
+        `beta` is one number, `[B]` for the rows, or `[K, 1]`: then a row's weight is the mean of those at K numbers.
+        """
         config, actions = self.config, batch["actions"]
         q = self.critic(batch["observations"], actions, params=self.target_critic).min(axis=0)
         advantages = jax.lax.stop_gradient(q - value(batch["observations"]))
-        weights = advantage_weights(advantages, beta, config.weight_cap)
+        weights = jnp.atleast_2d(advantage_weights(advantages, beta, config.weight_cap)).mean(axis=0)
         if config.squash:
             actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
         log_prob = policy.log_prob(actions)
@@ -247,7 +250,8 @@ class IQL(Agent):
         and beta 0.5: in so few updates V is far from its end and advantages are mostly its error, which beta 3 clones.
         """
         settings, rest = preset_settings(family, size)
-        return Preset(IQLConfig(**settings), **rest)
+        decay = rest["offline_steps"] if size == "paper" and family == "locomotion" else None
+        return Preset(IQLConfig(**settings, actor_decay_steps=decay), **rest)
 
 
 def preset_settings(family: str, size: Literal["paper", "small"]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,7 +264,7 @@ def preset_settings(family: str, size: Literal["paper", "small"]) -> tuple[dict[
         "pointmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
         "adroit": (0.7, 0.5, 0.1, 20_000, 500_000, (10.0, 5.0)),
         "kitchen": (0.7, 0.5, 0.1, 250_000, 500_000, (1.0, -4.0)),
-        "locomotion": (0.7, 3.0, 0.0, 250_000, 500_000, None),
+        "locomotion": (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None),
     }.get(family, (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None))
     width, batch_size = 256, 256
     if size == "small":

@@ -64,6 +64,11 @@ class PPOConfig(AgentConfig):
     """Weight of the entropy bonus."""
     max_grad_norm: float = 0.5
     """Gradients of each network are scaled down to this norm."""
+    double_squash: bool = False
+    """Squash the log-std twice online, as Uni-O4's release: the same weights then give log-stds in (-4.4, -0.6) where
+    they gave (-5, 0) offline."""
+    value_relu: bool = False
+    """ReLU on V's output online, as Uni-O4's release where it scales rewards; for returns of 0 and more."""
     reward_scale: float = 1.0
     """Factor of all rewards that the agent sees, offline and online (0.1: Uni-O4's "number")."""
     batch_size: int = 128
@@ -271,14 +276,19 @@ class PPO(Agent):
         return jnp.clip(actions, -1.0, 1.0), carry
 
     def online(self) -> Self:
-        """Return the agent ready for rollouts: fresh optimisers at the online rates, everything else kept."""
+        """Return the agent ready for rollouts: fresh optimisers at the online rates, the same weights.
+
+        With `double_squash` and `value_relu` the weights mean another std and another V.
+        """
         if self.is_online:
             return self
         config = self.config
         actor_adam = Adam(config.actor_lr, clip_norm=config.max_grad_norm, eps=config.adam_eps)
+        actor = self.actor.replace(module=self.actor.module.clone(double_squash=config.double_squash))
+        value = self.value.replace(module=self.value.module.clone(relu_output=config.value_relu))
         return self.replace(
-            actor=fresh(self.actor, actor_adam),
-            value=fresh(self.value, replace(actor_adam, learning_rate=config.value_lr)),
+            actor=fresh(actor, actor_adam),
+            value=fresh(value, replace(actor_adam, learning_rate=config.value_lr)),
             is_online=True,
         )
 

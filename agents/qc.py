@@ -59,7 +59,7 @@ class QCConfig(AgentConfig):
     alpha: float = 100.0
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
-    """How the target reduces over the target critics."""
+    """How the target reduces over the target critics, and the ranking of candidates over the critics."""
     pad_terminal: bool = True
     """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: int = 2
@@ -165,6 +165,10 @@ class QC(Agent):
 
         return Flow(self.config.flow_steps).sample(velocity, noise, self.rng)
 
+    def reduced(self, q: Array) -> Array:
+        """Return the mean or, with `aggregate="min"`, the minimum `[...]` over the critics' values `[E, ...]`."""
+        return jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
+
     def propose(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return the chunks `[..., n]` in [-1, 1] that the policy plays at observations `[..., D]`."""
         count = 1 if self.one_step is not None else self.config.num_samples
@@ -178,7 +182,7 @@ class QC(Agent):
         if self.one_step is not None:
             return jnp.clip(self.one_step(observations, noise[0]), -1.0, 1.0)
         candidates = self.flow_chunks(observations, noise)
-        scores = jnp.mean(self.critic(observations, candidates), axis=0)
+        scores = self.reduced(self.critic(observations, candidates))
         best = jnp.argmax(scores, axis=0)[None, ..., None]
         return jnp.take_along_axis(candidates, best, axis=0)[0]
 
@@ -186,8 +190,7 @@ class QC(Agent):
         """Return y = R + discount^h m Q'(s_h, A') `[B]`; A' is the chunk that the policy plays at s_h."""
         next_chunks = self.propose(chunks.next_observations, rng)
         q = self.critic(chunks.next_observations, next_chunks, params=self.target_critic)
-        values = jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
-        return td_target(chunks.returns, chunks.masks, values, self.config.discount**self.config.chunk)
+        return td_target(chunks.returns, chunks.masks, self.reduced(q), self.config.discount**self.config.chunk)
 
     def critic_loss(self, params: Params, chunks: Chunks, targets: Array) -> tuple[Array, Info]:
         """Return the mean over critics and windows of valid * (Q_i(s, A) - y)^2, and metrics of the valid windows."""
@@ -283,7 +286,7 @@ class QC(Agent):
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            return Preset(QCConfig(), 1_000_000, 1_000_000, reward)
+            return Preset(QCConfig(pad_terminal=False), 1_000_000, 1_000_000, reward)
         config = QCConfig(
             num_samples=8,
             actor_hidden_dims=(128, 128),

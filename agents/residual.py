@@ -454,7 +454,7 @@ class Residual(Agent):
         elif family in ("kitchen", "locomotion"):
             config = replace(config, timeouts="bootstrap")
         if size == "paper":
-            return Preset(config, 0, steps, reward, run=run)
+            return Preset(replace(config, critic_loss="squared_mean"), 0, steps, reward, run=run)
         config = replace(
             config,
             online=replace(config.online, random_steps=1_000, initial_updates=5_000),

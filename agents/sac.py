@@ -39,6 +39,8 @@ from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Mod
 from o2o.rl import losses
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
+ADROIT_DATA: dict[str, Any] = {"terminate_on_success": False, "data_share": 0.9}
+"""Fields of a `Preset`: RLPD's code takes 90 % of each Adroit file, without terminals, and runs on after success."""
 Positive = Literal["exp", "softplus"]
 Actor = TypeVar("Actor", bound=GaussianActor)
 
@@ -63,6 +65,8 @@ class SACConfig(AgentConfig):
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
     output_gain: float = SQRT2
     """Orthogonal gain of the critics' output layer."""
+    policy_output_gain: float = SQRT2
+    """Orthogonal gain of the actor's output layer."""
     shared_output: bool = False
     """One output layer for all critics (WSRL's code) instead of one each."""
     std_mode: Literal["exp", "scaled", "uniform"] = "exp"
@@ -162,6 +166,7 @@ def build_actor(action_dim: int, config: SACConfig, kind: type[Actor] = Gaussian
         layer_norm=config.actor_layer_norm,
         init_scheme=config.init_scheme,
         last_gain=config.last_gain,
+        output_gain=config.policy_output_gain,
         std_mode=config.std_mode,
         **extra,
     )
@@ -361,7 +366,7 @@ class RLPD(SAC):
             config = replace(config, **deep, online=replace(config.online, utd_ratio=10))
         if size == "small":
             return Preset(shrink(config, utd_ratio=4), 0, 8_000, reward)
-        return Preset(config, 0, steps, reward)
+        return Preset(config, 0, steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
 
 
 def zero_step(model: Model) -> Model:

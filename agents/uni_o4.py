@@ -69,6 +69,35 @@ FAR = 100.0
 """A roll-out is lost if its state is further than this many standard deviations from the data's mean."""
 LOST_SHARE = 0.1
 """A policy is put back to its reference if more than this share of its roll-outs is lost."""
+UNSCALED: dict[str, Any] = {"reward_scale": 1.0, "value_relu": False}
+PEN: dict[str, Any] = {"actor_lr": 3e-6, "epochs": 8}
+SCRIPTS: dict[str, dict[str, dict[str, Any]]] = {
+    "locomotion": {
+        "halfcheetah medium replay": {"activation": "tanh", "normalize_states": False, "actor_lr": 3e-5},
+        "halfcheetah medium expert": {"epochs": 10},
+        "halfcheetah": {"activation": "tanh", "actor_lr": 3e-5, "epochs": 30},
+        "hopper medium expert": {"actor_lr": 6e-6, "epochs": 5},
+        "hopper": {"epochs": 10},
+        "walker2d medium replay": {**UNSCALED, "actor_lr": 1e-5, "critic_steps": 500_000},
+        "walker2d": {**UNSCALED, "actor_lr": 1e-5},
+    },
+    "adroit": {
+        "pen human": {**PEN, "dynamics_patience": 20, "critic_steps": 1_000_000, "clone_steps": 200_000},
+        "pen": PEN,
+        "door human": {"dynamics_patience": 20, "improve_steps": 5_000},
+        "hammer human": {"dynamics_patience": 20, "activation": "tanh", "normalize_states": True},
+        "hammer": {"activation": "tanh", "normalize_states": True},
+        "relocate human": {"dynamics_patience": 20, "activation": "tanh"},
+        "relocate": {"activation": "tanh"},
+    },
+    "kitchen": {
+        "complete": {"critic_steps": 500_000, "clone_steps": 100_000, "normalize_states": False, "horizon": 10},
+        "mixed": {"diversity_coef": 0.0},
+    },
+    "antmaze": {"umaze diverse": {"horizon": 70}},
+}
+"""What the release's script of a task (words of the dataset's id) changes in the `paper` preset of its family; of a
+sweep one value. The first match counts."""
 Diversity = Literal["none", "code_heuristic", "analytic_kl", "sampled_kl"]
 
 
@@ -168,6 +197,11 @@ class UniO4Config(PPOConfig):
     def needs(self) -> Needs:
         """Raw observations: the agent standardises them itself."""
         return Needs(raw_observations=True)
+
+    @property
+    def offline_steps(self) -> int:
+        """Gradient steps of the four phases."""
+        return self.critic_steps + self.dynamics_steps + self.clone_steps + self.improve_steps
 
 
 def gaussian_kl(left: Normal, right: Normal) -> Array:
@@ -310,7 +344,7 @@ class UniO4(Agent):
         """Return critic, dynamics, cloning and improvement, stretched to `steps` gradient steps in all."""
         config = self.config
         kind = type(self)
-        whole = config.critic_steps + config.dynamics_steps + config.clone_steps + config.improve_steps
+        whole = config.offline_steps
         critic_steps = config.critic_steps * steps // whole
         dynamics_steps = config.dynamics_steps * steps // whole
         clone_steps = config.clone_steps * steps // whole
@@ -713,5 +747,20 @@ class UniO4(Agent):
                 epochs=10,
                 online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
             )
-        steps = config.critic_steps + config.dynamics_steps + config.clone_steps + config.improve_steps
-        return Preset(config, offline_steps=steps, online_steps=30_000 if size == "small" else 1_000_000, reward=reward)
+            return Preset(config, config.offline_steps, online_steps=30_000, reward=reward)
+        config = replace(
+            config,
+            diversity="code_heuristic",
+            timeouts_bootstrap=False,
+            freeze_clip_at=0.02,
+            common_noise=False,
+            double_squash=True,
+            value_relu=family == "locomotion",
+        )
+        preset = Preset(config, config.offline_steps, online_steps=1_000_000, reward=reward)
+
+        def of_script(changes: dict[str, Any]) -> Preset:
+            own = replace(config, **changes)
+            return replace(preset, config=own, offline_steps=own.offline_steps)
+
+        return replace(preset, tasks={words: of_script(changes) for words, changes in SCRIPTS.get(family, {}).items()})

@@ -22,6 +22,7 @@ Where we differ
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -242,6 +243,10 @@ class WSRL(Agent):
         """The learner's key."""
         return self.learner.rng
 
+    def advice(self, row: Mapping[str, Any]) -> str | None:
+        """Return the learner's advice."""
+        return self.learner.advice(row)
+
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run the learner's update on leaves `[utd, B, ...]`."""
         learner, info = self.learner.update(batch)
@@ -294,6 +299,11 @@ class WSRL(Agent):
         )
         if size == "small":
             return Preset(_small(config, maze), 6_000 if maze else 8_000, 8_000, reward)
+        config = replace(
+            config,
+            cql=replace(config.cql, next_entropy_samples=10),
+            finetune=replace(finetune, zero_grad_steps=True),
+        )
         return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
 
 
