@@ -5,23 +5,38 @@ Idea: add to SAC's critic loss the gap between a soft maximum of Q over sampled 
 Cal-QL stops pushing a policy action's value below the Monte-Carlo return of the logged trajectory, max(Q, G), so that
 values stay on the scale of true returns and fine-tuning does not begin with unlearning.
 
-Defaults are the WSRL repository's variant (W below): ten LayerNorm critics with one output layer, the gap on two
-of them. `official` returns the official repository's (O): two plain critics, exponential temperatures, dual weight 5.
+The `paper` preset is the official Cal-QL repository's (O, `official`). The default is the WSRL repository's ensemble
+(W), from which WSRL starts; a WSRL run without online steps trains it at the paper's size.
+
+| what | paper | code (O) | `paper` preset | default (W) |
+| --- | --- | --- | --- | --- |
+| critics | two | two, no LayerNorm | as O | ten with LayerNorm and one output layer |
+| gap taken of | both | both | both | two drawn of ten |
+| output layers' gain | - | 1e-2, actor's too | 1e-2 | sqrt(2) |
+| std of the actor | - | scaled head, log-std in [-20, 2] | as O | a head, std in [1e-5, 10] |
+| alpha, dual variable | - | exp, 1 and e | as O | softplus, 1 and 1 |
+| dual's weight (mazes) | 5 | 5 | 5 | 1 |
+| temperature's entropy | - | at s, of the actor's samples | as O | at s', samples of its own |
+| online rows | - | half the dataset's | half | half |
+| rewards of locomotion | - | raw (no Cal-QL there) | Cal-QL x0.1, CQL raw | raw |
+
+On dense rewards Cal-QL learns nothing until Q has climbed to the returns (`calql/clamped` is near 1: they replace the
+policy's values). On `o2o/hopper/medium` with raw rewards the return was 2, 2, 63, 267 and 1051 after 5, 10, 15, 20 and
+25 thousand updates, with rewards x0.1 653 and 812 after 3 and 6 thousand (one seed each); the official code climbs as
+late. So its locomotion presets scale the rewards, and a run says so on the screen where the share stays high.
 
 Where we differ
 - The dual variable steps with every critic step, from the gap of that very step; W redraws the gap, and at UTD > 1 it
   steps the dual once a call.
 - The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
 - O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
-  O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
+  O's actor has one output layer of 2 dim(A), ours two heads.
 - At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes; at UTD > 1
-  they follow the critics, on the rows of all minibatches (`joint_policy_step`). The entropy at s' has samples of its
-  own, offline as online: one, on mazes ten (`next_entropy_samples`).
-- Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
-  for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
-- The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
-- Families without published settings: "other" takes weight 5, no dual, importance sampling;
-  "pointmaze" follows AntMaze with smaller critics.
+  they follow the critics, on the rows of all minibatches (`joint_policy_step`).
+- Online we collect step by step (as W; O by whole trajectories): a million steps on mazes and Adroit, pen 200,000 (O),
+  elsewhere 500,000 (W). Cal-QL's first update waits for a finished episode (W: the longest one's length).
+- Families without settings of O: Kitchen and locomotion take W's weights, steps and widths; "other" takes weight 5, no
+  dual, importance sampling; "pointmaze" follows AntMaze with smaller critics.
 """
 
 from collections.abc import Mapping

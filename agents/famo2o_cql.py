@@ -6,11 +6,16 @@ balance network learns the beta whose action the critics value most. Offline the
 the range, online at those that the balance network draws. Critics and their conservative term are CQL's (arXiv
 2006.04779), which stays on online. Defaults follow the published code (LeapLabTHU/FamO2O, jax_cql).
 
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| balance network's range | (lo, hi) | (2 lo - hi, hi) | as the code: (-0.5, 1.5) | (0.5, 1.5) |
+| uniform betas offline | (lo, hi) | (lo, hi) | (0.5, 1.5) | (0.5, 1.5) |
+| target's action at the beta of | the next state | the present state | the present state | the next state |
+| offline, online | - | 2M updates, 1M steps | the same on locomotion | - |
+
+A negative coefficient lowers Q (`released_range`). In target and gap the beta is the balance network's, offline too.
+
 Where we differ
-- The balance network's x maps onto the whole range and no further; the code's onto (2 lo - hi, hi), negative
-  coefficients included (`released_range`, which leaves the uniform betas as they are: so the code).
-- The target's action is drawn at the coefficient of the next state; the code's at that of the present one
-  (`target_beta="current"`). In both, offline too, it is the balance network's and not a uniform one.
 - The balance loss draws its own x and action, in both phases; online the code takes those of the actor's loss. Every
   draw has its own key.
 - Kernels are orthogonal, hidden layers with gain sqrt(2) where the code's are LeCun normal, output layers with 0.1,

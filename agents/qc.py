@@ -8,13 +8,16 @@ actions. Chunks come from a flow fitted to the data. `best_of_n` (QC) plays the 
 Deterministic acting starts from fixed noise: zero (`distilled`), or zero and N - 1 fixed draws (`best_of_n`), the same
 for every observation. The paper evaluates samples: set `deterministic_eval` of the run's loop to False.
 
-Settings that stand for the released code
-- `pad_terminal=False`: the code drops a window with a true terminal before its last step. The released results come
-  from it. But then a critic whose episodes end at success, as on Adroit or in mazes, never learns the last h - 1 states
-  of a success, although the policy asks it there and other windows bootstrap from them. With True, our default, such a
-  window counts: its last action is repeated for critic and flow, its reward ends there, nothing is bootstrapped.
-  A time limit inside a window drops it in both cases.
-- `aggregate="min"`: an option of the code; only the target takes the minimum, candidates are ranked by the mean.
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| window with a terminal before its last step | - | dropped | dropped | counts (`pad_terminal`) |
+| target and ranking of candidates | mean of two critics | mean, or both the minimum | mean | mean (`aggregate`) |
+| first draw of all networks | - | uniform by average fan | the same | the same |
+
+Without `pad_terminal` a critic whose episodes end at success, as on Adroit or in mazes, never learns the last h - 1
+states of a success, although the policy asks it there and other windows bootstrap from them. With it such a window
+counts: its last action is repeated for critic and flow, its reward ends there, nothing is bootstrapped. A time limit
+inside a window drops it in both cases.
 
 Where we differ
 - The target critics move towards the critics' new parameters; the code takes those from before the step.
@@ -22,7 +25,6 @@ Where we differ
 - A window crosses neither an episode's end nor the ring's cursor nor two datasets; the code cuts by index alone.
 - The ring has room for the dataset and `loop.replay_capacity` own steps. The code's ring, of max(2M, dataset + 1) rows
   in all, overwrites the dataset.
-- The flow's layers start from flax's default draw (`o2o.nn.generative`), critic and one-step policy as in the code.
 - Left out: CO-RFT's prefix critic (2508.02219), n-step backups of one-step critics (FQL-n), QC on RLPD, and datasets
   swapped file by file.
 """
