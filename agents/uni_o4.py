@@ -664,8 +664,8 @@ class UniO4(Agent):
         256). Otherwise states are normalised in locomotion and Kitchen, not in Adroit and mazes. The improvement has
         10,000 steps (Kitchen 1,000). H is 1000, Adroit 50, Kitchen 6, mazes 150. Dynamics patience is 5, Adroit 10,
         Kitchen 20, counted in validations every 1,000 steps, not in epochs. "other" has locomotion's settings,
-        "pointmaze" AntMaze's. Online: rewards x0.1 and 20 epochs in locomotion; Adroit 10 epochs of 256 rows at 8e-6. Mazes and
-        Kitchen have no online script; their rate is 2e-5.
+        "pointmaze" AntMaze's. Online: rewards x0.1 and 20 epochs in locomotion; Adroit 10 epochs of 256 rows at 8e-6.
+        Mazes and Kitchen have no online script; their rate is 2e-5.
 
         `small`: 2x128 networks (Adroit 2x256), three policies, 10k gradient steps in all. Roll-outs have at most 100
         steps from 128 states and are judged every 50 steps by the sum of Q (`judge_sum`). With a critic of so few steps
