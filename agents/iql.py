@@ -65,6 +65,8 @@ class IQLConfig(AgentConfig):
     """LayerNorm in the actor (WSRL's actor has it)."""
     critic_layer_norm: bool = False
     """LayerNorm in the critics (WSRL's critics have it)."""
+    value_layer_norm: bool = False
+    """LayerNorm in V (no published setting; `benchmarks/iql_form.py` tries it)."""
     num_critics: int = 2
     """Ensemble size; the advantage uses the minimum over all targets."""
     shared_output: bool = False
@@ -154,7 +156,7 @@ class IQL(Agent):
             last_gain=config.last_gain,
             shared_output=config.shared_output,
         )
-        value = Value(config.value_hidden_dims, init_scheme=config.init_scheme)
+        value = Value(config.value_hidden_dims, config.value_layer_norm, config.init_scheme)
         critic_model = Model.create(critic_rng, critic, Adam(config.critic_lr), observations, actions)
         agent = cls(
             actor=Model.create(actor_rng, actor, Adam(config.actor_lr, config.actor_decay_steps), observations),

@@ -26,8 +26,8 @@ CHEETAH_TARGET = BenchTask("o2o/halfcheetah/medium-v0", target=11505.9)
 
 DIP = (
     "A dip right after the first updates is the method's: at equal settings the official code (zhouzypaul/wsrl "
-    "891ee35) fell from 38 % success to 0 after 1000 updates on data like Adroit's hammer, ours from 45 % to 0, and from our "
-    "networks on door from 40 % to 0, with 35 % after 6000 steps (one seed and 40 episodes each). "
+    "891ee35) fell from 38 % success to 0 after 1000 updates on data like Adroit's hammer, ours from 45 % to 0, and "
+    "from our networks on door from 40 % to 0, with 35 % after 6000 steps (one seed and 40 episodes each). "
 )
 STAND_INS = "The datasets are stand-ins, not the official ones of similar names."
 
