@@ -12,8 +12,8 @@ SUITE = Suite(
     name="iql_form",
     description=(
         "Pre-training by IQL's `paper` preset in four forms. `decay` lets the actor's rate fall to 0 along a cosine "
-        "over the run, `constant` does not. `value_norm` decays and has LayerNorm in V. `linear_mean` decays and has no tanh "
-        "on the policy's mean."
+        "over the run, `constant` does not. `value_norm` decays and has LayerNorm in V. `linear_mean` decays "
+        "and has no tanh on the policy's mean."
     ),
     tasks=(BenchTask("o2o/hopper/medium-v0"), BenchTask("o2o/walker2d/medium-v0")),
     variants=(
