@@ -75,7 +75,7 @@ def preset_run(
     task_config = changes.pop("task", TaskConfig())
     about = datasets.info(ids[0])
     family = envs.task_for(env or about).family
-    preset = agent_class(agent).preset(family, size).of_task(ids[0])
+    preset = agent_class(agent).preset(family, size).of_task(about.name)
     if family == "adroit" and task_config.binary is None:
         task_config = dataclasses.replace(task_config, binary=True)
     binary = {} if task_config.binary is None else {"binary": task_config.binary}
