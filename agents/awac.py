@@ -5,6 +5,13 @@ where A compares the logged action with one action of the policy. Online only th
 with the dataset. Numbers and the order of the steps (critics, actor, targets) follow CORL's `awac.py`. CORL's scores
 are 0 on the medium and large AntMazes, before and after going online.
 
+| what | paper | CORL's code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| lambda | tuned by task | 1, mazes and Adroit 0.1 | the same, Kitchen 0.1 | 1 |
+| cap on the weight | none | 100 | 100, of the exponent | 100 |
+| states | raw | normalised | normalised | as they are |
+| Adroit's rewards | sparse -1/0 | dense | -1/0 | the task's |
+
 Where we differ
 - Kernels start as in CORL, uniform within 1 / sqrt(inputs). Biases start at zero; CORL draws them too.
 - The exponent is capped instead of the weight: the same weights, without overflow for a small lambda.

@@ -3,8 +3,11 @@
 A tanh-squashed Gaussian fitted by maximum likelihood (so that WSRL or SAC can start from it), a plain Gaussian, or a
 deterministic policy fitted by squared error (CORL `any_percent_bc.py`). It collects online but learns nothing there.
 
-Where we differ
-- CORL's is the deterministic one on normalised states: `loss="mse"` and the run's `normalize`. No 10% BC.
+| what | CORL's code | `paper` preset | default |
+| --- | --- | --- | --- |
+| loss | squared error (`mse`) | likelihood of a tanh-Gaussian | the same |
+| states | normalised | as they are (the run's `normalize`) | as they are |
+| rows | all, or the best 10 % of the trajectories | as IQL's preset; no 10 % | all |
 """
 
 from dataclasses import dataclass
@@ -118,7 +121,7 @@ class BC(Agent):
         `paper`: 2x256, batch 256 (CORL), as many updates as IQL's preset for the family, on the same rows, so that the
         two compare; no online steps. `small`: 2x128 (Adroit 2x256), 10k updates.
         """
-        offline = {"adroit": 20_000, "kitchen": 250_000, "locomotion": 250_000}.get(family, 1_000_000)
+        offline = {"adroit": 20_000, "kitchen": 250_000}.get(family, 1_000_000)
         width, batch_size = 256, 256
         if size == "small":
             offline = 10_000

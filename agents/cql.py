@@ -5,25 +5,42 @@ Idea: add to SAC's critic loss the gap between a soft maximum of Q over sampled 
 Cal-QL stops pushing a policy action's value below the Monte-Carlo return of the logged trajectory, max(Q, G), so that
 values stay on the scale of true returns and fine-tuning does not begin with unlearning.
 
-Defaults are the WSRL repository's variant (W below): ten LayerNorm critics with one output layer, the gap on two
-of them. `official` returns the official repository's (O): two plain critics, exponential temperatures, dual weight 5.
+The `paper` preset is the official Cal-QL repository's (O, `official`). The default is the WSRL repository's ensemble
+(W), from which WSRL starts; a WSRL run without online steps trains it at the paper's size.
+
+| what | paper | code (O) | `paper` preset | default (W) |
+| --- | --- | --- | --- | --- |
+| critics | two | two, no LayerNorm | as O | ten with LayerNorm and one output layer |
+| gap taken of | both | both | both | two drawn of ten |
+| output layers' gain | - | 1e-2, actor's too | 1e-2 | sqrt(2) |
+| std of the actor | - | scaled head, log-std in [-20, 2] | as O | a head, std in [1e-5, 10] |
+| alpha, dual variable | - | exp, 1 and e | as O | softplus, 1 and 1 |
+| dual's weight (mazes) | 5 | 5 | 5 | 1 |
+| temperature's entropy | - | at s, of the actor's samples | as O | at s', samples of its own |
+| online rows | - | half the dataset's | half | half |
+| rewards of locomotion | - | raw (no Cal-QL there) | Cal-QL x0.1, CQL raw | raw |
+
+On dense rewards Cal-QL learns nothing until Q has climbed to the returns (`calql/clamped` is near 1: they replace the
+policy's values). On `o2o/hopper/medium` with raw rewards the return was 2, 2, 63, 267 and 1051 after 5, 10, 15, 20 and
+25 thousand updates, with rewards x0.1 653 and 812 after 3 and 6 thousand (one seed each); the official code climbs as
+late. So its locomotion presets scale the rewards, and a run says so on the screen where the share stays high. The small
+preset had 177 and 52 after 3 and 6 thousand updates with x0.1 (one seed), plain CQL 1109 after 10 thousand.
 
 Where we differ
 - The dual variable steps with every critic step, from the gap of that very step; W redraws the gap, and at UTD > 1 it
   steps the dual once a call.
 - The data term shares the TD part's forward pass; only the drawn members are evaluated on the 3N sampled actions.
 - O keeps one optimiser per critic and sums their losses; ours averages them in one Adam: the same step up to epsilon.
-  O's networks also start their actor's output layer at gain 1e-2; ours keeps sqrt(2).
+  O's actor has one output layer of 2 dim(A), ours two heads.
 - At UTD 1 actor and temperature step beside the critics, from the same parameters, as in both codes; at UTD > 1
-  they follow the critics, on the rows of all minibatches (`joint_policy_step`). The entropy at s' has samples of its
-  own, offline as online: one, on mazes ten (`next_entropy_samples`).
-- Online we collect step by step (as W; O by whole trajectories), mix half dataset rows (O; W's flag defaults to 0) and
-  for 500k steps in every family. Cal-QL's first update waits for a finished episode (W: the longest one's length).
-- The share of policy samples whose value the return replaced is logged as `calql/clamped`; it is 0 in CQL.
-- Families without published settings: "other" takes weight 5, no dual, importance sampling;
-  "pointmaze" follows AntMaze with smaller critics.
+  they follow the critics, on the rows of all minibatches (`joint_policy_step`).
+- Online we collect step by step (as W; O by whole trajectories): a million steps on mazes and Adroit, pen 200,000 (O),
+  elsewhere 500,000 (W). Cal-QL's first update waits for a finished episode (W: the longest one's length).
+- Families without settings of O: Kitchen and locomotion take W's weights, steps and widths; "other" takes weight 5, no
+  dual, importance sampling; "pointmaze" follows AntMaze with smaller critics.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,6 +54,11 @@ from o2o.nn.modules import Init, Model, sample_members, take_members
 from o2o.rl import losses
 from o2o.settings import AboveZero, Count, Interval, NotNegative, Range, Rate, Settings
 from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
+
+CLAMPED_SHARE = 0.9
+"""Share of policy samples whose value a return replaced above which Cal-QL gives advice."""
+CLAMPED_AFTER = 2_000
+"""Gradient steps before which it gives none: Q begins at 0 and has to climb."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +240,21 @@ class CQL(SAC):
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return the WSRL repository's settings for a task family; `small` for a laptop."""
+        """Return the settings for a task family.
+
+        `paper`: the official repository's (`official`), on Kitchen and locomotion with the WSRL repository's weights,
+        steps and, on Kitchen, widths. `small`: the WSRL repository's ensemble at laptop size. Cal-QL divides the dense
+        rewards of locomotion by 10: until Q has climbed to the returns its term cannot tell actions apart.
+        """
         networks, term, steps, reward = family_settings(family)
         config = (CalQLConfig if cls.calibrated else CQLConfig)(**networks, conservative=term)
+        if cls.calibrated and family == "locomotion":
+            reward = (0.1, 0.0)
         if size == "small":
             return Preset(shrink(shrink_term(config), utd_ratio=1, rate=1e-3), 10_000, 10_000, reward)
-        return Preset(config, steps, 500_000, reward, only_successes=family == "adroit")
+        online_steps = 1_000_000 if family in ("antmaze", "pointmaze", "adroit") else 500_000
+        preset = Preset(official(config), steps, online_steps, reward, only_successes=family == "adroit")
+        return replace(preset, tasks={"pen": replace(preset, online_steps=200_000)})
 
 
 class CalQL(CQL):
@@ -240,6 +271,17 @@ class CalQL(CQL):
     def needs(self) -> Needs:
         """Monte-Carlo returns, whatever the config's class."""
         return Needs(batch_keys=("mc_returns",))
+
+    def advice(self, row: Mapping[str, Any]) -> str | None:
+        """Return what to do where returns still replace nearly all values of policy actions after many updates."""
+        share = row.get("calql/clamped", 0.0)
+        if share < CLAMPED_SHARE or row["gradient_steps"] < CLAMPED_AFTER:
+            return None
+        return (
+            f"calql/clamped is {share:.2f}: returns replace nearly all values of the policy's actions, so Cal-QL "
+            "cannot tell actions apart before Q has climbed to the returns; scale the rewards down "
+            "(--task.reward-scale 0.1), train longer, or use cql"
+        )
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps and one actor and temperature step on leaves `[utd, B, ...]`."""
@@ -264,6 +306,7 @@ def official(config: CQLConfig = CQLConfig()) -> CQLConfig:
         critic_layer_norm=False,
         last_gain=None,
         output_gain=1e-2,
+        policy_output_gain=1e-2,
         shared_output=False,
         num_critics=2,
         target_subset=None,

@@ -9,16 +9,22 @@ Before `online()` only the base learns, by imitation; after such a pre-training 
 pre-training EXPO is online learning with prior data. `n_samples=1` is the base alone. The policy always acts on a
 sample, in evaluation too: `deterministic` changes nothing.
 
-Settings that stand for the released code
-- `entropy_target="released"`: the target entropy without d ln(edit_scale). The scaled edit's entropy cannot reach -d/2
-  where the scale is below 0.303, so alpha grows without end (here up to 1e6). The released commands for AntMaze,
-  robomimic and MimicGen have such scales and no correction. The default, "reachable", adds d ln(edit_scale).
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| target entropy of the scaled edit | -d/2 | -d/2 ("released") | -d/2 + d ln(edit_scale) | the same ("reachable") |
+| Adroit's data | RLPD's | 90 % of each file, no terminals | the same (`ADROIT_DATA`) | all; success is terminal |
+| time limits of robomimic | - | terminal | bootstrap | bootstrap |
+| candidates scored | - | unclipped | clipped | clipped |
+
+The scaled edit's entropy is at most d ln(2 edit_scale), which is below -d/2 where the scale is below 0.303. There the
+released alpha grows without end (here up to 1e6) and edits become noise. It matters for the published runs on AntMaze
+and MimicGen (scale 0.05) and robomimic (0.05, 0.1), whose commands have no correction; not for Adroit pen (0.7). For
+those as published: `--config.entropy-target released`. Whether the paper's own runs had the correction is not known.
 
 Where we differ
-- Actions are stored as executed, inside [-1, 1]; the code stores them unclipped. So edited candidates are clipped
-  before they are scored. The edit policy's loss judges unclipped edits.
-- Time limits always bootstrap; the code's robomimic loader takes them for terminals. Adroit is as in our RLPD: success
-  is terminal and the whole dataset is used. The shift of -1 on mazes is applied before storage, not to each batch.
+- Actions are stored as executed, inside [-1, 1]; the code stores them unclipped. The edit policy's loss judges
+  unclipped edits, as there.
+- The shift of -1 on mazes is applied before storage, not to each batch.
 - With one sample or no edits, edit policy and temperature do not learn. Dropout acts in the losses only.
 - Keys are independent: base and edit policy start from different ones, and selection and value draw from their own.
 - Pre-training draws one minibatch per base step; the code draws 20 and uses one. The code's unused options are left
@@ -43,6 +49,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
+from o2o.agents.sac import ADROIT_DATA
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
 from o2o.nn.generative import Denoiser, Diffusion, Flow
@@ -500,7 +507,7 @@ class EXPO(Agent):
             config = replace(config, edit_scale=0.1)
             offline_steps = 200_000
         if size == "paper":
-            return Preset(config, offline_steps, online_steps, reward)
+            return Preset(config, offline_steps, online_steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
         config = replace(
             config,
             batch_size=128,

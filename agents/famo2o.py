@@ -6,6 +6,16 @@ policies from cautious to greedy; a balance network learns the beta whose action
 actor is trained at betas from all of the range, online at those that the balance network draws. Critics, values and
 data are IQL's (arXiv 2110.06169) and never see beta. Defaults follow the published code (LeapLabTHU/FamO2O, jax_iql).
 
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| weight of a row | exp(beta A) at its own beta | mean over the minibatch's betas | as the code | as the paper |
+| mazes | - | betas 8 to 14, every update | the same | the same |
+| locomotion | - | class default 1 to 5; a port: every 5th update | 1 to 5, every 5th | - |
+| actor's rate | - | constant | constant | constant |
+
+The released weights have shape `[B, B]` (`released_weights`): adv `[B]` times beta `[B, 1]`. The coefficients then only
+choose what the policy sees, and every row counts the same at all of them. The paper's numbers presumably come from it.
+
 Where we differ
 - The two draws of the balance loss, the actor's betas and its dropout have keys of their own; the code shares some.
 - Evaluation takes the actor's mean; the code samples with a standard deviation of 0. Its own environments are apart.
@@ -17,9 +27,8 @@ Where we differ
   critics where the code sums, the same step under Adam up to epsilon. The replay ring drops the oldest rows.
 - Only the IQL form: with AWAC's advantage, Q(s, a) - Q(s, a'), the paper has a variant without published code.
 - With `balance_every` above 1 the balance and its temperature step at every such update, the first one included.
-- Presets: mazes take (8, 14), locomotion (1, 5) with the balance trained every 5th update (a port's settings; no
-  published ones). Others scale IQL's beta as locomotion does, by 1/3 and 5/3, under IQL's preset for the family, its
-  dropout on Adroit included; so does small locomotion, whose beta is 0.5. "pointmaze" follows AntMaze.
+- Presets: families without settings scale IQL's beta as locomotion does, by 1/3 and 5/3, under IQL's preset for the
+  family, its dropout on Adroit included; so does small locomotion, whose beta is 0.5. "pointmaze" follows AntMaze.
   Small ones train the balance at 1e-3: the temperature starts at 1 and has to fall before states are told apart.
 """
 
@@ -54,6 +63,9 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
     balance_every: Count = 1
     """The balance network and its temperature step at every such update."""
+    released_weights: bool = False
+    """As the released code, whose weights broadcast to [B, B]: each row's weight is the mean of its weights at the
+    coefficients of all rows of the minibatch, not the one at the row's own coefficient."""
     balance_target_entropy: Annotated[float, Range(below=math.log(2.0))] = -0.5
     """Entropy that the temperature holds the balance policy at; of x in (-1, 1), whose largest is ln 2."""
 
@@ -113,7 +125,8 @@ class FamO2O(IQL):
         beta = self.draw_betas(batch["observations"], beta_rng)
         dropout = {"dropout": dropout_rng}
         policy = self.actor(batch["observations"], beta, training=True, params=params, rngs=dropout)
-        loss, info = self.weighted_cloning(policy, beta, batch, value)
+        betas = beta[:, None] if self.config.released_weights else beta
+        loss, info = self.weighted_cloning(policy, betas, batch, value)
         return loss, {**info, "actor/beta": beta.mean(), "actor/beta_std": beta.std()}
 
     def alpha(self, params: Params | None = None) -> Array:
@@ -183,7 +196,6 @@ class FamO2O(IQL):
             balance_hidden_dims=settings["actor_hidden_dims"],
             balance_lr=1e-3 if size == "small" else 3e-4,
             balance_every=5 if published else 1,
+            released_weights=size == "paper",
         )
-        if published:
-            rest |= {"offline_steps": 1_000_000, "online_steps": 1_000_000}
         return Preset(config, **rest)

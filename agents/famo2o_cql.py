@@ -6,11 +6,16 @@ balance network learns the beta whose action the critics value most. Offline the
 the range, online at those that the balance network draws. Critics and their conservative term are CQL's (arXiv
 2006.04779), which stays on online. Defaults follow the published code (LeapLabTHU/FamO2O, jax_cql).
 
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| balance network's range | (lo, hi) | (2 lo - hi, hi) | as the code: (-0.5, 1.5) | (0.5, 1.5) |
+| uniform betas offline | (lo, hi) | (lo, hi) | (0.5, 1.5) | (0.5, 1.5) |
+| target's action at the beta of | the next state | the present state | the present state | the next state |
+| offline, online | - | 2M updates, 1M steps | the same on locomotion | - |
+
+A negative coefficient lowers Q (`released_range`). In target and gap the beta is the balance network's, offline too.
+
 Where we differ
-- The balance network's x maps onto the whole range and no further; the code's onto (2 lo - hi, hi), negative
-  coefficients included (`released_range`, which leaves the uniform betas as they are: so the code).
-- The target's action is drawn at the coefficient of the next state; the code's at that of the present one
-  (`target_beta="current"`). In both, offline too, it is the balance network's and not a uniform one.
 - The balance loss draws its own x and action, in both phases; online the code takes those of the actor's loss. Every
   draw has its own key.
 - Kernels are orthogonal, hidden layers with gain sqrt(2) where the code's are LeCun normal, output layers with 0.1,
@@ -49,8 +54,6 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     """As the released code: the balance network's coefficients are x (hi - lo) + lo, x in (-1, 1)."""
     target_beta: Literal["next", "current"] = "next"
     """State whose coefficient the next action is drawn at: `next`, or `current` as in the released code."""
-    policy_output_gain: AboveZero = 0.1
-    """Orthogonal gain of the output layers of actor and balance network."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
     actor_layer_norm: bool = False
@@ -61,6 +64,8 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
     """Initialiser of every kernel."""
     output_gain: AboveZero = 0.1
     """Orthogonal gain of the critics' output layer."""
+    policy_output_gain: AboveZero = 0.1
+    """Orthogonal gain of the output layers of actor and balance network."""
     shared_output: bool = False
     """One output layer for all critics instead of one each."""
     std_mode: Literal["exp", "scaled", "uniform"] = "scaled"
@@ -107,10 +112,10 @@ class FamO2OCQL(CQL):
             raise ConfigError(f"FamO2OCQL got a {type(config).__name__}; expected a FamO2OCQLConfig")
         rng, actor_rng, balance_rng = jax.random.split(rng, 3)
         agent = super().create(rng, observations, actions, config)
-        gain, betas = config.policy_output_gain, jnp.zeros(observations.shape[:-1])
+        betas = jnp.zeros(observations.shape[:-1])
         encoding = {"encoding_dim": config.encoding_dim, "encoding_base": config.encoding_base}
-        actor = build_actor(actions.shape[-1], config, FamilyActor, output_gain=gain, **encoding)
-        own = build_actor(1, replace(config, actor_hidden_dims=config.balance_hidden_dims), output_gain=gain)
+        actor = build_actor(actions.shape[-1], config, FamilyActor, **encoding)
+        own = build_actor(1, replace(config, actor_hidden_dims=config.balance_hidden_dims))
         agent = agent.replace(
             actor=Model.create(actor_rng, actor, Adam(config.actor_lr), observations, betas),
             balance_actor=Model.create(balance_rng, own, Adam(config.balance_lr), observations),
@@ -203,6 +208,7 @@ class FamO2OCQL(CQL):
             config = shrink(shrink_term(config), utd_ratio=1, rate=1e-3)
             config = replace(config, balance_hidden_dims=config.actor_hidden_dims, balance_lr=config.actor_lr)
             return replace(preset, config=config)
+        config = replace(config, released_range=True, target_beta="current")
         if family == "locomotion":
             return replace(preset, config=config, offline_steps=2_000_000, online_steps=1_000_000)
         return replace(preset, config=config)

@@ -6,14 +6,13 @@ policy that acts can have several modes.
 
 Where we differ from the paper and its code (seohongpark/fql)
 
-| what | there | here |
-| --- | --- | --- |
-| optimiser | one Adam on the sum of the losses | one Adam for each network: the same steps |
-| the flow's first weights | Xavier uniform | flax's default draw (`o2o.nn.generative`) |
-| online buffer | max(2M, dataset + 1) rows, can overwrite the dataset | the dataset and `loop.replay_capacity` rows |
-| alpha | one for each dataset | one for each family; Adroit has the one for fine-tuning |
-| locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 |
-| Adroit's rewards | dense | -1/0 for success, the house's task |
+| what | paper and code | `paper` preset | default |
+| --- | --- | --- | --- |
+| optimiser | one Adam on the sum of the losses | one Adam for each network: the same steps | the same |
+| online buffer | max(2M, dataset + 1) rows, over the dataset | dataset and `loop.replay_capacity` rows | the same |
+| alpha | one for each dataset | one for each family; Adroit has the one for fine-tuning | 10 |
+| locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 | - |
+| Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 
 Not here: chunks of actions and n-step returns (`qc` has them), and best of N over the one-step policy.
 """

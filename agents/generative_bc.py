@@ -11,14 +11,20 @@ coordinate that is the median of the learned distribution. The median lies in th
 modes of equal weight. The papers evaluate samples: `deterministic_eval` False in the run's loop, `--sample` in
 `o2o eval`.
 
+| what | papers' codes | `paper` preset | default |
+| --- | --- | --- | --- |
+| flow's network, average, chunks | FQL: `mlp`, none, none | the same (`flow_bc`) | `residual`, 0.001, 1 |
+| diffusion's average | DPPO: 0.005 every tenth step from epoch 20 on | `ema_rate` at every step | the same |
+| evaluation | samples | the run's `deterministic_eval` | mode |
+
 Where we differ
-- Networks: `residual` is EXPO's, `mlp` is FQL's. DPPO has plain or residual MLPs with time in 16 or 32 sinusoids.
+- Networks: `residual` is EXPO's, `mlp` is FQL's, its first draw included. DPPO has plain or residual MLPs with time in
+  16 or 32 sinusoids.
 - DPPO's AdamW rate falls to a tenth (1e-3 on hopper, 1e-4 on square), ours from 3e-4 to zero. Its average takes 0.005
   every tenth step from epoch 20 on, ours `ema_rate` at every step.
 - States are taken as they are, or by mean and std (the run's `normalize`). [-1, 1] is the action space, or the data's
   range (`action_range`). DPPO maps the ranges of both to [-1, 1].
 - DDIM takes all steps of the diffusion; DPPO and DSRL take some of them.
-- The flow's layers start from flax's default draw, FQL's from Xavier's.
 - A chunk that reaches behind its episode's end repeats the last action there, and those entries have no loss. DPPO cuts
   no such chunk. FQL's authors count the entries as zeros in the mean (QC).
 - FQL has neither a moving average nor chunks: its presets have `ema_rate` 1 and `horizon` 1.

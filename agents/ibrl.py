@@ -9,6 +9,12 @@ starts the learner from scratch, so the policy changes at the switch. The clone 
 (`random_steps`). `ibrl/reference_share` is the share of the clone's actions in the targets; it falls as the learner
 overtakes the clone.
 
+| what | paper and code (Can, states) | `paper` preset | default |
+| --- | --- | --- | --- |
+| choice of the action | soft, 10; Meta-World hard | soft where rewards are 0/1, else hard | soft (`choice`) |
+| demonstrations | ten | the whole dataset | the same |
+| warm-up | 40 episodes, not counted | 5000 steps, counted | the same |
+
 Where we differ
 - State observations only, one at a time; the code stacks three (the run's `history`). Numbers are those of Can from
   states. Where rewards are not 0/1 the choice is "hard" (Meta-World's rule).

@@ -2,14 +2,23 @@
 
 An expectile regression makes V an upper expectile of Q over the actions of the data, Q bootstraps from V, and the
 actor is cloned with weights exp(beta * advantage): no action outside the batch is ever evaluated. Defaults follow the
-published code (ikostrikov/implicit_q_learning); options give WSRL's variant. The actor's rate is constant by default.
+published code (ikostrikov/implicit_q_learning); options give WSRL's variant.
+
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| actor's rate | cosine to 0 offline | cosine offline, constant online | locomotion: cosine over 1M | constant |
+| locomotion | 1M updates, returns 1000 apart | the same | the same, 1M steps online | raw rewards |
+| mazes | r - 1, 1M + 1M | the same | the same | raw rewards |
+| Adroit, Kitchen | raw rewards, 1M updates | the same | WSRL's runs: x10 + 5, -4; 20k, 250k | raw rewards |
+| order of the steps | - | V, actor, Q | V, actor, Q | V, actor, Q (WSRL: simultaneous) |
+
+The decay is over a fixed number of updates, `actor_decay_steps`: set it to the run's where `--offline-steps` differs.
 
 Where we differ
 - The Q loss averages over the critics where the published code sums: the same step under Adam, up to epsilon.
 - One `init_scheme` serves all layers; WSRL's IQL has Xavier trunks, orthogonal heads, an actor's last layer of 1e-2.
-- Presets: rewards of WSRL's runs, and Adroit's failed demonstrations left out as there (the small preset keeps them);
-  the published code's rewards on mazes (r - 1) and locomotion (best and worst return 1000 apart). No normalisation of
-  observations, no exploration noise beyond the policy's own; online 500k steps outside the mazes (published: 1M).
+- Presets leave Adroit's failed demonstrations out, as WSRL's runs (the small preset keeps them). No normalisation of
+  observations, no exploration noise beyond the policy's own; Adroit and Kitchen have 500k steps online (published: 1M).
   "pointmaze" follows AntMaze. Small locomotion has its own rates, tau and beta.
 - The online buffer is a ring: once the run's replay capacity is full, the oldest rows, the dataset's, go first.
 """
@@ -56,6 +65,8 @@ class IQLConfig(AgentConfig):
     """LayerNorm in the actor (WSRL's actor has it)."""
     critic_layer_norm: bool = False
     """LayerNorm in the critics (WSRL's critics have it)."""
+    value_layer_norm: bool = False
+    """LayerNorm in V (no published setting; `benchmarks/iql_form.py` tries it)."""
     num_critics: Count = 2
     """Ensemble size; the advantage uses the minimum over all targets."""
     shared_output: bool = False
@@ -135,7 +146,7 @@ class IQL(Agent):
             last_gain=config.last_gain,
             shared_output=config.shared_output,
         )
-        value = Value(config.value_hidden_dims, init_scheme=config.init_scheme)
+        value = Value(config.value_hidden_dims, config.value_layer_norm, config.init_scheme)
         critic_model = Model.create(critic_rng, critic, Adam(config.critic_lr), observations, actions)
         agent = cls(
             actor=Model.create(actor_rng, actor, Adam(config.actor_lr, config.actor_decay_steps), observations),
@@ -162,11 +173,14 @@ class IQL(Agent):
     def weighted_cloning(
         self, policy: Normal | TanhNormal, beta: float | Array, batch: Batch, value: Model
     ) -> tuple[Array, Info]:
-        """Return the actor's loss for its distribution at the batch's states and `beta`, one or `[B]`, and metrics."""
+        """Return the actor's loss for its distribution at the batch's states and `beta`, and metrics.
+
+        `beta` is one number, `[B]` for the rows, or `[K, 1]`: then a row's weight is the mean of those at K numbers.
+        """
         config, actions = self.config, batch["actions"]
         q = self.critic(batch["observations"], actions, params=self.target_critic).min(axis=0)
         advantages = jax.lax.stop_gradient(q - value(batch["observations"]))
-        weights = advantage_weights(advantages, beta, config.weight_cap)
+        weights = jnp.atleast_2d(advantage_weights(advantages, beta, config.weight_cap)).mean(axis=0)
         if config.squash:
             actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
         log_prob = policy.log_prob(actions)
@@ -230,14 +244,15 @@ class IQL(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks (arXiv 2110.06169; zhouzypaul/wsrl).
 
-        `paper`: nets 2x256; offline 1M updates on mazes (the paper), 20k on Adroit, 250k on Kitchen and locomotion,
+        `paper`: nets 2x256; offline 1M updates on mazes and locomotion (the paper), 20k on Adroit, 250k on Kitchen,
         with the rewards of WSRL's runs (Adroit 10 x -1/0 + 5, Kitchen -4) but the published code's on mazes (r - 1) and
-        locomotion (returns 1000 apart), which beta was tuned for. Constant rates, as in the published fine-tuning.
+        locomotion (returns 1000 apart), which beta was tuned for. On locomotion the actor's rate falls to 0 offline.
         `small`: 2x128 (Adroit 2x256), 10k updates and 10k environment steps. Locomotion at rates of 1e-3, tau 0.01
         and beta 0.5: in so few updates V is far from its end and advantages are mostly its error, which beta 3 clones.
         """
         settings, rest = preset_settings(family, size)
-        return Preset(IQLConfig(**settings), **rest)
+        decay = rest["offline_steps"] if size == "paper" and family == "locomotion" else None
+        return Preset(IQLConfig(**settings, actor_decay_steps=decay), **rest)
 
 
 def preset_settings(family: str, size: Literal["paper", "small"]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -250,7 +265,7 @@ def preset_settings(family: str, size: Literal["paper", "small"]) -> tuple[dict[
         "pointmaze": (0.9, 10.0, 0.0, 1_000_000, 1_000_000, (1.0, -1.0)),
         "adroit": (0.7, 0.5, 0.1, 20_000, 500_000, (10.0, 5.0)),
         "kitchen": (0.7, 0.5, 0.1, 250_000, 500_000, (1.0, -4.0)),
-        "locomotion": (0.7, 3.0, 0.0, 250_000, 500_000, None),
+        "locomotion": (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None),
     }.get(family, (0.7, 3.0, 0.0, 1_000_000, 1_000_000, None))
     width, batch_size = 256, 256
     if size == "small":

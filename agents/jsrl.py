@@ -6,6 +6,12 @@ that the guide reaches, and takes over as h shrinks. Evaluation (deterministic a
 
 The policy's carry counts the steps of the episode and holds its h, drawn at the episode's first step.
 
+| what | paper | third-party code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| h | falls as the mixed policy keeps its return; or random | the same | random | random (`guide_steps`) |
+| learner | any; here IQL | SAC and others | IQL's `paper` preset | a copy of the guide |
+| H | - | 60 | a third of an episode | 60 (`max_guide_steps`) |
+
 Where we differ
 - The paper's curriculum lowers h when the mixed policy's evaluated return is as good as the best so far; an agent of
   ours never sees evaluations. Here h is `random` (the paper's other variant), uniform in {0, ..., H - 1} anew for each

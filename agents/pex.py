@@ -7,6 +7,12 @@ weighted regression, but to fresh actions of the pair in place of the buffer's. 
 
 The switch changes the policy on purpose: wherever the newcomer's action is valued as highly, it may act.
 
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| evaluation | - | random with 0.1 | 0.1 | 0.1 (`evaluation_randomness`) |
+| offline actor's rate | - | cosine to 0 | constant | constant (`actor_decay_steps`) |
+| kappa | 10 at r - 1 | 10 | 10 over the reward's scale: 1 on Adroit | 10 |
+
 Where we differ
 - The regression weighs with V and target critics from before their step, as everything else does
   (`update_order="simultaneous"`); the published code reads V(s') before, but the weights after their steps.

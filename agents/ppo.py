@@ -5,12 +5,19 @@ regress V on the returns, with V's change clipped too. No older data are kept. P
 and fits V to its Monte-Carlo returns. So `ppo` is "PPO from BC" with offline steps and "PPO from scratch" without them.
 Settings are those of Uni-O4's released online phase (arXiv 2311.03351; Lei-Kun/Uni-O4).
 
+| what | paper (Uni-O4) | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| log-std online | as offline | squashed twice | once (`uni_o4`: twice) | once (`double_squash`) |
+| V's output | linear | ReLU where rewards are scaled | linear (`uni_o4` locomotion: ReLU) | linear (`value_relu`) |
+| scaled rewards | yes | x0.1 or by the running std of the return | locomotion x0.1 | none (`reward_scale`) |
+
 Where we differ
 - Several environments share a rollout; the release has one. Advantages are normalised over the whole rollout, as there.
 - The log-probabilities of the collecting policy are computed at the update, from the parameters that collected.
 - `reward_scale` is the release's "number" scaling. It holds offline and online, so V need not be fitted again at the
   switch. The "dynamic" scaling (by the running std of the discounted return) is left out.
-- V's output is linear in every case. Time limits bootstrap online. The Monte-Carlo returns of pre-training end at time
+- The code fits a V with ReLU anew to the scaled rewards; with `value_relu` ours goes on and is cut at 0. Time limits
+  bootstrap online. The Monte-Carlo returns of pre-training end at time
   limits, except in failed trajectories of sparse tasks, where the failure's reward goes on for ever (Cal-QL's rule).
 - The last minibatch of an epoch is padded with rows of weight 0 instead of being shorter.
 - Biases begin at zero; `linear` kernels are PyTorch's.
@@ -65,6 +72,11 @@ class PPOConfig(AgentConfig):
     """Weight of the entropy bonus."""
     max_grad_norm: AboveZero = 0.5
     """Gradients of each network are scaled down to this norm."""
+    double_squash: bool = False
+    """Squash the log-std twice online, as Uni-O4's release: the same weights then give log-stds in (-4.4, -0.6) where
+    they gave (-5, 0) offline."""
+    value_relu: bool = False
+    """ReLU on V's output online, as Uni-O4's release where it scales rewards; for returns of 0 and more."""
     reward_scale: Annotated[float, NotZero()] = 1.0
     """Factor of all rewards that the agent sees, offline and online (0.1: Uni-O4's "number")."""
     batch_size: Count = 128
@@ -267,14 +279,19 @@ class PPO(Agent):
         return jnp.clip(actions, -1.0, 1.0), carry
 
     def online(self) -> Self:
-        """Return the agent ready for rollouts: fresh optimisers at the online rates, everything else kept."""
+        """Return the agent ready for rollouts: fresh optimisers at the online rates, the same weights.
+
+        With `double_squash` and `value_relu` the weights mean another std and another V.
+        """
         if self.is_online:
             return self
         config = self.config
         actor_adam = Adam(config.actor_lr, clip_norm=config.max_grad_norm, eps=config.adam_eps)
+        actor = self.actor.replace(module=self.actor.module.clone(double_squash=config.double_squash))
+        value = self.value.replace(module=self.value.module.clone(relu_output=config.value_relu))
         return self.replace(
-            actor=fresh(self.actor, actor_adam),
-            value=fresh(self.value, replace(actor_adam, learning_rate=config.value_lr)),
+            actor=fresh(actor, actor_adam),
+            value=fresh(value, replace(actor_adam, learning_rate=config.value_lr)),
             is_online=True,
         )
 

@@ -8,13 +8,16 @@ actions. Chunks come from a flow fitted to the data. `best_of_n` (QC) plays the 
 Deterministic acting starts from fixed noise: zero (`distilled`), or zero and N - 1 fixed draws (`best_of_n`), the same
 for every observation. The paper evaluates samples: set `deterministic_eval` of the run's loop to False.
 
-Settings that stand for the released code
-- `pad_terminal=False`: the code drops a window with a true terminal before its last step. The released results come
-  from it. But then a critic whose episodes end at success, as on Adroit or in mazes, never learns the last h - 1 states
-  of a success, although the policy asks it there and other windows bootstrap from them. With True, our default, such a
-  window counts: its last action is repeated for critic and flow, its reward ends there, nothing is bootstrapped.
-  A time limit inside a window drops it in both cases.
-- `aggregate="min"`: an option of the code; only the target takes the minimum, candidates are ranked by the mean.
+| what | paper | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| window with a terminal before its last step | - | dropped | dropped | counts (`pad_terminal`) |
+| target and ranking of candidates | mean of two critics | mean, or both the minimum | mean | mean (`aggregate`) |
+| first draw of all networks | - | uniform by average fan | the same | the same |
+
+Without `pad_terminal` a critic whose episodes end at success, as on Adroit or in mazes, never learns the last h - 1
+states of a success, although the policy asks it there and other windows bootstrap from them. With it such a window
+counts: its last action is repeated for critic and flow, its reward ends there, nothing is bootstrapped. A time limit
+inside a window drops it in both cases.
 
 Where we differ
 - The target critics move towards the critics' new parameters; the code takes those from before the step.
@@ -22,7 +25,6 @@ Where we differ
 - A window crosses neither an episode's end nor the ring's cursor nor two datasets; the code cuts by index alone.
 - The ring has room for the dataset and `loop.replay_capacity` own steps. The code's ring, of max(2M, dataset + 1) rows
   in all, overwrites the dataset.
-- The flow's layers start from flax's default draw (`o2o.nn.generative`), critic and one-step policy as in the code.
 - Left out: CO-RFT's prefix critic (2508.02219), n-step backups of one-step critics (FQL-n), QC on RLPD, and datasets
   swapped file by file.
 """
@@ -59,7 +61,7 @@ class QCConfig(AgentConfig):
     alpha: NotNegative = 100.0
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
-    """How the target reduces over the target critics."""
+    """How the target reduces over the target critics, and the ranking of candidates over the critics."""
     pad_terminal: bool = True
     """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 2
@@ -153,6 +155,10 @@ class QC(Agent):
 
         return Flow(self.config.flow_steps).sample(velocity, noise, self.rng)
 
+    def reduced(self, q: Array) -> Array:
+        """Return the mean or, with `aggregate="min"`, the minimum `[...]` over the critics' values `[E, ...]`."""
+        return jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
+
     def propose(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
         """Return the chunks `[..., n]` in [-1, 1] that the policy plays at observations `[..., D]`."""
         count = 1 if self.one_step is not None else self.config.num_samples
@@ -166,7 +172,7 @@ class QC(Agent):
         if self.one_step is not None:
             return jnp.clip(self.one_step(observations, noise[0]), -1.0, 1.0)
         candidates = self.flow_chunks(observations, noise)
-        scores = jnp.mean(self.critic(observations, candidates), axis=0)
+        scores = self.reduced(self.critic(observations, candidates))
         best = jnp.argmax(scores, axis=0)[None, ..., None]
         return jnp.take_along_axis(candidates, best, axis=0)[0]
 
@@ -174,8 +180,7 @@ class QC(Agent):
         """Return y = R + discount^h m Q'(s_h, A') `[B]`; A' is the chunk that the policy plays at s_h."""
         next_chunks = self.propose(chunks.next_observations, rng)
         q = self.critic(chunks.next_observations, next_chunks, params=self.target_critic)
-        values = jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
-        return td_target(chunks.returns, chunks.masks, values, self.config.discount**self.config.chunk)
+        return td_target(chunks.returns, chunks.masks, self.reduced(q), self.config.discount**self.config.chunk)
 
     def critic_loss(self, params: Params, chunks: Chunks, targets: Array) -> tuple[Array, Info]:
         """Return the mean over critics and windows of valid * (Q_i(s, A) - y)^2, and metrics of the valid windows."""
@@ -271,7 +276,7 @@ class QC(Agent):
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            return Preset(QCConfig(), 1_000_000, 1_000_000, reward)
+            return Preset(QCConfig(pad_terminal=False), 1_000_000, 1_000_000, reward)
         config = QCConfig(
             num_samples=8,
             actor_hidden_dims=(128, 128),

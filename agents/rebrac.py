@@ -6,16 +6,16 @@ next action. The critics have LayerNorm, all networks three hidden layers.
 
 Where we differ from the paper and its code (tinkoff-ai/ReBRAC)
 
-| what | there | here |
-| --- | --- | --- |
-| last row before a time limit | dropped | kept, without a penalty in its target: it has no next action |
-| actor's target | averages the actor from before its step | averages the new one (`o2o.agents.td3`) |
-| the actor's turns | calls 0, 2, 4, ... | calls 1, 3, 5, ...: as often |
-| initial values | biases 0.1, output layers uniform within 1e-3 (actor) and 3e-3 (critics) | 0; as the other layers |
-| weights of the penalties | one pair for each dataset | one pair for each family, from the middle of the paper's |
-| PointMaze, Kitchen | none | AntMaze's settings; the defaults |
-| Adroit's rewards | dense | -1/0 for success, the house's task |
-| online | none | same losses, one buffer that starts with the dataset, action noise 0.2 (seohongpark/fql) |
+| what | paper and code | `paper` preset | default |
+| --- | --- | --- | --- |
+| last row before a time limit | dropped | kept, no penalty in its target: it has no next action | the same |
+| actor's target | averages the actor from before its step | averages the new one (`o2o.agents.td3`) | the same |
+| the actor's turns | calls 0, 2, 4, ... | calls 1, 3, 5, ...: as often | the same |
+| initial values | biases 0.1, outputs within 1e-3 (actor), 3e-3 (critics) | 0; as the other layers | the same |
+| weights of the penalties | one pair for each dataset | one for each family, the middle of the paper's | see settings |
+| PointMaze, Kitchen | none | AntMaze's settings; the defaults | - |
+| Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
+| online | none | same losses, one buffer, action noise 0.2 (seohongpark/fql) | the same |
 """
 
 from dataclasses import dataclass, replace

@@ -5,21 +5,26 @@ Idea: a tanh-Gaussian policy climbs Q plus entropy; the critics regress to a tar
 (some of) them; the temperature holds the entropy at a target. RLPD adds ten LayerNorm critics, many critic steps per
 environment step, and half of every minibatch from a dataset (the buffer mixes it: each minibatch arrives mixed).
 
+| what | paper (RLPD) | its code | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| Adroit's data | - | 90 % of each file, no terminals | the same (`ADROIT_DATA`) | all; success is terminal |
+| Adroit's episodes | - | run on after success | the same | end at success |
+| entropy target | -dim(A) / 2 | the same | the same | RLPD the same, SAC -dim(A) |
+| optimisers whose loss did not run | rest | rest | rest; WSRL's step | rest (`zero_grad_steps`) |
+
 Where we differ
 - Actor and temperature step from the same pre-step parameters. RLPD's code steps the temperature second, but with the
   entropy and alpha of the actor step just done: the same numbers.
-- SAC's defaults are those of stable-baselines3, with Xavier initialisation; its entropy target is -dim(A).
-- An optimiser moves only when its loss ran; `zero_grad_steps` restores what WSRL's code does instead.
+- SAC's defaults are those of stable-baselines3, with Xavier initialisation.
 - Kitchen is not in RLPD's paper: its preset takes UTD 10 and three layers of 256 from the DPPO port, no more of it.
-  "pointmaze" follows AntMaze. On Adroit success is terminal and the whole dataset is used; RLPD ran on without
-  terminals, on 90 % of each file. Its shift of -1 on mazes is applied before storage, not to each batch.
+  "pointmaze" follows AntMaze. The shift of -1 on mazes is applied before storage, not to each batch.
 
 Options that exist because a published code has them, and presets need them
 - `shared_output`, `subset_replace`, `log_std_range=None`: WSRL's networks and its draw of target critics.
 - `joint_policy_step`, `next_entropy_samples`: the order of steps, and the place of the entropy, in the codes of Cal-QL
   and WSRL.
 - `temperature_param`, `temperature_objective`: SAC and Cal-QL learn log alpha, RLPD alpha, WSRL alpha by softplus.
-- `std_mode="scaled"`, `output_gain`: the networks of Cal-QL's and FamO2O's codes.
+- `std_mode="scaled"`, `output_gain`, `policy_output_gain`: the networks of Cal-QL's and FamO2O's codes.
 - `zero_grad_steps`: WSRL's published curves were made with it.
 """
 
@@ -40,6 +45,8 @@ from o2o.rl import losses
 from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Share, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
+ADROIT_DATA: dict[str, Any] = {"terminate_on_success": False, "data_share": 0.9}
+"""Fields of a `Preset`: RLPD's code takes 90 % of each Adroit file, without terminals, and runs on after success."""
 Positive = Literal["exp", "softplus"]
 Actor = TypeVar("Actor", bound=GaussianActor)
 
@@ -64,6 +71,8 @@ class SACConfig(AgentConfig):
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
     output_gain: AboveZero = SQRT2
     """Orthogonal gain of the critics' output layer."""
+    policy_output_gain: float = SQRT2
+    """Orthogonal gain of the actor's output layer."""
     shared_output: bool = False
     """One output layer for all critics (WSRL's code) instead of one each."""
     std_mode: Literal["exp", "scaled", "uniform"] = "exp"
@@ -161,6 +170,7 @@ def build_actor(action_dim: int, config: SACConfig, kind: type[Actor] = Gaussian
         layer_norm=config.actor_layer_norm,
         init_scheme=config.init_scheme,
         last_gain=config.last_gain,
+        output_gain=config.policy_output_gain,
         std_mode=config.std_mode,
         **extra,
     )
@@ -360,7 +370,7 @@ class RLPD(SAC):
             config = replace(config, **deep, online=replace(config.online, utd_ratio=10))
         if size == "small":
             return Preset(shrink(config, utd_ratio=4), 0, 8_000, reward)
-        return Preset(config, 0, steps, reward)
+        return Preset(config, 0, steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
 
 
 def zero_step(model: Model) -> Model:

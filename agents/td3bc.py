@@ -9,6 +9,12 @@ online). For a trainer made by hand, pass it `Normalizer.fit(observations)`.
 The paper ends offline; the online phase is our choice: exploration noise of 0.1, and one buffer that starts with the
 dataset. The distance's weight stays, which gains slowly, or falls to `bc_final` over `bc_decay_steps` critic steps.
 
+| what | paper and code | `paper` preset | default |
+| --- | --- | --- | --- |
+| tasks | locomotion only | one setting for all families | - |
+| states | normalised, std + 1e-3 | the same | as they are |
+| online phase | none | noise 0.1, one buffer, the weight stays | the same |
+
 Where we differ
 - The mean |Q| that the actor's term is divided by is at least 1e-8.
 - Kernels start as in the authors' code, uniform within 1 / sqrt(inputs). Biases start at zero; the code draws them too.

@@ -11,18 +11,21 @@ Offline, in four phases:
 Online the best policy goes on as plain PPO (`o2o.agents.ppo`) with the offline V: no old data, no Q, no constraint.
 A member is one policy of the ensemble.
 
-Settings that stand for the release
-- `diversity="code_heuristic"`: the gradient of the released term only scales that of cloning, so the members differ by
-  their start only. The released numbers come from it. Our default is the paper's divergence with a cap.
-- `timeouts_bootstrap=False`: the release takes the dataset's time limits for terminals. Our default bootstraps offline
-  as online.
-- `freeze_clip_at=0.02`: the release stops lowering the clip after 200 of 10,000 steps. By default it falls to 0.
-- `common_noise=False`: the release judges with new start states and noise each time. A best score over many noisy ones
-  drifts upwards, so by default all policies see the same. New noise is shared by the members.
-- `judge_sum`: False is the release's mean over all steps of roll-outs still alive, True the paper's sum.
+| what | paper | release | `paper` preset | default |
+| --- | --- | --- | --- | --- |
+| diversity of the clones | a divergence | only scales the gradient | `code_heuristic` | the paper's, capped |
+| dataset's time limits | - | terminals | terminals | bootstrap (`timeouts_bootstrap`) |
+| clip of the improvement | falls | stays after 200 steps | stays after 200 steps | falls to 0 (`freeze_clip_at`) |
+| starts and noise of AM-Q | - | new each time | new each time | the same (`common_noise`) |
+| AM-Q's score | sum over the horizon | mean over steps alive | mean | mean; small: sum (`judge_sum`) |
+| log-std online | as offline | squashed twice | squashed twice | once (`double_squash`) |
+| V online, scaled rewards | - | ReLU on its output, fitted anew | ReLU, goes on | linear (`value_relu`) |
+| steps and settings by task | - | scripts | `SCRIPTS`, by the dataset's id | - |
+
+With `code_heuristic` members differ by their start only. A best score over many noisy ones drifts upwards, so by
+default all policies see the same starts and noise; new noise is shared by the members.
 
 Where we differ
-- One policy head serves both phases; the release squashes the log-std twice online.
 - States are standardised by std + 0.001, and constant dimensions only centred; the release adds 1e-10.
 - The dynamics models learn all pairs within an episode and none across episodes; see `o2o.nn.dynamics` for the rest.
 - A roll-out is lost if it is not finite, leaves the data's range a hundredfold, or leaves the range of the task's rule.
@@ -37,7 +40,8 @@ Where we differ
   is one. Their steps do not count as environment steps. The release looks at its last offline evaluations.
 - Tasks and rewards are the toolkit's (Adroit binary, Kitchen minus 4), not D4RL's.
 - `reward_scale` holds in both phases, so V is not fitted again for scaled rewards. Left out are the release's "dynamic"
-  scaling, its SARSA critic (medium-expert sets), filtered cloning (AntMaze) and KL term in the improvement.
+  scaling (x0.1 stands for it), its SARSA critic (medium-expert sets), filtered cloning (AntMaze) and KL term in the
+  improvement.
 - Up to the last phase the first clone acts in evaluations; then the policy with the best last score. The release
   reports all policies and a mixture.
 - `update` is for use without phases: one step of critic and clones on given minibatches.
@@ -69,6 +73,35 @@ FAR = 100.0
 """A roll-out is lost if its state is further than this many standard deviations from the data's mean."""
 LOST_SHARE = 0.1
 """A policy is put back to its reference if more than this share of its roll-outs is lost."""
+UNSCALED: dict[str, Any] = {"reward_scale": 1.0, "value_relu": False}
+PEN: dict[str, Any] = {"actor_lr": 3e-6, "epochs": 8}
+SCRIPTS: dict[str, dict[str, dict[str, Any]]] = {
+    "locomotion": {
+        "halfcheetah medium replay": {"activation": "tanh", "normalize_states": False, "actor_lr": 3e-5},
+        "halfcheetah medium expert": {"epochs": 10},
+        "halfcheetah": {"activation": "tanh", "actor_lr": 3e-5, "epochs": 30},
+        "hopper medium expert": {"actor_lr": 6e-6, "epochs": 5},
+        "hopper": {"epochs": 10},
+        "walker2d medium replay": {**UNSCALED, "actor_lr": 1e-5, "critic_steps": 500_000},
+        "walker2d": {**UNSCALED, "actor_lr": 1e-5},
+    },
+    "adroit": {
+        "pen human": {**PEN, "dynamics_patience": 20, "critic_steps": 1_000_000, "clone_steps": 200_000},
+        "pen": PEN,
+        "door human": {"dynamics_patience": 20, "improve_steps": 5_000},
+        "hammer human": {"dynamics_patience": 20, "activation": "tanh", "normalize_states": True},
+        "hammer": {"activation": "tanh", "normalize_states": True},
+        "relocate human": {"dynamics_patience": 20, "activation": "tanh"},
+        "relocate": {"activation": "tanh"},
+    },
+    "kitchen": {
+        "complete": {"critic_steps": 500_000, "clone_steps": 100_000, "normalize_states": False, "horizon": 10},
+        "mixed": {"diversity_coef": 0.0},
+    },
+    "antmaze": {"umaze diverse": {"horizon": 70}},
+}
+"""What the release's script of a task (words of the dataset's id) changes in the `paper` preset of its family; of a
+sweep one value. The first match counts."""
 Diversity = Literal["none", "code_heuristic", "analytic_kl", "sampled_kl"]
 
 
@@ -118,7 +151,7 @@ class UniO4Config(PPOConfig):
     improve_clip: AboveZero = 0.25
     """Clip of the probability ratio in the improvement, falling linearly to 0 over it."""
     freeze_clip_at: Share | None = None
-    """Share of the improvement after which its clip stays as it is; `None`: never. The release has 0.02."""
+    """Share of the improvement after which its clip stays as it is; `None`: never. The release: 200 of 10,000 steps."""
     improve_grad_norm: AboveZero = 0.5
     """Largest norm of a policy's gradient in the improvement."""
     judge_every: Count = 100
@@ -155,6 +188,11 @@ class UniO4Config(PPOConfig):
     def needs(self) -> Needs:
         """Raw observations: the agent standardises them itself."""
         return Needs(raw_observations=True)
+
+    @property
+    def offline_steps(self) -> int:
+        """Gradient steps of the four phases."""
+        return self.critic_steps + self.dynamics_steps + self.clone_steps + self.improve_steps
 
 
 def gaussian_kl(left: Normal, right: Normal) -> Array:
@@ -297,7 +335,7 @@ class UniO4(Agent):
         """Return critic, dynamics, cloning and improvement, stretched to `steps` gradient steps in all."""
         config = self.config
         kind = type(self)
-        whole = config.critic_steps + config.dynamics_steps + config.clone_steps + config.improve_steps
+        whole = config.offline_steps
         critic_steps = config.critic_steps * steps // whole
         dynamics_steps = config.dynamics_steps * steps // whole
         clone_steps = config.clone_steps * steps // whole
@@ -609,12 +647,12 @@ class UniO4(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks (the tables of Lei-Kun/Uni-O4's scripts).
 
-        `paper`: the scripts have a setting per task, we have one per family, and one value of each sweep: width 256,
-        ReLU. States are normalised in locomotion and Kitchen, not in Adroit and mazes. The improvement has 10,000 steps
-        (Kitchen 1,000). H is 1000, Adroit 50, Kitchen 6, mazes 150. Dynamics patience is 5, Adroit 10, Kitchen 20,
-        counted in validations every 1,000 steps, not in epochs. "other" has locomotion's settings, "pointmaze"
-        AntMaze's. Online: rewards x0.1 and 20 epochs in locomotion; Adroit 10 epochs of 256 rows at 8e-6. Mazes and
-        Kitchen have no online script; their rate is 2e-5.
+        `paper`: the release as it is. `SCRIPTS` has what tasks have of their own; of each sweep it is one value (width
+        256). Otherwise states are normalised in locomotion and Kitchen, not in Adroit and mazes. The improvement has
+        10,000 steps (Kitchen 1,000). H is 1000, Adroit 50, Kitchen 6, mazes 150. Dynamics patience is 5, Adroit 10,
+        Kitchen 20, counted in validations every 1,000 steps, not in epochs. "other" has locomotion's settings,
+        "pointmaze" AntMaze's. Online: rewards x0.1 and 20 epochs in locomotion; Adroit 10 epochs of 256 rows at 8e-6.
+        Mazes and Kitchen have no online script; their rate is 2e-5.
 
         `small`: 2x128 networks (Adroit 2x256), three policies, 10k gradient steps in all. Roll-outs have at most 100
         steps from 128 states and are judged every 50 steps by the sum of Q (`judge_sum`). With a critic of so few steps
@@ -700,5 +738,20 @@ class UniO4(Agent):
                 epochs=10,
                 online=OnlineConfig(replay="rollout", num_envs=4, rollout_steps=1024),
             )
-        steps = config.critic_steps + config.dynamics_steps + config.clone_steps + config.improve_steps
-        return Preset(config, offline_steps=steps, online_steps=30_000 if size == "small" else 1_000_000, reward=reward)
+            return Preset(config, config.offline_steps, online_steps=30_000, reward=reward)
+        config = replace(
+            config,
+            diversity="code_heuristic",
+            timeouts_bootstrap=False,
+            common_noise=False,
+            double_squash=True,
+            value_relu=family == "locomotion",
+        )
+
+        def of_script(changes: dict[str, Any]) -> Preset:
+            own = replace(config, **changes)
+            own = replace(own, freeze_clip_at=200 / own.improve_steps)  # the release's decay ends at step 200
+            return Preset(own, own.offline_steps, online_steps=1_000_000, reward=reward)
+
+        tasks = {words: of_script(changes) for words, changes in SCRIPTS.get(family, {}).items()}
+        return replace(of_script({}), tasks=tasks)

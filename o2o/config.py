@@ -52,6 +52,9 @@ class LoopConfig(Settings):
     always on the host."""
     deterministic_eval: bool = True
     """Evaluate the mode of the policy; False: sample its actions."""
+    fresh_eval_starts: bool = False
+    """Begin the episodes of every evaluation at other states. False: all evaluations of a run have the same reset
+    seeds, so that their scores are compared on the same starts."""
     eval_process: bool = False
     """Evaluate in a separate process, on one CPU core, while training goes on. A stop, the end of a phase and a later
     checkpoint wait for it; a checkpoint of the same step gets its score later. On a CPU the numbers are the same."""
@@ -88,6 +91,8 @@ class TaskConfig(Settings):
     """End a training episode at its first success."""
     only_successes: bool | None = None
     """Use only the episodes of the dataset that succeed (the WSRL paper's Adroit data)."""
+    data_share: float | None = None
+    """Use only this share of each dataset's episodes, the first ones (RLPD's Adroit: 0.9)."""
     achieved_goal: bool = False
     """Keep `achieved_goal` of Dict observations."""
 

@@ -1,5 +1,6 @@
 """Shared types: batches, metrics, the agent protocol and the schedule that an agent asks the online loop for."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -203,6 +204,10 @@ class Agent(struct.PyTreeNode):
         """Return the agent for the online phase: all that changes at the switch happens here."""
         return self
 
+    def advice(self, row: Mapping[str, Any]) -> str | None:
+        """Return one line for the user if a row of metrics shows that the settings do not suit the data, else None."""
+        return None
+
     @property
     def candidates(self) -> int:
         """Policies to try in the environment before the online phase; the best one goes online."""
@@ -237,7 +242,18 @@ class Preset:
     """(scale, bias) that this agent's paper applies to the task's raw reward; `None` for the task's own."""
     only_successes: bool = False
     """Whether this agent's paper leaves episodes without success out of a binary task's dataset."""
+    terminate_on_success: bool | None = None
+    """Whether success ends an episode of a binary task in this agent's paper; `None`: as the task says."""
+    data_share: float | None = None
+    """Share of each dataset's first episodes that this agent's paper uses in a binary task; `None`: all."""
     normalize_returns: float | None = None
     """Distance of the dataset's best and worst return once rewards are scaled; `None` leaves them."""
     run: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the run's settings that the method needs, such as `{"normalize": True}`."""
+    tasks: Mapping[str, "Preset"] = field(default_factory=dict)
+    """Other settings for tasks of the family, by words of a dataset's id (`pen human`); the first match counts."""
+
+    def of_task(self, name: str) -> "Preset":
+        """Return the preset of the first of `tasks` whose words stand in a row in a dataset's id, else this one."""
+        words = f" {' '.join(re.findall('[a-z0-9]+', name.lower()))} "
+        return next((preset for key, preset in self.tasks.items() if f" {key} " in words), self)

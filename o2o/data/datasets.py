@@ -199,6 +199,8 @@ def _transitions(
             positions = np.where(success, np.arange(len(episode)), -1)
             last = np.maximum.reduceat(positions, first)
             keep &= (np.arange(len(episode)) <= last[episode]) | ~solved[episode]
+    if task.data_share < 1.0:
+        keep &= episode < max(int(task.data_share * len(lengths)), 1)
     if task.only_successes:
         if solved is None:
             raise DatasetError(

@@ -42,6 +42,8 @@ class Task:
     """Raw reward of every step of a sparse task that is no success, unless the task is binary."""
     only_successes: bool = False
     """Leave episodes without success out of the dataset (the WSRL paper's Adroit data)."""
+    data_share: float = 1.0
+    """Share of each dataset's episodes that are used, the first ones (RLPD's Adroit: 0.9)."""
     env_kwargs: tuple[tuple[str, Any], ...] = ()
     """Constructor arguments of the environment, over those of the dataset's specification."""
     env_id: str | None = None

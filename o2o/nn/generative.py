@@ -171,7 +171,8 @@ class Denoiser(nn.Module):
     """Network of a diffusion (predicts noise) or a flow (velocity): observation, x and t to a vector like x."""
 
     style: Literal["residual", "mlp"] = "residual"
-    """`residual`: Fourier features of t and LayerNorm blocks (EXPO); `mlp`: GELU layers, t as a number (FQL)."""
+    """`residual`: Fourier features of t and LayerNorm blocks (EXPO); `mlp`: GELU layers, t as a number, all kernels
+    uniform by the average of fan-in and fan-out, Xavier's draw (FQL)."""
     hidden_dims: Sequence[int] = (512, 512, 512, 512)
     """Widths of `mlp`."""
     blocks: int = 3
@@ -195,13 +196,13 @@ class Denoiser(nn.Module):
         lead = jnp.broadcast_shapes(observations.shape[:-1], x.shape[:-1], jnp.shape(t))
         size = x.shape[-1]
         t = jnp.asarray(t)[..., None]
+        xavier = kernel_init("xavier")
         if self.style == "mlp":
-            first = JointDense(self.hidden_dims[0], nn.initializers.lecun_normal(), name="inputs")
+            first = JointDense(self.hidden_dims[0], xavier, name="inputs")
             h = self._drop(nn.gelu(first(observations, x, t)), training)
             for width in self.hidden_dims[1:]:
-                h = self._drop(nn.gelu(nn.Dense(width)(h)), training)
-            return jnp.broadcast_to(nn.Dense(size)(h), (*lead, size))
-        xavier = kernel_init("xavier")
+                h = self._drop(nn.gelu(nn.Dense(width, kernel_init=xavier)(h)), training)
+            return jnp.broadcast_to(nn.Dense(size, kernel_init=xavier)(h), (*lead, size))
         frequencies = self.param("frequencies", nn.initializers.normal(0.2), (self.time_dim // 2,))
         angles = 2.0 * jnp.pi * t * frequencies
         code = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -131,6 +131,8 @@ class BoundedGaussianActor(nn.Module):
     hidden_dims: Sequence[int]
     action_dim: int
     activation: Activation = "relu"
+    double_squash: bool = False
+    """Take tanh(u) for u, as Uni-O4's release online: log-std in (-4.4, -0.6)."""
 
     @nn.compact
     def __call__(self, observations: Array) -> Normal:
@@ -138,6 +140,7 @@ class BoundedGaussianActor(nn.Module):
         x = MLP(self.hidden_dims, last_gain=1.0, hidden_gain=1.0, activation=self.activation)(observations)
         x = jnp.tanh(nn.Dense(2 * self.action_dim, kernel_init=kernel_init("orthogonal", 1.0))(x))
         mean, free = jnp.split(x, 2, axis=-1)
+        free = jnp.tanh(free) if self.double_squash else free
         return Normal(mean, jnp.exp(-5.0 + 2.5 * (free + 1.0)))
 
 
@@ -285,12 +288,15 @@ class Value(nn.Module):
     hidden_dims: Sequence[int]
     layer_norm: bool = False
     init_scheme: Init = "orthogonal"
+    relu_output: bool = False
+    """ReLU on the output (Uni-O4's release, online with scaled rewards)."""
 
     @nn.compact
     def __call__(self, observations: Array) -> Array:
         """Return V at `observations`."""
         x = MLP(self.hidden_dims, self.layer_norm, init_scheme=self.init_scheme)(observations)
-        return jnp.squeeze(nn.Dense(1, kernel_init=kernel_init(self.init_scheme))(x), -1)
+        v = jnp.squeeze(nn.Dense(1, kernel_init=kernel_init(self.init_scheme))(x), -1)
+        return nn.relu(v) if self.relu_output else v
 
 
 class Scalar(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -152,6 +153,7 @@ class Screen:
         )
         self._tasks: dict[str, TaskID] = {}
         self._note, self._depth = "", 0
+        self._advised = False
 
     def __enter__(self) -> "Screen":
         """Start drawing; an inner `with` on the same screen changes nothing."""
@@ -174,6 +176,13 @@ class Screen:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
         label = "warm-up" if phase == "warmup" else name
         self._progress.update(self._tasks[name], completed=done, total=total, description=label, note=self._note)
+
+    def advice(self, text: str) -> None:
+        """Print the agent's advice, the first time only."""
+        if not self._advised:
+            with suppress(OSError):
+                self.console.print(f"[yellow]advice[/yellow]: {escape(text)}", highlight=False)
+        self._advised = True
 
     def episodes(self, rows: list[dict[str, Any]]) -> None:
         """Print one line for an evaluation. A terminal that has gone away does not end the run."""

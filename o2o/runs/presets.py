@@ -16,6 +16,9 @@ from o2o.report.suite import Cell
 from o2o.types import Agent, Needs
 from o2o.user_code import import_module
 
+OWN_REWARDS = ("kitchen", "locomotion")
+"""Families whose presets are for the environment's own rewards. Those of the others are for sparse rewards only."""
+
 
 def agent_class(name: str) -> Any:
     """Return the agent class of a name of `AGENTS`, or of `module:Class`, which imports the module.
@@ -88,8 +91,8 @@ def preset_run(
 ) -> RunConfig:
     """Return the run that an agent's preset makes of a dataset, with the fields of `RunConfig` in `changes` replaced.
 
-    `size` is `paper` or `small`. The papers of the presets scale only sparse rewards, and the settings of `task` win
-    over those of the preset; dicts in `config`, `task` and `loop` change single fields. Raises `ConfigError` for an
+    `size` is `paper` or `small`. The presets of mazes and Adroit scale only sparse rewards, and the settings of `task`
+    win over those of the preset; dicts in `config`, `task` and `loop` change single fields. Raises `ConfigError` for an
     unknown agent, size or field, `DatasetError` for the dataset.
     """
     ids = tuple(os.fspath(entry) for entry in ([dataset] if isinstance(dataset, str | Path) else dataset))
@@ -107,21 +110,24 @@ def preset_run(
         task_config = with_fields(TaskConfig(), task_config)
     about = datasets.info(ids[0])
     family = envs.task_for(env or about).family
-    preset = agent_class(agent).preset(family, size)
+    preset = agent_class(agent).preset(family, size).of_task(about.name)
     if family == "adroit" and task_config.binary is None:
         task_config = dataclasses.replace(task_config, binary=True)
     binary = {} if task_config.binary is None else {"binary": task_config.binary}
-    suits = (
-        envs.task_for(env or about, **binary).sparse or family == "kitchen"
-    )  # the papers scale and shift sparse rewards only
+    suits = envs.task_for(env or about, **binary).sparse or family in OWN_REWARDS
     rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
     untouched = all(value is None for value in rewards)
     if preset.reward is not None and suits and untouched:
         task_config = dataclasses.replace(task_config, reward_scale=preset.reward[0], reward_bias=preset.reward[1])
     if untouched:
         task_config = dataclasses.replace(task_config, normalize_returns=preset.normalize_returns)
-    if preset.only_successes and task_config.binary and task_config.only_successes is None:
-        task_config = dataclasses.replace(task_config, only_successes=True)
+    if task_config.binary:
+        paper = {"only_successes": preset.only_successes or None}
+        paper |= {name: getattr(preset, name) for name in ("terminate_on_success", "data_share")}
+        asked = {name: getattr(task_config, name) for name in paper}
+        task_config = dataclasses.replace(
+            task_config, **{name: paper[name] if value is None else value for name, value in asked.items()}
+        )
     if getattr(preset.config, "termination", None) == "auto":
         rule = termination_of(env or about.env_id)
         preset = dataclasses.replace(preset, config=dataclasses.replace(preset.config, termination=rule))

@@ -272,6 +272,8 @@ class Session:
         self.run.metrics.write(row)
         for logger in self.loggers:
             logger.metrics(row)
+        if self.screen is not None and (advice := self.trainer.agent.advice(row)):
+            self.screen.advice(advice)
 
     def _episodes(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:

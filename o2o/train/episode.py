@@ -18,7 +18,8 @@ import numpy as np
 
 from o2o.data.task import Task
 
-TRAIN_STREAM, EVAL_STREAM = 0, 1
+TRAIN_STREAM, EVAL_STREAM, FIXED_STREAM = 0, 1, 2
+"""Streams of reset seeds: training, evaluations with starts of their own, a run's evaluations on the same starts."""
 
 
 def reset_seed(*parts: int) -> int:

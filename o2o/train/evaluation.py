@@ -11,7 +11,7 @@ from o2o.data.normalizer import Normalizer
 from o2o.data.rollout import rollout
 from o2o.errors import ConfigError
 from o2o.train.acting import Agents, keys_of_steps, stack_of_one
-from o2o.train.episode import EVAL_STREAM, EnvSlot, reset_seed
+from o2o.train.episode import EVAL_STREAM, FIXED_STREAM, EnvSlot, reset_seed
 
 EnvFn = Callable[[bool], gymnasium.Env]
 """Makes one environment; the argument says whether it is for evaluation."""
@@ -30,12 +30,15 @@ class Evaluator:
         seed: int,
         normalized: Callable[[float], float | None] | None = None,
         slots: int = 5,
+        fresh_starts: bool = True,
     ) -> None:
         """Prepare for `episodes` episodes of each of `seeds` agents; environments are made at first use.
 
-        `normalized` maps a raw return to the dataset's normalised score. Raises `ConfigError` for no episodes.
+        `normalized` maps a raw return to the dataset's normalised score. `fresh_starts`: every point has reset seeds of
+        its own; otherwise all have the same. Raises `ConfigError` for no episodes.
         """
         self.env_fn, self.seeds, self.episodes, self.seed, self.normalized = env_fn, seeds, episodes, seed, normalized
+        self.fresh_starts = fresh_starts
         if episodes < 1:
             raise ConfigError(f"eval_episodes is {episodes}; expected at least 1")
         self.slots = min(slots, episodes)
@@ -48,7 +51,8 @@ class Evaluator:
         """Play all episodes with the stacked `agent` `[S]` and return their rows, by seed and episode.
 
         Everything that agent k sees depends on `seed` + k, not on how many agents play: the seed of a reset is derived
-        from (`seed` + k, `point`, episode), the agent's random numbers from (`seed` + k, `point`).
+        from (`seed` + k, episode), with `fresh_starts` from (`seed` + k, `point`, episode), the agent's random numbers
+        from (`seed` + k, `point`).
         """
         rows = self._play(agent, normalizer, point, deterministic, lambda: False)
         assert rows is not None
@@ -69,7 +73,8 @@ class Evaluator:
         owners = [index for index in range(self.seeds) for _ in range(self.slots)]
         numbers = [iter(range(self.episodes)) for _ in range(self.seeds)]
         for slot, index in zip(self.envs, owners, strict=True):
-            slot.seeds = (self.seed + index, EVAL_STREAM, point)
+            stream = (EVAL_STREAM, point) if self.fresh_starts else (FIXED_STREAM, 0)
+            slot.seeds = (self.seed + index, *stream)
         keys = keys_of_steps([reset_seed(self.seed + index, EVAL_STREAM, point) for index in range(self.seeds)])
         policy = Agents(agent, normalizer, self.slots, keys, deterministic)
         rows: list[Row] = []

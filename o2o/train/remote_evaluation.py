@@ -49,7 +49,7 @@ def evaluator_of(
 ) -> Evaluator:
     """Return the evaluator that a run's settings ask for."""
     kind = RemoteEvaluator if loop.eval_process else Evaluator
-    return kind(env_fn, seeds, loop.eval_episodes, seed, normalized)
+    return kind(env_fn, seeds, loop.eval_episodes, seed, normalized, fresh_starts=loop.fresh_eval_starts)
 
 
 class RemoteEvaluator(Evaluator):
@@ -58,7 +58,7 @@ class RemoteEvaluator(Evaluator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Prepare as an `Evaluator`; raise `ConfigError` if `env_fn` or what it refers to cannot be pickled."""
         super().__init__(*args, **kwargs)
-        settings = (self.env_fn, self.seeds, self.episodes, self.seed, None, self.slots)
+        settings = (self.env_fn, self.seeds, self.episodes, self.seed, None, self.slots, self.fresh_starts)
         self._settings = packed(settings, "env_fn", INSTEAD)
         self._child: Child | None = None
         self._structure: Any = None

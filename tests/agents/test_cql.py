@@ -340,7 +340,7 @@ def test_official_variant() -> None:
 def test_paper_presets() -> None:
     maze, adroit, kitchen, locomotion = (CQL.preset(f) for f in ("antmaze", "adroit", "kitchen", "locomotion"))
     assert maze.config.conservative.dual and maze.config.conservative.target_gap == 0.8
-    assert maze.config.critic_hidden_dims == (256,) * 4 and maze.config.std_mode == "uniform"
+    assert maze.config.critic_hidden_dims == (256,) * 4
     assert [p.config.conservative.weight for p in (adroit, kitchen, locomotion)] == [1.0, 5.0, 5.0]
     assert [p.config.conservative.importance_sampling for p in (maze, adroit, kitchen, locomotion)] == [
         True, True, False, True,
@@ -350,10 +350,11 @@ def test_paper_presets() -> None:
     for preset in (maze, adroit, kitchen, locomotion):
         config = preset.config
         assert (config.actor_lr, config.critic_lr, config.temperature_lr) == (1e-4, 3e-4, 1e-4)
-        assert (config.num_critics, config.target_subset, config.subset_replace) == (10, 2, True)
+        assert (config.num_critics, config.target_subset, config.conservative.subset) == (2, None, None)
+        assert (config.last_gain, config.output_gain, config.policy_output_gain) == (None, 1e-2, 1e-2)
+        assert config.std_mode == "scaled" and not config.critic_layer_norm and not config.shared_output
         assert config.max_target_actions == 10 and not config.backup_entropy and config.conservative.n_actions == 10
-        assert config.next_entropy_samples == (10 if preset is maze else 1) and CalQLConfig().next_entropy_samples == 1
-    assert [p.config.last_gain for p in (maze, adroit, kitchen, locomotion)] == [1e-2, 1e-2, None, 1e-2]
+        assert config.next_entropy_samples is None and CalQLConfig().next_entropy_samples == 1
     assert adroit.config.critic_hidden_dims == (512,) * 3
     assert type(CalQL.preset("adroit").config) is CalQLConfig and type(adroit.config) is CQLConfig
 

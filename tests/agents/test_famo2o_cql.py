@@ -297,7 +297,7 @@ def test_presets_follow_the_table() -> None:
     assert config.critic_layer_norm and not config.actor_layer_norm and not config.backup_entropy
     assert config.max_target_actions is None and config.target_subset is None and config.target_entropy == 1.0
     assert (config.online.replay, config.online.utd_ratio, config.online.warmup_steps) == ("append", 1, 0)
-    assert (config.released_range, config.target_beta) == (False, "next")
+    assert (config.released_range, config.target_beta) == (True, "current")
     maze, small = FamO2OCQL.preset("antmaze").config, FamO2OCQL.preset("locomotion", "small").config
     assert maze.conservative.dual and maze.conservative.subset is None and maze.balance_range == (0.5, 1.5)
     assert small.balance_hidden_dims == (128, 128) and small.balance_lr == small.actor_lr == 1e-3

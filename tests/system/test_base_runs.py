@@ -24,7 +24,7 @@ from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.session import load_base
 from o2o.train.acting import act_side_by_side
-from o2o.train.episode import EVAL_STREAM, EnvSlot
+from o2o.train.episode import FIXED_STREAM, EnvSlot
 from tests.system.test_runs import StopAt, assert_same_runs, train_interrupted
 
 
@@ -145,7 +145,7 @@ def test_first_evaluation_is_base(chunked_run: Path, maze_run: Runs) -> None:
     own = load_base(chunked_run, seed_index=1)
     env = envs.make(trainer.data.info, trainer.data.task, evaluation=True)
     base, data = Base(own, dataclasses.replace(trainer.data, action_map=own.data.action_map)), trainer.data
-    slot = EnvSlot(env, (0, EVAL_STREAM, 0))
+    slot = EnvSlot(env, (0, FIXED_STREAM, 0))
     observation, over = slot.reset(), False
     base.reset(0)
     while not over:
