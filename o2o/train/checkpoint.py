@@ -237,7 +237,8 @@ def best_step(folder: Path) -> int | None:
         with _checkpointer(folder) as checkpointer:
             return _best(folder, [entry for entry in checkpointer.checkpoints if entry.step in known])
     except Exception as error:
-        raise CheckpointError(f"the scores of the checkpoints in {folder} cannot be read ({_remedy(error)[1]})") from error
+        remedy, cause = _remedy(error)
+        raise CheckpointError(f"the scores of the checkpoints in {folder} cannot be read: {remedy or cause}") from error
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
