@@ -4,6 +4,7 @@ The command line, the benchmarks and notebooks all come through here.
 """
 
 import dataclasses
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,11 @@ from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, 
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
+from o2o.train.memory import size_of
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
@@ -264,6 +268,12 @@ class Session:
             hooks.progress = screen.progress
         begins = not run.online  # reads the latest checkpoint
         self.trainer = build(config, data, hooks, run.path, base, begins)
+        try:
+            needed = self.trainer.check_memory(config.online_steps)
+        except BaseException:
+            self.trainer.close()
+            raise
+        _log.info("memory: %s", ", ".join(f"{name} {size_of(size)}" for name, size in needed.items()))
         if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))

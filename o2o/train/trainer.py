@@ -24,16 +24,16 @@ from o2o.data.datasets import Dataset
 from o2o.data.normalizer import Normalizer, normalized_rows
 from o2o.errors import ConfigError, DivergenceError
 from o2o.keys import seed_keys
-from o2o.nn.kernels import each_seed
+from o2o.nn.kernels import each_seed, seeds_in_turn
 from o2o.nn.modules import where_leading
 from o2o.replay.buffer import capacity_for, check_window
-from o2o.replay.device import Returns
+from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.host import HostReplay
-from o2o.replay.place import Place, Replay
+from o2o.replay.place import Place, Replay, row_bytes
 from o2o.replay.rollout import Rollout
 from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
-from o2o.train import programs
+from o2o.train import memory, programs
 from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn
 from o2o.train.remote_evaluation import evaluator_of
@@ -76,6 +76,8 @@ class Trainer:
         rows = normalized_rows(normalizer, data.arrays)
         observations, actions = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), (rows["observations"], rows["actions"]))
         create = partial(programs.create_agent, agent_class=agent_class, config=config)
+        shapes = jax.eval_shape(create, self.keys[0], observations, actions)
+        memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
@@ -122,6 +124,27 @@ class Trainer:
     def start_from(self, agent: Any, normalizer: Normalizer | None) -> None:
         """Take over agents `[S, ...]` that were pre-trained elsewhere, with the normaliser that they know."""
         self.state.agent, self.state.normalizer = agent, normalizer
+
+    def check_memory(self, online_steps: int) -> dict[str, int]:
+        """Return the bytes that the run takes, by name; raises `ConfigError` if what is still to come cannot fit.
+
+        `replay` is that of `online_steps`. What goes to the disk is not counted.
+        """
+        free, rows, online = memory.free_bytes(), self.replay.data.rows, self.online_config
+        ring = 0
+        if online_steps and online.replay not in ("none", "rollout") and isinstance(self.replay, DeviceReplay):
+            appended = self.replay.data.size if online.replay == "append" else 0
+            capacity = (capacity_for(online_steps, self.loop.replay_capacity) + appended) * self.seeds
+            fits = row_bytes(rows) * (capacity + self.replay.data.size) <= self.place.limit()
+            ring = row_bytes(rows) * capacity if fits else 0
+        one, batch = jax.eval_shape(self.agent_of), self.replay.batch_shapes(self._sampling())
+        if self.counters.phase == "online" or online.replay == "rollout":
+            update = 0  # of a run that goes on its replay's batches are known, and have fitted
+        else:
+            update = memory.update_bytes(one, batch, free or 2**62) * (1 if seeds_in_turn(self.agent) else self.seeds)
+        memory.refuse({"replay": ring, f"an update with batch_size {self.config.batch_size}": update}, free)
+        own = {"agents": memory.tree_bytes(self.agent), "dataset": row_bytes(rows) * self.replay.data.size}
+        return {**own, "replay": ring, "update": update}
 
     # Offline: gradient steps on the dataset, hundreds per dispatch
 
