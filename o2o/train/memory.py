@@ -75,7 +75,7 @@ def refuse(needed: Mapping[str, int], free: int | None) -> None:
     parts = ", ".join(f"{name} {size_of(size)}" for name, size in needed.items())
     raise ConfigError(
         f"the run needs about {size_of(total)} more memory ({parts}), and {size_of(free)} are free on "
-        f"{jax.devices()[0].platform}: lower config.batch_size, seeds, the widths of networks or loop.replay_capacity, or "
+        f"{jax.devices()[0].platform}: lower config.batch_size, seeds, network widths or loop.replay_capacity, or "
         "set loop.device_bytes, so that observations go to the disk"
     )
 

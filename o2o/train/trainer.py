@@ -76,7 +76,9 @@ class Trainer:
         rows = normalized_rows(normalizer, data.arrays)
         observations, actions = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), (rows["observations"], rows["actions"]))
         create = partial(programs.create_agent, agent_class=agent_class, config=config)
-        shapes = jax.eval_shape(create, self.keys[0], observations, actions)
+        shapes = programs.create_agent.eval_shape(
+            self.keys[0], observations, actions, agent_class=agent_class, config=config
+        )
         memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
@@ -137,7 +139,8 @@ class Trainer:
             capacity = (capacity_for(online_steps, self.loop.replay_capacity) + appended) * self.seeds
             fits = row_bytes(rows) * (capacity + self.replay.data.size) <= self.place.limit()
             ring = row_bytes(rows) * capacity if fits else 0
-        one, batch = jax.eval_shape(self.agent_of), self.replay.batch_shapes(self._sampling())
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.agent)
+        batch = self.replay.batch_shapes(self._sampling())
         if self.counters.phase == "online" or online.replay == "rollout":
             update = 0  # of a run that goes on its replay's batches are known, and have fitted
         else:
