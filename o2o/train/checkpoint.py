@@ -277,7 +277,12 @@ def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Describe a leaf to load: onto the device where `leaf` is, whichever device wrote it."""
+    """Describe a leaf to load: onto the device where `leaf` is, whichever device wrote it.
+
+    A random key is described by its numbers. For a key orbax would trace a function anew, and JAX keeps each trace.
+    """
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
     here = leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
 

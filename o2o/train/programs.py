@@ -40,7 +40,7 @@ def to_online(agent: Agent) -> Agent:
 def zeros_of(step: Callable[..., tuple[Any, Info]], agent: Any, *args: Any) -> Info:
     """Return zeros shaped like the metrics of `step(agent, *args)`, leaves `[S]`, for stacked agents `[S, ...]`."""
     seeds = jax.tree.leaves(agent)[0].shape[0]
-    one = jax.eval_shape(lambda a: jax.tree.map(lambda leaf: leaf[0], a), agent)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), agent)
     infos = jax.eval_shape(lambda a, rest: step(a, *rest)[1], one, args)
     return jax.tree.map(lambda leaf: jnp.zeros((seeds, *leaf.shape), leaf.dtype), infos)
 

@@ -1,6 +1,7 @@
 """Run folders, checkpoints and row files that people break: names, races, broken files, full disks, signals."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -266,6 +268,22 @@ def test_real_cause_of_unreadable(error: Exception, words: str, tmp_path: Path, 
     with pytest.raises(CheckpointError, match=words) as caught:
         checkpoint.load_state(tmp_path)
     assert "delete" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_loading_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Loading the same checkpoint again and again, random keys too, keeps next to no objects in memory."""
+    tree = {"agent": {str(i): jax.random.key(i) for i in range(20)}}
+    checkpoint.save(tmp_path, 1, tree, {}, None, 1)
+
+    def load(times: int) -> int:
+        for _ in range(times):
+            loaded = checkpoint.load_arrays(tmp_path, 1, tree)["agent"]["7"]
+            assert jax.random.key_data(loaded).tolist() == jax.random.key_data(jax.random.key(7)).tolist()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = load(3)
+    assert (load(5) - before) / 5 < 100  # a trace for each of the 20 keys were above 300
 
 
 def test_status_on_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
