@@ -133,7 +133,7 @@ def save(
     items = dict(arrays)
     shapes = {name: _shapes(tree) for name, tree in items.items()}
     items["state"] = {"json": json.dumps({"state": dict(state), "shapes": shapes})}
-    metrics = None if score is None else {"score": float(score)}
+    metrics: Any = None if score is None else {"score": float(score)}
     try:
         known = steps(folder)
         if known and known[-1] >= step:
