@@ -269,11 +269,10 @@ class Session:
         begins = not run.online  # reads the latest checkpoint
         self.trainer = build(config, data, hooks, run.path, base, begins)
         try:
-            needed = self.trainer.check_memory(config.online_steps)
+            self._needed = self.trainer.check_memory(config.online_steps)
         except BaseException:
             self.trainer.close()
             raise
-        _log.info("memory: %s", ", ".join(f"{name} {size_of(size)}" for name, size in needed.items()))
         if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
@@ -308,6 +307,7 @@ class Session:
                 return False
             return self.config.online_steps == 0 or self.trainer.online(self.config.online_steps)
 
+        _log.info("memory: %s", ", ".join(f"{name} {size_of(size)}" for name, size in self._needed.items()))
         with Closing() as closing:
             closing.callback(self.run.close)
             for logger in self.loggers:
