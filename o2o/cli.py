@@ -103,6 +103,7 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     Raises `ConfigError` for bad input; `--help` exits.
     """
     from o2o.runs import session
+    from o2o.runs.folder import NAME_BYTES, check_name
     from o2o.runs.presets import Chosen
 
     kinds = {**get_type_hints(session.RunConfig), "config": session.config_class(agent)}
@@ -138,7 +139,9 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     values = {name: getattr(run if name in first else run.more, name) for name in values}
     config = session.RunConfig(**{**values, "agent": default.agent, "task": default.task})
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
-    return run.runs / (run.name or f"{agent.rpartition(':')[2]}-{slug}-{config.seed}"), config
+    name = run.name if run.name is not None else f"{agent.rpartition(':')[2]}-{slug}-{config.seed}"[:NAME_BYTES]
+    check_name(name)
+    return (run.runs / name).absolute(), config  # absolute: an environment may change the working folder
 
 
 def _part(cls: type, shown: Iterable[str]) -> Any:
@@ -176,6 +179,7 @@ def resume(run: Name[Path], online_steps: Amount | None = None) -> int:
     from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
+    run = run.absolute()  # an environment may change the working folder
     with Screen(console) as screen:
         finished = session.resume(run, screen, online_steps)
     return end(run, finished, console)

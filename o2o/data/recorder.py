@@ -148,20 +148,28 @@ def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
 
 
 def _files(folder: Path) -> dict[Name, Path]:
-    """Return the recorded episodes of a folder, sorted by seed and environment, then by time."""
-    named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
-    return dict(sorted(named.items()))
+    """Return the recorded episodes of a folder, sorted by seed and environment, then by time; other files are none."""
+    files = [path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9]+(-[0-9]+)*", path.stem) and path.is_file()]
+    return dict(sorted((tuple(int(part) for part in path.stem.split("-")), path) for path in files))
 
 
 def _header(folder: Path) -> dict[str, Any]:
     """Return the description of the environment in a folder of episodes. Raises `RunError` if it cannot be read."""
     try:
-        return json.loads((folder / HEADER).read_text())
-    except (OSError, ValueError) as error:
+        header = json.loads((folder / HEADER).read_text())
+        if not isinstance(header, dict) or not isinstance(header.get("metadata"), dict):
+            raise ValueError("it describes no environment")
+        return header
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it again, or "
             "copy the file of another recorded run in the same environment"
         ) from error
+
+
+def any_recorded(run: Path) -> bool:
+    """Whether a run has a recorded episode."""
+    return bool(_files(run / EPISODES))
 
 
 def next_number(folder: Path, prefix: Name) -> int:
@@ -186,9 +194,9 @@ def _read(path: Path, space: gym.Space) -> Episode:
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"recorded episode {path} cannot be read ({error}); delete it") from error
-    rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
+        rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"recorded episode {path} cannot be read ({error}); move it elsewhere") from error
     seed = int(arrays["seed"]) if "seed" in arrays else None
     rest |= {key: arrays.get(key) for key in ("success", "intervened")}
     return Episode(observations=_nested(space, arrays), seed=seed, **rest)

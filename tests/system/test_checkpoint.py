@@ -201,6 +201,7 @@ def test_failed_write_keeps_earlier(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cannot save checkpoint 2") and result.stdout.count("\n") == 1, result.stdout
     assert "earlier checkpoints are intact" in result.stdout
+    assert "Traceback" not in result.stderr and sorted(path.name for path in tmp_path.iterdir()) == ["1"]
     assert checkpoint.steps(tmp_path) == [1]
     noise = np.random.default_rng(0).random((512, 512)).astype(np.float32)
     np.testing.assert_array_equal(checkpoint.load_arrays(tmp_path, 1, {"agent": noise})["agent"], noise)

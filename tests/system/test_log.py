@@ -191,7 +191,8 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
         @classmethod
         def init(cls, **options: Any) -> Any:
             cls.begun.append(options)
-            return SimpleNamespace(log=cls.logged.append, finish=lambda: cls.logged.append({}))
+            ignore = lambda *_, **__: None  # noqa: E731
+            return SimpleNamespace(log=cls.logged.append, finish=lambda: cls.logged.append({}), define_metric=ignore)
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     return Wandb
@@ -204,7 +205,7 @@ def test_wandb_numbers_per_seed(tmp_path: Path, wandb: Any) -> None:
         logger.metrics(row)
     logger.close()
     assert wandb.logged == [
-        {"seed0/critic/loss": 0.5, "env_steps": 0, "gradient_steps": 500},
+        {"offline/seed0/critic/loss": 0.5, "env_steps": 0, "gradient_steps": 500},
         {"seed1/train/return": 3.0, "env_steps": 40, "gradient_steps": 540},
         {},
     ]
@@ -248,7 +249,8 @@ def test_evaluations_reach_loggers(
     points = [(0, 20), (50, 20), (60, 20)]
     assert sorted({(row["env_steps"], row["gradient_steps"]) for row in played}) == points
     for seed in range(2):
-        mine = [row for row in wandb.logged if f"seed{seed}/eval/return" in row]
+        logged = [{key.removeprefix("offline/"): value for key, value in row.items()} for row in wandb.logged]
+        mine = [row for row in logged if f"seed{seed}/eval/return" in row]
         assert [(row["env_steps"], row["gradient_steps"]) for row in mine] == points
         for row in mine:
             episodes = [e for e in played if e["seed"] == seed and e["env_steps"] == row["env_steps"]]
