@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from typing import Any
 
@@ -25,7 +25,8 @@ from o2o.envs.wrappers import (
     StackHistory,
     TaskReward,
 )
-from o2o.errors import ConfigError, EnvironmentMismatchError, suggest
+from o2o.errors import ConfigError, EnvironmentMismatchError, TrustError, suggest
+from o2o.trust import HOW
 from o2o.user_code import import_module
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "make_embedded",
     "register",
     "same_environment",
+    "specification",
     "task_for",
     "wrap",
 ]
@@ -54,7 +56,7 @@ gym.register_envs(gymnasium_robotics)
 
 
 def make(
-    source: str | DatasetInfo,
+    source: str | DatasetInfo | EnvSpec,
     task: Task | None = None,
     *,
     evaluation: bool = False,
@@ -76,7 +78,7 @@ def make(
     `executed_action` and `intervened`.
 
     Args:
-        source: A Gymnasium id, `module:id`, or a dataset that names its environment.
+        source: A Gymnasium id, `module:id`, a dataset that names its environment, or a specification of Gymnasium.
         task: Conventions of reward, success and termination; default: the table's for `source`.
         evaluation: Success alone does not end the episode.
         render_mode: Gymnasium's.
@@ -90,11 +92,12 @@ def make(
         cameras: Cameras to render into the observation (`o2o.envs.cameras`); default: those of the dataset.
         image_size: Height and width of their images.
 
-    Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit.
+    Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit,
+    `TrustError` for a dataset whose environment is code that only its file names.
     """
     about = source if isinstance(source, DatasetInfo) else None
-    task = task if task is not None else task_for(source)
-    spec = _spec(source)
+    spec = specification(source)
+    task = task if task is not None else task_for(spec.id.rpartition(":")[2] if isinstance(source, EnvSpec) else source)
     kwargs: dict[str, Any] = dict(task.env_kwargs)
     if task.family == "kitchen":
         kwargs |= kitchen.spec_kwargs(spec.kwargs)
@@ -173,7 +176,7 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
-    return _settings(_spec(env_id)) == _settings(theirs)
+    return _settings(specification(env_id)) == _settings(theirs)
 
 
 def _settings(spec: EnvSpec) -> str:
@@ -182,8 +185,15 @@ def _settings(spec: EnvSpec) -> str:
     return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 
 
-def _spec(source: str | DatasetInfo) -> EnvSpec:
-    """Return a dataset's evaluation specification (with the real time limit) or its own; an id's from the registry."""
+def specification(source: str | DatasetInfo | EnvSpec) -> EnvSpec:
+    """Return an id's specification from the registry; of a dataset that for evaluation, or else its own.
+
+    The code of a dataset's environment is that of the registered environment of this id, whatever the dataset names.
+    Raises `ConfigError` for an unknown id, `EnvironmentMismatchError` for a dataset that names no environment or one
+    within wrappers, `TrustError` if no registered environment has the code that the dataset names.
+    """
+    if isinstance(source, EnvSpec):
+        return source
     if isinstance(source, DatasetInfo):
         spec = source.eval_env_spec or source.env_spec
         if spec is None:
@@ -197,7 +207,7 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
                 "not make by itself: register an environment that has them, and give it with --env module:ID; or with "
                 f"--env {spec.id} if they change nothing"
             )
-        return spec
+        return _with_known_code(spec, source)
     module, _, name = source.rpartition(":")
     try:
         if module:
@@ -207,3 +217,16 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
         hint = suggest(source, gym.registry, "register it with gymnasium first, or give module:id", count=3)
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"unknown environment {source!r} ({reason}); {hint}") from error
+
+
+def _with_known_code(spec: EnvSpec, dataset: DatasetInfo) -> EnvSpec:
+    """Return a dataset's specification with the code of the registry, or its own if it may run (`o2o.trust`)."""
+    registered = gym.registry.get(spec.id)  # gymnasium.spec would import what stands before a colon
+    if registered is not None:
+        return replace(spec, entry_point=registered.entry_point, vector_entry_point=registered.vector_entry_point)
+    if dataset.trusted or spec.entry_point in {known.entry_point for known in gym.registry.values()}:
+        return spec
+    raise TrustError(
+        f"dataset {dataset.name} would run {spec.entry_point} as its environment {spec.id}, which is not registered: "
+        f"name the module that registers it, --env MODULE:{spec.id.rpartition(':')[2]}; or {HOW}"
+    )

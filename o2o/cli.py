@@ -19,12 +19,17 @@ from rich.console import Console
 from rich.text import Text
 from tyro.extras import SubcommandApp
 
+from o2o import trust
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
 from o2o.startup import prepare_process
 from o2o.usage import one_line
 
 Name = tyro.conf.Positional
-ABOUT = "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment."
+TRUST = "--trust"
+ABOUT = (
+    "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment. With --trust, "
+    "any command runs the code that files of others name."
+)
 
 
 def train(args: Name[tuple[str, ...]] = ()) -> int:
@@ -453,7 +458,10 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="orbax")
     with logging_to_stderr():
         try:
-            code = _dispatch(list(sys.argv[1:] if args is None else args))
+            given = list(sys.argv[1:] if args is None else args)
+            if TRUST in given:
+                trust.everywhere()
+            code = _dispatch([arg for arg in given if arg != TRUST])
         except O2OError as error:
             print(f"o2o: error: {error}", file=sys.stderr)
             code = 2

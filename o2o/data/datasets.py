@@ -448,7 +448,7 @@ def environment_entries(observation_space: gym.Space, action_space: gym.Space, s
     entries: dict[str, Any] = {"env_spec": None}
     entries |= {"observation_space": serialize_space(observation_space), "action_space": serialize_space(action_space)}
     if (kept := files.storable(spec)) is not None:
-        entries["env_spec"] = kept.to_json()
+        entries |= {"env_spec": kept.to_json(), **files.vouchers(kept)}
     return entries
 
 

@@ -27,6 +27,7 @@ from minari.serialization import deserialize_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
+from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
@@ -72,6 +73,8 @@ class DatasetInfo:
     """Raw returns of all episodes, `[n]`."""
     episode_success: np.ndarray | None = None
     """Whether any step of the episode succeeded, `[n]`; None where success is unknown."""
+    trusted: bool = False
+    """Whether the code that its specifications name may run, though no registered environment has it (`o2o.trust`)."""
 
     @property
     def name(self) -> str:
@@ -175,7 +178,11 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
     try:
         for old in ('"order_enforce": true,', '"apply_api_compatibility": false,', '"autoreset": false, '):
             text = text.replace(old, "")  # written by Gymnasium before 1.0
-        return portable(EnvSpec.from_json(text))
+        spec = EnvSpec.from_json(text)
+        kinds = {"entry_point": str | None, "kwargs": dict, "max_episode_steps": int | None}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]:
+            raise TypeError(f"its {wrong[0]} is {getattr(spec, wrong[0])!r}")
+        return portable(spec)
     except Exception as error:
         raise DatasetError(f"dataset {metadata['dataset_id']}: its {key} cannot be read ({error})") from error
 
@@ -211,6 +218,33 @@ def storable(spec: EnvSpec | None) -> EnvSpec | None:
     return spec
 
 
+LIBRARIES = ("gymnasium", "gymnasium_robotics", "o2o")
+"""Packages whose environments are registered wherever o2o is."""
+
+
+def vouchers(*specs: EnvSpec | None) -> dict[str, list[str]]:
+    """Return the entry of metadata.json by which a specification's code may run for this user (`o2o.trust`).
+
+    Only for environments that this program has registered, and none for those that every o2o has.
+    """
+    found = []
+    for spec in specs:
+        known = None if spec is None else gym.registry.get(spec.id)
+        if spec is None or known is None or known.entry_point != spec.entry_point:
+            continue
+        if str(spec.entry_point).partition(".")[0] not in LIBRARIES:
+            found.append(voucher([str(spec.entry_point)], spec.kwargs))
+    return {"vouched": [proof for proof in found if proof is not None]} if any(found) else {}
+
+
+def _vouched_for(metadata: Mapping[str, Any], *specs: EnvSpec | None) -> bool:
+    """Whether this user vouched for every one of the specifications."""
+    proofs = metadata.get("vouched")
+    if not isinstance(proofs, list):
+        return False
+    return all(any(vouched(proof, [str(spec.entry_point)], spec.kwargs) for proof in proofs) for spec in specs if spec)
+
+
 def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
     """Open the data of a dataset. Raises `DatasetError` if the data or the spaces cannot be read."""
     try:
@@ -227,7 +261,7 @@ def info(dataset: str | Path, root: str | Path | None = None, download: bool = F
 def read_info(data: Path) -> DatasetInfo:
     """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
-    spec, name = env_spec(metadata), metadata["dataset_id"]
+    spec, eval_spec, name = env_spec(metadata), env_spec(metadata, "eval_env_spec"), metadata["dataset_id"]
     found = {}
     for key in ("observation_space", "action_space"):
         try:
@@ -242,12 +276,13 @@ def read_info(data: Path) -> DatasetInfo:
         ids=(name,),
         env_id=spec.id if spec else None,
         env_spec=spec,
-        eval_env_spec=env_spec(metadata, "eval_env_spec"),
+        eval_env_spec=eval_spec,
         ref_min_score=metadata.get("ref_min_score"),
         ref_max_score=metadata.get("ref_max_score"),
         episodes=int(metadata["total_episodes"]),
         steps=int(metadata["total_steps"]),
         metadata=metadata,
+        trusted=trusted(data) or _vouched_for(metadata, spec, eval_spec),
         **found,
     )
 
@@ -466,7 +501,8 @@ def write_dataset(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
-        extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__, **(metadata or {})}
+        extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__}
+        extra |= {**vouchers(spec, eval_spec), **(metadata or {})}
         if eval_spec is not None:
             extra["eval_env_spec"] = eval_spec.to_json()
         storage.update_metadata(extra)

@@ -5,6 +5,8 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import shutil
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import python_policy
@@ -34,6 +36,8 @@ from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
+from o2o.trust import HOW, trusted, vouched, voucher
+from o2o.user_code import origin
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
@@ -127,13 +131,18 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
 
     `base`: the run's base policy, if it is loaded already.
     """
+    return _seen_with(base or base_of(config), config, _load_rows(config))
+
+
+def _load_rows(config: RunConfig) -> datasets.Dataset:
+    """Load the run's dataset without history and base actions."""
     check_length(config.history)
     if not 0.0 <= config.config.discount <= 1.0:
         raise ConfigError(f"config.discount is {config.config.discount}; expected 0 to 1, such as 0.99")
     if config.config.batch_size < 1:
         raise ConfigError(f"config.batch_size is {config.config.batch_size}; expected at least 1")
-    base, needs = base or base_of(config), config.config.needs
-    data = datasets.load(
+    needs = config.config.needs
+    return datasets.load(
         config.dataset,
         task=task_of(config),
         weights=config.weights or None,
@@ -143,6 +152,10 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
         action_range=config.action_range,
         action_margin=needs.action_margin,
     )
+
+
+def _seen_with(base: BasePolicy | None, config: RunConfig, data: datasets.Dataset) -> datasets.Dataset:
+    """Return the dataset as the run's agent sees it: with the history, and with the base's actions if there is one."""
     if base is None:
         return with_history(data, config.history)
     labels = base_labels(base, data, config.base_labels, config.base_timeout_s)
@@ -161,14 +174,26 @@ def env_maker(
 ) -> EnvMaker:
     """Return the maker of a run's environments; `recorder` goes around the training ones (`o2o.envs.wrap`, `inner`)."""
     make = partial(
-        envs.make, config.env or data.info, data.task, achieved_goal=config.task.achieved_goal, dataset=data.info,
-        history=config.history, action_map=data.action_map, cameras=config.cameras, image_size=config.image_size,
+        envs.make, config.env or _specification(data.info), data.task, achieved_goal=config.task.achieved_goal,
+        dataset=data.info, history=config.history, action_map=data.action_map, cameras=config.cameras,
+        image_size=config.image_size,
     )  # fmt: skip
     if base is None:
         return EnvMaker(make, recorder)
     return EnvMaker(
         make, recorder, partial(_with_base, policy=base, data=data.without_rows(), timeout_s=config.base_timeout_s)
     )
+
+
+def _specification(about: datasets.DatasetInfo) -> Any:
+    """Return the specification of a dataset's environment, which other processes may not have registered.
+
+    Where there is none that may run, it is the dataset, so that whoever makes an environment learns why.
+    """
+    try:
+        return envs.specification(about)
+    except O2OError:
+        return about
 
 
 def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: float | None) -> Any:
@@ -215,7 +240,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     target = agent_class(config.agent)
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
-    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)), begins=False)
+    source = _trainer_of(Path(str(config.init_from)), source_config)
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
@@ -225,6 +250,32 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     source.close()
 
 
+def _trainer_of(path: Path, config: RunConfig) -> Trainer:
+    """Return the trainer of the run in folder `path`, for who will not train it."""
+    data, base = unchanged(path, config)
+    return build(_to_look_at(config), data, folder=path, base=base, begins=False)
+
+
+def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePolicy | None]:
+    """Load the dataset and the base policy of the run in folder `path`.
+
+    Raises `ConfigError` unless both are what they were when the run began. The dataset is compared before the base is
+    loaded, and the base before it acts.
+    """
+    begun, data = read_config(path), _load_rows(config)
+    if (wanted := begun.get("fingerprint")) != data.fingerprint:
+        raise ConfigError(
+            f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
+            "restore the dataset or start a new run"
+        )
+    base = base_of(config)
+    if base is not None and base.fingerprint != begun.get("base_fingerprint"):
+        raise ConfigError(
+            f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
+        )
+    return _seen_with(base, config, data), base
+
+
 def _to_look_at(config: RunConfig) -> RunConfig:
     """Return the settings of a run for who will not train it: no records, no processes."""
     loop = dataclasses.replace(config.loop, eval_process=False, env_processes=0)
@@ -232,13 +283,35 @@ def _to_look_at(config: RunConfig) -> RunConfig:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Return the settings of a run folder."""
+    """Return the settings of a run folder. Raises `TrustError` where they name code that the user did not name."""
     values = read_config(path)
-    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint"):
+    _check_code(path, values)
+    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "vouched"):
         values.pop(name, None)
     agent_config = values.pop("config", {})
     config = from_dict(config_class(values["agent"]), agent_config, f"{path}/config.json config")
     return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, f"{path}/config.json"), config=config)
+
+
+def _code_of(values: Mapping[str, Any]) -> list[str]:
+    """Return what the settings of a run name that runs as code: a module of an environment, a base policy in code."""
+    env, base = values.get("env"), values.get("base")
+    found = [str(env)] if ":" in str(env or "") else []
+    if base and not Path(str(base)).is_dir() and (":" in str(base) or not str(base).endswith(".onnx")):
+        found.append(str(base))
+    return found
+
+
+def _check_code(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise `TrustError` if the settings of a run folder name code, and neither the user nor a run of the user did."""
+    code = _code_of(values)
+    imported = lambda name: name == values.get("env") and name.rpartition(":")[0] in sys.modules  # noqa: E731
+    unknown = [name for name in code if origin(name) is not None and not imported(name)]
+    if unknown and not vouched(values.get("vouched"), code) and not trusted(path):
+        raise TrustError(
+            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine: look at that "
+            f"code; {HOW}"
+        )
 
 
 class Session:
@@ -320,6 +393,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
+    about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints).lock()
     try:
         session = Session(config, run, data, screen, base)
@@ -338,18 +412,7 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
     which cannot grow: nothing has been moved or written then.
     """
     config = load_config(path)
-    base, begun = base_of(config), read_config(path)
-    if base is not None and base.fingerprint != begun.get("base_fingerprint"):
-        raise ConfigError(
-            f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
-        )
-    data = load_data(config, base)
-    wanted = begun.get("fingerprint")
-    if wanted != data.fingerprint:
-        raise ConfigError(
-            f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
-            "restore the dataset or start a new run"
-        )
+    data, base = unchanged(path, config)
     run = RunFolder.open(path, config.keep_checkpoints).lock()
     with Closing() as closing:
         closing.callback(run.close)
@@ -377,7 +440,7 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
     if which not in ("latest", "best") and not which.isdigit():
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
     config = load_config(path)
-    trainer = build(_to_look_at(config), folder=path, begins=False)
+    trainer = _trainer_of(path, config)
     run = RunFolder.open(path)
     step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
     run.load(trainer, config.online_steps, step, go_on=False)
