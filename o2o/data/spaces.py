@@ -278,16 +278,11 @@ class ActionMap:
     def bounds_of(cls, space: gym.Space) -> Self:
         """Return a float Box's own bounds, which may be infinite: to be compared or `fitted`, not to map with.
 
-        Raises `EnvironmentMismatchError` for any other space, and if a lower bound is above the upper one.
+        Raises `EnvironmentMismatchError` for any other space.
         """
         if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
             raise EnvironmentMismatchError(
                 f"the action space is {space}: o2o's agents act in a continuous Box; discrete actions are not supported"
-            )
-        if not np.all(space.low <= space.high):
-            raise EnvironmentMismatchError(
-                f"the action space {space} has a lower bound that is NaN or above the upper one: give its Box bounds "
-                "in order"
             )
         return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
 
