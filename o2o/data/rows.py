@@ -8,8 +8,20 @@ import numpy as np
 from o2o.data.spaces import ObservationSpec
 
 Rows = dict[str, np.ndarray]
+ALIGNMENT = 64
+"""Bytes; arrays that begin at a multiple of it are taken over by JAX on a CPU as they are."""
+BLOCK = 2**15
+"""Rows that are converted together."""
 LARGE = 4096.0
 """Numbers up to this size keep a resolution of 0.0005 in float32."""
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an array that JAX on a CPU can use as it lies in memory, without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    at = -raw.ctypes.data % ALIGNMENT
+    return raw[at : at + size].view(dtype).reshape(shape)
 
 
 class Columns:
@@ -25,11 +37,11 @@ class Columns:
         used = self._used.get(key, 0)
         end = used + len(values)
         if key not in self._arrays:
-            self._arrays[key] = np.empty((max(room, end), *values.shape[1:]), values.dtype)
+            self._arrays[key] = empty((max(room, end), *values.shape[1:]), values.dtype)
         held = self._arrays[key]
         kind = np.result_type(held, values)
         if end > len(held) or kind != held.dtype:
-            wider = np.empty((max(end + end // 4, len(held)), *held.shape[1:]), kind)
+            wider = empty((max(end + end // 4, len(held)), *held.shape[1:]), kind)
             wider[:used] = held[:used]
             self._arrays[key] = held = wider
         held[used:end] = values
@@ -83,6 +95,11 @@ class Indexed:
         return self.frames.dtype
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.frames.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held beside the frames, which are the observations' as well."""
         return self.index.nbytes
@@ -101,9 +118,16 @@ class Indexed:
         """Return all rows as an array of their own."""
         return np.asarray(self.frames[self.index], dtype)
 
+    def heads(self, rows: Any) -> bool:
+        """Whether `rows` are the first of these frames, as the observations of a dataset are."""
+        return isinstance(rows, np.ndarray) and rows.ctypes.data == self.frames.ctypes.data and rows.ndim == self.ndim
+
     def map(self, function: Any) -> Self:
-        """Return the rows with `function` applied to all frames `[F, ...]`."""
-        return type(self)(np.asarray(function(self.frames)), self.index)
+        """Return the rows with `function` applied to all frames `[F, ...]`, some at a time."""
+        made = empty(self.frames.shape, self.dtype)
+        for start in range(0, len(made), BLOCK):
+            made[start : start + BLOCK] = function(self.frames[start : start + BLOCK])
+        return type(self)(made, self.index)
 
 
 def contiguous(frames: np.ndarray, now: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, Indexed]:

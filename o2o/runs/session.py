@@ -351,6 +351,7 @@ class Session:
         if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
+        self.trainer.forget_rows()
         try:
             self.loggers += make_loggers(config.loggers, run.path, to_dict(self.config))
         except BaseException:
@@ -417,9 +418,10 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints).lock()
     try:
         session = Session(config, run, data, screen, base)
+        del data  # what is learnt from is in the trainer's replay
         with Closing() as closing:
             closing.callback(session.trainer.close)
-            _rehearse(session.trainer, config, data, base)
+            _rehearse(session.trainer, config, session.trainer.data, base)
             closing.pop_all()
     except BaseException:
         run.close()
@@ -469,6 +471,7 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
         if online_steps is not None:
             run.check_steps(online_steps, config.loop.replay_capacity)
         session = Session(config, run, data, screen, base)
+        del data
         closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)
         if online_steps is not None:

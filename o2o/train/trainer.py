@@ -26,7 +26,7 @@ from o2o.errors import ConfigError, DivergenceError
 from o2o.keys import seed_keys
 from o2o.nn.kernels import each_seed
 from o2o.nn.modules import where_leading
-from o2o.replay.buffer import capacity_for, check_window
+from o2o.replay.buffer import capacity_for, check_window, one_row
 from o2o.replay.device import Returns
 from o2o.replay.host import HostReplay
 from o2o.replay.place import Place, Replay
@@ -89,6 +89,10 @@ class Trainer:
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
+
+    def forget_rows(self) -> None:
+        """Let go of the dataset's rows as they were loaded: those that are learnt from are in `replay`."""
+        self.data = self.data.without_rows()
 
     @property
     def agent(self) -> Any:
@@ -272,7 +276,7 @@ class Trainer:
     def _make_fleet(self) -> Fleet:
         """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
         fleet = Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
-        self.fleet = fleet.must_fit(self.replay.data.rows, self.loop.eval_process)
+        self.fleet = fleet.must_fit(one_row(self.replay.data.rows), self.loop.eval_process)
         return self.fleet
 
     # Online: one environment step, one update call, the next actions
@@ -558,8 +562,8 @@ class Trainer:
             return self.fleet.observations
         if self.state.observations is not None:
             return self.state.observations
-        rows, count = self.replay.data.rows["observations"], self.seeds * self.envs_per_seed
-        return jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), rows)
+        row, count = one_row(self.replay.data.rows)["observations"], self.seeds * self.envs_per_seed
+        return jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), row)
 
     def load(
         self,
