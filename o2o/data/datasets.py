@@ -154,7 +154,7 @@ def _read_rows(
             "and the others do: add the flags"
         )
         _refuse(about.name, problem, skip)
-        skipped.append(problem)
+        skipped += [problem] * len(without)
     notes = {"skipped": skipped, "digits": [f"{n}[{i}]" for n, i in watch.lost_digits()], "unseen": watch.unseen()}
     return found | {NOTES + key: np.asarray(texts, str) for key, texts in notes.items()}
 
@@ -170,7 +170,7 @@ def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     """Log what was noticed while the rows were read."""
     skipped, digits, unseen = (rows[NOTES + key].tolist() for key in ("skipped", "digits", "unseen"))
     if skipped:
-        log.warning("dataset %s: %d episodes or kinds of them were left out: %s", about.name, len(skipped), skipped[0])
+        log.warning("dataset %s: %d episodes are left out, the first since %s", about.name, len(skipped), skipped[0])
     if digits:
         log.warning(
             "dataset %s: observation entries %s are so large that their steps vanish in float32 (time stamps? places "
@@ -330,16 +330,14 @@ def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
         kwargs = {key: value for key, value in about.env_spec.kwargs.items() if key not in PICTURES}
         return f"{about.env_spec.id} {json.dumps(kwargs, sort_keys=True, default=str)}"
 
-    known = {about.name: name for about in infos if (name := named(about)) is not None}
-    if len(set(known.values())) > 1:
-        (first, one), (second, other) = (
-            list(known.items())[0],
-            next(item for item in known.items() if item[1] != list(known.values())[0]),
-        )
-        raise DatasetError(
-            f"datasets {first} and {second} cannot be mixed as they are: they name different environments, {one[:120]} "
-            f"and {other[:120]}; say with --env ID (env=ID) in which of them to train and evaluate, or mix sets of one"
-        )
+    known = [(about.name, name) for about in infos if (name := named(about)) is not None]
+    for name, environment in known[1:]:
+        if environment != known[0][1]:
+            raise DatasetError(
+                f"datasets {known[0][0]} and {name} cannot be mixed as they are: they name different environments, "
+                f"{known[0][1][:120]} and {environment[:120]}; say with --env ID (env=ID) in which to train, or mix "
+                "datasets of one"
+            )
 
 
 def _merged(

@@ -443,11 +443,12 @@ def outside_space(episode: Episode, index: int, space: gym.Space, path: tuple[st
 def missing_entry_point(spec: EnvSpec) -> str | None:
     """Return what is missing of a specification's entry point `module:name`, None if it seems to be there.
 
-    No code of the module runs.
+    That of the registry wins for an id that is registered. No code of the module runs.
     """
-    if not isinstance(spec.entry_point, str):
+    entry = gym.registry.get(spec.id, spec).entry_point
+    if not isinstance(entry, str):
         return None
-    module, _, name = spec.entry_point.partition(":")
+    module, _, name = entry.partition(":")
     loaded, path = sys.modules.get(module), None
     if loaded is not None:
         return None if hasattr(loaded, name.partition(".")[0]) else f"module {module} has no {name}"

@@ -26,7 +26,7 @@ class Simulator(gym.Env):
     observation_space, action_space = spaces.Box(-10, 10, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
     seats, open_now, steps, late = 10**6, 0, 0, False
 
-    def __init__(self) -> None:
+    def __init__(self, **_: Any) -> None:
         self.refused = Simulator.open_now >= Simulator.seats
         if self.refused and not self.late:
             raise OSError("[Errno 98] Address already in use: port 2000")
@@ -54,7 +54,7 @@ def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "cache"))
     rows = Episode(np.zeros((T + 1, 3)), np.full((T, 2), 0.1), np.zeros(T), np.zeros(T, bool), np.arange(T) == T - 1)
-    spaces_of = {"observation_space": Simulator.observation_space, "action_space": Simulator.action_space}
+    spaces_of: Any = {"observation_space": Simulator.observation_space, "action_space": Simulator.action_space}
     datasets.write("lab/seat-v0", [rows] * 3, spec=None, root=tmp_path, **spaces_of)
 
     def make(offline: int = 2, online: int = 0, *changes: tuple[str, Any]) -> RunConfig:
@@ -114,7 +114,7 @@ def test_other_reward_refused_by_run(
     """A run in an environment of another reward than its dataset's begins nothing."""
     rows = Episode(np.zeros((T + 1, 3)), np.full((T, 2), 0.1), np.zeros(T), np.zeros(T, bool), np.arange(T) == T - 1)
     dense = EnvSpec("Seat-v0", entry_point="m:E", max_episode_steps=5, kwargs={"reward_type": "dense"})
-    spaces_of = {"observation_space": Simulator.observation_space, "action_space": Simulator.action_space}
+    spaces_of: Any = {"observation_space": Simulator.observation_space, "action_space": Simulator.action_space}
     datasets.write("lab/dense-v0", [rows], spec=dense, root=tmp_path, **spaces_of)
     gym.registry["Seat-v0"].kwargs["reward_type"] = "sparse"
     run = session.with_fields(run_of(), [("dataset", ("lab/dense-v0",))])
