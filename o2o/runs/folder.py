@@ -188,7 +188,8 @@ class RunFolder:
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
         """Restore `trainer` from checkpoint `step` (None: the latest) and return its step.
 
-        With `go_on`, training will continue: rows written after the checkpoint are cut off. If an unfinished run has no
+        With `go_on`, training will continue: rows written after the checkpoint are cut off, and damaged checkpoints
+        after it are put aside. If an unfinished run has no
         checkpoint, all rows are cut off, `trainer` stays new and the result is 0. Without `go_on`, no row is cut and no
         environment is made or moved.
         """
@@ -196,6 +197,7 @@ class RunFolder:
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
             self.metrics.truncate(0)
             self.episodes.truncate(0)
+            checkpoint.set_aside(self.checkpoints, -1)
             return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
         if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that will start again
@@ -205,6 +207,7 @@ class RunFolder:
         if go_on:
             self.metrics.truncate(state["files"]["metrics"])
             self.episodes.truncate(state["files"]["episodes"])
+            checkpoint.set_aside(self.checkpoints, step)
         return step
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:

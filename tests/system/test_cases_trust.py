@@ -91,7 +91,7 @@ def test_command_in_wrapper(foreign: Path, tmp_path: Path) -> None:
 def evil(tmp_path: Path) -> Path:
     """Write a module that leaves a mark when it is imported."""
     (tmp_path / "evil_module.py").write_text(
-        f"open({str(tmp_path / 'harm')!r}, 'w')\ndef act(observation):\n    return 0 * observation[:2]\n"
+        f"open({str(tmp_path / 'harm')!r}, 'w')\ndef act(observation):\n    return 0 * observation['desired_goal']\n"
     )
     return tmp_path / "evil_module.py"
 
@@ -116,8 +116,8 @@ def test_code_in_foreign_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TrustError, match="would run os:system"):
         session.resume(tmp_path / "run")
     assert not (tmp_path / "harm").exists() and not (tmp_path / "next").exists()
-    change_config(tmp_path / "run", base=None, env="tests.conftest:InvertedPendulum-v5")  # imported by this program
-    with pytest.raises(ConfigError, match=r"^(?!.*would run)"):
+    change_config(tmp_path / "run", base=None, env="tests.helpers.tiny:InvertedPendulum-v5")  # imported by this program
+    with pytest.raises(O2OError, match="has observations"):
         session.evaluate_run(tmp_path / "run", 1)
 
 
