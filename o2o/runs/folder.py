@@ -162,8 +162,8 @@ class RunFolder:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a checkpoint."""
-        return bool(checkpoint.steps(self.checkpoints))
+        """Whether there is a checkpoint. Raises `CheckpointError` if all of them are damaged."""
+        return checkpoint.latest_sound(self.checkpoints) is not None
 
     @property
     def online(self) -> bool:
@@ -197,7 +197,6 @@ class RunFolder:
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
             self.metrics.truncate(0)
             self.episodes.truncate(0)
-            checkpoint.set_aside(self.checkpoints, -1)
             return 0
         step, state, _ = checkpoint.load_state(self.checkpoints, step)
         if go_on and state["counters"]["phase"] == "offline":  # rows of an online phase that will start again

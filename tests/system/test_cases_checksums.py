@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ def test_every_flip_is_seen(tmp_path: Path) -> None:
         content = path.read_bytes()
         for bit in draw.integers(8 * len(content), size=4):
             flip(path, int(bit))
-            with pytest.raises(CheckpointError, match=rf"checkpoint 2 in .* is damaged: .*{path.name}.*another \(1\)"):
+            wrong = re.escape(path.name) if path.name != checkpoint.CHECKSUMS else ""
+            with pytest.raises(CheckpointError, match=rf"(?s)checkpoint 2 in .* is damaged: .*{wrong}"):
                 checkpoint.load_arrays(tmp_path, 2, arrays())
             assert checkpoint.load_state(tmp_path)[:2] == (1, {"counters": {"env_steps": 1}, "value": 2.0})
             path.write_bytes(content)
@@ -92,7 +94,7 @@ def test_checksums_are_cheap(tmp_path: Path) -> None:
 
 def test_resume_from_the_one_before(tiny_run: Maker, tmp_path: Path) -> None:
     """A run whose latest checkpoint is damaged goes on from the one before and ends as if nothing had happened."""
-    run = tiny_run("bc", offline_steps=40, online_steps=0)
+    run = tiny_run("bc", offline_steps=30, online_steps=10)
     run = session.with_fields(run, [("loop.checkpoint_every", 10)])
     assert session.train(run, tmp_path / "whole") and session.train(run, tmp_path / "run")
     latest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name))
