@@ -146,9 +146,9 @@ def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
 
 
 def _files(folder: Path) -> dict[Name, Path]:
-    """Return the recorded episodes of a folder, sorted by seed and environment, then by time; no other files."""
-    paths = [path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9]+(-[0-9]+)*", path.stem)]
-    return dict(sorted((tuple(map(int, path.stem.split("-"))), path) for path in paths))
+    """Return the recorded episodes of a folder, sorted by seed and environment, then by time; other files are none."""
+    files = [path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9]+(-[0-9]+)*", path.stem) and path.is_file()]
+    return dict(sorted((tuple(int(part) for part in path.stem.split("-")), path) for path in files))
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -156,13 +156,18 @@ def _header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / HEADER).read_text())
         if not isinstance(header, dict) or not isinstance(header.get("metadata"), dict):
-            raise ValueError("it has no entry metadata")
+            raise ValueError("it describes no environment")
         return header
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it again, or "
             "copy the file of another recorded run in the same environment"
         ) from error
+
+
+def any_recorded(run: Path) -> bool:
+    """Whether a run has a recorded episode."""
+    return bool(_files(run / EPISODES))
 
 
 def next_number(folder: Path, prefix: Name) -> int:

@@ -344,8 +344,8 @@ def best_step(folder: Path) -> int | None:
             found = [entry for entry in checkpointer.checkpoints if entry.step in known]
             return _best(folder, [entry for entry in found if not _first_changed(folder / str(entry.step), "metrics/")])
     except Exception as error:
-        reason = _remedy(error)[1]
-        raise CheckpointError(f"the scores of the checkpoints in {folder} cannot be read ({reason})") from error
+        remedy, cause = _remedy(error)
+        raise CheckpointError(f"the scores of the checkpoints in {folder} cannot be read: {remedy or cause}") from error
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
