@@ -1,5 +1,6 @@
 """Import the user's own modules: environments, tasks, controllers, suites."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -37,6 +38,12 @@ def origin(code: str) -> str | None:
     if found is None:
         return None
     return found.origin or str(next(iter(found.submodule_search_locations or ()), ""))
+
+
+def source_digest(code: str) -> str | None:
+    """Return the sha256 of the file that `origin` finds; None if there is none. What that file imports is not seen."""
+    path = Path(origin(code) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def run_file(path: Path) -> ModuleType:

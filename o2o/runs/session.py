@@ -26,7 +26,7 @@ from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.exported import FILES, load_file
-from o2o.policies.python import python_policy
+from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
@@ -39,7 +39,7 @@ from o2o.train.memory import size_of
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.trust import HOW, trusted, vouched, voucher
-from o2o.user_code import origin
+from o2o.user_code import origin, source_digest
 
 _log = logging.getLogger(__name__)
 
@@ -277,6 +277,8 @@ def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePoli
         raise ConfigError(
             f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
         )
+    if isinstance(base, PythonPolicy) and begun.get("base_source") not in (None, source_digest(base.name)):
+        _log.warning("the code of base %s changed since run %s began: the policy may act otherwise", config.base, path)
     return _seen_with(base, config, data), base
 
 
@@ -290,7 +292,7 @@ def load_config(path: Path) -> RunConfig:
     """Return the settings of a run folder. Raises `TrustError` where they name code that the user did not name."""
     values = read_config(path)
     _check_code(path, values)
-    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "vouched"):
+    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "base_source", "vouched"):
         values.pop(name, None)
     agent_config = values.pop("config", {})
     if not isinstance(values.get("agent"), str):
@@ -422,6 +424,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
+    about |= {"base_source": source_digest(base.name)} if isinstance(base, PythonPolicy) else {}
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:

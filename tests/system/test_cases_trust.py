@@ -121,13 +121,20 @@ def test_code_in_foreign_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytes
         session.evaluate_run(tmp_path / "run", 1)
 
 
-def test_own_code_needs_no_word(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_code_needs_no_word(
+    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run whose base policy the user named resumes and evaluates; for another user only with trust."""
+    caplog.set_level("WARNING", "o2o")
     path, harm = evil(tmp_path), tmp_path / "harm"
     run = tiny_run("residual", base=f"{path}:act", offline_steps=2, online_steps=0)
     assert session.train(run, tmp_path / "run")
     assert session.resume(tmp_path / "run")
     assert len(session.evaluate_run(tmp_path / "run", 1)) == 1
+    assert not [row for row in caplog.records if row.name.startswith("o2o")]
+    path.write_text(path.read_text() + "# changed\n")
+    session.load_policy(tmp_path / "run")
+    assert "evil_module.py:act changed since run" in caplog.text
     harm.unlink()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another user"))
     command = ["eval", str(tmp_path / "run"), "--episodes", "1"]
