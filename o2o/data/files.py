@@ -154,16 +154,24 @@ def read_metadata(data: Path) -> dict[str, Any]:
     """Return metadata.json. Raises `DatasetError` if it cannot be read or lacks an entry that o2o needs."""
     try:
         metadata = json.loads((data / METADATA_FILE_NAME).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
-    kinds = {"dataset_id": str, "total_episodes": int | float, "total_steps": int | float, "data_format": str}
+    fits = {key: lambda value: isinstance(value, str) for key in ("dataset_id", "data_format")}
+    fits |= {key: lambda value: _number(value) and value >= 0 for key in ("total_episodes", "total_steps")}
+    fits |= {key: lambda value: value is None or _number(value) for key in ("ref_min_score", "ref_max_score")}
     entries = metadata if isinstance(metadata, dict) else {}
-    missing = [key for key, kind in kinds.items() if not isinstance(entries.get(key), kind)]
+    missing = [key for key, fit in fits.items() if not fit(entries.get(key))]
     if missing:
-        raise DatasetError(f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}; is this a Minari dataset?")
+        raise DatasetError(
+            f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}, or has none of a sense; is this a Minari dataset?"
+        )
     return metadata
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | None:
