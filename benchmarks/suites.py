@@ -157,6 +157,8 @@ BASELINES = Suite(
         Variant("pex", "pex"),
         Variant("jsrl", "jsrl"),
         Variant("ibrl", "ibrl"),
+        Variant("rebrac", "rebrac"),
+        Variant("fql", "fql"),
     ),
     offline_steps=10_000,
     online_steps=10_000,

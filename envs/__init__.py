@@ -3,20 +3,23 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
 
-from o2o.data.datasets import DatasetInfo
+from o2o.data import datasets, files
+from o2o.data.datasets import DatasetInfo, info
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.data.task import Task
 from o2o.envs import kitchen
 from o2o.envs.cameras import CameraObservation, add_cameras
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
-from o2o.envs.tasks import TASKS, register, task_for
+from o2o.envs.tasks import TASKS, known_code, register, run_task, task_for
 from o2o.envs.wrappers import (
     BaseAction,
     FaultGuard,
@@ -25,8 +28,7 @@ from o2o.envs.wrappers import (
     StackHistory,
     TaskReward,
 )
-from o2o.errors import ConfigError, EnvironmentMismatchError, TrustError, suggest
-from o2o.trust import HOW
+from o2o.errors import ConfigError, EnvironmentMismatchError, suggest
 from o2o.user_code import import_module
 
 __all__ = [
@@ -36,10 +38,14 @@ __all__ = [
     "BaseAction",
     "CameraObservation",
     "check_spaces",
+    "describe",
     "embedded_id",
+    "endless",
+    "limit_for",
     "make",
     "make_embedded",
     "register",
+    "run_task",
     "same_environment",
     "specification",
     "task_for",
@@ -62,7 +68,7 @@ def make(
     evaluation: bool = False,
     render_mode: str | None = None,
     seed: int | None = None,
-    achieved_goal: bool = False,
+    achieved_goal: bool | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     dataset: DatasetInfo | None = None,
     inner: Callable[[gym.Env], gym.Env] | None = None,
@@ -74,8 +80,9 @@ def make(
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
     The wrappers, from the inside: FaultGuard, `inner` (see `wrap`), FlattenObservation, MapAction, TaskReward and, with
-    `history` above 1, StackHistory. Every step's `info` has `raw_reward`, `success` (None if unknown),
-    `executed_action` and `intervened`.
+    `history` above 1, StackHistory. An environment without a time limit gets one where there is a dataset
+    (`limit_for`). A window opens only for the `render_mode` "human" given here. Every step's `info` has `raw_reward`,
+    `success` (None if unknown), `executed_action` and `intervened`.
 
     Args:
         source: A Gymnasium id, `module:id`, a dataset that names its environment, or a specification of Gymnasium.
@@ -83,7 +90,7 @@ def make(
         evaluation: Success alone does not end the episode.
         render_mode: Gymnasium's.
         seed: Seeds the environment now, as a reset would.
-        achieved_goal: Keep `achieved_goal` of Dict observations.
+        achieved_goal: Keep `achieved_goal` of Dict observations; default: as the task says.
         env_kwargs: Arguments of the environment; they win over those of the task.
         dataset: The environment's spaces must equal this dataset's; default: `source` if that is a dataset.
         inner: A wrapper for the environment in its own units, such as a recorder.
@@ -96,7 +103,7 @@ def make(
     `TrustError` for a dataset whose environment is code that only its file names.
     """
     about = source if isinstance(source, DatasetInfo) else None
-    spec = specification(source)
+    spec = files.portable(specification(source))
     task = task if task is not None else task_for(spec.id.rpartition(":")[2] if isinstance(source, EnvSpec) else source)
     kwargs: dict[str, Any] = dict(task.env_kwargs)
     if task.family == "kitchen":
@@ -112,6 +119,8 @@ def make(
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about
+    if reference is not None and spec.max_episode_steps is None:
+        env = TimeLimit(env, limit_for(reference))
     env = add_cameras(env, cameras, image_size, reference)
     if reference is not None:
         check_spaces(env, reference)
@@ -135,7 +144,7 @@ def wrap(
     task: Task,
     *,
     evaluation: bool = False,
-    achieved_goal: bool = False,
+    achieved_goal: bool | None = None,
     inner: Callable[[gym.Env], gym.Env] | None = None,
     history: int = 1,
     action_map: ActionMap | None = None,
@@ -146,7 +155,8 @@ def wrap(
     """
     env = FaultGuard(env)
     env = inner(env) if inner is not None else env
-    spec = ObservationSpec.from_space(env.observation_space, achieved_goal)
+    keep_goal = task.achieved_goal if achieved_goal is None else achieved_goal
+    spec = ObservationSpec.from_space(env.observation_space, keep_goal)
     action_map = action_map if action_map is not None else ActionMap.from_space(env.action_space)
     env = MapAction(FlattenObservation(env, spec), action_map)
     env = TaskReward(env, task, terminate=not evaluation)
@@ -163,12 +173,34 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
             f"dataset {dataset.name} has observations {theirs}, environment {name} has "
             f"{ours}; use the one it was recorded in"
         )
-    actions, expected = ActionMap.from_space(env.action_space), ActionMap.from_space(dataset.action_space)
+    actions, expected = ActionMap.bounds_of(env.action_space), ActionMap.bounds_of(dataset.action_space)
     if actions != expected:
         raise EnvironmentMismatchError(
             f"dataset {dataset.name} has actions {dataset.action_space}, environment {name} has {env.action_space}; "
             "use the one it was recorded in"
         )
+
+
+LEAST_LIMIT, LIMIT_FACTOR = 1000, 10
+
+
+def limit_for(dataset: DatasetInfo) -> int:
+    """Return the steps after which an episode is cut in an environment that has no time limit.
+
+    It might have no end otherwise: ten times the dataset's mean episode, at least 1000.
+    """
+    return max(LEAST_LIMIT, LIMIT_FACTOR * -(-dataset.steps // max(dataset.episodes, 1)))
+
+
+def endless(source: str | DatasetInfo) -> bool:
+    """Whether an environment has no time limit of its own that is known."""
+    return specification(source).max_episode_steps is None
+
+
+def describe(dataset: str | Path, root: str | Path | None = None) -> dict[str, Any]:
+    """Return what there is to say of a dataset (`o2o.data.datasets.describe`), with the `task` of a run on it."""
+    task = run_task(info(dataset, root))
+    return {**datasets.describe(dataset, root, task), "task": task}
 
 
 def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
@@ -181,6 +213,7 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
 
 def _settings(spec: EnvSpec) -> str:
     """Return the parts of a specification that decide the environment's behaviour, as JSON text."""
+    spec = files.portable(spec)
     wrappers = [asdict(wrapper) for wrapper in spec.additional_wrappers]
     return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 
@@ -207,7 +240,7 @@ def specification(source: str | DatasetInfo | EnvSpec) -> EnvSpec:
                 "not make by itself: register an environment that has them, and give it with --env module:ID; or with "
                 f"--env {spec.id} if they change nothing"
             )
-        return _with_known_code(spec, source)
+        return known_code(spec, source)
     module, _, name = source.rpartition(":")
     try:
         if module:
@@ -217,16 +250,3 @@ def specification(source: str | DatasetInfo | EnvSpec) -> EnvSpec:
         hint = suggest(source, gym.registry, "register it with gymnasium first, or give module:id", count=3)
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"unknown environment {source!r} ({reason}); {hint}") from error
-
-
-def _with_known_code(spec: EnvSpec, dataset: DatasetInfo) -> EnvSpec:
-    """Return a dataset's specification with the code of the registry, or its own if it may run (`o2o.trust`)."""
-    registered = gym.registry.get(spec.id)  # gymnasium.spec would import what stands before a colon
-    if registered is not None:
-        return replace(spec, entry_point=registered.entry_point, vector_entry_point=registered.vector_entry_point)
-    if dataset.trusted or spec.entry_point in {known.entry_point for known in gym.registry.values()}:
-        return spec
-    raise TrustError(
-        f"dataset {dataset.name} would run {spec.entry_point} as its environment {spec.id}, which is not registered: "
-        f"name the module that registers it, --env MODULE:{spec.id.rpartition(':')[2]}; or {HOW}"
-    )

@@ -232,11 +232,9 @@ def data_describe(dataset: Name[str], root: Path | None = None) -> int:
         root: Folder of datasets.
     """
     from o2o import envs
-    from o2o.data import datasets
 
     console = Console()
-    described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
-    for key, value in described.items():
+    for key, value in envs.describe(dataset, root).items():
         console.print(Text.assemble((key, "bold"), f": {value}"))  # a dataset's words are no markup
     return 0
 

@@ -5,11 +5,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,17 @@ from minari.namespace import NAMESPACE_METADATA_FILENAME
 from minari.serialization import deserialize_space
 
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
-from o2o.data.task import Task
+from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
 from o2o.files import alive
 from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
+NUMBERS = "fiub"
+"""Kinds of NumPy types that hold real numbers or flags."""
+WATCHERS = ("HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics")
+"""Wrappers of Gymnasium that look on and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -186,22 +193,35 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
         kinds = {"entry_point": str | None, "kwargs": dict, "max_episode_steps": int | None}
         if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]:
             raise TypeError(f"its {wrong[0]} is {getattr(spec, wrong[0])!r}")
-        return without_own_wrappers(spec)
+        return portable(spec)
     except Exception as error:
         raise DatasetError(f"dataset {metadata['dataset_id']}: its {key} cannot be read ({error})") from error
 
 
-def without_own_wrappers(spec: EnvSpec) -> EnvSpec:
-    """Return a specification without o2o's own wrappers, which `o2o.envs.make` adds again."""
-    others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
-    return replace(spec, additional_wrappers=tuple(others))
+def portable(spec: EnvSpec) -> EnvSpec:
+    """Return what of a specification decides how an environment behaves.
+
+    Left out are o2o's own wrappers, which `o2o.envs.make` adds again, wrappers that only look on, and a `render_mode`
+    that opens windows or collects pictures.
+    """
+    kwargs = dict(spec.kwargs)
+    mode = str(kwargs.get("render_mode"))
+    if mode == "human" or mode.endswith("_list"):
+        del kwargs["render_mode"]
+    others = (
+        wrapper
+        for wrapper in spec.additional_wrappers
+        if not wrapper.entry_point.startswith("o2o.")
+        and not (wrapper.entry_point.startswith("gymnasium.wrappers.") and wrapper.name in WATCHERS)
+    )
+    return replace(spec, kwargs=kwargs, additional_wrappers=tuple(others))
 
 
 def storable(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a specification for a dataset: without o2o's own wrappers; None if it has no JSON form."""
+    """Return a specification for a dataset (`portable`); None if it has no JSON form."""
     if spec is None:
         return None
-    spec = without_own_wrappers(spec)
+    spec = portable(spec)
     try:
         spec.to_json()
     except (TypeError, ValueError):  # registered with a class, or with an argument that is no JSON
@@ -292,7 +312,10 @@ def file_digest(data: Path) -> str:
 
 
 def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
-    """Yield every episode. Raises `DatasetError` with the number of an episode that cannot be read."""
+    """Yield every episode as it is stored: see `problems`, then `tidy`.
+
+    Raises `DatasetError` with the number of an episode that cannot be read.
+    """
     total = storage.total_episodes
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
@@ -306,50 +329,72 @@ def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
                 f"dataset {name}: episode {i} of {total} cannot be read, the file is corrupt or truncated ({reason}); "
                 "copy or download it again"
             ) from error
-        rewards = np.asarray(episode["rewards"])
+        infos = episode.get("infos") or {}
+        success = success_key(infos)
         yield Episode(
             observations=episode["observations"],
             actions=np.asarray(episode["actions"]),
-            rewards=rewards,
-            terminations=np.asarray(episode["terminations"], bool),
-            truncations=np.asarray(episode["truncations"], bool),
-            success=_success(episode.get("infos") or {}, len(rewards)),
+            rewards=np.asarray(episode["rewards"]),
+            terminations=np.asarray(episode["terminations"]),
+            truncations=np.asarray(episode["truncations"]),
+            success=None if success is None else np.asarray(infos[success]),
         )
         i += 1
 
 
-def _success(infos: Mapping[str, Any], steps: int) -> np.ndarray | None:
-    """Return the success flags of the steps `[T]` from infos with one entry per observation (T+1) or step (T)."""
-    flags = np.asarray(infos["success"]).reshape(-1) if "success" in infos else np.empty(0)
-    if not steps or len(flags) not in (steps, steps + 1):
-        return None
-    return flags[-steps:].astype(bool)
+def tidy(episode: Episode) -> Episode:
+    """Return an episode with rewards, flags and success as `[T]`; they may be stored as `[T, 1]`, flags as 0 and 1.
+
+    Success flags may have a row more, of the reset, and several columns, of which any counts. Raises `ValueError`,
+    saying what is wrong, for columns of another shape and for values that are no flags or no numbers.
+    """
+    rewards = _one_column("rewards", episode.rewards)
+    if rewards.dtype.kind not in NUMBERS:
+        raise ValueError(f"rewards are {rewards.dtype}, expected numbers")
+    steps, success = len(rewards), episode.success
+    if success is not None:
+        if success.ndim == 0 or len(success) not in (steps, steps + 1):
+            raise ValueError(
+                f"infos/success has shape {success.shape} for {steps} steps, expected a flag for each step, or one more"
+            )
+        success = _flags("infos/success", success[len(success) - steps :]).reshape(steps, -1).any(axis=1)
+    flags = {key: _flags(key, _one_column(key, getattr(episode, key))) for key in ("terminations", "truncations")}
+    return replace(episode, rewards=rewards, success=success, **flags)
+
+
+def _one_column(name: str, values: np.ndarray) -> np.ndarray:
+    """Return a column `[T]` or `[T, 1]` as `[T]`."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values[:, 0]
+    if values.ndim != 1:
+        raise ValueError(f"{name} have shape {values.shape}, expected one value per step ([T] or [T, 1])")
+    return values
+
+
+def _flags(name: str, values: np.ndarray) -> np.ndarray:
+    try:
+        return as_flags(values)
+    except ValueError as error:
+        raise ValueError(f"{name} has the value {error}, expected true or false (1 or 0)") from None
 
 
 def problems(
     episode: Episode, index: int, spec: ObservationSpec, actions: ActionMap, clip: bool = False
 ) -> Iterator[str]:
     """Yield one line for each error in an episode. With `clip`, actions outside the bounds are allowed."""
-    where, steps = f"episode {index}", len(episode.rewards)
-    if steps == 0:
-        yield f"{where} has no steps; delete it"
+    where = f"episode {index}"
+    try:
+        episode = tidy(episode)
+        arrays = _numbers(episode, spec)
+    except (ValueError, EnvironmentMismatchError) as error:
+        yield f"{where}{error}" if str(error).startswith(" ") else f"{where}: {error}"
         return
-    for key in ("actions", "terminations", "truncations"):
-        if len(getattr(episode, key)) != steps:
-            yield f"{where} has {len(getattr(episode, key))} {key} for {steps} rewards"
-            return
-    arrays = {"actions": episode.actions.reshape(steps, -1), "rewards": episode.rewards.reshape(steps, -1)}
-    for leaf in spec.leaves:
-        try:
-            array = leaf.of(episode.observations)
-        except EnvironmentMismatchError as error:
-            yield f"{where}: {error}"
-            return
-        if len(array) != steps + 1:
-            yield f"{where} has {len(array)} observations for {steps} steps, expected {steps + 1}"
-            return
-        if not leaf.image:
-            arrays[f"observations ({leaf.name})"] = array.reshape(steps + 1, -1)
+    for key in ("terminations", "truncations"):
+        if len(early := np.flatnonzero(getattr(episode, key)[:-1])):
+            yield (
+                f"{where}, step {early[0]}: {key} is true there, and the episode goes on for "
+                f"{len(episode.rewards) - 1 - early[0]} steps: split it there"
+            )
     for key, array in arrays.items():
         if len(bad := np.argwhere(not_finite(array))):
             step, entry = bad[0]
@@ -362,6 +407,75 @@ def problems(
             f"{where}, step {step}: action entry {entry} is {arrays['actions'][step, entry]:.6g}, outside the bounds "
             f"[{actions.low[entry]:g}, {actions.high[entry]:g}]; clip them with --clip-actions (clip_actions=True)"
         )
+
+
+def _numbers(episode: Episode, spec: ObservationSpec) -> dict[str, np.ndarray]:
+    """Return the columns of a tidy episode that hold numbers, by name, as `[T or T + 1, entries]`.
+
+    Raises `ValueError` or `EnvironmentMismatchError` if lengths, shapes or types do not fit.
+    """
+    steps = len(episode.rewards)
+    if steps == 0:
+        raise ValueError(" has no steps; delete it")
+    for key in ("actions", "terminations", "truncations"):
+        if len(getattr(episode, key)) != steps:
+            raise ValueError(f" has {len(getattr(episode, key))} {key} for {steps} rewards")
+    arrays = {"actions": episode.actions.reshape(steps, -1), "rewards": episode.rewards.reshape(steps, -1)}
+    for leaf in spec.leaves:
+        array = leaf.of(episode.observations)
+        if len(array) != steps + 1:
+            raise ValueError(f" has {len(array)} observations for {steps} steps, expected {steps + 1}")
+        if not leaf.image:
+            arrays[f"observations ({leaf.name})"] = array.reshape(steps + 1, -1)
+    for key, array in arrays.items():
+        if array.dtype.kind not in NUMBERS:
+            raise ValueError(f"{key} are {array.dtype}, expected numbers")
+    return arrays
+
+
+def outside_space(episode: Episode, index: int, space: gym.Space, path: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Yield one line for each Box of an observation space that a number of a sound episode lies outside of."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else enumerate(space.spaces)
+        for key, part in parts:
+            yield from outside_space(episode, index, part, (*path, key))
+    elif isinstance(space, gym.spaces.Box):
+        name, values = "/".join(map(str, path)) or "observation", episode.observations
+        for key in path:
+            values = values[key]
+        values = np.asarray(values, np.float64).reshape(-1, int(np.prod(space.shape)))
+        low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
+        slack = 1e-5 * np.maximum(1.0, np.where(np.isfinite(high - low), high - low, 1.0))
+        if len(out := np.argwhere((values < low - slack) | (values > high + slack))):
+            step, entry = out[0]
+            yield (
+                f"episode {index}, step {step}: observations ({name}) have {values[step, entry]:.6g} in entry {entry}, "
+                f"outside their space [{low[entry]:g}, {high[entry]:g}]; widen the space, or look at the sensor"
+            )
+
+
+def missing_entry_point(spec: EnvSpec) -> str | None:
+    """Return what is missing of a specification's entry point `module:name`, None if it seems to be there.
+
+    No code of the module runs.
+    """
+    if not isinstance(spec.entry_point, str):
+        return None
+    module, _, name = spec.entry_point.partition(":")
+    loaded, path = sys.modules.get(module), None
+    if loaded is not None:
+        return None if hasattr(loaded, name.partition(".")[0]) else f"module {module} has no {name}"
+    found, parts = None, module.split(".")
+    for i in range(len(parts)):
+        found = PathFinder.find_spec(".".join(parts[: i + 1]), path if i else [*sys.path, str(Path.cwd())])
+        if found is None:
+            return f"there is no module {module} here"
+        path = found.submodule_search_locations
+    if found is not None and found.origin is not None and found.origin.endswith(".py"):
+        text = Path(found.origin).read_text(errors="replace")
+        if re.search(rf"\b{re.escape(name.partition('.')[0])}\b|import \*", text) is None:
+            return f"module {module} has no {name}"
+    return None
 
 
 def _target(dataset_id: str, root: str | Path | None) -> Path:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from o2o.data.rows import Indexed
 from o2o.data.spaces import STATE
 from o2o.errors import ConfigError
 from o2o.types import Array
@@ -53,5 +54,13 @@ def normalize(normalizer: Normalizer | None, observations: Any) -> Any:
 
 def normalized_rows(normalizer: Normalizer | None, rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dataset's arrays with observations and next observations normalised, in host memory."""
-    keys = ("observations", "next_observations")
-    return {k: jax.tree.map(np.asarray, normalize(normalizer, v)) if k in keys else v for k, v in rows.items()}
+    if normalizer is None:
+        return dict(rows)
+
+    def state(entry: Any) -> Any:
+        if isinstance(entry, Mapping):
+            return {key: state(part) if key == STATE else part for key, part in entry.items()}
+        return entry.map(normalizer) if isinstance(entry, Indexed) else np.asarray(normalizer(entry))
+
+    done = {key: state(rows[key]) for key in ("observations", "next_observations") if key in rows}
+    return {**rows, **done}

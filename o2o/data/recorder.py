@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from o2o.data import datasets
 from o2o.data.datasets import Episode
-from o2o.data.task import Task, any_success
+from o2o.data.task import Task, success_of
 from o2o.errors import RunError
 from o2o.files import write_atomically
 
@@ -66,11 +66,11 @@ class Recorder(gym.Wrapper):
         """Step. The last step of an episode writes its file."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         executed = np.array(info.get("intervene_action", action))
-        flag = info.get("success")
+        flag = success_of(info)
         self._observations.append(self._copy(observation))
         human = "intervene_action" in info
-        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), any_success(flag), human))
-        cut = self.task.terminate_on_success and any_success(self.task.success(float(reward), flag))
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), flag, human))
+        cut = self.task.terminate_on_success and bool(self.task.success(float(reward), flag))
         if terminated or truncated or cut:
             self._finish()
         return observation, reward, bool(terminated), bool(truncated), info

@@ -77,7 +77,7 @@ def preset_run(
         task_config = dataclasses.replace(task_config, binary=True)
     binary = {} if task_config.binary is None else {"binary": task_config.binary}
     suits = (
-        envs.task_for(env or about, **binary).sparse or family == "kitchen"
+        envs.run_task(about, env, **binary).sparse or family == "kitchen"
     )  # the papers scale and shift sparse rewards only
     rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
     untouched = all(value is None for value in rewards)

@@ -50,15 +50,26 @@ __all__ += ["train", "with_fields"]
 
 def task_of(config: RunConfig) -> Task:
     """Return the task with the run's changes applied."""
-    about = datasets.info(config.dataset[0])
-    own = ("achieved_goal", "binary", "normalize_returns")
+    own = ("binary", "normalize_returns")
     changes = {k: v for k, v in vars(config.task).items() if v is not None and k not in own}
     binary = {} if config.task.binary is None else {"binary": config.task.binary}
-    task = dataclasses.replace(envs.task_for(config.env or about, **binary), **changes)
+    tasks = [envs.run_task(datasets.info(name), config.env, **binary) for name in config.dataset]
+    task = dataclasses.replace(tasks[0], **changes)
     if config.task.normalize_returns is None or config.task.reward_scale is not None:
         return task
-    scale = returns_scale(config.dataset, task, config.task.normalize_returns)
+    scale = returns_scale(config.dataset, task, config.task.normalize_returns, **_reading(config))
     return dataclasses.replace(task, reward_scale=scale)
+
+
+def _reading(config: RunConfig) -> dict[str, Any]:
+    """Return how the files of a run's datasets are read (`datasets.load`)."""
+    return {
+        "achieved_goal": config.task.achieved_goal,
+        "clip_actions": config.clip_actions,
+        "skip_bad_episodes": config.skip_bad_episodes,
+        "action_range": config.action_range,
+        "env": config.env,
+    }
 
 
 def _check_scale(config: RunConfig) -> None:
@@ -151,10 +162,8 @@ def _load_rows(config: RunConfig) -> datasets.Dataset:
         task=task_of(config),
         weights=config.weights or None,
         discount=config.config.discount if "mc_returns" in needs.batch_keys else None,
-        achieved_goal=config.task.achieved_goal,
-        clip_actions=config.clip_actions,
-        action_range=config.action_range,
         action_margin=needs.action_margin,
+        **_reading(config),
     )
 
 
@@ -418,6 +427,13 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
     env = make_env(config, data, base)
     env.close()
+    if envs.endless(config.env or data.info):
+        _log.warning(
+            "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register it "
+            "with max_episode_steps for another limit",
+            config.env or data.info.env_id,
+            envs.limit_for(data.info),
+        )
     if config.loop.eval_process and not env.metadata.get("replayable", True):
         raise ConfigError(BESIDE)
     if config.init_from is not None:
@@ -429,11 +445,41 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:
         session = Session(config, run, data, screen, base)
+        with Closing() as closing:
+            closing.callback(session.trainer.close)
+            _rehearse(session.trainer, config, data, base)
+            closing.pop_all()
     except BaseException:
         run.close()
         shutil.rmtree(path)  # nothing has been done: the corrected command may have the name
         raise
     return session.work()
+
+
+def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
+    """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
+
+    Those for evaluation are kept. Hardware, of which every instance is the same, is left alone. Raises `ConfigError`.
+    """
+    training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
+    with Closing() as closing:
+        made = 0
+        try:
+            while made < training:
+                env = make_env(config, data, base)
+                closing.callback(env.close)
+                if not env.metadata.get("replayable", True):
+                    return
+                env.reset(seed=0)
+                made += 1
+            trainer.evaluator.prepare()
+        except O2OError as error:
+            if made == 0:
+                raise
+            raise ConfigError(
+                f"the run needs {training} environments to train in and {trainer.seeds} to evaluate in at once, and "
+                f"{made} can be had ({error}): train fewer seeds, or only on the dataset (online_steps 0)"
+            ) from error
 
 
 def resume(path: Path, screen: Screen | None = None, online_steps: int | None = None) -> bool:
