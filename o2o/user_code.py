@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def origin(code: str) -> str | None:
     """
     where = code.rpartition(":")[0] or code
     if where.endswith(".py") or ":" not in code:
-        return str(Path(where).resolve()) if Path(where).is_file() else None
+        return os.path.realpath(where) if os.path.isfile(where) else None
     _search_here()
     try:
         found = importlib.util.find_spec(where.partition(".")[0])

@@ -244,9 +244,8 @@ class RunFolder:
         """Restore `trainer` from checkpoint `step` (None: the latest) and return its step.
 
         With `go_on`, training will continue: rows written after the checkpoint are cut off, and damaged checkpoints
-        after it are put aside. If an unfinished run has no
-        checkpoint, all rows are cut off, `trainer` stays new and the result is 0. Without `go_on`, no row is cut and no
-        environment is made or moved.
+        after it are put aside. If an unfinished run has no checkpoint, all rows are cut off, `trainer` stays new and
+        the result is 0. Without `go_on`, no row is cut and no environment is made or moved.
         """
         if go_on and not self.saved and read_status(self.path) != "finished":
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)

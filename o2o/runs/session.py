@@ -5,6 +5,7 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -115,7 +116,7 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     path, text = Path(str(spec)), str(spec)
     if path.suffix in FILES and ":" not in text:
         return load_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # no exception for a name that no path can have
         return run_policy(path, seed_index, sample)
     if ":" in text:
         return python_policy(text)
@@ -314,7 +315,7 @@ def _code_of(values: Mapping[str, Any]) -> list[str]:
     """Return what the settings of a run name that runs as code: a module of an environment, a base policy in code."""
     env, base = values.get("env"), values.get("base")
     found = [str(env)] if ":" in str(env or "") else []
-    if base and not Path(str(base)).is_dir() and (":" in str(base) or not str(base).endswith(".onnx")):
+    if base and not os.path.isdir(str(base)) and (":" in str(base) or not str(base).endswith(".onnx")):
         found.append(str(base))
     return found
 
