@@ -165,9 +165,11 @@ def read_metadata(data: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
-    fits = {key: lambda value: isinstance(value, str) for key in ("dataset_id", "data_format")}
-    fits |= {key: lambda value: _number(value) and value >= 0 for key in ("total_episodes", "total_steps")}
-    fits |= {key: lambda value: value is None or _number(value) for key in ("ref_min_score", "ref_max_score")}
+    word = lambda value: isinstance(value, str)  # noqa: E731
+    count = lambda value: _number(value) and value >= 0  # noqa: E731
+    score = lambda value: value is None or _number(value)  # noqa: E731
+    fits = {"dataset_id": word, "total_episodes": count, "total_steps": count, "data_format": word}
+    fits |= {"ref_min_score": score, "ref_max_score": score}
     entries = metadata if isinstance(metadata, dict) else {}
     missing = [key for key, fit in fits.items() if not fit(entries.get(key))]
     if missing:
