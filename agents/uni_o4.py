@@ -409,7 +409,10 @@ class UniO4(Agent):
         """Run one gradient step of the dynamics models."""
         rng, key, _ = jax.random.split(self.rng, 3)
         dynamics, info = self.dynamics.train_step(data, key)
-        return self.replace(rng=rng, dynamics=dynamics), {**info, "dynamics/best": self.dynamics.best_error.mean()}
+        best = self.dynamics.best_error.mean()
+        known = best < jnp.finfo(best.dtype).max  # there is none before the first validation
+        info["dynamics/best"] = jnp.where(known, best, info["dynamics/error"])
+        return self.replace(rng=rng, dynamics=dynamics), info
 
     def validate_dynamics(self, data: Any) -> Self:
         """Return the agent with the best weights that its dynamics models had on the hold-out rows."""

@@ -59,6 +59,7 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     Raises `ConfigError` for bad input; `--help` exits.
     """
     from o2o.runs import session
+    from o2o.runs.folder import NAME_BYTES, check_name
     from o2o.runs.presets import Chosen
 
     config_class, quiet = session.config_class(agent), [arg for arg in args if arg not in ("-h", "--help")]
@@ -86,7 +87,9 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(session.RunConfig)}
     config = session.RunConfig(**{**values, "task": default.task})
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
-    return parsed.runs / (parsed.name or f"{agent}-{slug}-{config.seed}"), config
+    name = parsed.name if parsed.name is not None else f"{agent}-{slug}-{config.seed}"[:NAME_BYTES]
+    check_name(name)
+    return (parsed.runs / name).absolute(), config  # absolute: an environment may change the working folder
 
 
 def _run_training(path: Path, config: Any) -> int:
@@ -112,6 +115,7 @@ def resume(run: Name[Path], online_steps: int | None = None) -> int:
     from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
+    run = run.absolute()  # an environment may change the working folder
     with Screen(console) as screen:
         finished = session.resume(run, screen, online_steps)
     return end(run, finished, console)

@@ -1,5 +1,6 @@
 """Where files go, and how they are written so that they survive a kill or a power cut."""
 
+import errno
 import json
 import logging
 import math
@@ -11,12 +12,25 @@ from typing import IO, Any
 
 from platformdirs import user_cache_path
 
+from o2o.errors import RunError
+
 _log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
     """Return the folder O2O_CACHE if that is set, else `o2o` in the user's cache folder (platformdirs)."""
     return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
@@ -40,54 +54,116 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
         raise
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises `RunError` if it cannot be read, or if something else is in it."""
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is no UTF-8 text (byte {error.start}): restore it from a copy") from error
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON (line {error.lineno}): restore it from a copy") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise RunError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no JSON object: restore it from a copy")
+    return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a jsonl file. A last line that a kill cut off is left out. Raises `RunError`."""
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}; expected a run folder with evaluation rows") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is no UTF-8 text (byte {error.start}): restore it from a copy") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}, line {number}: not JSON ({error}); restore the file, or mend that line") from error
+        if not isinstance(row, dict):
+            raise RunError(f"{path}, line {number}: no JSON object; restore the file, or delete that line")
+        rows.append(row)
+    return rows
+
+
 class JsonLines:
     """A file of JSON rows to append to.
 
-    Every row is flushed, so a kill loses none. A power cut loses none of the rows before the last `offset`.
+    Every row is written at once, so a kill loses none. A power cut loses none of the rows before the last `offset`.
     """
 
     def __init__(self, path: Path) -> None:
         """Append to `path`. The file is opened by the first write, so reading a run needs no right to write."""
         self.path = path
-        self._opened: IO[str] | None = None
+        self._opened: IO[bytes] | None = None
 
     @property
-    def _file(self) -> IO[str]:
+    def _file(self) -> IO[bytes]:
+        """The open file. Raises `RunError` if it cannot be opened."""
         if self._opened is None:
-            self._opened = self.path.open("a", encoding="utf-8")
+            try:
+                self._opened = self.path.open("a+b", buffering=0)
+            except OSError as error:
+                raise RunError(f"cannot write {self.path}: {error.strerror}") from error
         return self._opened
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row. NaN and infinity are written as null."""
+        """Append one row. NaN and infinity are written as null. Raises `RunError` or `OSError`."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        line = (json.dumps(clean) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def offset(self) -> int:
-        """Sync the file to disk and return its length in bytes."""
+        """Sync the file to disk and return its length in bytes. A file that was deleted meanwhile begins anew."""
+        if self._opened is not None and not self.path.exists():
+            _log.warning("%s was deleted while the run was writing it: it begins anew", self.path)
+            self.close()
         os.fsync(self._file.fileno())
-        return self.path.stat().st_size
+        return os.fstat(self._file.fileno()).st_size
 
-    def truncate(self, offset: int) -> None:
-        """Cut off what follows byte `offset`; a resumed run writes those rows again.
+    def rows(self, end: int | None = None) -> int:
+        """Return how many rows lie before byte `end`; None: in the whole file."""
+        with self.path.open("rb") as file:
+            return file.read(-1 if end is None else end).count(b"\n")
 
-        If the file is shorter than `offset`, log a warning and cut off an incomplete last line.
+    def truncate(self, offset: int, rows: int | None = None) -> None:
+        """Cut off what follows byte `offset`, the end of row `rows`; a resumed run writes those rows again.
+
+        If that row ends elsewhere (an edit), log a warning and cut behind it. If there are fewer rows, log a warning
+        and cut off an incomplete last line. Raises `RunError` if the file cannot be read or cut.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < offset:
-            whole = self.path.read_bytes().rfind(b"\n") + 1 if size else 0
-            _log.warning(
-                "%s has %d bytes but its checkpoint was taken at %d: rows are missing (a power cut, or an incomplete "
-                "copy); the run continues without them",
-                self.path,
-                size,
-                offset,
-            )
-            offset = whole
-        if size > offset:
-            self._file.truncate(offset)
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {error.strerror}") from error
+        before, found = content[:offset].count(b"\n"), content.count(b"\n")
+        known, end = before if rows is None else rows, offset
+        if len(content) < offset or before != known or (offset and content[offset - 1 : offset] != b"\n"):
+            if found < known or (rows is None and len(content) < offset):
+                _log.warning(
+                    "%s has %d bytes but its checkpoint was taken at %d: rows are missing (a power cut, or an "
+                    "incomplete copy); the run continues without them",
+                    self.path,
+                    len(content),
+                    offset,
+                )
+                known = found
+            else:
+                _log.warning("%s was edited after its checkpoint: the run goes on behind row %d", self.path, known)
+            end = sum(map(len, content.splitlines(keepends=True)[:known]))
+        if end < len(content):
+            self._file.truncate(end)
 
     def close(self) -> None:
         """Close the file."""
         if self._opened is not None:
             self._opened.close()
+            self._opened = None

@@ -1,7 +1,9 @@
 """Import the user's own modules: environments, tasks, controllers, suites."""
 
+import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ def origin(code: str) -> str | None:
     """
     where = code.rpartition(":")[0] or code
     if where.endswith(".py") or ":" not in code:
-        return str(Path(where).resolve()) if Path(where).is_file() else None
+        return os.path.realpath(where) if os.path.isfile(where) else None
     _search_here()
     try:
         found = importlib.util.find_spec(where.partition(".")[0])
@@ -37,6 +39,12 @@ def origin(code: str) -> str | None:
     if found is None:
         return None
     return found.origin or str(next(iter(found.submodule_search_locations or ()), ""))
+
+
+def source_digest(code: str) -> str | None:
+    """Return the sha256 of the file that `origin` finds; None if there is none. What that file imports is not seen."""
+    path = Path(origin(code) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def run_file(path: Path) -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from minari.serialization import deserialize_space, serialize_space
+from minari.serialization import serialize_space
 
 from o2o.data import files
 from o2o.data.cache import cached
@@ -451,8 +451,8 @@ def environment_entries(observation_space: gym.Space, action_space: gym.Space, s
 
 
 def read_environment(entries: dict[str, Any], where: str) -> tuple[gym.Space, gym.Space, EnvSpec | None]:
-    """Undo `environment_entries`; raises `DatasetError` naming `where` if the specification does not parse."""
-    spaces = [deserialize_space(entries[key]) for key in ("observation_space", "action_space")]
+    """Undo `environment_entries`; raises `DatasetError` naming `where` for what cannot be read."""
+    spaces = [files.read_space(entries, key, where) for key in ("observation_space", "action_space")]
     return spaces[0], spaces[1], files.env_spec({**entries, "dataset_id": where})
 
 

@@ -1,8 +1,10 @@
 """Find, read, check and write the files of Minari datasets."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -27,6 +29,7 @@ from minari.serialization import deserialize_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
+from o2o.files import alive
 from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
@@ -158,16 +161,26 @@ def read_metadata(data: Path) -> dict[str, Any]:
     """Return metadata.json. Raises `DatasetError` if it cannot be read or lacks an entry that o2o needs."""
     try:
         metadata = json.loads((data / METADATA_FILE_NAME).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
-    kinds = {"dataset_id": str, "total_episodes": int | float, "total_steps": int | float, "data_format": str}
+    word = lambda value: isinstance(value, str)  # noqa: E731
+    count = lambda value: _number(value) and value >= 0  # noqa: E731
+    score = lambda value: value is None or _number(value)  # noqa: E731
+    fits = {"dataset_id": word, "total_episodes": count, "total_steps": count, "data_format": word}
+    fits |= {"ref_min_score": score, "ref_max_score": score}
     entries = metadata if isinstance(metadata, dict) else {}
-    missing = [key for key, kind in kinds.items() if not isinstance(entries.get(key), kind)]
+    missing = [key for key, fit in fits.items() if not fit(entries.get(key))]
     if missing:
-        raise DatasetError(f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}; is this a Minari dataset?")
+        raise DatasetError(
+            f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}, or has none of a sense; is this a Minari dataset?"
+        )
     return metadata
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | None:
@@ -262,29 +275,32 @@ def read_info(data: Path) -> DatasetInfo:
     """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
     spec, eval_spec, name = env_spec(metadata), env_spec(metadata, "eval_env_spec"), metadata["dataset_id"]
-    found = {}
-    for key in ("observation_space", "action_space"):
-        try:
-            found[key] = (
-                deserialize_space(metadata[key]) if key in metadata else getattr(open_storage(data, metadata), key)
-            )
-        except DatasetError:
-            raise
-        except Exception as error:
-            raise DatasetError(f"dataset {name}: its {key} cannot be read ({error!r})") from error
+    seen, done = (
+        read_space(metadata, key, name) if key in metadata else getattr(open_storage(data, metadata), key)
+        for key in ("observation_space", "action_space")
+    )
     return DatasetInfo(
         ids=(name,),
         env_id=spec.id if spec else None,
         env_spec=spec,
         eval_env_spec=eval_spec,
+        observation_space=seen,
+        action_space=done,
         ref_min_score=metadata.get("ref_min_score"),
         ref_max_score=metadata.get("ref_max_score"),
         episodes=int(metadata["total_episodes"]),
         steps=int(metadata["total_steps"]),
         metadata=metadata,
         trusted=trusted(data) or _vouched_for(metadata, spec, eval_spec),
-        **found,
     )
+
+
+def read_space(metadata: Mapping[str, Any], key: str, name: str) -> gym.Space:
+    """Return the space under a key of metadata.json. Raises `DatasetError` if it cannot be read."""
+    try:
+        return deserialize_space(metadata[key])
+    except Exception as error:
+        raise DatasetError(f"dataset {name}: its {key} cannot be read ({error!r})") from error
 
 
 def file_digest(data: Path) -> str:
@@ -465,13 +481,37 @@ def missing_entry_point(spec: EnvSpec) -> str | None:
     return None
 
 
-def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
-    """Return the folder for a new dataset. Raises `DatasetError` if the id is malformed or exists already."""
+def _target(dataset_id: str, root: str | Path | None) -> Path:
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
         raise DatasetError(f"dataset id {dataset_id!r} is not of the form namespace/name-v0") from error
-    target = (Path(root) if root is not None else default_root()) / dataset_id
+    return (Path(root) if root is not None else default_root()) / dataset_id
+
+
+EARLIER = ".earlier"
+"""At the end of a scratch folder's name: it holds the dataset that is being replaced."""
+
+
+def _scratch(target: Path, process: int) -> str:
+    """Return how the names of a process's scratch folders beside a dataset begin."""
+    return f".{target.name}-{platform.node()}-{process}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers of a dataset that were killed on this machine have left; put back what one had replaced."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}-{glob.escape(platform.node())}-*"):
+        process = path.name.removeprefix(_scratch(target, 0).removesuffix("0-")).partition("-")[0]
+        if not process.isdigit() or alive(int(process)):
+            continue
+        if path.name.endswith(EARLIER) and not target.exists():
+            path.rename(target)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
+    """Return the folder for a new dataset. Raises `DatasetError` if the id is malformed or exists already."""
+    target = _target(dataset_id, root)
     if target.exists():
         raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
     return target
@@ -487,18 +527,21 @@ def write_dataset(
     eval_spec: EnvSpec | None = None,
     root: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write episodes as a Minari dataset and return its folder, which appears whole or not at all.
 
-    A specification without a JSON form is left out; training on the dataset then needs `--env`. Raises `DatasetError`
-    if the id is malformed or exists already, the folder cannot be written, or an episode has no steps.
+    With `overwrite`, it takes the place of an earlier one, which stays until then. A specification without a JSON form
+    is left out; training on the dataset then needs `--env`. Raises `DatasetError` if the id is malformed or exists
+    already, the folder cannot be written, or an episode has no steps.
     """
     base = Path(root) if root is not None else default_root()
-    target = check_new(dataset_id, base)
+    target = _target(dataset_id, base) if overwrite else check_new(dataset_id, base)
     spec, eval_spec, scratch = storable(spec), storable(eval_spec), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
+        _sweep(target)
+        scratch = Path(tempfile.mkdtemp(prefix=_scratch(target, os.getpid()), dir=target.parent.absolute()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
@@ -512,7 +555,12 @@ def write_dataset(
             if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
                 (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")
         scratch.chmod(0o755)
-        os.replace(scratch, target)
+        if overwrite and target.exists():
+            os.replace(target, earlier := Path(f"{scratch}{EARLIER}"))
+            os.replace(scratch, target)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            os.replace(scratch, target)
     except OSError as error:
         raise DatasetError(f"dataset {dataset_id} could not be written to {target}: {error}") from error
     finally:

@@ -8,8 +8,6 @@ stream, environment and episode, and never overwritten. A resumed run first dele
 
 import json
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -148,20 +146,28 @@ def _write(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
 
 
 def _files(folder: Path) -> dict[Name, Path]:
-    """Return the recorded episodes of a folder, sorted by seed and environment, then by time."""
-    named = {tuple(int(part) for part in path.stem.split("-")): path for path in folder.glob("*.npz")}
-    return dict(sorted(named.items()))
+    """Return the recorded episodes of a folder, sorted by seed and environment, then by time; other files are none."""
+    files = [path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9]+(-[0-9]+)*", path.stem) and path.is_file()]
+    return dict(sorted((tuple(int(part) for part in path.stem.split("-")), path) for path in files))
 
 
 def _header(folder: Path) -> dict[str, Any]:
     """Return the description of the environment in a folder of episodes. Raises `RunError` if it cannot be read."""
     try:
-        return json.loads((folder / HEADER).read_text())
-    except (OSError, ValueError) as error:
+        header = json.loads((folder / HEADER).read_text())
+        if not isinstance(header, dict) or not isinstance(header.get("metadata"), dict):
+            raise ValueError("it describes no environment")
+        return header
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{folder / HEADER} cannot be read ({error}): `o2o resume {folder.parent}` writes it again, or "
             "copy the file of another recorded run in the same environment"
         ) from error
+
+
+def any_recorded(run: Path) -> bool:
+    """Whether a run has a recorded episode."""
+    return bool(_files(run / EPISODES))
 
 
 def next_number(folder: Path, prefix: Name) -> int:
@@ -182,16 +188,37 @@ def forget(run: Path, going_on: Mapping[Name, int]) -> None:
             path.unlink()
 
 
-def _read(path: Path, space: gym.Space) -> Episode:
+def _read(path: Path, space: gym.Space, actions: gym.Space) -> Episode:
+    """Return a recorded episode. Raises `RunError` if it cannot be read, or its arrays do not fit the spaces."""
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"recorded episode {path} cannot be read ({error}); delete it") from error
-    rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
-    seed = int(arrays["seed"]) if "seed" in arrays else None
-    rest |= {key: arrays.get(key) for key in ("success", "intervened")}
-    return Episode(observations=_nested(space, arrays), seed=seed, **rest)
+        rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
+        seed = int(arrays["seed"]) if "seed" in arrays else None
+        rest |= {key: arrays.get(key) for key in ("success", "intervened")}
+        episode = Episode(observations=_nested(space, arrays), seed=seed, **rest)
+        steps = len(episode.rewards)
+        wanted = {key: (steps, *(actions.shape or ())) if key == "actions" else (steps,) for key in rest}
+        wanted |= {key: (steps + 1, *shape) for key, shape in _shapes(space)}
+        wrong = [key for key, shape in wanted.items() if arrays.get(key) is not None and arrays[key].shape != shape]
+        if wrong or not steps or any(array.dtype.kind not in "biuf" for array in arrays.values()):
+            raise ValueError(f"{wrong[0]} has shape {arrays[wrong[0]].shape}" if wrong else "it holds no numbers")
+    except Exception as error:  # of a damaged file: of zipfile, zlib, numpy or Python
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(
+            f"recorded episode {path} cannot be read ({reason}): restore it from a copy, or move it away"
+        ) from error
+    return episode
+
+
+def _shapes(space: gym.Space, prefix: str = "observations") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the paths of `_entries` and the shapes of the leaves."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        below = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for key, sub in below:
+            yield from _shapes(sub, f"{prefix}/{key}")
+    else:
+        yield prefix, space.shape or ()
 
 
 def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -> Path:
@@ -210,16 +237,16 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     name = dataset_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.resolve().name)}-v0"
     base = root or run / RECORDED
     own = base.resolve() == (run / RECORDED).resolve()
-    if dataset_id is None and own and (base / name).is_dir():
-        shutil.rmtree(base / name)
     metadata = {"author": {"o2o"}, "description": f"Recorded by o2o in run {run.resolve().name}.", **header["metadata"]}
+    metadata |= {"vouched": header["vouched"]} if "vouched" in header else {}
     return datasets.write(
         name,
-        (_read(path, observation_space) for path in recorded.values()),
+        (_read(path, observation_space, action_space) for path in recorded.values()),
         observation_space=observation_space,
         action_space=action_space,
         spec=spec,
         eval_spec=spec,
         root=base,
         metadata=metadata,
+        overwrite=dataset_id is None and own,
     )

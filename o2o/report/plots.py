@@ -1,6 +1,5 @@
 """Plots of learning curves, one line with its interval per method, and the reading of the rows behind them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from o2o.errors import ConfigError, RunError
+from o2o.files import read_object, read_rows
 from o2o.report.stats import Band, Curve, curve, statistic_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -29,20 +29,17 @@ LABELS = {
 INK, GRID, SHADE = "#333333", "#dddddd", "#f3f3f0"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a jsonl file. A last line that a kill cut off is left out. Raises `RunError`."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}; expected a run folder with evaluation rows") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number}: not JSON ({error.msg}); delete that line or the run") from error
+def _episodes(path: Path) -> list[dict[str, Any]]:
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        for key in ("seed", "env_steps", "gradient_steps"):
+            if type(row.get(key)) is not int or abs(row[key]) > 2**53:
+                raise RunError(f"{path}, line {number}: {key} is {row.get(key)!r}, expected an integer: restore it")
+        for key in LABELS:
+            if not isinstance(row.get(key), int | float | None):
+                raise RunError(f"{path}, line {number}: {key} is {row[key]!r}, expected a number: restore it")
+        if not isinstance(row.get("phase"), str):
+            raise RunError(f"{path}, line {number}: phase is {row.get('phase')!r}, expected a word; restore the file")
     return rows
 
 
@@ -52,18 +49,10 @@ def pool(runs: Sequence[Path]) -> list[dict[str, Any]]:
     In the files, the seeds of every run count from 0. Raises `RunError`.
     """
     numbers: dict[tuple[int, int], int] = {}
-    rows = [(run, row) for run, path in enumerate(runs) for row in read_rows(path / "episodes.jsonl")]
+    rows = [(run, row) for run, path in enumerate(runs) for row in _episodes(path / "episodes.jsonl")]
     for place in sorted({(run, row["seed"]) for run, row in rows}):
         numbers[place] = len(numbers)
     return [{**row, "seed": numbers[run, row["seed"]]} for run, row in rows]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. Raises `RunError`."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"cannot read {path}: {error}; expected a run folder") from error
 
 
 def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
@@ -263,7 +252,7 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str | None = None, statis
     check_picture(out)
     reduce = statistic_of(statistic)
     curves: dict[str, Curve] = {}
-    configs = [read_json(run / "config.json") for run in runs]
+    configs = [read_object(run / "config.json") for run in runs]
     groups = _replicates(runs, configs)
     pooled = [pool(group) for group in groups]
     if metric is None:

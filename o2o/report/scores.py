@@ -17,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from o2o.errors import RunError
-from o2o.files import write_atomically
-from o2o.report.plots import read_json, read_rows
+from o2o.files import read_object, write_atomically
+from o2o.report.plots import read_rows
 from o2o.report.stats import PHASES
 from o2o.report.suite import Cell
 
@@ -91,7 +91,7 @@ def keep(folder: Path, cell: Cell, run: Path) -> None:
     Several processes may do so at once. Raises `RunError` if the run lacks a file or evaluations of a seed.
     """
     scores = evaluations(read_rows(run / "episodes.jsonl"), cell, run)
-    config = read_json(run / "config.json")
+    config = read_object(run / "config.json")
     online = config.get("config", {}).get("online") or {}
     finished = FinishedCell(
         cell=json.loads(json.dumps(asdict(cell))),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from o2o.errors import ConfigError, RunError, suggest
+from o2o.files import read_object
 from o2o.user_code import run_file
 
 
@@ -189,14 +190,7 @@ def _known(what: str, asked: Sequence[str], known: Sequence[str], suite: str) ->
 
 def status_of(folder: Path) -> dict[str, Any] | None:
     """Return a folder's `status.json`, None if it has none. Raises `RunError` for one that cannot be read."""
-    try:
-        return json.loads((folder / "status.json").read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{folder / 'status.json'} cannot be read ({error}); delete the run folder or mend the file"
-        ) from error
+    return read_object(folder / "status.json") if (folder / "status.json").exists() else None
 
 
 def covered(folder: Path, stem: str) -> set[tuple[int, int]]:

@@ -19,7 +19,7 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
 
     The task's own score, and the share of a human's steps, are printed only where they are not trivial.
     """
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("metric", "mean over seeds", "std over seeds", "episodes"):
         table.add_column(column)
     own = ("score",) if judged_by(rows) == "score" else ()
@@ -36,16 +36,19 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
 def end(path: Path, finished: bool, console: Console) -> int:
     """Draw the curve of a finished run, print how to continue or watch it, and return exit code 0."""
     if not finished:
-        console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
+        _say(console, f"stopped; everything is saved. Continue with: o2o resume {path}")
         return 0
     try:
         plot_runs([path], path / "curve.png")
     except (O2OError, OSError, ValueError) as error:  # the run itself is complete
-        console.print(f"no curve drawn: {error}", highlight=False)
-    console.print(
-        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
-    )
+        _say(console, f"no curve drawn: {error}")
+    _say(console, f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4")
     return 0
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a text whose brackets are no markup: paths have such."""
+    console.print(text, highlight=False, markup=False)
 
 
 def before_after(path: Path, console: Console) -> None:
@@ -65,9 +68,7 @@ def before_after(path: Path, console: Console) -> None:
         table.add_row(key, *(f"{value:.2f}" for value in values))
     table.add_row("episodes", str(len(before)), str(len(after)))
     console.print(table)
-    console.print(
-        f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}", highlight=False
-    )
+    _say(console, f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}")
 
 
 def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], console: Console) -> None:

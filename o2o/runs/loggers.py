@@ -1,5 +1,11 @@
-"""Loggers: the screen, TensorBoard and W&B. The run folder itself always writes metrics.jsonl."""
+"""Loggers: the screen, TensorBoard and W&B. The run folder itself always writes metrics.jsonl.
 
+A resumed run writes the rows behind its checkpoint again. A logger that cannot take rows back gets every row once: the
+file `sent.json` in the run folder says how far it came before the last resume.
+"""
+
+import json
+import os
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,12 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from o2o.errors import ConfigError, suggest
-from o2o.files import write_atomically
+from o2o.errors import ConfigError, RunError, suggest
+from o2o.files import read_object, read_rows, write_atomically
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
 EVALUATED = ("success", "return", "normalized", "length")
 """Quantities of an evaluation that go to the loggers."""
+SENT = "sent.json"
+"""File in a run folder: the last position of every kind of row that earlier processes sent to its loggers."""
 WANDB_ID = "wandb.id"
 """File in a run folder with the id of its W&B run, so that a resumed run continues it."""
 
@@ -52,6 +60,48 @@ def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+class Sent:
+    """The rows that loggers have from before a resume: per kind of row and seed, all up to a position."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find out from a run's files before the rows behind its checkpoint are cut off, and note it in `sent.json`.
+
+        Raises `RunError` if they cannot be read or written.
+        """
+        path, found = folder / SENT, [(row, _kind(row)) for row in _rows_of(folder / "metrics.jsonl")]
+        found += [(row, "eval") for row in _rows_of(folder / "episodes.jsonl")]
+        known = read_object(path) if path.exists() else {}
+        self._until = {key: tuple(value) for key, value in known.items()}
+        for row, kind in found:
+            key = f"{kind}/{row.get('seed', 0)}"
+            self._until[key] = max(self._until.get(key, (0, -1)), _position(row))
+        if self._until and known != (now := {key: list(value) for key, value in self._until.items()}):
+            try:
+                write_atomically(path, json.dumps(now) + "\n")
+            except OSError as error:
+                raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+    def __contains__(self, row: dict[str, Any]) -> bool:
+        """Whether loggers have this row, or another at its place."""
+        return _position(row) <= self._until.get(f"{_kind(row)}/{row.get('seed', 0)}", (0, -1))
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    rows = read_rows(path) if path.exists() else []
+    return [row for row in rows if {"phase", "env_steps", "gradient_steps"} <= row.keys()]
+
+
+def _position(row: dict[str, Any]) -> tuple[int, int]:
+    return (0, row["gradient_steps"]) if row["phase"] == "offline" else (1, row["env_steps"])
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """Return which of a run's sequences of rows this one belongs to: `eval`, `episode` or `update`."""
+    if any(key.startswith("eval/") for key in row):
+        return "eval"
+    return "episode" if "train/return" in row else "update"
+
+
 class TensorBoard:
     """Write rows as TensorBoard scalars, one directory per seed (extra `log`)."""
 
@@ -73,6 +123,7 @@ class TensorBoard:
         for key, value in row.items():
             if key not in POSITION_KEYS and isinstance(value, int | float):
                 self._writers[seed].add_scalar(prefix + key, value, step)
+        self._writers[seed].flush()  # a killed run is not asked for these rows again
 
     def close(self) -> None:
         """Close the writers."""
@@ -81,7 +132,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Write rows as a Weights & Biases history (extra `log`)."""
+    """Write rows as a Weights & Biases history (extra `log`).
+
+    The x-axis is `env_steps`; for rows of pre-training, under `offline/`, it is `gradient_steps`. wandb's own variables
+    WANDB_PROJECT (default: o2o), WANDB_ENTITY, WANDB_TAGS, WANDB_NAME and WANDB_DIR (default: the run folder) count.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         """Start the W&B run of a run folder, or continue it. Raises `ConfigError` if wandb is missing or fails."""
@@ -94,7 +149,16 @@ class WandB:
             write_atomically(path, uuid.uuid4().hex + "\n")
         run_id = path.read_text().strip()
         try:
-            self._run = wandb.init(project="o2o", id=run_id, name=folder.name, config=config, resume="allow")
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "o2o"),
+                name=os.environ.get("WANDB_NAME", folder.name),
+                dir=os.environ.get("WANDB_DIR", str(folder)),
+                id=run_id,
+                config=config,
+                resume="allow",
+            )
+            self._run.define_metric("*", step_metric="env_steps")
+            self._run.define_metric("offline/*", step_metric="gradient_steps")
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -102,8 +166,8 @@ class WandB:
             ) from error
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Log a row, with its seed in front of the keys: `seed0/critic/loss`."""
-        prefix = f"seed{row.get('seed', 0)}/"
+        """Log a row, with its seed in front of the keys: `seed0/critic/loss`, `offline/seed0/critic/loss`."""
+        prefix = f"{'offline/' if row['phase'] == 'offline' else ''}seed{row.get('seed', 0)}/"
         values = {prefix + k: v for k, v in row.items() if k not in POSITION_KEYS}
         self._run.log({**values, "env_steps": row["env_steps"], "gradient_steps": row["gradient_steps"]})
 
@@ -120,6 +184,11 @@ def make_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
         hint = suggest(unknown[0], makers)
         raise ConfigError(f"no logger {unknown[0]!r}; {hint} (metrics.jsonl is always written)")
     return [makers[name]() for name in names]
+
+
+def sent_before(names: tuple[str, ...], folder: Path) -> "Sent | tuple[()]":
+    """Return the rows that the loggers of a run have, nothing where there are none. Call it before `RunFolder.load`."""
+    return Sent(folder) if names else ()
 
 
 class Screen:

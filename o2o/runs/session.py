@@ -5,6 +5,7 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -20,32 +21,32 @@ from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import check_length, with_history
 from o2o.data.normalizer import Normalizer
-from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
+from o2o.data.recorder import EPISODES, Recorder, any_recorded, export, forget, next_number
 from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.exported import FILES, load_file
-from o2o.policies.python import python_policy
+from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
-from o2o.runs.folder import REPLAY, RunFolder, StopFlag, guarded, read_config
-from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
+from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
+from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
+from o2o.train.memory import size_of
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.trust import HOW, trusted, vouched, voucher
-from o2o.user_code import origin
+from o2o.user_code import origin, source_digest
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
 __all__ += ["train", "with_fields"]
-
-
-log = logging.getLogger("o2o")
 
 
 def task_of(config: RunConfig) -> Task:
@@ -115,7 +116,7 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     path, text = Path(str(spec)), str(spec)
     if path.suffix in FILES and ":" not in text:
         return load_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # no exception for a name that no path can have
         return run_policy(path, seed_index, sample)
     if ":" in text:
         return python_policy(text)
@@ -286,6 +287,8 @@ def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePoli
         raise ConfigError(
             f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
         )
+    if isinstance(base, PythonPolicy) and begun.get("base_source") not in (None, source_digest(base.name)):
+        _log.warning("the code of base %s changed since run %s began: the policy may act otherwise", config.base, path)
     return _seen_with(base, config, data), base
 
 
@@ -299,9 +302,11 @@ def load_config(path: Path) -> RunConfig:
     """Return the settings of a run folder. Raises `TrustError` where they name code that the user did not name."""
     values = read_config(path)
     _check_code(path, values)
-    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "vouched"):
+    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "base_source", "vouched"):
         values.pop(name, None)
     agent_config = values.pop("config", {})
+    if not isinstance(values.get("agent"), str):
+        raise ConfigError(f"{path}/config.json agent: got {values.get('agent')!r}; expected the name of an agent")
     config = from_dict(config_class(values["agent"]), agent_config, f"{path}/config.json config")
     return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, f"{path}/config.json"), config=config)
 
@@ -310,7 +315,7 @@ def _code_of(values: Mapping[str, Any]) -> list[str]:
     """Return what the settings of a run name that runs as code: a module of an environment, a base policy in code."""
     env, base = values.get("env"), values.get("base")
     found = [str(env)] if ":" in str(env or "") else []
-    if base and not Path(str(base)).is_dir() and (":" in str(base) or not str(base).endswith(".onnx")):
+    if base and not os.path.isdir(str(base)) and (":" in str(base) or not str(base).endswith(".onnx")):
         found.append(str(base))
     return found
 
@@ -348,11 +353,18 @@ class Session:
             hooks.progress = screen.progress
         begins = not run.online  # reads the latest checkpoint
         self.trainer = build(config, data, hooks, run.path, base, begins)
+        try:
+            needed = self.trainer.check_memory(config.online_steps)
+        except BaseException:
+            self.trainer.close()
+            raise
+        _log.info("memory: %s", ", ".join(f"{name} {size_of(size)}" for name, size in needed.items()))
         if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
         self.trainer.forget_rows()
         try:
+            self._sent = sent_before(config.loggers, run.path)
             self.loggers += make_loggers(config.loggers, run.path, to_dict(self.config))
         except BaseException:
             self.trainer.close()
@@ -360,15 +372,17 @@ class Session:
 
     def _metrics(self, row: dict[str, Any]) -> None:
         self.run.metrics.write(row)
-        for logger in self.loggers:
+        self._tell(row)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        for logger in self.loggers if row not in self._sent else ():
             logger.metrics(row)
 
     def _episodes(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.run.episodes.write(row)
         for row in evaluation_rows(rows):
-            for logger in self.loggers:
-                logger.metrics(row)
+            self._tell(row)
         if self.screen is not None:
             self.screen.episodes(rows)
 
@@ -386,14 +400,28 @@ class Session:
                 closing.callback(logger.close)
             closing.callback(self.trainer.close)
             with self.stop:
-                finished = guarded(self.run, self.trainer, phases)
-        if finished and self.config.record and any((self.run.path / EPISODES).glob("*.npz")):
+                finished = guarded(self.run, self.trainer, phases, lambda: self.stop.forced)
+        if finished and self.config.record and any_recorded(self.run.path):
             export(self.run.path)
         return finished
 
 
+def _from_anywhere(config: RunConfig) -> RunConfig:
+    """Return the settings with absolute paths in place of relative ones: environments change the working folder."""
+
+    def absolute(text: Any) -> Any:
+        return str(Path(text).absolute()) if isinstance(text, str | Path) and Path(text).exists() else text
+
+    dataset = tuple(absolute(name) for name in config.dataset)
+    return dataclasses.replace(
+        config, dataset=dataset, base=absolute(config.base), init_from=absolute(config.init_from)
+    )
+
+
 def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     """Train a new run in folder `path`; False if a signal stopped it. Raises `RunError` if the folder exists."""
+    check_path(path)
+    path, config = path.absolute(), _from_anywhere(config)
     base = base_of(config)
     data = load_data(config, base)
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
@@ -402,7 +430,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     env = make_env(config, data, base)
     env.close()
     if envs.endless(config.env or data.info):
-        log.warning(
+        _log.warning(
             "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register it "
             "with max_episode_steps for another limit",
             config.env or data.info.env_id,
@@ -414,8 +442,9 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
+    about |= {"base_source": source_digest(base.name)} if isinstance(base, PythonPolicy) else {}
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
-    run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints).lock()
+    run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:
         session = Session(config, run, data, screen, base)
         del data  # what is learnt from is in the trainer's replay
@@ -463,6 +492,7 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
     config.json, which is changed. Raises `ConfigError` if the run has made more of them, or has its replay on disk,
     which cannot grow: nothing has been moved or written then.
     """
+    path = path.absolute()
     config = load_config(path)
     data, base = unchanged(path, config)
     run = RunFolder.open(path, config.keep_checkpoints).lock()
@@ -492,6 +522,7 @@ def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
 
     if which not in ("latest", "best") and not which.isdigit():
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
+    path = path.absolute()
     config = load_config(path)
     trainer = _trainer_of(path, config)
     run = RunFolder.open(path)

@@ -42,7 +42,7 @@ class Fleet:
         self.displaced = False
         """Whether an evaluation moved what training stands on (hardware), so that its episodes must begin anew."""
         self._actions: np.ndarray | None = None
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         """The error of a failed reset. No step is played after it; earlier transitions are kept."""
         with Closing() as closing:
             closing.callback(self.close)
@@ -88,7 +88,7 @@ class Fleet:
         """Break off all episodes and begin the next ones."""
         try:
             self._reset(range(len(self.slots)))
-        except Exception as error:
+        except BaseException as error:
             self.fault = error
             raise
         self.observations = stack([slot.observation for slot in self.slots])
@@ -141,7 +141,7 @@ class Fleet:
                 finished(index, self.slots[index].row(result.terminated))
         try:
             self._reset(np.flatnonzero(ended).tolist())
-        except Exception as error:  # the transitions that were played are not lost by it
+        except BaseException as error:  # the transitions that were played are not lost by it
             self.fault = error
         self.observations = stack([slot.observation for slot in self.slots])
         return rows, ended
@@ -157,7 +157,7 @@ class Fleet:
             outcomes = here if self.crew is None else self.crew.receive()
             for slot, action, outcome in zip(self.slots, actions, outcomes, strict=True):
                 results.append(slot.played(action, outcome))
-        except Exception:
+        except BaseException:
             for slot, old in zip(self.slots, before, strict=True):
                 vars(slot).update(old)
             for slot in self.slots[: len(results)]:

@@ -102,6 +102,13 @@ def _learned(
     return over_seeds(one_seed, keys.shape[0], in_turn=seeds_in_turn(agent))(agent, totals, batches)
 
 
+@jax.jit
+def has_nan(agents: Any) -> Array:
+    """Return `[S]` whether an agent of `agents`, leaves `[S, ...]`, has a NaN anywhere."""
+    floats = [leaf for leaf in jax.tree.leaves(agents) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.any(jnp.stack([jnp.isnan(leaf).reshape(leaf.shape[0], -1).any(axis=1) for leaf in floats]), axis=0)
+
+
 @partial(jax.jit, static_argnames="check", donate_argnames="agent")
 def check_phase(agent: Any, data: Any, *, check: Callable[[Any, Any], Any]) -> Any:
     """Let every agent look at what a phase of its pre-training has made so far (`Phase.check`)."""

@@ -24,16 +24,16 @@ from o2o.data.datasets import Dataset
 from o2o.data.normalizer import Normalizer, normalized_rows
 from o2o.errors import ConfigError, DivergenceError
 from o2o.keys import seed_keys
-from o2o.nn.kernels import each_seed
+from o2o.nn.kernels import each_seed, seeds_in_turn
 from o2o.nn.modules import where_leading
 from o2o.replay.buffer import capacity_for, check_window, one_row
-from o2o.replay.device import Returns
+from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.host import HostReplay
-from o2o.replay.place import Place, Replay
+from o2o.replay.place import Place, Replay, bytes_of, row_bytes
 from o2o.replay.rollout import Rollout
 from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
-from o2o.train import programs
+from o2o.train import memory, programs
 from o2o.train.collect import Fleet
 from o2o.train.evaluation import EnvFn
 from o2o.train.remote_evaluation import evaluator_of
@@ -76,6 +76,8 @@ class Trainer:
         rows = normalized_rows(normalizer, data.arrays)
         observations, actions = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), (rows["observations"], rows["actions"]))
         create = partial(programs.create_agent, agent_class=agent_class, config=config)
+        shapes = jax.eval_shape(create, self.keys[0], observations, actions)
+        memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
@@ -127,6 +129,27 @@ class Trainer:
         """Take over agents `[S, ...]` that were pre-trained elsewhere, with the normaliser that they know."""
         self.state.agent, self.state.normalizer = agent, normalizer
 
+    def check_memory(self, online_steps: int) -> dict[str, int]:
+        """Return the bytes that the run takes, by name; raises `ConfigError` if what is still to come cannot fit.
+
+        `replay` is that of `online_steps`. What goes to the disk is not counted.
+        """
+        free, rows, online = memory.free_bytes(), self.replay.data.rows, self.online_config
+        ring = 0
+        if online_steps and online.replay not in ("none", "rollout") and isinstance(self.replay, DeviceReplay):
+            appended = self.replay.data.size if online.replay == "append" else 0
+            capacity = (capacity_for(online_steps, self.loop.replay_capacity) + appended) * self.seeds
+            fits = row_bytes(rows) * capacity + bytes_of(rows) <= self.place.limit()
+            ring = row_bytes(rows) * capacity if fits else 0
+        one, batch = jax.eval_shape(self.agent_of), self.replay.batch_shapes(self._sampling())
+        if self.counters.phase == "online" or online.replay == "rollout":
+            update = 0  # of a run that goes on its replay's batches are known, and have fitted
+        else:
+            update = memory.update_bytes(one, batch, free or 2**62) * (1 if seeds_in_turn(self.agent) else self.seeds)
+        memory.refuse({"replay": ring, f"an update with batch_size {self.config.batch_size}": update}, free)
+        own = {"agents": memory.tree_bytes(self.agent), "dataset": bytes_of(rows)}
+        return {**own, "replay": ring, "update": update}
+
     # Offline: gradient steps on the dataset, hundreds per dispatch
 
     def offline(self, steps: int) -> bool:
@@ -146,7 +169,7 @@ class Trainer:
 
     def _run_phase(self, phase: Phase, begin: int, steps: int, clock: "Clock") -> bool:
         """Run a phase of a pre-training of `steps` gradient steps, `begin` of them before it; False if stopped."""
-        counters, loop, end = self.counters, self.loop, begin + phase.steps
+        counters, loop, end, pace = self.counters, self.loop, begin + phase.steps, Pace()
         eval_every = loop.offline_eval_every or steps
         if phase.note and counters.offline_steps < end:
             log.warning(phase.note)
@@ -157,7 +180,7 @@ class Trainer:
             marks = [at - at % every + every for every in (eval_every, loop.log_every, loop.checkpoint_every)]
             if phase.check_every:
                 marks.append(at + phase.check_every - (at - begin) % phase.check_every)
-            self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch))
+            self._offline_updates(phase, begin, min(min(end, *marks) - at, loop.updates_per_dispatch, pace.most), pace)
             at = counters.offline_steps
             if phase.check is not None and (at == end or (phase.check_every and (at - begin) % phase.check_every == 0)):
                 self.state.agent = programs.check_phase(self.agent, self.replay.data, check=phase.check)
@@ -182,7 +205,7 @@ class Trainer:
         if (enter := phase.enter) is not None:
             self.state.agent = each_seed(lambda agent: enter(agent, self.replay.data), self.agent)
 
-    def _offline_updates(self, phase: Phase, begin: int, count: int) -> None:
+    def _offline_updates(self, phase: Phase, begin: int, count: int, pace: "Pace") -> None:
         """Run `count` gradient steps of a phase; metrics stay on the device."""
         assert not isinstance(self.replay, Rollout)
         state, counters = self.state, self.counters
@@ -190,20 +213,24 @@ class Trainer:
         state.totals = state.totals or self._zeros(phase)
         own = phase if phase.update is not None else None
         sources = self.replay.dataset(self.keys, counters.gradient_steps, count, sampling)
-        self._updates(sources, count, sampling=programs.OWN if own else sampling, phase=own, begin=begin)
+        self._updates(sources, count, pace, sampling=programs.OWN if own else sampling, phase=own, begin=begin)
         counters.offline_steps += count
 
-    def _updates(self, sources: Iterator[tuple[BatchSource, int]], count: int, **static: Any) -> None:
+    def _updates(self, sources: Iterator[tuple[BatchSource, int]], count: int, pace: "Pace", **static: Any) -> None:
         """Run `count` gradient steps on `sources`, pairs (source, steps on it)."""
         state, counters = self.state, self.counters
-        for source, part in sources:
-            if part < count:  # batches that were fetched: one in use, one in waiting, no more on the device
+        for source, rest in sources:
+            if rest < count:  # batches that were fetched: one in use, one in waiting, no more on the device
                 jax.block_until_ready(state.totals)
-            state.agent, state.totals = programs.updates(
-                state.agent, state.totals, source, self.keys, counters.gradient_steps, part, **static
-            )
-            counters.gradient_steps += part
-            counters.unlogged_updates += part
+            while rest:
+                part = min(rest, pace.most)
+                state.agent, state.totals = programs.updates(
+                    state.agent, state.totals, source, self.keys, counters.gradient_steps, part, **static
+                )
+                counters.gradient_steps += part
+                counters.unlogged_updates += part
+                rest -= part
+                pace.sent(part, state.totals)
 
     def _zeros(self, phase: Phase | None) -> Any:
         """Return zeros `[S]` for the sums of the metrics of a phase; None: of the online phase."""
@@ -362,7 +389,7 @@ class Trainer:
         sampling = self._sampling(utd_ratio=1)
         state.totals = state.totals or self._zeros(None)
         sources = self.replay.burst(self.keys, counters.gradient_steps, count, sampling)
-        self._updates(sources, count, sampling=sampling)
+        self._updates(sources, count, Pace(), sampling=sampling)
 
     def _learn_and_act(self, update: bool, over: np.ndarray) -> None:
         """Run the update call, if one is due, and choose the next actions; `over` `[S * N]` clears the carry."""
@@ -510,14 +537,14 @@ class Trainer:
         )
 
     def _log(self) -> None:
-        """Report the mean metrics since the last row, one row per seed."""
+        """Report the mean metrics since the last row, one row per seed; raises `DivergenceError` for one not finite."""
         counters, state = self.counters, self.state
         updates, online = counters.unlogged_updates, counters.phase == "online"
         at = counters.env_steps if online else counters.offline_steps
         if updates or online:
             host = jax.device_get(state.totals) if updates else {}
             extra = {"time/log_steps": float(at - counters.logged_at)} if online else {}
-            for seed in range(self.seeds):
+            for seed in range(self.seeds):  # all of them are written before the run ends because of one
                 self.hooks.metrics(
                     {
                         "phase": self.phase_name,
@@ -529,8 +556,31 @@ class Trainer:
                         **extra,
                     }
                 )
+            self._refuse_bad(host)
         state.totals = jax.tree.map(jnp.zeros_like, state.totals)
         counters.unlogged_updates, counters.logged_at = 0, at
+
+    def _refuse_bad(self, totals: dict[str, np.ndarray]) -> None:
+        """Raise `DivergenceError` if one of the summed metrics, values `[S]`, is not finite."""
+        bad = [(key, seed) for key, value in totals.items() for seed in np.flatnonzero(~np.isfinite(value)).tolist()]
+        if bad:
+            key, seed = bad[0]
+            raise DivergenceError(self._diverged(f"{key} is not finite", seed))
+
+    def check_finite(self) -> None:
+        """Raise `DivergenceError` if the metrics since the last row, or an agent, hold what no run can go on from."""
+        if self.counters.unlogged_updates:
+            self._refuse_bad(jax.device_get(self.state.totals))
+        if len(bad := np.flatnonzero(programs.has_nan(self.agent))):
+            raise DivergenceError(self._diverged("a parameter of the agent is NaN", int(bad[0])))
+
+    def _diverged(self, what: str, seed: int) -> str:
+        counters = self.counters
+        return (
+            f"the learner diverged: {what} by update {counters.gradient_steps} (environment step {counters.env_steps}, "
+            f"seed {self.seed + seed}); earlier checkpoints are kept; lower the learning rates, or look for the cause "
+            "in metrics.jsonl"
+        )
 
     # Checkpoints
 
@@ -613,6 +663,29 @@ class Trainer:
             for part in (self.replay, self.fleet, self.evaluator):
                 if part is not None:
                     closing.callback(part.close)
+
+
+CALL_S = 1.0
+"""Seconds of updates that the device is given at once. Signals are heeded only between the calls."""
+
+
+class Pace:
+    """Bounds the time of the calls to the device that are under way, measured on the first ones."""
+
+    def __init__(self) -> None:
+        """Start with one update, whose time is that of compilation; the next one gives the rate."""
+        self.most = 1
+        """Updates of the next call, at most."""
+        self._queued, self._began = 0, time.perf_counter()
+
+    def sent(self, count: int, result: Any) -> None:
+        """Note a call of `count` updates; wait for its `result` if as many as fit are under way."""
+        self._queued += count
+        if self._queued >= self.most:
+            jax.block_until_ready(result)
+            now = time.perf_counter()
+            self.most = max(1, int(CALL_S * self._queued / max(now - self._began, 1e-9)))
+            self._queued, self._began = 0, now
 
 
 class Clock:

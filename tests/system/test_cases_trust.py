@@ -91,7 +91,7 @@ def test_command_in_wrapper(foreign: Path, tmp_path: Path) -> None:
 def evil(tmp_path: Path) -> Path:
     """Write a module that leaves a mark when it is imported."""
     (tmp_path / "evil_module.py").write_text(
-        f"open({str(tmp_path / 'harm')!r}, 'w')\ndef act(observation):\n    return 0 * observation[:2]\n"
+        f"open({str(tmp_path / 'harm')!r}, 'w')\ndef act(observation):\n    return 0 * observation['desired_goal']\n"
     )
     return tmp_path / "evil_module.py"
 
@@ -116,18 +116,25 @@ def test_code_in_foreign_run(tiny_run: Maker, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TrustError, match="would run os:system"):
         session.resume(tmp_path / "run")
     assert not (tmp_path / "harm").exists() and not (tmp_path / "next").exists()
-    change_config(tmp_path / "run", base=None, env="tests.conftest:InvertedPendulum-v5")  # imported by this program
-    with pytest.raises(ConfigError, match=r"^(?!.*would run)"):
+    change_config(tmp_path / "run", base=None, env="tests.helpers.tiny:InvertedPendulum-v5")  # imported by this program
+    with pytest.raises(O2OError, match="has observations"):
         session.evaluate_run(tmp_path / "run", 1)
 
 
-def test_own_code_needs_no_word(tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_code_needs_no_word(
+    tiny_run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run whose base policy the user named resumes and evaluates; for another user only with trust."""
+    caplog.set_level("WARNING", "o2o")
     path, harm = evil(tmp_path), tmp_path / "harm"
     run = tiny_run("residual", base=f"{path}:act", offline_steps=2, online_steps=0)
     assert session.train(run, tmp_path / "run")
     assert session.resume(tmp_path / "run")
     assert len(session.evaluate_run(tmp_path / "run", 1)) == 1
+    assert not [row for row in caplog.records if row.name.startswith("o2o")]
+    path.write_text(path.read_text() + "# changed\n")
+    session.load_policy(tmp_path / "run")
+    assert "evil_module.py:act changed since run" in caplog.text
     harm.unlink()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another user"))
     command = ["eval", str(tmp_path / "run"), "--episodes", "1"]
