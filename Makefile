@@ -4,13 +4,14 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv demo check test lint format build clean
+.PHONY: help venv demo check test slow lint format build clean
 
 help:
 	@echo "make venv    create .venv and install o2o for development (once)"
 	@echo "make demo    pre-train on recorded data, fine-tune in MuJoCo, show the difference"
 	@echo "make check   lint, types, import contracts and the quick tests (tests/unit)"
 	@echo "make test    make check and all other tests"
+	@echo "make slow    what takes long: damaged files, kills (tests/slow)"
 	@echo "make lint    ruff, pyright and import contracts only"
 	@echo "make format  let ruff mend imports and layout"
 	@echo "make build   wheel and sdist in dist/"
@@ -44,6 +45,9 @@ check: lint
 
 test: lint
 	$(PYTEST)
+
+slow: venv
+	$(PYTEST) tests/slow
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -5,18 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
 
-from o2o.data.datasets import DatasetInfo
+from o2o.data import datasets, files
+from o2o.data.datasets import DatasetInfo, info
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.data.task import Task
 from o2o.envs import kitchen
 from o2o.envs.cameras import CameraObservation, add_cameras
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
-from o2o.envs.tasks import TASKS, register, task_for
+from o2o.envs.tasks import TASKS, known_code, register, run_task, task_for
 from o2o.envs.wrappers import (
     BaseAction,
     FaultGuard,
@@ -35,11 +38,16 @@ __all__ = [
     "BaseAction",
     "CameraObservation",
     "check_spaces",
+    "describe",
     "embedded_id",
+    "endless",
+    "limit_for",
     "make",
     "make_embedded",
     "register",
+    "run_task",
     "same_environment",
+    "specification",
     "task_for",
     "wrap",
 ]
@@ -54,13 +62,13 @@ gym.register_envs(gymnasium_robotics)
 
 
 def make(
-    source: str | DatasetInfo,
+    source: str | DatasetInfo | EnvSpec,
     task: Task | None = None,
     *,
     evaluation: bool = False,
     render_mode: str | None = None,
     seed: int | None = None,
-    achieved_goal: bool = False,
+    achieved_goal: bool | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     dataset: DatasetInfo | None = None,
     inner: Callable[[gym.Env], gym.Env] | None = None,
@@ -72,16 +80,17 @@ def make(
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
     The wrappers, from the inside: FaultGuard, `inner` (see `wrap`), FlattenObservation, MapAction, TaskReward and, with
-    `history` above 1, StackHistory. Every step's `info` has `raw_reward`, `success` (None if unknown),
-    `executed_action` and `intervened`.
+    `history` above 1, StackHistory. An environment without a time limit gets one where there is a dataset
+    (`limit_for`). A window opens only for the `render_mode` "human" given here. Every step's `info` has `raw_reward`,
+    `success` (None if unknown), `executed_action` and `intervened`.
 
     Args:
-        source: A Gymnasium id, `module:id`, or a dataset that names its environment.
+        source: A Gymnasium id, `module:id`, a dataset that names its environment, or a specification of Gymnasium.
         task: Conventions of reward, success and termination; default: the table's for `source`.
         evaluation: Success alone does not end the episode.
         render_mode: Gymnasium's.
         seed: Seeds the environment now, as a reset would.
-        achieved_goal: Keep `achieved_goal` of Dict observations.
+        achieved_goal: Keep `achieved_goal` of Dict observations; default: as the task says.
         env_kwargs: Arguments of the environment; they win over those of the task.
         dataset: The environment's spaces must equal this dataset's; default: `source` if that is a dataset.
         inner: A wrapper for the environment in its own units, such as a recorder.
@@ -90,11 +99,12 @@ def make(
         cameras: Cameras to render into the observation (`o2o.envs.cameras`); default: those of the dataset.
         image_size: Height and width of their images.
 
-    Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit.
+    Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit,
+    `TrustError` for a dataset whose environment is code that only its file names.
     """
     about = source if isinstance(source, DatasetInfo) else None
-    task = task if task is not None else task_for(source)
-    spec = _spec(source)
+    spec = files.portable(specification(source))
+    task = task if task is not None else task_for(spec.id.rpartition(":")[2] if isinstance(source, EnvSpec) else source)
     kwargs: dict[str, Any] = dict(task.env_kwargs)
     if task.family == "kitchen":
         kwargs |= kitchen.spec_kwargs(spec.kwargs)
@@ -109,6 +119,8 @@ def make(
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about
+    if reference is not None and spec.max_episode_steps is None:
+        env = TimeLimit(env, limit_for(reference))
     env = add_cameras(env, cameras, image_size, reference)
     if reference is not None:
         check_spaces(env, reference)
@@ -132,7 +144,7 @@ def wrap(
     task: Task,
     *,
     evaluation: bool = False,
-    achieved_goal: bool = False,
+    achieved_goal: bool | None = None,
     inner: Callable[[gym.Env], gym.Env] | None = None,
     history: int = 1,
     action_map: ActionMap | None = None,
@@ -143,7 +155,8 @@ def wrap(
     """
     env = FaultGuard(env)
     env = inner(env) if inner is not None else env
-    spec = ObservationSpec.from_space(env.observation_space, achieved_goal)
+    keep_goal = task.achieved_goal if achieved_goal is None else achieved_goal
+    spec = ObservationSpec.from_space(env.observation_space, keep_goal)
     action_map = action_map if action_map is not None else ActionMap.from_space(env.action_space)
     env = MapAction(FlattenObservation(env, spec), action_map)
     env = TaskReward(env, task, terminate=not evaluation)
@@ -160,7 +173,7 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
             f"dataset {dataset.name} has observations {theirs}, environment {name} has "
             f"{ours}; use the one it was recorded in"
         )
-    actions, expected = ActionMap.from_space(env.action_space), ActionMap.from_space(dataset.action_space)
+    actions, expected = ActionMap.bounds_of(env.action_space), ActionMap.bounds_of(dataset.action_space)
     if actions != expected:
         raise EnvironmentMismatchError(
             f"dataset {dataset.name} has actions {dataset.action_space}, environment {name} has {env.action_space}; "
@@ -168,22 +181,52 @@ def check_spaces(env: gym.Env, dataset: DatasetInfo) -> None:
         )
 
 
+LEAST_LIMIT, LIMIT_FACTOR = 1000, 10
+
+
+def limit_for(dataset: DatasetInfo) -> int:
+    """Return the steps after which an episode is cut in an environment that has no time limit.
+
+    It might have no end otherwise: ten times the dataset's mean episode, at least 1000.
+    """
+    return max(LEAST_LIMIT, LIMIT_FACTOR * -(-dataset.steps // max(dataset.episodes, 1)))
+
+
+def endless(source: str | DatasetInfo) -> bool:
+    """Whether an environment has no time limit of its own that is known."""
+    return specification(source).max_episode_steps is None
+
+
+def describe(dataset: str | Path, root: str | Path | None = None) -> dict[str, Any]:
+    """Return what there is to say of a dataset (`o2o.data.datasets.describe`), with the `task` of a run on it."""
+    task = run_task(info(dataset, root))
+    return {**datasets.describe(dataset, root, task), "task": task}
+
+
 def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
     """Whether an id stands for the environment of a dataset: same id, arguments, time limit and wrappers."""
     theirs = dataset.eval_env_spec or dataset.env_spec
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
-    return _settings(_spec(env_id)) == _settings(theirs)
+    return _settings(specification(env_id)) == _settings(theirs)
 
 
 def _settings(spec: EnvSpec) -> str:
     """Return the parts of a specification that decide the environment's behaviour, as JSON text."""
+    spec = files.portable(spec)
     wrappers = [asdict(wrapper) for wrapper in spec.additional_wrappers]
     return json.dumps([spec.max_episode_steps, spec.kwargs, wrappers], sort_keys=True, default=str)
 
 
-def _spec(source: str | DatasetInfo) -> EnvSpec:
-    """Return a dataset's evaluation specification (with the real time limit) or its own; an id's from the registry."""
+def specification(source: str | DatasetInfo | EnvSpec) -> EnvSpec:
+    """Return an id's specification from the registry; of a dataset that for evaluation, or else its own.
+
+    The code of a dataset's environment is that of the registered environment of this id, whatever the dataset names.
+    Raises `ConfigError` for an unknown id, `EnvironmentMismatchError` for a dataset that names no environment or one
+    within wrappers, `TrustError` if no registered environment has the code that the dataset names.
+    """
+    if isinstance(source, EnvSpec):
+        return source
     if isinstance(source, DatasetInfo):
         spec = source.eval_env_spec or source.env_spec
         if spec is None:
@@ -195,7 +238,7 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
                 "not make by itself: register an environment that has them, and give it as `env` module:ID; or give "
                 f"`env` {spec.id} if they change nothing"
             )
-        return spec
+        return known_code(spec, source)
     module, _, name = source.rpartition(":")
     try:
         if module:

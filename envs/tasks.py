@@ -1,12 +1,17 @@
 """The one table of tasks: patterns of environment ids with the papers' conventions (WSRL, Cal-QL, RLPD)."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+
 from o2o.data.datasets import DatasetInfo
 from o2o.data.task import Task
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, O2OError, TrustError
+from o2o.trust import HOW
 from o2o.user_code import import_module
 
 MAZE: dict[str, Any] = {
@@ -33,8 +38,9 @@ LOCOMOTION = (
 TASKS: list[tuple[str, Task]] = [
     (r"PointMaze_\w+Dense-v\d+", Task("pointmaze-dense", "pointmaze", **DENSE_MAZE)),
     (r"PointMaze_\w+-v\d+", Task("pointmaze", "pointmaze", **MAZE)),
-    (r"AntMaze_\w+Dense-v\d+", Task("antmaze-dense", "antmaze", **DENSE_MAZE)),
-    (r"AntMaze_\w+-v\d+", Task("antmaze", "antmaze", **MAZE)),
+    # The ant's x and y are in `achieved_goal` alone; kept, they come first, as in D4RL.
+    (r"AntMaze_\w+Dense-v\d+", Task("antmaze-dense", "antmaze", achieved_goal=True, **DENSE_MAZE)),
+    (r"AntMaze_\w+-v\d+", Task("antmaze", "antmaze", achieved_goal=True, **MAZE)),
     (r"AdroitHand(Door|Hammer|Pen|Relocate)\w*-v\d+", Task("adroit", "adroit", metric="success", has_success=True)),
     (
         r"FrankaKitchen-v\d+",
@@ -65,16 +71,20 @@ def register(env_id_pattern: str, task: Task) -> None:
 def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     """Return the task of an environment id or a dataset, `other` with raw rewards for unknown ones.
 
+    A module that registers the environment is imported first, as it may register tasks too: that of `module:id`, and
+    that of a dataset's environment, if its code may run here (`o2o.trust`) and can be imported.
     `binary` asks for the reward -1/0 by success, as x10 + 5 with termination on success (the WSRL paper's Adroit).
     """
     about = None if isinstance(source, str) else source
     env_id = source if isinstance(source, str) else source.env_id
-    if isinstance(source, str) and ":" in source:  # a module that registers environments may register tasks too
+    if isinstance(source, str) and ":" in source:
         import_module(source.rpartition(":")[0])
+    elif about is not None:
+        _import_environment(about)
     bare = (env_id or "").split(":")[-1]
     task = next((t for pattern, t in TASKS if re.fullmatch(pattern, bare)), Task("other", has_success=True))
-    if about is not None and task.sparse and _kwargs(about).get("reward_type") == "dense":
-        task = Task(f"{task.name}-dense", task.family, **DENSE_MAZE)
+    if task.sparse and rewards_of(source).get("reward_type") == "dense" and task.family in ("antmaze", "pointmaze"):
+        task = Task(f"{task.name}-dense", task.family, achieved_goal=task.achieved_goal, **DENSE_MAZE)
     if about is not None and task.metric == "return" and about.ref_max_score is not None:
         task = replace(task, metric="normalized")
     task = replace(task, name=bare or (about.name if about is not None else task.name), env_id=env_id)
@@ -96,6 +106,54 @@ def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     )
 
 
-def _kwargs(about: DatasetInfo) -> dict[str, Any]:
+def run_task(about: DatasetInfo, env: str | None = None, binary: bool | None = None) -> Task:
+    """Return the task of a run on a dataset, in its own environment or in `env` (see `task_for`).
+
+    Raises `ConfigError` if `env` pays another reward than the dataset was recorded with and the task replaces neither.
+    """
+    task = task_for(env or about, binary)
+    if env is None or about.env_spec is None or task.binary:
+        return task
+    theirs, ours = rewards_of(about), rewards_of(env)
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key, ours.get(key)) != ours.get(key, theirs.get(key)):
+            raise ConfigError(
+                f"environment {env} pays another reward than dataset {about.name} was recorded with: {key} is "
+                f"{ours[key]!r}, {theirs[key]!r} in {about.env_spec.id}; use an environment of the same reward, or a "
+                "dataset recorded in this one"
+            )
+    return task
+
+
+def rewards_of(source: str | DatasetInfo) -> dict[str, Any]:
+    """Return the arguments of an environment, of an id or a dataset, that decide its reward."""
+    if isinstance(source, str):
+        known = gym.registry.get(source.split(":")[-1])
+        kwargs = {} if known is None else known.kwargs
+    else:
+        kwargs = source.env_spec.kwargs if source.env_spec is not None else {}
+    return {key: value for key, value in kwargs.items() if "reward" in key or "cost" in key}
+
+
+def _import_environment(about: DatasetInfo) -> None:
+    """Import the module of a dataset's environment, if it may run; what cannot be imported tells no task."""
     spec = about.eval_env_spec or about.env_spec
-    return spec.kwargs if spec is not None else {}
+    if spec is None:
+        return
+    with suppress(O2OError):
+        entry = known_code(spec, about).entry_point
+        if isinstance(entry, str):
+            import_module(entry.partition(":")[0])
+
+
+def known_code(spec: EnvSpec, dataset: DatasetInfo) -> EnvSpec:
+    """Return a dataset's specification with the code of the registry, or its own if it may run (`o2o.trust`)."""
+    registered = gym.registry.get(spec.id)  # gymnasium.spec would import what stands before a colon
+    if registered is not None:
+        return replace(spec, entry_point=registered.entry_point, vector_entry_point=registered.vector_entry_point)
+    if dataset.trusted or spec.entry_point in {known.entry_point for known in gym.registry.values()}:
+        return spec
+    raise TrustError(
+        f"dataset {dataset.name} would run {spec.entry_point} as its environment {spec.id}, which is not registered: "
+        f"name the module that registers it, --env MODULE:{spec.id.rpartition(':')[2]}; or {HOW}"
+    )

@@ -10,8 +10,8 @@ import numpy as np
 
 from o2o.data.history import History, joined_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
-from o2o.data.task import Task, any_success
-from o2o.errors import DivergenceError, EnvironmentFaultError, O2OError
+from o2o.data.task import Task, success_of
+from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError, O2OError
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ class FaultGuard(gym.Wrapper):
             raise self._fault(f"returned {reward!r} as its reward, expected a number,") from None
         if len(_not_finite(number)):
             raise self._fault(f"returned the reward {number}")
+        try:
+            success_of(info)
+        except ValueError as error:
+            raise self._fault(f"returned {error}") from None
         if "intervene_action" in info:
             self._check_takeover(info["intervene_action"])
         return observation, reward, bool(terminated), bool(truncated), info
@@ -138,6 +142,11 @@ class MapAction(gym.Wrapper):
                 "take an earlier checkpoint, or train again with a lower learning rate"
             )
         env_action = self.action_map.to_env(action)
+        if len(bad := np.flatnonzero(~np.isfinite(env_action))):
+            raise EnvironmentMismatchError(
+                f"the action {flat} becomes {env_action.reshape(-1)[bad[0]]} in the environment's units: the bounds of "
+                "its action space are too large"
+            )
         observation, reward, terminated, truncated, info = self.env.step(env_action)
         info["intervened"] = "intervene_action" in info
         info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))
@@ -174,7 +183,11 @@ class TaskReward(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
         """Reset; the same entries of `info` as in a step."""
         observation, info = self.env.reset(seed=seed, options=options)
-        return observation, info | {"raw_reward": 0.0, "success": self._success(0.0, info)}
+        try:
+            success = self._success(0.0, info)
+        except ValueError:  # such as NaN: nothing has been done that could have succeeded
+            success = None
+        return observation, info | {"raw_reward": 0.0, "success": success}
 
     def step(self, action: Any) -> Step:
         """Step."""
@@ -191,7 +204,8 @@ class TaskReward(gym.Wrapper):
         )
 
     def _success(self, raw: float, info: dict[str, Any]) -> bool | None:
-        return any_success(self.task.success(raw, info.get("success")))
+        success = self.task.success(raw, success_of(info))
+        return None if success is None else bool(success)
 
 
 class StackHistory(gym.Wrapper):

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from tyro.extras import SubcommandApp
 
+from o2o import trust
 from o2o.config import RunConfig
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
 from o2o.settings import Amount, Count, Seed, checked
@@ -26,7 +27,11 @@ from o2o.startup import prepare_process
 from o2o.usage import WORDS, booleans, in_options, one_line, spelled_out
 
 Name = tyro.conf.Positional
-ABOUT = "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment."
+TRUST = "--trust"
+ABOUT = (
+    "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment. With --trust, "
+    "any command runs the code that files of others name."
+)
 MAIN = {"dataset", "preset", "env", "base", "seed", "seeds", "offline_steps", "online_steps"}
 """The settings of a run that the help of `o2o train AGENT` shows first."""
 WHOLE = (tyro.conf.FlagConversionOff,)
@@ -309,11 +314,10 @@ def data_describe(dataset: Name[str], root: Path | None = None, json: bool = Fal
         json: Print an object as JSON.
     """
     from o2o import envs
-    from o2o.data import datasets
     from o2o.report.tables import print_json
 
     console = Console()
-    described = {**datasets.describe(dataset, root), "task": envs.task_for(datasets.info(dataset, root))}
+    described = envs.describe(dataset, root)
     if json:
         return print_json(described)
     for key, value in described.items():
@@ -567,7 +571,10 @@ def main(args: Sequence[str] | None = None) -> None:
     prepare_process()
     with logging_to_stderr():
         try:
-            code = _dispatch(list(sys.argv[1:] if args is None else args))
+            given = list(sys.argv[1:] if args is None else args)
+            if TRUST in given:
+                trust.everywhere()
+            code = _dispatch([arg for arg in given if arg != TRUST])
         except O2OError as error:
             print(f"o2o: error: {in_options(error, OPTIONS)}", file=sys.stderr)
             code = 2

@@ -91,9 +91,9 @@ class TaskConfig(Settings):
     """End a training episode at its first success."""
     only_successes: bool | None = None
     """Use only the episodes of the dataset that succeed (the WSRL paper's Adroit data)."""
-    data_share: float | None = None
+    data_share: AboveZero | None = None
     """Use only this share of each dataset's episodes, the first ones (RLPD's Adroit: 0.9)."""
-    achieved_goal: bool = False
+    achieved_goal: bool | None = None
     """Keep `achieved_goal` of Dict observations."""
 
 
@@ -111,8 +111,10 @@ class RunConfig(Settings):
     """Share of each dataset in a batch; empty: in proportion to their rows."""
     clip_actions: bool = False
     """Clip the dataset's actions to its action space. Without this, a dataset with actions outside is refused."""
+    skip_bad_episodes: bool = False
+    """Leave faulty episodes out of the dataset, and say how many. Without this, a dataset that has one is refused."""
     env: str | None = None
-    """Gymnasium id of the environment; None for the dataset's own."""
+    """Gymnasium id of the environment; None for the dataset's own. Datasets of different environments need it."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """Changes to the conventions of the task."""
     history: Count = 1

@@ -39,6 +39,10 @@ class CheckpointError(O2OError, RuntimeError):
     """A checkpoint that is missing or unreadable, or belongs to an agent of another class or shape."""
 
 
+class TrustError(O2OError, RuntimeError):
+    """A file names code to run that the user neither named nor said to trust."""
+
+
 class DivergenceError(O2OError, ArithmeticError):
     """The learner diverged: its numbers are no longer finite."""
 

@@ -22,6 +22,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("O2O_CACHE") or user_cache_path("o2o", appauthor=False))
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file so that it appears whole or not at all, even in a power cut; an old one stays until then.
 

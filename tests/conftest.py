@@ -30,6 +30,7 @@ from tests.helpers.toy_world import make_world
 
 def pytest_configure(config: pytest.Config) -> None:
     """Share compiled programs between workers and tests: most of the suite's time is compilation."""
+    os.environ["XDG_DATA_HOME"] = os.path.join(tempfile.gettempdir(), "o2o-test-data")  # the key of `o2o.trust`
     base = os.environ.get("O2O_TEST_COMPILATION_CACHE") or os.path.join(tempfile.gettempdir(), "o2o-test-jit")
     jax.config.update("jax_compilation_cache_dir", base)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

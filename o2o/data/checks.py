@@ -35,16 +35,15 @@ def check_data(agent: Any, data: datasets.Dataset, normalize: bool) -> None:
         )
 
 
-def returns_scale(ids: Sequence[str], task: Task, span: float) -> float:
+def returns_scale(ids: Sequence[str], task: Task, span: float, **options: Any) -> float:
     """Return the reward scale with which best and worst return of a dataset's episodes lie `span` apart.
 
-    Raises `ConfigError` if they are equal, or `span` is not positive.
+    `options`: those of `datasets.load`. Raises `ConfigError` if they are equal, or `span` is not positive.
     """
     if not span > 0:
         raise ConfigError(f"task.normalize_returns is {span}; expected a positive number, such as 1000")
-    rows = datasets.load(
-        ids, task=dataclasses.replace(task, reward_scale=1.0, reward_bias=0.0), clip_actions=True
-    ).arrays
+    plain = dataclasses.replace(task, reward_scale=1.0, reward_bias=0.0)
+    rows = datasets.load(ids, task=plain, discount=None, **{"clip_actions": True, **options}).arrays
     starts = np.flatnonzero(np.concatenate([[True], rows["ends"][:-1]]))
     returns = np.add.reduceat(rows["rewards"].astype(np.float64), starts)
     if returns.max() == returns.min():

@@ -7,6 +7,8 @@ on success has mask 0 and ends its sequence; with a binary reward the episode is
 """
 
 import hashlib
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +17,27 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from minari.serialization import deserialize_space, serialize_space
+from minari.serialization import serialize_space
 
 from o2o.data import files
 from o2o.data.cache import cached
 from o2o.data.demonstrations import record
 from o2o.data.files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info
 from o2o.data.files import write_dataset as write
+from o2o.data.rows import Columns, Rows, Watch, concatenated, contiguous
 from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
 from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 RETURN_ROWS = 2**16
 """Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
-Rows = dict[str, np.ndarray]
 ActionRange = Literal["space", "data"]
+NOTES = "notes/"
+"""Prefix of the rows' entries that say what was noticed while they were read."""
+PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config")
+"""Arguments of environments that decide only what is drawn."""
+log = logging.getLogger("o2o")
 
 __all__ = [
     "EMBEDDED_PREFIX",
@@ -62,7 +69,8 @@ class Dataset:
     """Flat transitions of N rows.
 
     `arrays`: float32 observations and next_observations `[N, D]` (or dicts with uint8 images), actions `[N, A]`,
-    rewards, masks and, unless loaded without a discount, mc_returns `[N]`, and boolean ends `[N]`.
+    rewards, masks and, unless loaded without a discount, mc_returns `[N]`, and boolean ends `[N]`. The next
+    observations are held by index (`o2o.data.rows.Indexed`): `np.asarray` makes an array of them.
     """
 
     arrays: dict[str, Any]
@@ -83,61 +91,119 @@ class Dataset:
         """Return all that is known of it but the rows."""
 
         def empty(entry: Any) -> Any:
-            return {k: empty(v) for k, v in entry.items()} if isinstance(entry, dict) else entry[:0].copy()
+            return {k: empty(v) for k, v in entry.items()} if isinstance(entry, dict) else np.array(entry[:0])
 
         return replace(self, arrays=empty(self.arrays))
 
 
-def _converters(about: DatasetInfo, achieved_goal: bool) -> tuple[ObservationSpec, ActionMap]:
+def _converters(about: DatasetInfo, achieved_goal: bool, bounded: bool = True) -> tuple[ObservationSpec, ActionMap]:
     try:
         spec = ObservationSpec.from_space(about.observation_space, achieved_goal)
-        return spec, ActionMap.from_space(about.action_space)
+        bounds = ActionMap.bounds_of(about.action_space)
+        return spec, bounds.useful() if bounded else bounds
     except EnvironmentMismatchError as error:
         raise DatasetError(f"dataset {about.name}: {error}") from error
 
 
-def _read_rows(data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool) -> Rows:
-    """Read one dataset: `observation/<key>` `[N + episodes, ...]`, `lengths` `[episodes]`, all else `[N, ...]`."""
-    columns: dict[str, list[Any]] = {}
-    for i, episode in enumerate(files.read_episodes(files.open_storage(data, about.metadata), about.name)):
-        for problem in files.problems(episode, i, spec, actions, clip):
-            raise DatasetError(f"dataset {about.name}: {problem}")
+def _read_rows(
+    data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, skip: bool
+) -> Rows:
+    """Read one dataset: `observation/<key>` `[N + episodes, ...]`, `lengths` `[episodes]`, all else `[N, ...]`.
+
+    The episodes' last observations are behind all others. Actions are flat, in the environment's units. `notes/*` are
+    texts: episodes that were left out, columns that lose digits, entries that are not seen.
+    """
+    columns, watch = Columns(), Watch(spec, ObservationSpec.from_space(about.observation_space, True))
+    skipped: list[str] = []
+    rows, frames = about.steps, about.steps + about.episodes
+    for i, raw in enumerate(files.read_episodes(files.open_storage(data, about.metadata), about.name)):
+        if problem := next(files.problems(raw, i, spec, actions, clip), None):
+            _refuse(about.name, problem, skip)
+            skipped.append(problem)
+            continue
+        episode = files.tidy(raw)
+        watch.episode(episode.observations)
         flat = spec.flatten(episode.observations)
-        row = {
-            f"observation/{key}": value for key, value in (flat if isinstance(flat, dict) else {STATE: flat}).items()
-        }
-        row |= {
-            "actions": np.clip(actions.from_env(episode.actions), -ACTION_LIMIT, ACTION_LIMIT),
-            "rewards": episode.rewards.astype(np.float64).reshape(-1),
+        for key, value in (flat if isinstance(flat, dict) else {STATE: flat}).items():
+            columns.add(f"observation/{key}", value[:-1], frames)
+            columns.add(f"last/{key}", value[-1:], about.episodes)
+        steps = len(episode.rewards)
+        unknown = np.full(steps, -1, np.int8)
+        for key, value in {
+            "actions": episode.actions.reshape(steps, -1).astype(np.float32),
+            "rewards": episode.rewards.astype(np.float64),
             "terminated": episode.terminations,
             "truncated": episode.truncations,
-            "lengths": np.asarray([len(episode.rewards)]),
-        }
-        if episode.success is not None:
-            row["success"] = episode.success
-        for key, value in row.items():
-            columns.setdefault(key, []).append(value)
-    if "success" in columns and len(columns["success"]) != len(columns["lengths"]):
-        del columns["success"]
-    return {key: np.concatenate(value) for key, value in columns.items()}
+            "success": unknown if episode.success is None else episode.success.astype(np.int8),
+        }.items():
+            columns.add(key, value, rows)
+        columns.add("lengths", np.asarray([steps]), about.episodes)
+    if "lengths" not in columns:
+        raise DatasetError(f"dataset {about.name}: no episode is sound; the first: {skipped[0]}")
+    names = [name.removeprefix("last/") for name in columns if name.startswith("last/")]
+    found = {f"observation/{name}": columns.joined(f"observation/{name}", f"last/{name}") for name in names}
+    found |= {name: columns.take(name) for name in columns}
+    known = found["success"] >= 0
+    if not known.any():
+        del found["success"]
+    elif not known.all():
+        first = np.concatenate([[0], np.cumsum(found["lengths"])[:-1]])
+        without = np.flatnonzero(~known[first])
+        problem = (
+            f"{len(without)} of {len(first)} episodes, sound episode {without[0]} the first, have no infos/success, "
+            "and the others do: add the flags"
+        )
+        _refuse(about.name, problem, skip)
+        skipped += [problem] * len(without)
+    notes = {"skipped": skipped, "digits": [f"{n}[{i}]" for n, i in watch.lost_digits()], "unseen": watch.unseen()}
+    return found | {NOTES + key: np.asarray(texts, str) for key, texts in notes.items()}
+
+
+def _refuse(name: str, problem: str, skip: bool) -> None:
+    if not skip:
+        raise DatasetError(
+            f"dataset {name}: {problem}; or leave bad episodes out: --skip-bad-episodes (skip_bad_episodes=True)"
+        )
+
+
+def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
+    """Log what was noticed while the rows were read."""
+    skipped, digits, unseen = (rows[NOTES + key].tolist() for key in ("skipped", "digits", "unseen"))
+    if skipped:
+        log.warning("dataset %s: %d episodes are left out, the first since %s", about.name, len(skipped), skipped[0])
+    if digits:
+        log.warning(
+            "dataset %s: observation entries %s are so large that their steps vanish in float32 (time stamps? places "
+            "far from the origin?): the agent sees constants; subtract an offset from them, in the environment "
+            "(gymnasium.wrappers.TransformObservation) and in the dataset, or leave them out",
+            about.name,
+            ", ".join(digits[:8]),
+        )
+    if unseen and achieved_goal is None:
+        log.warning(
+            "dataset %s: %s is left out of the observations, and no other entry follows it: the policy cannot see it. "
+            "Keep it with --task.achieved-goal True (task.achieved_goal), or say False",
+            about.name,
+            ", ".join(unseen),
+        )
 
 
 def _digest(rows: Rows) -> str:
     digest = hashlib.sha256()
-    for key in sorted(rows):
+    for key in sorted(key for key in rows if not key.startswith(NOTES)):
         digest.update(f"{key} {rows[key].dtype.str} {rows[key].shape}".encode())
         digest.update(np.ascontiguousarray(rows[key]).data)
     return digest.hexdigest()
 
 
 def _cached_rows(
-    data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, cache: bool
+    data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, skip: bool, cache: bool
 ) -> Rows:
     """Read through the cache, keyed by the files' digest and all that shapes the rows."""
     if not cache:
-        return _read_rows(data, about, spec, actions, clip)
-    key = [CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip]
-    return cached(key, lambda: _read_rows(data, about, spec, actions, clip))
+        return _read_rows(data, about, spec, actions, clip, skip)
+    key = [CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip, skip]
+    return cached(key, lambda: _read_rows(data, about, spec, actions, clip, skip))
 
 
 def monte_carlo_returns(
@@ -175,14 +241,17 @@ def _transitions(
     rows: Rows, task: Task, discount: float | None, name: str
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Return the arrays of one dataset under a task, with raw returns and success of all its episodes."""
-    lengths, success = rows["lengths"], task.success(rows["rewards"], rows.get("success"))
+    lengths, flags = rows["lengths"], rows.get("success")
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     episode = np.repeat(np.arange(len(lengths)), lengths)
+    keep = np.ones(len(episode), bool) if flags is None else flags >= 0
+    used = keep[first]  # episodes
+    success = task.success(rows["rewards"], None if flags is None else flags > 0)
     if task.binary and success is None:
         raise DatasetError(
             f"dataset {name}: a binary reward needs infos['success'] in every episode; use the dense reward"
         )
-    for row in task.strange_failures(rows["rewards"], rows.get("success"))[:1]:
+    for row in task.strange_failures(rows["rewards"], success)[:1]:
         raise DatasetError(
             f"dataset {name}: episode {episode[row]}, step {row - first[episode[row]]} is no success and has the raw "
             f"reward {float(rows['rewards'][row])}, but the sparse task {task.name} declares "
@@ -192,7 +261,6 @@ def _transitions(
     solved = None if success is None else np.logical_or.reduceat(success, first)
     terminated, ends = rows["terminated"].copy(), rows["terminated"] | rows["truncated"]
     ends[first + lengths - 1] = True
-    keep = np.ones(len(episode), bool)
     if task.terminate_on_success and success is not None and solved is not None:
         terminated, ends = terminated | success, ends | success
         if task.binary:
@@ -210,30 +278,42 @@ def _transitions(
         keep &= solved[episode]
         if not keep.any():
             raise DatasetError(f"dataset {name}: no episode succeeds, and the task keeps only those that do")
-    now = np.flatnonzero(keep) + episode[keep]
+    now, size = np.flatnonzero(keep), len(episode)
+    after = np.where(now == (first + lengths - 1)[episode[keep]], size + episode[keep], now + 1)
     rewards, masks = task.rewards(rows["rewards"], success)[keep], (~terminated[keep]).astype(np.float32)
-    states = {key.removeprefix("observation/"): value for key, value in rows.items() if key.startswith("observation/")}
-
-    def take(index: np.ndarray) -> Any:
-        return states[STATE][index] if set(states) == {STATE} else {key: value[index] for key, value in states.items()}
-
+    states = {
+        key.removeprefix("observation/"): contiguous(frames, now, after)
+        for key, frames in rows.items()
+        if key.startswith("observation/")
+    }
+    observed, following = (
+        states[STATE][i] if set(states) == {STATE} else {key: pair[i] for key, pair in states.items()} for i in (0, 1)
+    )
     arrays = {
-        "observations": take(now),
+        "observations": observed,
         "actions": rows["actions"][keep],
         "rewards": rewards,
         "masks": masks,
-        "next_observations": take(now + 1),
+        "next_observations": following,
         "ends": ends[keep],
     }
     if discount is not None:
         arrays["mc_returns"] = monte_carlo_returns(rewards, masks, ends[keep], discount, task.failure_reward)
-    return arrays, returns, solved
+    return arrays, returns[used], None if solved is None else solved[used]
 
 
-def _concatenate(parts: Sequence[Any]) -> Any:
-    if isinstance(parts[0], dict):
-        return {key: _concatenate([part[key] for part in parts]) for key in parts[0]}
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _concatenate(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arrays of several datasets as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [(part.pop("observations"), part.pop("next_observations")) for part in parts]
+    both = ("observations", "next_observations")
+    if isinstance(pairs[0][0], dict):
+        found = {key: concatenated([(now[key], after[key]) for now, after in pairs]) for key in pairs[0][0]}
+        observed = {name: {key: pair[i] for key, pair in found.items()} for i, name in enumerate(both)}
+    else:
+        observed = dict(zip(both, concatenated(pairs), strict=True))
+    return observed | {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _weights(sizes: Sequence[int], weights: Sequence[float] | None) -> list[float]:
@@ -243,8 +323,37 @@ def _weights(sizes: Sequence[int], weights: Sequence[float] | None) -> list[floa
     return [value / sum(values) for value in values]
 
 
-def _merged(infos: Sequence[DatasetInfo], returns: list[np.ndarray], solved: list[np.ndarray | None]) -> DatasetInfo:
+def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
+    """Raise `DatasetError` if datasets name different environments, or one environment with other arguments."""
+
+    def named(about: DatasetInfo) -> str | None:
+        if about.env_spec is None:
+            return None
+        kwargs = {key: value for key, value in about.env_spec.kwargs.items() if key not in PICTURES}
+        return f"{about.env_spec.id} {json.dumps(kwargs, sort_keys=True, default=str)}"
+
+    known = [(about.name, name) for about in infos if (name := named(about)) is not None]
+    for name, environment in known[1:]:
+        if environment != known[0][1]:
+            raise DatasetError(
+                f"datasets {known[0][0]} and {name} cannot be mixed as they are: they name different environments, "
+                f"{known[0][1][:120]} and {environment[:120]}; say with --env ID (env=ID) in which to train, or mix "
+                "datasets of one"
+            )
+
+
+def _merged(
+    infos: Sequence[DatasetInfo], returns: list[np.ndarray], solved: list[np.ndarray | None], task: Task
+) -> DatasetInfo:
     head = infos[0]
+    if len({flags is None for flags in solved}) > 1:
+        without = next(about.name for about, flags in zip(infos, solved, strict=True) if flags is None)
+        if task.terminate_on_success:
+            raise DatasetError(
+                f"dataset {without} has no infos['success'] and the others have: the task ends episodes at success, so "
+                "it must be known in all (or --task.terminate-on-success False)"
+            )
+        log.warning("dataset %s has no infos['success'] and the others have: that of the mixture is unknown", without)
     for other in infos[1:]:
         for key in ("observation_space", "action_space"):
             if getattr(other, key) != getattr(head, key):
@@ -270,20 +379,24 @@ def load(
     task: Task | None = None,
     weights: Sequence[float] | None = None,
     discount: float | None = 0.99,
-    achieved_goal: bool = False,
+    achieved_goal: bool | None = None,
     root: str | Path | None = None,
     cache: bool = True,
     clip_actions: bool = False,
+    skip_bad_episodes: bool = False,
     download: bool = False,
     action_range: ActionRange = "space",
     action_margin: float = 0.0,
+    env: str | None = None,
 ) -> Dataset:
     """Load one dataset, or a mixture of several, by id or path.
 
     `weights` are the probabilities of drawing from each (default: by size). `clip_actions` accepts actions outside the
-    bounds, `download` fetches an id that is not there. Without a task, rewards are the dataset's own; with the discount
-    None, there are no mc_returns. With the `action_range` "data", [-1, 1] is the range of the dataset's actions,
-    1 + `action_margin` times as wide (`ActionMap.fitted`), in place of the action space.
+    bounds, `skip_bad_episodes` leaves out episodes with other faults and logs it, `download` fetches an id that is not
+    there. Without a task, rewards are the dataset's own; with the discount None, there are no mc_returns.
+    `achieved_goal` None: the task says whether that entry is kept. With the `action_range` "data", [-1, 1] is the range
+    of the dataset's actions, 1 + `action_margin` times as wide (`ActionMap.fitted`), in place of the action space,
+    which then needs no bounds. Datasets of different environments are mixed only if `env` names the one that counts.
     Raises `DatasetError`, naming episode and step where there is one.
     """
     names = [ids] if isinstance(ids, str | Path) else list(ids)
@@ -291,24 +404,32 @@ def load(
         raise DatasetError("no dataset given: name at least one")
     folders = [files.locate(name, root, download) for name in names]
     infos = [files.read_info(folder) for folder in folders]
+    if env is None:
+        _check_one_environment(infos)
     if task is None:
         task = Task(infos[0].env_id or infos[0].name, has_success=True)
-    spec, actions = _converters(infos[0], achieved_goal)
+    keep_goal, bounded = task.achieved_goal if achieved_goal is None else achieved_goal, action_range == "space"
+    spec, actions = _converters(infos[0], keep_goal, bounded)
     parts, returns, solved, digests = [], [], [], []
     for folder, about in zip(folders, infos, strict=True):
-        own_spec, own_actions = _converters(about, achieved_goal)
-        rows = _cached_rows(folder, about, own_spec, own_actions, clip_actions, cache)
+        own_spec, own_actions = _converters(about, keep_goal, bounded)
+        rows = _cached_rows(folder, about, own_spec, own_actions, clip_actions, skip_bad_episodes, cache)
+        _tell(rows, about, achieved_goal)
+        digests.append(_digest(rows))
         arrays, episode_returns, episode_success = _transitions(rows, task, discount, about.name)
         parts.append(arrays)
         returns.append(episode_returns)
         solved.append(episode_success)
-        digests.append(_digest(rows))
-    merged = _merged(infos, returns, solved)
+        del rows
+    merged = _merged(infos, returns, solved, task)
+    shaped = [np.clip(part["actions"], actions.low, actions.high).reshape(-1, *actions.shape) for part in parts]
     if action_range == "data":
-        own = [actions.to_env(part["actions"]) for part in parts]
-        actions = actions.fitted(np.concatenate(own), action_margin)
-        for part, executed in zip(parts, own, strict=True):
-            part["actions"] = np.clip(actions.from_env(executed), -ACTION_LIMIT, ACTION_LIMIT)
+        try:
+            actions = actions.fitted(np.concatenate(shaped), action_margin)
+        except EnvironmentMismatchError as error:
+            raise DatasetError(f"dataset {merged.name}: {error}") from error
+    for part, executed in zip(parts, shaped, strict=True):
+        part["actions"] = np.clip(actions.from_env(executed), -ACTION_LIMIT, ACTION_LIMIT)
     sizes = [len(part["rewards"]) for part in parts]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
     return Dataset(
@@ -327,13 +448,13 @@ def environment_entries(observation_space: gym.Space, action_space: gym.Space, s
     entries: dict[str, Any] = {"env_spec": None}
     entries |= {"observation_space": serialize_space(observation_space), "action_space": serialize_space(action_space)}
     if (kept := files.storable(spec)) is not None:
-        entries["env_spec"] = kept.to_json()
+        entries |= {"env_spec": kept.to_json(), **files.vouchers(kept)}
     return entries
 
 
 def read_environment(entries: dict[str, Any], where: str) -> tuple[gym.Space, gym.Space, EnvSpec | None]:
-    """Undo `environment_entries`; raises `DatasetError` naming `where` if the specification does not parse."""
-    spaces = [deserialize_space(entries[key]) for key in ("observation_space", "action_space")]
+    """Undo `environment_entries`; raises `DatasetError` naming `where` for what cannot be read."""
+    spaces = [files.read_space(entries, key, where) for key in ("observation_space", "action_space")]
     return spaces[0], spaces[1], files.env_spec({**entries, "dataset_id": where})
 
 
@@ -342,9 +463,12 @@ def list_datasets(root: str | Path | None = None) -> list[str]:
     return files.local_ids(root)
 
 
-def describe(dataset: str | Path, root: str | Path | None = None) -> dict[str, Any]:
-    """Return what there is to say of a dataset, as plain values: sizes, spaces, returns, success, scores, origin."""
-    data = load(dataset, root=root, clip_actions=True)
+def describe(dataset: str | Path, root: str | Path | None = None, task: Task | None = None) -> dict[str, Any]:
+    """Return what there is to say of a dataset, as plain values: sizes, spaces, returns, success, scores, origin.
+
+    `task`: as in `load`; what `o2o.envs.describe` says knows the dataset's own.
+    """
+    data = load(dataset, root=root, clip_actions=True, discount=None, task=task)
     about, spec = data.info, data.info.eval_env_spec or data.info.env_spec
     returns, success = about.episode_returns, about.episode_success
     assert returns is not None
@@ -377,9 +501,14 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
     try:
         about = files.read_info(folder)
         spec, actions = _converters(about, True)
+        known = 0
         for episode in files.read_episodes(files.open_storage(folder, about.metadata), about.name):
-            found += files.problems(episode, episodes, spec, actions)
+            bad = list(files.problems(episode, episodes, spec, actions))
+            found += bad or files.outside_space(episode, episodes, about.observation_space)
+            known += episode.success is not None
             episodes, steps = episodes + 1, steps + len(episode.rewards)
+        if 0 < known < episodes:
+            found.append(f"{episodes - known} of {episodes} episodes have no infos/success, and the others do")
     except DatasetError as error:
         return [*found, str(error)]
     for key, counted in (("episodes", episodes), ("steps", steps)):
@@ -387,4 +516,6 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
             found.append(f"metadata.json says {getattr(about, key)} {key}, the data has {counted}")
     if about.env_spec is None:
         found.append("no env_spec: the environment cannot be recovered, give one with `env`")
+    elif missing := files.missing_entry_point(about.env_spec):
+        found.append(f"environment {about.env_spec.id} cannot be made, {missing}: install it, or give one with `env`")
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from o2o.data.files import Episode
 from o2o.data.rollout import OneEach, Played, rollout
 from o2o.data.spaces import ActionMap
-from o2o.data.task import any_success
+from o2o.data.task import success_of
 from o2o.errors import DatasetError
 
 
@@ -81,7 +81,10 @@ class _Recording:
         if human:
             executed = _checked(info["intervene_action"], self._env, f"the intervene_action at {where}")
         self._observations.append(copy.deepcopy(self.observation))  # environments may write into one array
-        success = any_success(info.get("success"))
+        try:
+            success = success_of(info)
+        except ValueError as error:
+            raise DatasetError(f"the environment returned {error} at {where}") from None
         self._rows.append((executed, float(reward), bool(terminated), bool(truncated), success, human))
         self._total += 1
         return Played(bool(terminated or truncated), human)

@@ -1,13 +1,18 @@
 """Find, read, check and write the files of Minari datasets."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,17 @@ from minari.namespace import NAMESPACE_METADATA_FILENAME
 from minari.serialization import deserialize_space
 
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
-from o2o.data.task import Task
+from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
+from o2o.files import alive
+from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
+NUMBERS = "fiub"
+"""Kinds of NumPy types that hold real numbers or flags."""
+WATCHERS = ("HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics")
+"""Wrappers of Gymnasium that look on and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class DatasetInfo:
     """Raw returns of all episodes, `[n]`."""
     episode_success: np.ndarray | None = None
     """Whether any step of the episode succeeded, `[n]`; None where success is unknown."""
+    trusted: bool = False
+    """Whether the code that its specifications name may run, though no registered environment has it (`o2o.trust`)."""
 
     @property
     def name(self) -> str:
@@ -148,16 +161,26 @@ def read_metadata(data: Path) -> dict[str, Any]:
     """Return metadata.json. Raises `DatasetError` if it cannot be read or lacks an entry that o2o needs."""
     try:
         metadata = json.loads((data / METADATA_FILE_NAME).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
-    kinds = {"dataset_id": str, "total_episodes": int | float, "total_steps": int | float, "data_format": str}
+    word = lambda value: isinstance(value, str)  # noqa: E731
+    count = lambda value: _number(value) and value >= 0  # noqa: E731
+    score = lambda value: value is None or _number(value)  # noqa: E731
+    fits = {"dataset_id": word, "total_episodes": count, "total_steps": count, "data_format": word}
+    fits |= {"ref_min_score": score, "ref_max_score": score}
     entries = metadata if isinstance(metadata, dict) else {}
-    missing = [key for key, kind in kinds.items() if not isinstance(entries.get(key), kind)]
+    missing = [key for key, fit in fits.items() if not fit(entries.get(key))]
     if missing:
-        raise DatasetError(f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}; is this a Minari dataset?")
+        raise DatasetError(
+            f"{data / METADATA_FILE_NAME} lacks {', '.join(missing)}, or has none of a sense; is this a Minari dataset?"
+        )
     return metadata
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | None:
@@ -168,27 +191,71 @@ def env_spec(metadata: Mapping[str, Any], key: str = "env_spec") -> EnvSpec | No
     try:
         for old in ('"order_enforce": true,', '"apply_api_compatibility": false,', '"autoreset": false, '):
             text = text.replace(old, "")  # written by Gymnasium before 1.0
-        return without_own_wrappers(EnvSpec.from_json(text))
+        spec = EnvSpec.from_json(text)
+        kinds = {"entry_point": str | None, "kwargs": dict, "max_episode_steps": int | None}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(spec, name), kind)]:
+            raise TypeError(f"its {wrong[0]} is {getattr(spec, wrong[0])!r}")
+        return portable(spec)
     except Exception as error:
         raise DatasetError(f"dataset {metadata['dataset_id']}: its {key} cannot be read ({error})") from error
 
 
-def without_own_wrappers(spec: EnvSpec) -> EnvSpec:
-    """Return a specification without o2o's own wrappers, which `o2o.envs.make` adds again."""
-    others = (wrapper for wrapper in spec.additional_wrappers if not wrapper.entry_point.startswith("o2o."))
-    return replace(spec, additional_wrappers=tuple(others))
+def portable(spec: EnvSpec) -> EnvSpec:
+    """Return what of a specification decides how an environment behaves.
+
+    Left out are o2o's own wrappers, which `o2o.envs.make` adds again, wrappers that only look on, and a `render_mode`
+    that opens windows or collects pictures.
+    """
+    kwargs = dict(spec.kwargs)
+    mode = str(kwargs.get("render_mode"))
+    if mode == "human" or mode.endswith("_list"):
+        del kwargs["render_mode"]
+    others = (
+        wrapper
+        for wrapper in spec.additional_wrappers
+        if not wrapper.entry_point.startswith("o2o.")
+        and not (wrapper.entry_point.startswith("gymnasium.wrappers.") and wrapper.name in WATCHERS)
+    )
+    return replace(spec, kwargs=kwargs, additional_wrappers=tuple(others))
 
 
 def storable(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a specification for a dataset: without o2o's own wrappers; None if it has no JSON form."""
+    """Return a specification for a dataset (`portable`); None if it has no JSON form."""
     if spec is None:
         return None
-    spec = without_own_wrappers(spec)
+    spec = portable(spec)
     try:
         spec.to_json()
     except (TypeError, ValueError):  # registered with a class, or with an argument that is no JSON
         return None
     return spec
+
+
+LIBRARIES = ("gymnasium", "gymnasium_robotics", "o2o")
+"""Packages whose environments are registered wherever o2o is."""
+
+
+def vouchers(*specs: EnvSpec | None) -> dict[str, list[str]]:
+    """Return the entry of metadata.json by which a specification's code may run for this user (`o2o.trust`).
+
+    Only for environments that this program has registered, and none for those that every o2o has.
+    """
+    found = []
+    for spec in specs:
+        known = None if spec is None else gym.registry.get(spec.id)
+        if spec is None or known is None or known.entry_point != spec.entry_point:
+            continue
+        if str(spec.entry_point).partition(".")[0] not in LIBRARIES:
+            found.append(voucher([str(spec.entry_point)], spec.kwargs))
+    return {"vouched": [proof for proof in found if proof is not None]} if any(found) else {}
+
+
+def _vouched_for(metadata: Mapping[str, Any], *specs: EnvSpec | None) -> bool:
+    """Whether this user vouched for every one of the specifications."""
+    proofs = metadata.get("vouched")
+    if not isinstance(proofs, list):
+        return False
+    return all(any(vouched(proof, [str(spec.entry_point)], spec.kwargs) for proof in proofs) for spec in specs if spec)
 
 
 def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
@@ -207,29 +274,33 @@ def info(dataset: str | Path, root: str | Path | None = None, download: bool = F
 def read_info(data: Path) -> DatasetInfo:
     """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
-    spec, name = env_spec(metadata), metadata["dataset_id"]
-    found = {}
-    for key in ("observation_space", "action_space"):
-        try:
-            found[key] = (
-                deserialize_space(metadata[key]) if key in metadata else getattr(open_storage(data, metadata), key)
-            )
-        except DatasetError:
-            raise
-        except Exception as error:
-            raise DatasetError(f"dataset {name}: its {key} cannot be read ({error!r})") from error
+    spec, eval_spec, name = env_spec(metadata), env_spec(metadata, "eval_env_spec"), metadata["dataset_id"]
+    seen, done = (
+        read_space(metadata, key, name) if key in metadata else getattr(open_storage(data, metadata), key)
+        for key in ("observation_space", "action_space")
+    )
     return DatasetInfo(
         ids=(name,),
         env_id=spec.id if spec else None,
         env_spec=spec,
-        eval_env_spec=env_spec(metadata, "eval_env_spec"),
+        eval_env_spec=eval_spec,
+        observation_space=seen,
+        action_space=done,
         ref_min_score=metadata.get("ref_min_score"),
         ref_max_score=metadata.get("ref_max_score"),
         episodes=int(metadata["total_episodes"]),
         steps=int(metadata["total_steps"]),
         metadata=metadata,
-        **found,
+        trusted=trusted(data) or _vouched_for(metadata, spec, eval_spec),
     )
+
+
+def read_space(metadata: Mapping[str, Any], key: str, name: str) -> gym.Space:
+    """Return the space under a key of metadata.json. Raises `DatasetError` if it cannot be read."""
+    try:
+        return deserialize_space(metadata[key])
+    except Exception as error:
+        raise DatasetError(f"dataset {name}: its {key} cannot be read ({error!r})") from error
 
 
 def file_digest(data: Path) -> str:
@@ -243,7 +314,10 @@ def file_digest(data: Path) -> str:
 
 
 def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
-    """Yield every episode. Raises `DatasetError` with the number of an episode that cannot be read."""
+    """Yield every episode as it is stored: see `problems`, then `tidy`.
+
+    Raises `DatasetError` with the number of an episode that cannot be read.
+    """
     total = storage.total_episodes
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
@@ -257,50 +331,72 @@ def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
                 f"dataset {name}: episode {i} of {total} cannot be read, the file is corrupt or truncated ({reason}); "
                 "copy or download it again"
             ) from error
-        rewards = np.asarray(episode["rewards"])
+        infos = episode.get("infos") or {}
+        success = success_key(infos)
         yield Episode(
             observations=episode["observations"],
             actions=np.asarray(episode["actions"]),
-            rewards=rewards,
-            terminations=np.asarray(episode["terminations"], bool),
-            truncations=np.asarray(episode["truncations"], bool),
-            success=_success(episode.get("infos") or {}, len(rewards)),
+            rewards=np.asarray(episode["rewards"]),
+            terminations=np.asarray(episode["terminations"]),
+            truncations=np.asarray(episode["truncations"]),
+            success=None if success is None else np.asarray(infos[success]),
         )
         i += 1
 
 
-def _success(infos: Mapping[str, Any], steps: int) -> np.ndarray | None:
-    """Return the success flags of the steps `[T]` from infos with one entry per observation (T+1) or step (T)."""
-    flags = np.asarray(infos["success"]).reshape(-1) if "success" in infos else np.empty(0)
-    if not steps or len(flags) not in (steps, steps + 1):
-        return None
-    return flags[-steps:].astype(bool)
+def tidy(episode: Episode) -> Episode:
+    """Return an episode with rewards, flags and success as `[T]`; they may be stored as `[T, 1]`, flags as 0 and 1.
+
+    Success flags may have a row more, of the reset, and several columns, of which any counts. Raises `ValueError`,
+    saying what is wrong, for columns of another shape and for values that are no flags or no numbers.
+    """
+    rewards = _one_column("rewards", episode.rewards)
+    if rewards.dtype.kind not in NUMBERS:
+        raise ValueError(f"rewards are {rewards.dtype}, expected numbers")
+    steps, success = len(rewards), episode.success
+    if success is not None:
+        if success.ndim == 0 or len(success) not in (steps, steps + 1):
+            raise ValueError(
+                f"infos/success has shape {success.shape} for {steps} steps, expected a flag for each step, or one more"
+            )
+        success = _flags("infos/success", success[len(success) - steps :]).reshape(steps, -1).any(axis=1)
+    flags = {key: _flags(key, _one_column(key, getattr(episode, key))) for key in ("terminations", "truncations")}
+    return replace(episode, rewards=rewards, success=success, **flags)
+
+
+def _one_column(name: str, values: np.ndarray) -> np.ndarray:
+    """Return a column `[T]` or `[T, 1]` as `[T]`."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values[:, 0]
+    if values.ndim != 1:
+        raise ValueError(f"{name} have shape {values.shape}, expected one value per step ([T] or [T, 1])")
+    return values
+
+
+def _flags(name: str, values: np.ndarray) -> np.ndarray:
+    try:
+        return as_flags(values)
+    except ValueError as error:
+        raise ValueError(f"{name} has the value {error}, expected true or false (1 or 0)") from None
 
 
 def problems(
     episode: Episode, index: int, spec: ObservationSpec, actions: ActionMap, clip: bool = False
 ) -> Iterator[str]:
     """Yield one line for each error in an episode. With `clip`, actions outside the bounds are allowed."""
-    where, steps = f"episode {index}", len(episode.rewards)
-    if steps == 0:
-        yield f"{where} has no steps; delete it"
+    where = f"episode {index}"
+    try:
+        episode = tidy(episode)
+        arrays = _numbers(episode, spec)
+    except (ValueError, EnvironmentMismatchError) as error:
+        yield f"{where}{error}" if str(error).startswith(" ") else f"{where}: {error}"
         return
-    for key in ("actions", "terminations", "truncations"):
-        if len(getattr(episode, key)) != steps:
-            yield f"{where} has {len(getattr(episode, key))} {key} for {steps} rewards"
-            return
-    arrays = {"actions": episode.actions.reshape(steps, -1), "rewards": episode.rewards.reshape(steps, -1)}
-    for leaf in spec.leaves:
-        try:
-            array = leaf.of(episode.observations)
-        except EnvironmentMismatchError as error:
-            yield f"{where}: {error}"
-            return
-        if len(array) != steps + 1:
-            yield f"{where} has {len(array)} observations for {steps} steps, expected {steps + 1}"
-            return
-        if not leaf.image:
-            arrays[f"observations ({leaf.name})"] = array.reshape(steps + 1, -1)
+    for key in ("terminations", "truncations"):
+        if len(early := np.flatnonzero(getattr(episode, key)[:-1])):
+            yield (
+                f"{where}, step {early[0]}: {key} is true there, and the episode goes on for "
+                f"{len(episode.rewards) - 1 - early[0]} steps: split it there"
+            )
     for key, array in arrays.items():
         if len(bad := np.argwhere(not_finite(array))):
             step, entry = bad[0]
@@ -315,13 +411,107 @@ def problems(
         )
 
 
-def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
-    """Return the folder for a new dataset. Raises `DatasetError` if the id is malformed or exists already."""
+def _numbers(episode: Episode, spec: ObservationSpec) -> dict[str, np.ndarray]:
+    """Return the columns of a tidy episode that hold numbers, by name, as `[T or T + 1, entries]`.
+
+    Raises `ValueError` or `EnvironmentMismatchError` if lengths, shapes or types do not fit.
+    """
+    steps = len(episode.rewards)
+    if steps == 0:
+        raise ValueError(" has no steps; delete it")
+    for key in ("actions", "terminations", "truncations"):
+        if len(getattr(episode, key)) != steps:
+            raise ValueError(f" has {len(getattr(episode, key))} {key} for {steps} rewards")
+    arrays = {"actions": episode.actions.reshape(steps, -1), "rewards": episode.rewards.reshape(steps, -1)}
+    for leaf in spec.leaves:
+        array = leaf.of(episode.observations)
+        if len(array) != steps + 1:
+            raise ValueError(f" has {len(array)} observations for {steps} steps, expected {steps + 1}")
+        if not leaf.image:
+            arrays[f"observations ({leaf.name})"] = array.reshape(steps + 1, -1)
+    for key, array in arrays.items():
+        if array.dtype.kind not in NUMBERS:
+            raise ValueError(f"{key} are {array.dtype}, expected numbers")
+    return arrays
+
+
+def outside_space(episode: Episode, index: int, space: gym.Space, path: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Yield one line for each Box of an observation space that a number of a sound episode lies outside of."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = space.spaces.items() if isinstance(space, gym.spaces.Dict) else enumerate(space.spaces)
+        for key, part in parts:
+            yield from outside_space(episode, index, part, (*path, key))
+    elif isinstance(space, gym.spaces.Box):
+        name, values = "/".join(map(str, path)) or "observation", episode.observations
+        for key in path:
+            values = values[key]
+        values = np.asarray(values, np.float64).reshape(-1, int(np.prod(space.shape)))
+        low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
+        slack = 1e-5 * np.maximum(1.0, np.where(np.isfinite(high - low), high - low, 1.0))
+        if len(out := np.argwhere((values < low - slack) | (values > high + slack))):
+            step, entry = out[0]
+            yield (
+                f"episode {index}, step {step}: observations ({name}) have {values[step, entry]:.6g} in entry {entry}, "
+                f"outside their space [{low[entry]:g}, {high[entry]:g}]; widen the space, or look at the sensor"
+            )
+
+
+def missing_entry_point(spec: EnvSpec) -> str | None:
+    """Return what is missing of a specification's entry point `module:name`, None if it seems to be there.
+
+    That of the registry wins for an id that is registered. No code of the module runs.
+    """
+    entry = gym.registry.get(spec.id, spec).entry_point
+    if not isinstance(entry, str):
+        return None
+    module, _, name = entry.partition(":")
+    loaded, path = sys.modules.get(module), None
+    if loaded is not None:
+        return None if hasattr(loaded, name.partition(".")[0]) else f"module {module} has no {name}"
+    found, parts = None, module.split(".")
+    for i in range(len(parts)):
+        found = PathFinder.find_spec(".".join(parts[: i + 1]), path if i else [*sys.path, str(Path.cwd())])
+        if found is None:
+            return f"there is no module {module} here"
+        path = found.submodule_search_locations
+    if found is not None and found.origin is not None and found.origin.endswith(".py"):
+        text = Path(found.origin).read_text(errors="replace")
+        if re.search(rf"\b{re.escape(name.partition('.')[0])}\b|import \*", text) is None:
+            return f"module {module} has no {name}"
+    return None
+
+
+def _target(dataset_id: str, root: str | Path | None) -> Path:
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
         raise DatasetError(f"dataset id {dataset_id!r} is not of the form namespace/name-v0") from error
-    target = (Path(root) if root is not None else default_root()) / dataset_id
+    return (Path(root) if root is not None else default_root()) / dataset_id
+
+
+EARLIER = ".earlier"
+"""At the end of a scratch folder's name: it holds the dataset that is being replaced."""
+
+
+def _scratch(target: Path, process: int) -> str:
+    """Return how the names of a process's scratch folders beside a dataset begin."""
+    return f".{target.name}-{platform.node()}-{process}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers of a dataset that were killed on this machine have left; put back what one had replaced."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}-{glob.escape(platform.node())}-*"):
+        process = path.name.removeprefix(_scratch(target, 0).removesuffix("0-")).partition("-")[0]
+        if not process.isdigit() or alive(int(process)):
+            continue
+        if path.name.endswith(EARLIER) and not target.exists():
+            path.rename(target)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_new(dataset_id: str, root: str | Path | None = None) -> Path:
+    """Return the folder for a new dataset. Raises `DatasetError` if the id is malformed or exists already."""
+    target = _target(dataset_id, root)
     if target.exists():
         raise DatasetError(f"dataset {dataset_id} exists already at {target}; choose another id or delete it")
     return target
@@ -337,22 +527,26 @@ def write_dataset(
     eval_spec: EnvSpec | None = None,
     root: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write episodes as a Minari dataset and return its folder, which appears whole or not at all.
 
-    A specification without a JSON form is left out; training on the dataset then needs `--env`. Raises `DatasetError`
-    if the id is malformed or exists already, the folder cannot be written, or an episode has no steps.
+    With `overwrite`, it takes the place of an earlier one, which stays until then. A specification without a JSON form
+    is left out; training on the dataset then needs `--env`. Raises `DatasetError` if the id is malformed or exists
+    already, the folder cannot be written, or an episode has no steps.
     """
     base = Path(root) if root is not None else default_root()
-    target = check_new(dataset_id, base)
+    target = _target(dataset_id, base) if overwrite else check_new(dataset_id, base)
     spec, eval_spec, scratch = storable(spec), storable(eval_spec), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
+        _sweep(target)
+        scratch = Path(tempfile.mkdtemp(prefix=_scratch(target, os.getpid()), dir=target.parent.absolute()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
-        extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__, **(metadata or {})}
+        extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__}
+        extra |= {**vouchers(spec, eval_spec), **(metadata or {})}
         if eval_spec is not None:
             extra["eval_env_spec"] = eval_spec.to_json()
         storage.update_metadata(extra)
@@ -361,7 +555,12 @@ def write_dataset(
             if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
                 (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")
         scratch.chmod(0o755)
-        os.replace(scratch, target)
+        if overwrite and target.exists():
+            os.replace(target, earlier := Path(f"{scratch}{EARLIER}"))
+            os.replace(scratch, target)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            os.replace(scratch, target)
     except OSError as error:
         raise DatasetError(f"dataset {dataset_id} could not be written to {target}: {error}") from error
     finally:

@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from o2o.data.datasets import Dataset
+from o2o.data.rows import Indexed
 from o2o.errors import ConfigError
 
 
@@ -90,6 +91,23 @@ def with_history(data: Dataset, length: int) -> Dataset:
 
     now, after = data.arrays["observations"], data.arrays["next_observations"]
     ago = past(now, rows, first, length)
-    return replace(
-        data, arrays={**data.arrays, "observations": join(ago), "next_observations": join([*ago[1:], after])}
-    )
+    joined = join(ago)
+    if isinstance(now, dict):
+        pairs = {key: _following(after[key], [back[key] for back in ago], joined[key]) for key in now}
+        both = {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
+    else:
+        both = _following(after, ago, joined)
+    return replace(data, arrays={**data.arrays, "observations": both[0], "next_observations": both[1]})
+
+
+def _following(after: Any, ago: list[np.ndarray], joined: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Return joined observations and next observations of one entry; held by index where they were."""
+    if not isinstance(after, Indexed):
+        return joined, np.concatenate([*ago[1:], after], axis=-1)
+    size = len(after)
+    last = np.flatnonzero(after.index >= size)  # the others' next observations are rows themselves
+    tail = np.concatenate([*(back[last] for back in ago[1:]), after[last]], axis=-1)
+    index = after.index.copy()
+    index[last] = size + np.arange(len(last))
+    frames = np.concatenate([joined, tail])
+    return frames[:size], Indexed(frames, index)

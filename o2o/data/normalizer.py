@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from o2o.data.rows import BLOCK, Indexed
 from o2o.data.spaces import STATE
 from o2o.errors import ConfigError
 from o2o.types import Array
@@ -28,16 +28,18 @@ class Normalizer(struct.PyTreeNode):
         or `floor` is not positive.
         """
         flat = observations.get(STATE) if isinstance(observations, Mapping) else observations
-        if not isinstance(flat, np.ndarray | jax.Array):
+        if flat is None:
             raise ConfigError(
                 "observation normalisation works on flat float32 observations, not on images: set normalize to False"
             )
         if floor is not None and floor <= 0:
             raise ConfigError(f"std_floor is {floor}; expected a positive number, or None for std + {epsilon}")
-        values = np.asarray(flat, np.float64)
-        std = values.std(axis=0)
+        rows = np.asarray(flat)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        blocks = (rows[i : i + BLOCK].astype(np.float64) - mean for i in range(0, len(rows), BLOCK))
+        std = np.sqrt(sum((block**2).sum(axis=0) for block in blocks) / len(rows))
         std = np.where(std < 1e-8, 1.0, std + epsilon) if floor is None else np.maximum(std, floor)
-        return cls(mean=jnp.asarray(values.mean(axis=0), jnp.float32), std=jnp.asarray(std, jnp.float32))
+        return cls(mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32))
 
     def __call__(self, observations: Any) -> Any:
         """Return observations with their flat part `[..., D]` normalised."""
@@ -53,5 +55,17 @@ def normalize(normalizer: Normalizer | None, observations: Any) -> Any:
 
 def normalized_rows(normalizer: Normalizer | None, rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dataset's arrays with observations and next observations normalised, in host memory."""
-    keys = ("observations", "next_observations")
-    return {k: jax.tree.map(np.asarray, normalize(normalizer, v)) if k in keys else v for k, v in rows.items()}
+    if normalizer is None:
+        return dict(rows)
+
+    def state(now: Any, after: Any) -> tuple[Any, Any]:
+        if isinstance(now, Mapping):
+            pair = state(now[STATE], after[STATE])
+            return {**now, STATE: pair[0]}, {**after, STATE: pair[1]}
+        if isinstance(after, Indexed) and after.heads(now):
+            done = after.map(normalizer)
+            return done.frames[: len(now)], done
+        return np.asarray(normalizer(now)), np.asarray(normalizer(np.asarray(after)))
+
+    now, after = state(rows["observations"], rows["next_observations"])
+    return {**rows, "observations": now, "next_observations": after}

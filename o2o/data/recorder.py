@@ -8,8 +8,6 @@ stream, environment and episode, and never overwritten. A resumed run first dele
 
 import json
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +18,7 @@ from gymnasium import spaces
 
 from o2o.data import datasets
 from o2o.data.datasets import Episode
-from o2o.data.task import Task, any_success
+from o2o.data.task import Task, success_of
 from o2o.errors import RunError
 from o2o.files import write_atomically
 
@@ -68,11 +66,11 @@ class Recorder(gym.Wrapper):
         """Step. The last step of an episode writes its file."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         executed = np.array(info.get("intervene_action", action))
-        flag = info.get("success")
+        flag = success_of(info)
         self._observations.append(self._copy(observation))
         human = "intervene_action" in info
-        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), any_success(flag), human))
-        cut = self.task.terminate_on_success and any_success(self.task.success(float(reward), flag))
+        self._rows.append((executed, float(reward), bool(terminated), bool(truncated), flag, human))
+        cut = self.task.terminate_on_success and bool(self.task.success(float(reward), flag))
         if terminated or truncated or cut:
             self._finish()
         return observation, reward, bool(terminated), bool(truncated), info
@@ -190,16 +188,37 @@ def forget(run: Path, going_on: Mapping[Name, int]) -> None:
             path.unlink()
 
 
-def _read(path: Path, space: gym.Space) -> Episode:
+def _read(path: Path, space: gym.Space, actions: gym.Space) -> Episode:
+    """Return a recorded episode. Raises `RunError` if it cannot be read, or its arrays do not fit the spaces."""
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
         rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"recorded episode {path} cannot be read ({error}); move it elsewhere") from error
-    seed = int(arrays["seed"]) if "seed" in arrays else None
-    rest |= {key: arrays.get(key) for key in ("success", "intervened")}
-    return Episode(observations=_nested(space, arrays), seed=seed, **rest)
+        seed = int(arrays["seed"]) if "seed" in arrays else None
+        rest |= {key: arrays.get(key) for key in ("success", "intervened")}
+        episode = Episode(observations=_nested(space, arrays), seed=seed, **rest)
+        steps = len(episode.rewards)
+        wanted = {key: (steps, *(actions.shape or ())) if key == "actions" else (steps,) for key in rest}
+        wanted |= {key: (steps + 1, *shape) for key, shape in _shapes(space)}
+        wrong = [key for key, shape in wanted.items() if arrays.get(key) is not None and arrays[key].shape != shape]
+        if wrong or not steps or any(array.dtype.kind not in "biuf" for array in arrays.values()):
+            raise ValueError(f"{wrong[0]} has shape {arrays[wrong[0]].shape}" if wrong else "it holds no numbers")
+    except Exception as error:  # of a damaged file: of zipfile, zlib, numpy or Python
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(
+            f"recorded episode {path} cannot be read ({reason}): restore it from a copy, or move it away"
+        ) from error
+    return episode
+
+
+def _shapes(space: gym.Space, prefix: str = "observations") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the paths of `_entries` and the shapes of the leaves."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        below = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for key, sub in below:
+            yield from _shapes(sub, f"{prefix}/{key}")
+    else:
+        yield prefix, space.shape or ()
 
 
 def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -> Path:
@@ -218,16 +237,16 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     name = dataset_id or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.resolve().name)}-v0"
     base = root or run / RECORDED
     own = base.resolve() == (run / RECORDED).resolve()
-    if dataset_id is None and own and (base / name).is_dir():
-        shutil.rmtree(base / name)
     metadata = {"author": {"o2o"}, "description": f"Recorded by o2o in run {run.resolve().name}.", **header["metadata"]}
+    metadata |= {"vouched": header["vouched"]} if "vouched" in header else {}
     return datasets.write(
         name,
-        (_read(path, observation_space) for path in recorded.values()),
+        (_read(path, observation_space, action_space) for path in recorded.values()),
         observation_space=observation_space,
         action_space=action_space,
         spec=spec,
         eval_spec=spec,
         root=base,
         metadata=metadata,
+        overwrite=dataset_id is None and own,
     )

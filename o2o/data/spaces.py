@@ -1,7 +1,8 @@
 """From an environment's spaces to the toolkit's: flat float32 observations beside images, and actions in [-1, 1].
 
 A flat observation holds the entries of a Dict in alphabetical order, depth first, and those of a Tuple by index.
-`achieved_goal` is left out unless asked for. A uint8 Box of three axes is an image: it keeps shape, type and name.
+`achieved_goal` is left out unless asked for. A uint8 Box of three axes is an image: it keeps type and name, and is
+given as `[H, W, C]`. So are pictures with their channels first, grey ones and stacks of them (`Leaf`).
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ BASE_ACTION = "base_action"
 """Key of the base policy's action, `[A]` in [-1, 1], for agents that correct one."""
 ACTION_LIMIT = 0.99999
 """Dataset actions are clipped to this, so that a tanh policy's density stays finite (Cal-QL's and WSRL's code)."""
+LARGEST_BOUND = 1e6
+"""Bounds of actions beyond this stand for none: in their range the actions of any task are one and the same."""
+SMALLEST_PICTURE = 32
+"""Pixels per side from which an array of numbers that may be no picture (grey, of floats) is taken for one."""
 SMALLEST_HALF_RANGE = 0.05
 """Smallest half range of an action coordinate, in the environment's units (arXiv 2509.19301, released code)."""
 
@@ -33,7 +38,7 @@ def not_finite(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One entry of an observation: its path, its shape, and whether it is an image."""
+    """One entry of an observation: its path, its shape there, and whether it is an image."""
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
@@ -44,8 +49,22 @@ class Leaf:
         """Return the path as text, `a/b`; `image` for a bare image space."""
         return "/".join(map(str, self.path)) or ("image" if self.image else "observation")
 
+    @property
+    def _channels_first(self) -> bool:
+        """Whether an image's axis of channels (or of grey frames) lies before height and width."""
+        return len(self.shape) > 2 and self.shape[-3] < min(self.shape[-2:])
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """Return an image's shape `(H, W, C)` as agents see it; the frames of a stack are joined as channels."""
+        if len(self.shape) == 2:
+            return (*self.shape, 1)
+        first = self._channels_first
+        height, width = self.shape[-2:] if first else self.shape[-3:-1]
+        return height, width, int(np.prod(self.shape[:-3])) * self.shape[-3 if first else -1]
+
     def of(self, observation: Any) -> np.ndarray:
-        """Return this entry of an observation `[..., *shape]`.
+        """Return this entry of an observation `[..., *shape]`, an image `[..., H, W, C]`.
 
         Raises `EnvironmentMismatchError` if it is missing, has another shape, or is an image but not uint8.
         """
@@ -59,11 +78,44 @@ class Leaf:
             raise EnvironmentMismatchError(
                 f"observation entry {self.name!r} has shape {array.shape}, expected {self.shape} at its end"
             )
-        if self.image and array.dtype != np.uint8:
+        if not self.image:
+            return array
+        if array.dtype != np.uint8:
             raise EnvironmentMismatchError(
                 f"observation entry {self.name!r}: images are {array.dtype}, expected uint8 (0 to 255) as in its space"
             )
-        return array
+        lead = array.shape[: array.ndim - len(self.shape)]
+        array = np.moveaxis(array, -3, -1) if self._channels_first else array
+        array = np.moveaxis(array, -4, -2) if len(self.shape) == 4 else array
+        return array.reshape(*lead, *self.pixels)
+
+    def undo(self, image: Any) -> Any:
+        """Return an image `[..., H, W, C]` of `of` in its own layout `[..., *shape]`."""
+        if image.shape[image.ndim - len(self.shape) :] == self.shape:
+            return image
+        lead, (height, width, _) = image.shape[:-3], self.pixels
+        if len(self.shape) == 2:
+            return image[..., 0]
+        if len(self.shape) == 4:
+            image = np.moveaxis(image.reshape(*lead, height, width, self.shape[0], -1), -2, -4)
+        return np.moveaxis(image, -1, -3) if self._channels_first else image
+
+
+def _is_image(space: gym.Space, name: str) -> bool:
+    """Whether a Box holds pictures that agents can see; raises `EnvironmentMismatchError` for pictures of others."""
+    shape = tuple(space.shape or ())
+    sides = shape[-2:] if len(shape) == 2 or (len(shape) > 2 and shape[-3] < min(shape[-2:])) else shape[-3:-1]
+    large = len(shape) > 1 and min(sides) >= SMALLEST_PICTURE
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+        if len(shape) == 3 or (len(shape) in (2, 4) and large):
+            return True
+    if large:
+        raise EnvironmentMismatchError(
+            f"observation entry {name!r} looks like an image, {space.dtype} of shape {shape}: o2o takes images as "
+            "uint8 (0 to 255) of shape [H, W, C], also [C, H, W], [H, W] or a stack of them; convert it with a "
+            "gymnasium.ObservationWrapper, and flatten to one axis what is no image"
+        )
+    return False
 
 
 def _leaves(space: gym.Space, path: tuple[str | int, ...], achieved_goal: bool) -> Iterator[Leaf]:
@@ -75,8 +127,8 @@ def _leaves(space: gym.Space, path: tuple[str | int, ...], achieved_goal: bool) 
         for i, sub in enumerate(space.spaces):
             yield from _leaves(sub, (*path, i), achieved_goal)
     elif isinstance(space, spaces.Box | spaces.MultiBinary):
-        shape = tuple(space.shape or ())
-        yield Leaf(path, shape, space.dtype == np.uint8 and len(shape) == 3 and isinstance(space, spaces.Box))
+        name = "/".join(map(str, path)) or "(whole)"
+        yield Leaf(path, tuple(space.shape or ()), _is_image(space, name))
     else:
         raise EnvironmentMismatchError(
             f"observation entry {'/'.join(map(str, path)) or '(whole)'} is {space}: o2o takes Box, MultiBinary, and "
@@ -106,7 +158,7 @@ class ObservationSpec:
     @property
     def images(self) -> dict[str, tuple[int, ...]]:
         """Return the images' shapes by name."""
-        return {leaf.name: leaf.shape for leaf in self.leaves if leaf.image}
+        return {leaf.name: leaf.pixels for leaf in self.leaves if leaf.image}
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
@@ -146,7 +198,7 @@ class ObservationSpec:
         at = 0
         for leaf in self.leaves:
             if leaf.image:
-                value = observation[leaf.name]
+                value = leaf.undo(observation[leaf.name])
             else:
                 width = int(np.prod(leaf.shape))
                 value = state[..., at : at + width].reshape((*state.shape[:-1], *leaf.shape))
@@ -187,7 +239,10 @@ def with_base_action(observation: Any, action: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ActionMap:
-    """The affine map between [-1, 1] and a bounded Box; bounds are flat tuples, `shape` is the environment's."""
+    """The affine map between [-1, 1] and a bounded Box; bounds are flat tuples, `shape` is the environment's.
+
+    A coordinate whose bounds are equal is played there, and stored as 0.
+    """
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -196,14 +251,38 @@ class ActionMap:
     @classmethod
     def from_space(cls, space: gym.Space) -> Self:
         """Return the map of an action space; raise `EnvironmentMismatchError` unless it is a bounded float Box."""
+        return cls.bounds_of(space).useful()
+
+    def useful(self) -> Self:
+        """Return itself; raise `EnvironmentMismatchError` if actions could not be told apart after the map."""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        largest = np.maximum(np.abs(low), np.abs(high))
+        if np.any(wrong := ~(largest <= LARGEST_BOUND)):
+            i = int(np.argmax(wrong))
+            raise EnvironmentMismatchError(
+                f"the action space has no {'useful' if np.isfinite(largest[i]) else 'finite'} bounds: [{low[i]:g}, "
+                f"{high[i]:g}] in entry {i}, expected at most {LARGEST_BOUND:g} in size; give its Box bounds where it "
+                "is made or with gymnasium.wrappers.TransformAction, or take the range of the data (action_range "
+                "'data')"
+            )
+        close = 256 * np.spacing(largest.astype(np.float32))
+        if np.any(wrong := (low < high) & (high - low < close)):
+            i = int(np.argmax(wrong))
+            raise EnvironmentMismatchError(
+                f"the action space has the bounds [{low[i]:.9g}, {high[i]:.9g}] in entry {i}, too close to each other "
+                "for float32: subtract their centre with gymnasium.wrappers.TransformAction"
+            )
+        return self
+
+    @classmethod
+    def bounds_of(cls, space: gym.Space) -> Self:
+        """Return a float Box's own bounds, which may be infinite: to be compared or `fitted`, not to map with.
+
+        Raises `EnvironmentMismatchError` for any other space.
+        """
         if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
             raise EnvironmentMismatchError(
                 f"the action space is {space}: o2o's agents act in a continuous Box; discrete actions are not supported"
-            )
-        if not (np.all(np.isfinite(space.low)) and np.all(np.isfinite(space.high)) and np.all(space.low < space.high)):
-            raise EnvironmentMismatchError(
-                f"the action space {space} has no finite bounds: give its Box bounds, where it is made or with "
-                "gymnasium.wrappers.TransformAction"
             )
         return cls(tuple(map(float, space.low.ravel())), tuple(map(float, space.high.ravel())), tuple(space.shape))
 
@@ -216,7 +295,7 @@ class ActionMap:
         low, high = flat.min(axis=0), flat.max(axis=0)
         centre, half = (low + high) / 2, np.maximum((high - low) / 2, SMALLEST_HALF_RANGE) * (1.0 + margin)
         bounds = np.maximum(centre - half, self.low), np.minimum(centre + half, self.high)
-        return replace(self, low=tuple(map(float, bounds[0])), high=tuple(map(float, bounds[1])))
+        return replace(self, low=tuple(map(float, bounds[0])), high=tuple(map(float, bounds[1]))).useful()
 
     @property
     def dim(self) -> int:
@@ -251,12 +330,13 @@ class ActionMap:
         centre, half = self._centre_and_half()
         actions = np.asarray(actions, np.float32)
         flat = actions.reshape(*actions.shape[: actions.ndim - len(self.shape)], self.dim)
-        return np.clip((flat - centre) / half, -1.0, 1.0)
+        return np.clip((flat - centre) / np.where(half > 0, half, np.float32(1)), -1.0, 1.0)
 
     def outside(self, actions: Any, tolerance: float = 1e-5) -> np.ndarray:
         """Return booleans `[..., A]`: entries outside the bounds by more than `tolerance` times the range."""
         low, high = np.asarray(self.low), np.asarray(self.high)
         actions = np.asarray(actions, np.float64)
         flat = actions.reshape(*actions.shape[: actions.ndim - len(self.shape)], self.dim)
-        slack = tolerance * (high - low)
+        span = np.where(np.isfinite(high - low) & (high > low), high - low, np.maximum(np.abs(low), 1.0))
+        slack = np.where(np.isfinite(span), tolerance * span, tolerance)
         return (flat < low - slack) | (flat > high + slack)

@@ -1,5 +1,6 @@
 """A task: reward transform, success, termination on success and metric, for dataset and environment alike."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,37 @@ Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "oth
 Metric = Literal["return", "success", "normalized", "kitchen"]
 
 
-def any_success(flags: Any) -> bool | None:
-    """Return whether any of the success flags of one step is set, whatever their shape; None for no flags."""
-    return None if flags is None else bool(np.any(flags))
+SUCCESS_KEYS = ("success", "is_success")
+"""Names under which environments report success in their infos; the first one that is there counts."""
+
+
+def success_key(infos: Mapping[str, Any]) -> str | None:
+    """Return the name under which `infos` report success, None if they do not."""
+    return next((key for key in SUCCESS_KEYS if infos.get(key) is not None), None)
+
+
+def as_flags(values: Any) -> np.ndarray:
+    """Return flags as booleans of their shape; raises `ValueError`, naming it, for a value that is not 0 or 1."""
+    found = np.asarray(values)
+    if found.dtype == bool:
+        return found
+    wrong = ~np.isin(found, (0, 1)) if found.dtype.kind in "iuf" else np.ones(found.shape, bool)
+    if wrong.any():
+        raise ValueError(f"{found[wrong][0]!r}")
+    return found.astype(bool)
+
+
+def success_of(infos: Mapping[str, Any]) -> bool | None:
+    """Return whether any success flag of one step is set, whatever their shape; None if `infos` have none.
+
+    Raises `ValueError` for a flag that is neither true nor false, such as NaN or a text.
+    """
+    if (key := success_key(infos)) is None:
+        return None
+    try:
+        return bool(as_flags(infos[key]).any())
+    except ValueError as error:
+        raise ValueError(f"{error} as info[{key!r}], expected true or false,") from None
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,8 @@ class Task:
     """Leave episodes without success out of the dataset (the WSRL paper's Adroit data)."""
     data_share: float = 1.0
     """Share of each dataset's episodes that are used, the first ones (RLPD's Adroit: 0.9)."""
+    achieved_goal: bool = False
+    """Observations keep `achieved_goal`: what it says is in no other entry, such as the place of AntMaze's ant."""
     env_kwargs: tuple[tuple[str, Any], ...] = ()
     """Constructor arguments of the environment, over those of the dataset's specification."""
     env_id: str | None = None

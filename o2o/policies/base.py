@@ -91,7 +91,7 @@ class Base:
         self.action_map: ActionMap = data.action_map
         spec = data.info.eval_env_spec or data.info.env_spec
         self._limit = spec.max_episode_steps if spec is not None else None
-        self._bounds = ActionMap.from_space(data.info.action_space)
+        self._bounds = ActionMap.bounds_of(data.info.action_space)
         self._controller = policy.controller(data)
         self._queue = ChunkQueue()
         self._step, self._slow, self._asked = -1, 0, False

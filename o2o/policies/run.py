@@ -69,7 +69,7 @@ class RunPolicy(BasePolicy):
                 f"base {self.name} was trained on observations {self.data.observation_spec}, here they are "
                 f"{data.observation_spec}; use a base of this environment (and the same achieved_goal)"
             )
-        theirs, ours = (ActionMap.from_space(d.info.action_space) for d in (self.data, data))
+        theirs, ours = (ActionMap.bounds_of(d.info.action_space) for d in (self.data, data))
         if theirs != ours:
             raise EnvironmentMismatchError(
                 f"base {self.name} was trained with the action space {self.data.info.action_space}, this environment "

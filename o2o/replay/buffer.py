@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from o2o.data.rows import Indexed
 from o2o.errors import ConfigError, DatasetError
 from o2o.types import Array, Batch
 
@@ -27,6 +28,62 @@ TRANSITION_KEYS = ("observations", "actions", "rewards", "masks", "next_observat
 FOLLOWING = ("next_actions", "next_valid")
 """`next_actions [..., A]`: the action executed in the next step of the same episode. `next_valid [...]`: 1 where there
 is one. Both are 0 in the last row of an episode, and in the newest row of an episode under way."""
+
+
+class Frames(struct.PyTreeNode):
+    """Rows `[N, ...]` that are frames of an array `[F, ...]` on the device: `frames[index]`, or the first N of them.
+
+    A dataset's observations and next observations share one. Reads like an array: `shape`, `dtype`, `x[i]`.
+    """
+
+    frames: Array
+    index: Array | None
+    size: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rows `[N, ...]`."""
+        return (self.size, *self.frames.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the numbers."""
+        return self.frames.dtype
+
+    def __getitem__(self, rows: Any) -> Array:
+        """Return rows by number, mask or slice."""
+        if self.index is not None:
+            return self.frames[self.index[rows]]
+        return (self.frames[: self.size] if isinstance(rows, slice) else self.frames)[rows]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return all rows in host memory."""
+        return np.asarray(self[:], dtype)
+
+
+def take(rows: Batch, index: Any) -> Batch:
+    """Return the rows `index` of entries that are arrays or `Frames`."""
+    return jax.tree.map(lambda leaf: leaf[index], rows, is_leaf=lambda leaf: isinstance(leaf, Frames))
+
+
+def one_row(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return shape and type of a single row of entries that are arrays, `Frames` or `Indexed`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+        dict(rows),
+        is_leaf=lambda leaf: isinstance(leaf, Frames),
+    )
+
+
+def _on_device(now: Any, after: Any) -> tuple[Any, Any]:
+    """Return observations and next observations on the device: as `Frames` where they share theirs on the host."""
+    if isinstance(now, Mapping):
+        pairs = {key: _on_device(now[key], after[key]) for key in now}
+        return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
+    if isinstance(after, Indexed) and after.heads(now):
+        frames = jax.device_put(after.frames)
+        return Frames(frames, None, len(now)), Frames(frames, jnp.asarray(after.index), len(now))
+    return jnp.asarray(now), jnp.asarray(after)
 
 
 def _windows(batch: Batch, inside: Array) -> Batch:
@@ -75,7 +132,9 @@ class OfflineData(struct.PyTreeNode):
             rows = {**rows, "ends": jnp.asarray(rows["ends"]).at[last].set(True)}
         if set(made) & set(needs):
             rows = {**following_actions(rows["actions"], rows["ends"]), **rows}
-        kept = {key: jax.tree.map(jnp.asarray, rows[key]) for key in (*TRANSITION_KEYS, *needs)}
+        now, after = _on_device(rows["observations"], rows["next_observations"])
+        kept = {key: jnp.asarray(rows[key]) for key in (*TRANSITION_KEYS, *needs) if not key.endswith("observations")}
+        kept |= {"observations": now, "next_observations": after}
         weights = np.asarray([weight for _, _, weight in table], np.float64)
         with np.errstate(divide="ignore"):
             logits = np.log(weights / weights.sum())
@@ -99,7 +158,7 @@ class OfflineData(struct.PyTreeNode):
             source_rng, row_rng = jax.random.split(rng)
             source = jax.random.categorical(source_rng, self.logits, shape=shape)
             indices = self.starts[source] + jax.random.randint(row_rng, shape, 0, self.sizes[source])
-        return jax.tree.map(lambda leaf: leaf[indices], self.rows)
+        return take(self.rows, indices)
 
     def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
         """Draw windows of `horizon` rows in a row, leaves `[*shape, horizon, ...]`, each in one source; needs `ends`.
@@ -116,7 +175,7 @@ class OfflineData(struct.PyTreeNode):
         positions = begin[..., None] + jnp.arange(horizon)
         inside = positions < size[..., None]
         slots = jnp.where(inside, first[..., None] + positions, self.size - 1)
-        return _windows(jax.tree.map(lambda leaf: leaf[slots], self.rows), inside)
+        return _windows(take(self.rows, slots), inside)
 
     def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
         """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""

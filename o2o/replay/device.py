@@ -13,7 +13,7 @@ from o2o.data.datasets import monte_carlo_returns
 from o2o.data.normalizer import Normalizer, normalize
 from o2o.errors import ConfigError
 from o2o.nn.kernels import over_seeds
-from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for
+from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for, take
 from o2o.replay.source import BatchSource, DatasetRows, Ring, Sampling, batch_shapes
 from o2o.types import Array, Batch
 
@@ -80,8 +80,8 @@ class DeviceReplay:
         rows = {key: self.data.rows[key] for key in (*TRANSITION_KEYS, *keys, "ends")}
         self.appended = self.data.size if replay == "append" else 0
         capacity = capacity_for(steps, self.most) + self.appended
-        buffer = ReplayBuffer.create(jax.tree.map(lambda leaf: leaf[0], rows), capacity)
-        buffer = buffer.extend(rows) if self.appended else buffer
+        buffer = ReplayBuffer.create(take(rows, 0), capacity)
+        buffer = buffer.extend(take(rows, slice(None))) if self.appended else buffer
         self.buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.seeds, *leaf.shape)).copy(), buffer)
         self.planned, self.returns, self._mixed = steps, returns, replay == "mixed"
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from o2o.data.normalizer import Normalizer, normalize
+from o2o.data.rows import Indexed
 from o2o.errors import ConfigError, RunError
 from o2o.nn.kernels import over_seeds
-from o2o.replay.buffer import OfflineData, ReplayBuffer
+from o2o.replay.buffer import Frames, OfflineData, ReplayBuffer
 from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.row_store import ON_HOST, Handles, RowStore, begin_reading
 from o2o.replay.source import BatchSource, DatasetRows, Fetched, Ring, Sampling
@@ -44,13 +45,23 @@ class HostData:
         """Like `OfflineData.create`, observations left where they are."""
         handles = -1 - np.arange(len(rows["rewards"]), dtype=np.int32)
         light = OfflineData.create({**rows, **dict.fromkeys(ON_HOST, handles)}, needs, sources)
-        return cls(light, {key: jax.tree.map(np.asarray, rows[key]) for key in ON_HOST})
+        return cls(light, {key: jax.tree.map(_here, rows[key]) for key in ON_HOST})
 
     @classmethod
     def take(cls, data: OfflineData) -> Self:
         """Bring a dataset's observations back from the device."""
         handles = -1 - jnp.arange(data.size, dtype=jnp.int32)
-        heavy = {key: jax.tree.map(np.asarray, data.rows[key]) for key in ON_HOST}
+        shared: dict[int, np.ndarray] = {}
+
+        def host(leaf: Any) -> Any:
+            if not isinstance(leaf, Frames):
+                return np.asarray(leaf)
+            frames = shared.setdefault(id(leaf.frames), np.asarray(leaf.frames))
+            return frames[: leaf.size] if leaf.index is None else Indexed(frames, np.asarray(leaf.index))
+
+        heavy = {
+            key: jax.tree.map(host, data.rows[key], is_leaf=lambda leaf: isinstance(leaf, Frames)) for key in ON_HOST
+        }
         light = data.replace(rows={**data.rows, **{key: jnp.copy(handles) for key in ON_HOST}})
         return cls(light, heavy)
 
@@ -69,6 +80,10 @@ class HostData:
         for leaf in jax.tree.leaves(self.heavy):
             begin_reading(leaf, -1 - handles)
         return jax.tree.map(lambda leaf: leaf[-1 - handles], self.heavy)
+
+
+def _here(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Indexed) else np.asarray(leaf)
 
 
 @partial(jax.jit, static_argnames="sampling")

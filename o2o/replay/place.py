@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, capacity_for
+from o2o.data.rows import Indexed
+from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, capacity_for, one_row
 from o2o.replay.device import DeviceReplay
 from o2o.replay.host import HostData, HostReplay
 
@@ -46,7 +47,7 @@ class Place:
         Raises `DatasetError` if a needed key is absent.
         """
         needed = {key: rows[key] for key in (*TRANSITION_KEYS, *keys) if key in rows}
-        if row_bytes(needed) * len(rows["rewards"]) > self.limit():
+        if bytes_of(needed) > self.limit():
             return self._host(HostData.create(rows, keys, sources), seeds)
         return DeviceReplay(OfflineData.create(rows, keys, sources), seeds, self.most)
 
@@ -58,8 +59,8 @@ class Place:
         """
         if isinstance(replay, HostReplay):
             return replay
-        rows = replay.data.size + (capacity_for(steps, self.most) + appended) * replay.seeds
-        large = row_bytes(replay.data.rows) * rows > self.limit()
+        own = (capacity_for(steps, self.most) + appended) * replay.seeds
+        large = bytes_of(replay.data.rows) + row_bytes(replay.data.rows) * own > self.limit()
         wanted = large if kind is None else kind == "host"
         return self._host(HostData.take(replay.data), replay.seeds) if wanted else replay
 
@@ -68,5 +69,16 @@ class Place:
 
 
 def row_bytes(rows: Mapping[str, Any]) -> int:
-    """Return the bytes of one row of `rows`, leaves `[N, ...]`."""
-    return sum(int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(rows)))
+    """Return the bytes of one row of `rows`, leaves `[N, ...]`, stored by itself."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_row(rows)))
+
+
+def bytes_of(rows: Mapping[str, Any]) -> int:
+    """Return the bytes of a dataset's rows, frames that several entries share counted once."""
+    held: dict[int, int] = {}
+    for leaf in jax.tree.leaves(dict(rows)):  # of `Frames` too
+        if isinstance(leaf, Indexed):
+            held[leaf.frames.ctypes.data] = leaf.frames.nbytes
+        place = leaf.ctypes.data if isinstance(leaf, np.ndarray) else id(leaf)
+        held[place] = max(leaf.nbytes, held.get(place, 0))
+    return sum(held.values())

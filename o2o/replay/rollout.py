@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from o2o.data.normalizer import Normalizer
-from o2o.replay.buffer import TRANSITION_KEYS, OfflineData
+from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, one_row
 from o2o.replay.host import HostData
 from o2o.replay.source import RolloutRows, Sampling
 from o2o.types import Array, Batch
@@ -20,9 +20,9 @@ class Rollout:
     def __init__(self, data: OfflineData | HostData, seeds: int, length: int, num_envs: int) -> None:
         """Make room for `length` steps of `num_envs` environments per seed, for rows like those of `data`."""
         self.data, self.length, self.places = data, length, (seeds, num_envs)
-        rows = {key: data.rows[key] for key in (*TRANSITION_KEYS, "ends")}
+        row = one_row({key: data.rows[key] for key in (*TRANSITION_KEYS, "ends")})
         shape = (seeds, length, num_envs)
-        self.rows: Batch = jax.tree.map(lambda leaf: np.zeros((*shape, *leaf.shape[1:]), leaf.dtype), rows)
+        self.rows: Batch = jax.tree.map(lambda leaf: np.zeros((*shape, *leaf.shape), leaf.dtype), row)
         self.rows["ends"] = self.rows["ends"].astype(np.float32)
         self.at = 0
         """Steps stored since the last update."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from o2o.errors import O2OError, RunError
-from o2o.files import write_atomically
+from o2o.files import alive, write_atomically
 from o2o.report.scores import CELLS, keep, read_cells
 from o2o.report.suite import Cell, Suite, covered, load_suite, split, status_of
 
@@ -55,13 +55,7 @@ def _alive(status: Mapping[str, Any]) -> bool:
     pid = status.get("pid")
     if not isinstance(pid, int) or status.get("host", socket.gethostname()) != socket.gethostname():
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+    return alive(pid) and pid != os.getpid()
 
 
 def state_of(run: Path) -> State:

@@ -34,8 +34,11 @@ def _episodes(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         for key in ("seed", "env_steps", "gradient_steps"):
-            if type(row.get(key)) is not int:
+            if type(row.get(key)) is not int or abs(row[key]) > 2**53:
                 raise RunError(f"{path}, line {number}: {key} is {row.get(key)!r}, expected an integer: restore it")
+        for key in LABELS:
+            if not isinstance(row.get(key), int | float | None):
+                raise RunError(f"{path}, line {number}: {key} is {row[key]!r}, expected a number: restore it")
         if not isinstance(row.get("phase"), str):
             raise RunError(f"{path}, line {number}: phase is {row.get('phase')!r}, expected a word; restore the file")
     return rows

@@ -213,8 +213,8 @@ class RunFolder:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a checkpoint."""
-        return bool(checkpoint.steps(self.checkpoints))
+        """Whether there is a checkpoint. Raises `CheckpointError` if all of them are damaged."""
+        return checkpoint.latest_sound(self.checkpoints) is not None
 
     @property
     def online(self) -> bool:
@@ -243,9 +243,9 @@ class RunFolder:
     def load(self, trainer: Trainer, online_steps: int, step: int | None = None, go_on: bool = True) -> int:
         """Restore `trainer` from checkpoint `step` (None: the latest) and return its step.
 
-        With `go_on`, training will continue: rows written after the checkpoint are cut off. If an unfinished run has no
-        checkpoint, all rows are cut off, `trainer` stays new and the result is 0. Without `go_on`, no row is cut and no
-        environment is made or moved.
+        With `go_on`, training will continue: rows written after the checkpoint are cut off, and damaged checkpoints
+        after it are put aside. If an unfinished run has no checkpoint, all rows are cut off, `trainer` stays new and
+        the result is 0. Without `go_on`, no row is cut and no environment is made or moved.
         """
         if go_on and not self.saved and read_status(self.path) != "finished":
             shutil.rmtree(self.path / REPLAY, ignore_errors=True)
@@ -261,6 +261,7 @@ class RunFolder:
             rows = state.get("rows", {})
             self.metrics.truncate(state["files"]["metrics"], rows.get("metrics"))
             self.episodes.truncate(state["files"]["episodes"], rows.get("episodes"))
+            checkpoint.set_aside(self.checkpoints, step)
         return step
 
     def check_steps(self, online_steps: int, replay_capacity: int) -> None:

@@ -5,7 +5,10 @@ The command line, the benchmarks and notebooks all come through here.
 
 import dataclasses
 import logging
+import os
 import shutil
+import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,10 +25,10 @@ from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, any_recorded, export, forget, next_number
 from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.exported import FILES, load_file
-from o2o.policies.python import python_policy
+from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
@@ -38,6 +41,8 @@ from o2o.train.evaluation import Evaluator
 from o2o.train.memory import size_of
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
+from o2o.trust import HOW, trusted, vouched, voucher
+from o2o.user_code import origin, source_digest
 
 _log = logging.getLogger(__name__)
 
@@ -48,15 +53,26 @@ __all__ += ["train", "with_fields"]
 
 def task_of(config: RunConfig) -> Task:
     """Return the task with the run's changes applied."""
-    about = datasets.info(config.dataset[0])
-    own = ("achieved_goal", "binary", "normalize_returns")
+    own = ("binary", "normalize_returns")
     changes = {k: v for k, v in vars(config.task).items() if v is not None and k not in own}
     binary = {} if config.task.binary is None else {"binary": config.task.binary}
-    task = dataclasses.replace(envs.task_for(config.env or about, **binary), **changes)
+    tasks = [envs.run_task(datasets.info(name), config.env, **binary) for name in config.dataset]
+    task = dataclasses.replace(tasks[0], **changes)
     if config.task.normalize_returns is None or config.task.reward_scale is not None:
         return task
-    scale = returns_scale(config.dataset, task, config.task.normalize_returns)
+    scale = returns_scale(config.dataset, task, config.task.normalize_returns, **_reading(config))
     return dataclasses.replace(task, reward_scale=scale)
+
+
+def _reading(config: RunConfig) -> dict[str, Any]:
+    """Return how the files of a run's datasets are read (`datasets.load`)."""
+    return {
+        "achieved_goal": config.task.achieved_goal,
+        "clip_actions": config.clip_actions,
+        "skip_bad_episodes": config.skip_bad_episodes,
+        "action_range": config.action_range,
+        "env": config.env,
+    }
 
 
 def _check_scale(config: RunConfig) -> None:
@@ -102,7 +118,7 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     path, text = Path(str(spec)), str(spec)
     if path.suffix in FILES and ":" not in text:
         return load_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # no exception for a name that no path can have
         return run_policy(path, seed_index, sample)
     if ":" in text:
         return python_policy(text)
@@ -133,17 +149,24 @@ def load_data(config: RunConfig, base: BasePolicy | None = None) -> datasets.Dat
 
     `base`: the run's base policy, if it is loaded already.
     """
-    base, needs = base or base_of(config), config.config.needs
-    data = datasets.load(
+    return _seen_with(base or base_of(config), config, _load_rows(config))
+
+
+def _load_rows(config: RunConfig) -> datasets.Dataset:
+    """Load the run's dataset without history and base actions."""
+    needs = config.config.needs
+    return datasets.load(
         config.dataset,
         task=task_of(config),
         weights=config.weights or None,
         discount=config.config.discount if "mc_returns" in needs.batch_keys else None,
-        achieved_goal=config.task.achieved_goal,
-        clip_actions=config.clip_actions,
-        action_range=config.action_range,
         action_margin=needs.action_margin,
+        **_reading(config),
     )
+
+
+def _seen_with(base: BasePolicy | None, config: RunConfig, data: datasets.Dataset) -> datasets.Dataset:
+    """Return the dataset as the run's agent sees it: with the history, and with the base's actions if there is one."""
     if base is None:
         return with_history(data, config.history)
     labels = base_labels(base, data, config.base_labels, config.base_timeout_s)
@@ -162,14 +185,26 @@ def env_maker(
 ) -> EnvMaker:
     """Return the maker of a run's environments; `recorder` goes around the training ones (`o2o.envs.wrap`, `inner`)."""
     make = partial(
-        envs.make, config.env or data.info, data.task, achieved_goal=config.task.achieved_goal, dataset=data.info,
-        history=config.history, action_map=data.action_map, cameras=config.cameras, image_size=config.image_size,
+        envs.make, config.env or _specification(data.info), data.task, achieved_goal=config.task.achieved_goal,
+        dataset=data.info, history=config.history, action_map=data.action_map, cameras=config.cameras,
+        image_size=config.image_size,
     )  # fmt: skip
     if base is None:
         return EnvMaker(make, recorder)
     return EnvMaker(
         make, recorder, partial(_with_base, policy=base, data=data.without_rows(), timeout_s=config.base_timeout_s)
     )
+
+
+def _specification(about: datasets.DatasetInfo) -> Any:
+    """Return the specification of a dataset's environment, which other processes may not have registered.
+
+    Where there is none that may run, it is the dataset, so that whoever makes an environment learns why.
+    """
+    try:
+        return envs.specification(about)
+    except O2OError:
+        return about
 
 
 def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: float | None) -> Any:
@@ -216,7 +251,7 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     target = agent_class(config.agent)
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
-    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)), begins=False)
+    source = _trainer_of(Path(str(config.init_from)), source_config)
     folder = RunFolder(Path(str(config.init_from)))
     folder.load(source, source_config.online_steps, go_on=False)
     folder.close()
@@ -226,6 +261,34 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     source.close()
 
 
+def _trainer_of(path: Path, config: RunConfig) -> Trainer:
+    """Return the trainer of the run in folder `path`, for who will not train it."""
+    data, base = unchanged(path, config)
+    return build(_to_look_at(config), data, folder=path, base=base, begins=False)
+
+
+def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePolicy | None]:
+    """Load the dataset and the base policy of the run in folder `path`.
+
+    Raises `ConfigError` unless both are what they were when the run began. The dataset is compared before the base is
+    loaded, and the base before it acts.
+    """
+    begun, data = read_config(path), _load_rows(config)
+    if (wanted := begun.get("fingerprint")) != data.fingerprint:
+        raise ConfigError(
+            f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
+            "restore the dataset or start a new run"
+        )
+    base = base_of(config)
+    if base is not None and base.fingerprint != begun.get("base_fingerprint"):
+        raise ConfigError(
+            f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
+        )
+    if isinstance(base, PythonPolicy) and begun.get("base_source") not in (None, source_digest(base.name)):
+        _log.warning("the code of base %s changed since run %s began: the policy may act otherwise", config.base, path)
+    return _seen_with(base, config, data), base
+
+
 def _to_look_at(config: RunConfig) -> RunConfig:
     """Return the settings of a run for who will not train it: no records, no processes."""
     loop = dataclasses.replace(config.loop, eval_process=False, env_processes=0)
@@ -233,15 +296,38 @@ def _to_look_at(config: RunConfig) -> RunConfig:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Return the settings of a run folder."""
-    values = read_config(Path(path))
-    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint"):
+    """Return the settings of a run folder. Raises `TrustError` where they name code that the user did not name."""
+    path = Path(path)
+    values = read_config(path)
+    _check_code(path, values)
+    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "base_source", "vouched"):
         values.pop(name, None)
     agent_config = values.pop("config", {})
     if not isinstance(values.get("agent"), str):
         raise ConfigError(f"{path}/config.json agent: got {values.get('agent')!r}; expected the name of an agent")
     config = from_dict(config_class(values["agent"]), agent_config, f"{path}/config.json config")
     return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, f"{path}/config.json"), config=config)
+
+
+def _code_of(values: Mapping[str, Any]) -> list[str]:
+    """Return what the settings of a run name that runs as code: a module of an environment, a base policy in code."""
+    env, base = values.get("env"), values.get("base")
+    found = [str(env)] if ":" in str(env or "") else []
+    if base and not os.path.isdir(str(base)) and (":" in str(base) or not str(base).endswith(".onnx")):
+        found.append(str(base))
+    return found
+
+
+def _check_code(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise `TrustError` if the settings of a run folder name code, and neither the user nor a run of the user did."""
+    code = _code_of(values)
+    imported = lambda name: name == values.get("env") and name.rpartition(":")[0] in sys.modules  # noqa: E731
+    unknown = [name for name in code if origin(name) is not None and not imported(name)]
+    if unknown and not vouched(values.get("vouched"), code) and not trusted(path):
+        raise TrustError(
+            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine: look at that "
+            f"code; {HOW}"
+        )
 
 
 class Session:
@@ -273,6 +359,7 @@ class Session:
         if config.init_from is not None and begins:  # its networks are those of the agents that it starts from
             self.config = dataclasses.replace(config, config=self.trainer.agent.config)
             run.change(config=to_dict(self.config.config))
+        self.trainer.forget_rows()
         try:
             self._sent = sent_before(config.loggers, run.path)
             self.loggers += make_loggers(config.loggers, run.path, to_dict(self.config))
@@ -349,20 +436,60 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
     env = make_env(config, data, base)
     env.close()
+    if envs.endless(config.env or data.info):
+        _log.warning(
+            "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register it "
+            "with max_episode_steps for another limit",
+            config.env or data.info.env_id,
+            envs.limit_for(data.info),
+        )
     if config.loop.eval_process and not env.metadata.get("replayable", True):
         raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
+    about |= {"base_source": source_digest(base.name)} if isinstance(base, PythonPolicy) else {}
+    about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:
         session = Session(config, run, data, screen, base)
+        del data  # what is learnt from is in the trainer's replay
+        with Closing() as closing:
+            closing.callback(session.trainer.close)
+            _rehearse(session.trainer, config, session.trainer.data, base)
+            closing.pop_all()
     except BaseException:
         run.close()
         shutil.rmtree(path)  # nothing has been done: the corrected command may have the name
         raise
     return session.work()
+
+
+def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
+    """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
+
+    Those for evaluation are kept. Hardware, of which every instance is the same, is left alone. Raises `ConfigError`.
+    """
+    training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
+    with Closing() as closing:
+        made = 0
+        try:
+            while made < training:
+                env = make_env(config, data, base)
+                closing.callback(env.close)
+                if not env.metadata.get("replayable", True):
+                    return
+                env.reset(seed=0)
+                made += 1
+            trainer.evaluator.prepare()
+        except O2OError as error:
+            if made == 0:
+                raise
+            raise ConfigError(
+                f"the run needs {training} environments to train in and {trainer.seeds} to evaluate in at once, and "
+                f"{made} can be had ({error}): train fewer seeds, or only on the dataset (online_steps 0)"
+            ) from error
 
 
 @checked
@@ -377,24 +504,14 @@ def resume(
     """
     path, screen = Path(path).absolute(), screen or notebook_screen(quiet)
     config = load_config(path)
-    base, begun = base_of(config), read_config(path)
-    if base is not None and base.fingerprint != begun.get("base_fingerprint"):
-        raise ConfigError(
-            f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
-        )
-    data = load_data(config, base)
-    wanted = begun.get("fingerprint")
-    if wanted != data.fingerprint:
-        raise ConfigError(
-            f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
-            "restore the dataset or start a new run"
-        )
+    data, base = unchanged(path, config)
     run = RunFolder.open(path, config.keep_checkpoints).lock()
     with Closing() as closing:
         closing.callback(run.close)
         if online_steps is not None:
             run.check_steps(online_steps, config.loop.replay_capacity)
         session = Session(config, run, data, screen, base)
+        del data
         closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)
         if online_steps is not None:
@@ -418,7 +535,7 @@ def open_run(path: str | Path, which: str | int = "latest") -> tuple[RunConfig, 
         raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
     path = path.absolute()
     config = load_config(path)
-    trainer = build(_to_look_at(config), folder=path, begins=False)
+    trainer = _trainer_of(path, config)
     run = RunFolder.open(path)
     step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
     run.load(trainer, config.online_steps, step, go_on=False)

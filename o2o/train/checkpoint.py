@@ -1,7 +1,8 @@
 """Checkpoints of a run: agent, replay buffer, normaliser and loop state in one atomic step; orbax is known only here.
 
 A step is written beside the others and renamed when whole: a kill or a full disk leaves the earlier ones as they were.
-Only its score may come later, in a file of its own.
+Only its score may come later, in a file of its own. Beside the arrays lie the checksums of all files, and nothing is
+loaded that does not have them: 100 MB take 0.06 s when saved, and when first loaded.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from o2o.errors import CheckpointError
 from o2o.files import write_atomically
 
+_log = logging.getLogger(__name__)
 _policies = ocp.training.preservation_policies
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname)
 warnings.filterwarnings("ignore", module="orbax")  # it logs and warns at every checkpoint
@@ -31,6 +34,10 @@ warnings.filterwarnings("ignore", module="orbax")  # it logs and warns at every 
 
 LATE_SCORE = "score.json"
 """In a checkpoint's folder: its score, where that was not known when it was saved."""
+CHECKSUMS = "checksums.json"
+"""In a checkpoint's folder: the CRC-32 of every other file, but of a score that came later."""
+ASIDE = "damaged"
+"""Beside the folder of checkpoints: the damaged ones that a run which goes on has put out of its way."""
 WHOLE = "_CHECKPOINT_METADATA"
 """In a checkpoint's folder: the file that orbax writes last. A folder without it is none of a checkpoint."""
 UNFINISHED = "*.orbax-checkpoint-tmp"
@@ -72,7 +79,8 @@ def _score(folder: Path, entry: Any) -> float | None:
     if entry.metrics:
         return entry.metrics["score"]
     try:
-        return float(json.loads((folder / str(entry.step) / LATE_SCORE).read_text())["score"])
+        late = json.loads((folder / str(entry.step) / LATE_SCORE).read_text())
+        return float(late["score"]) if late["checksum"] == _checksum(repr(late["score"]).encode()) else None
     except (OSError, ValueError, KeyError, TypeError):  # not known yet, or a power cut left it by half
         return None
 
@@ -144,6 +152,8 @@ def save(
         size = _ensure_room(folder, items)
         with _checkpointer(folder, keep_last, cleanup=True, size=size) as checkpointer:
             checkpointer.save_checkpointables(step, items, metrics=metrics)
+        whole = folder / str(step)
+        write_atomically(whole / CHECKSUMS, json.dumps(_checksums(whole, _files(whole))))
         _sync(folder, step)
         _prove(folder, step, items)
     except Exception as error:  # tensorstore reports a failed write as a ValueError
@@ -153,6 +163,101 @@ def save(
         raise CheckpointError(
             f"cannot save checkpoint {step} in {folder}: {remedy or cause}; earlier checkpoints are intact"
         ) from error
+
+
+def _files(whole: Path) -> list[str]:
+    """Return the paths, within a checkpoint's folder, of the files that have checksums."""
+    found = sorted(path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file())
+    return [name for name in found if name not in (CHECKSUMS, LATE_SCORE)]
+
+
+def _checksum(part: bytes, before: int = 0) -> int:
+    return zlib.crc32(part, before)
+
+
+def _checksums(whole: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """Return the checksums of files in a checkpoint's folder; None for one that is gone or on a bad disk.
+
+    Raises `OSError` where the files may be intact: of missing rights, for example.
+    """
+    found: dict[str, int | None] = {}
+    for name in names:
+        value = 0
+        try:
+            with (whole / name).open("rb") as file:
+                while part := file.read(2**20):
+                    value = _checksum(part, value)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+                raise
+            value = None
+        found[name] = value
+    return found
+
+
+_seen: dict[Path, tuple[Any, str | None]] = {}
+"""Folder of a checkpoint that was checked -> sizes and times of its files then, and the file that is damaged."""
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    """Return the first file of checkpoint `step` that is not as it was written; None if all are.
+
+    A checkpoint without checksums is of an older o2o, or a kill came before them: nothing is known of it. Raises
+    `CheckpointError` if its files cannot be read, though they may be intact.
+    """
+    whole = (folder / str(step)).absolute()
+    try:
+        files = [path for path in sorted(whole.rglob("*")) if path.is_file()]
+        stamp = [(path, (at := path.stat()).st_size, at.st_mtime_ns) for path in files]
+        if whole not in _seen or _seen[whole][0] != stamp:
+            _seen[whole] = stamp, _first_changed(whole)
+    except OSError as error:
+        raise _unreadable(folder, step, error) from error
+    return _seen[whole][1]
+
+
+def _first_changed(whole: Path, part: str = "") -> str | None:
+    """Return the first file below `part` of a checkpoint's folder that has another checksum; None if there is none."""
+    try:
+        wanted = dict(json.loads((whole / CHECKSUMS).read_text()))
+    except FileNotFoundError:
+        return None if (whole / WHOLE).is_file() else WHOLE
+    except (IsADirectoryError, ValueError, TypeError):
+        return CHECKSUMS
+    found = _checksums(whole, [name for name in wanted if name.startswith(part)])
+    return next((name for name, value in found.items() if value != wanted[name]), None)
+
+
+def latest_sound(folder: Path) -> int | None:
+    """Return the latest step whose files are as they were written, None if there is no checkpoint.
+
+    A warning names those that are passed over. Raises `CheckpointError` if all are damaged.
+    """
+    known, passed = sorted(step for step, _ in _numbered(folder)), ""
+    for step in reversed(known):
+        new = (folder / str(step)).absolute() not in _seen
+        if (file := _damage(folder, step)) is None:
+            return step
+        passed = passed or _damaged(folder, step, file)
+        if new and step != known[0]:
+            _log.warning("%s; an earlier one is taken in its place", _damaged(folder, step, file))
+    if passed:
+        raise CheckpointError(f"{passed}, and there is no sound one before it: restore it from a copy")
+    return None
+
+
+def _damaged(folder: Path, step: int, file: str) -> str:
+    return f"checkpoint {step} in {folder} is damaged: its file {file} is not as it was written"
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Move what is there of checkpoints after `step` beside the folder, so that a run can write them again."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.isdigit() and int(path.name) > step:
+            aside = folder.parent / ASIDE
+            aside.mkdir(exist_ok=True)
+            count = sum(other.name.partition(".")[0] == path.name for other in aside.iterdir())
+            path.rename(aside / (f"{path.name}.{count}" if count else path.name))
 
 
 def _prove(folder: Path, step: int, items: Mapping[str, Any]) -> None:
@@ -190,7 +295,8 @@ def add_score(folder: Path, step: int, score: float) -> None:
     if not late.parent.is_dir():
         return
     try:
-        write_atomically(late, json.dumps({"score": score}) + "\n")
+        about = {"score": score, "checksum": _checksum(repr(score).encode())}
+        write_atomically(late, json.dumps(about) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"cannot write the score of checkpoint {step} in {folder}: {error.strerror}; the checkpoint is intact, but "
@@ -238,22 +344,30 @@ def best_step(folder: Path) -> int | None:
         return None
     try:
         with _checkpointer(folder) as checkpointer:
-            return _best(folder, [entry for entry in checkpointer.checkpoints if entry.step in known])
+            found = [entry for entry in checkpointer.checkpoints if entry.step in known]
+            return _best(folder, [entry for entry in found if not _first_changed(folder / str(entry.step), "metrics/")])
     except Exception as error:
         remedy, cause = _remedy(error)
         raise CheckpointError(f"the scores of the checkpoints in {folder} cannot be read: {remedy or cause}") from error
 
 
 def load_state(folder: Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, str]]]:
-    """Return (step, state, shapes of the saved arrays) of checkpoint `step` (`None`: the latest)."""
+    """Return (step, state, shapes of the saved arrays) of checkpoint `step` (`None`: the latest that is sound).
+
+    Raises `CheckpointError` if there is none, or it cannot be read or is damaged.
+    """
     known = steps(folder)
-    if not known:
+    found = latest_sound(folder) if step is None or not known else step
+    if found is None:
         raise CheckpointError(
             f"no checkpoint in {folder}: the run was stopped before its first save; `o2o resume` begins it again"
         )
-    if step is not None and step not in known:
+    step = found
+    if step not in known:
         raise CheckpointError(f"no checkpoint {step} in {folder}; there are {', '.join(map(str, known))}")
-    step = known[-1] if step is None else step
+    if file := _damage(folder, step):
+        others = ", ".join(str(other) for other in known if other != step) or "none"
+        raise CheckpointError(f"{_damaged(folder, step, file)}; restore it from a copy, or take another ({others})")
     try:
         with _checkpointer(folder) as checkpointer:
             text = checkpointer.load_checkpointables(step, {"state": None})["state"]["json"]

@@ -51,8 +51,8 @@ class Fleet:
         self.observations = stack([slot.observation for slot in self.slots])
         """What the policy sees next, leaves `[S * N, ...]`."""
 
-    def must_fit(self, rows: Mapping[str, Any], shared: bool) -> Self:
-        """Return itself; raises `EnvironmentMismatchError`, and is closed, if its spaces are not those of `rows`.
+    def must_fit(self, row: Mapping[str, Any], shared: bool) -> Self:
+        """Return itself; raises `EnvironmentMismatchError`, and is closed, if its spaces are not those of a `row`.
 
         `shared`: an evaluation will run beside training. Raises `ConfigError` if the environment is hardware.
         """
@@ -60,9 +60,9 @@ class Fleet:
             closing.callback(self.close)
             if shared and not self.replayable:
                 raise ConfigError(BESIDE)
-            shapes = jax.tree.map(lambda leaf: leaf.shape[1:], rows["observations"])
+            shapes = jax.tree.map(lambda leaf: leaf.shape, row["observations"])
             found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
-            actions = rows["actions"].shape[1:]
+            actions = row["actions"].shape
             if shapes != found or space.shape != actions:
                 raise EnvironmentMismatchError(
                     f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "

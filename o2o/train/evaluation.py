@@ -1,5 +1,6 @@
 """Evaluation: seeded episodes in environments of their own, one row each. All seeds and slots act in one call."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -9,10 +10,11 @@ import gymnasium
 from o2o.closing import Closing
 from o2o.data.normalizer import Normalizer
 from o2o.data.rollout import rollout
-from o2o.errors import ConfigError
+from o2o.errors import ConfigError, O2OError
 from o2o.train.acting import Agents, keys_of_steps, stack_of_one
 from o2o.train.episode import EVAL_STREAM, FIXED_STREAM, EnvSlot, reset_seed
 
+log = logging.getLogger("o2o")
 EnvFn = Callable[[bool], gymnasium.Env]
 """Makes one environment; the argument says whether it is for evaluation."""
 Row = dict[str, Any]
@@ -58,11 +60,45 @@ class Evaluator:
         assert rows is not None
         return rows
 
+    def prepare(self) -> None:
+        """Make the environments now, not at first use; see `_make_envs`."""
+        if not self.envs:
+            self._make_envs()
+
     def _make_envs(self) -> None:
-        """Make the environments. Of hardware there is one per seed."""
-        first = EnvSlot(self.env_fn(True), ())
-        self.slots = self.slots if first.replayable else 1
-        self.envs = [first, *(EnvSlot(self.env_fn(True), ()) for _ in range(self.seeds * self.slots - 1))]
+        """Make the environments. Of hardware there is one per seed.
+
+        If a simulator cannot give so many at once, fewer play side by side, and that is logged. Raises what the
+        environment raised if there is not even one per seed.
+        """
+        wanted = self.seeds * self.slots
+        while len(self.envs) < wanted:
+            try:
+                slot = self._new_slot()
+            except O2OError as error:
+                self.slots = len(self.envs) // self.seeds
+                if self.slots == 0:
+                    self.close()
+                    raise
+                wanted = self.seeds * self.slots
+                log.warning("only %d environments can be had at once for evaluation: %s", wanted, error)
+                break
+            self.envs.append(slot)
+            if not slot.replayable:
+                wanted, self.slots = self.seeds, 1
+        surplus, self.envs = self.envs[wanted:], self.envs[:wanted]
+        for slot in surplus:
+            slot.env.close()
+
+    def _new_slot(self) -> EnvSlot:
+        """Make one environment. It is reset once: some simulators notice only then that they are one too many."""
+        slot = EnvSlot(self.env_fn(True), ())
+        if slot.replayable:
+            with Closing() as closing:
+                closing.callback(slot.env.close)
+                slot.env.reset(seed=0)
+                closing.pop_all()
+        return slot
 
     def _play(
         self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool, stop: Callable[[], bool]

@@ -64,6 +64,13 @@ class RemoteEvaluator(Evaluator):
         self._structure: Any = None
         self._asked: deque[Any] = deque()
 
+    def prepare(self) -> None:
+        """Make the environments here once, and close them: those of the process will be others."""
+        trial = Evaluator(self.env_fn, self.seeds, self.episodes, self.seed, slots=self.slots)
+        with Closing() as closing:
+            closing.callback(trial.close)
+            trial.prepare()
+
     def __call__(self, agent: Any, normalizer: Normalizer | None, point: int, deterministic: bool = True) -> list[Row]:
         """Play all episodes with the stacked `agent` and wait for their rows; earlier calls stay for `take`."""
         self.ask(agent, normalizer, point, deterministic)

@@ -26,10 +26,10 @@ from o2o.errors import ConfigError, DivergenceError
 from o2o.keys import seed_keys
 from o2o.nn.kernels import each_seed, seeds_in_turn
 from o2o.nn.modules import where_leading
-from o2o.replay.buffer import capacity_for, check_window
+from o2o.replay.buffer import capacity_for, check_window, one_row
 from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.host import HostReplay
-from o2o.replay.place import Place, Replay, row_bytes
+from o2o.replay.place import Place, Replay, bytes_of, row_bytes
 from o2o.replay.rollout import Rollout
 from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
@@ -102,6 +102,10 @@ class Trainer(Generic[A]):
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
 
+    def forget_rows(self) -> None:
+        """Let go of the dataset's rows as they were loaded: those that are learnt from are in `replay`."""
+        self.data = self.data.without_rows()
+
     @property
     def agent(self) -> A:
         """The agents of all seeds, leaves `[S, ...]`."""
@@ -145,7 +149,7 @@ class Trainer(Generic[A]):
         if online_steps and online.replay not in ("none", "rollout") and isinstance(self.replay, DeviceReplay):
             appended = self.replay.data.size if online.replay == "append" else 0
             capacity = (capacity_for(online_steps, self.loop.replay_capacity) + appended) * self.seeds
-            fits = row_bytes(rows) * (capacity + self.replay.data.size) <= self.place.limit()
+            fits = row_bytes(rows) * capacity + bytes_of(rows) <= self.place.limit()
             ring = row_bytes(rows) * capacity if fits else 0
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.agent)
         batch = self.replay.batch_shapes(self._sampling())
@@ -154,7 +158,7 @@ class Trainer(Generic[A]):
         else:
             update = memory.update_bytes(one, batch, free or 2**62) * (1 if seeds_in_turn(self.agent) else self.seeds)
         memory.refuse({"replay": ring, f"an update with batch_size {self.config.batch_size}": update}, free)
-        own = {"agents": memory.tree_bytes(self.agent), "dataset": row_bytes(rows) * self.replay.data.size}
+        own = {"agents": memory.tree_bytes(self.agent), "dataset": bytes_of(rows)}
         return {**own, "replay": ring, "update": update}
 
     # Offline: gradient steps on the dataset, hundreds per dispatch
@@ -312,7 +316,7 @@ class Trainer(Generic[A]):
     def _make_fleet(self) -> Fleet:
         """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
         fleet = Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
-        self.fleet = fleet.must_fit(self.replay.data.rows, self.loop.eval_process)
+        self.fleet = fleet.must_fit(one_row(self.replay.data.rows), self.loop.eval_process)
         return self.fleet
 
     # Online: one environment step, one update call, the next actions
@@ -621,8 +625,8 @@ class Trainer(Generic[A]):
             return self.fleet.observations
         if self.state.observations is not None:
             return self.state.observations
-        rows, count = self.replay.data.rows["observations"], self.seeds * self.envs_per_seed
-        return jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), rows)
+        row, count = one_row(self.replay.data.rows)["observations"], self.seeds * self.envs_per_seed
+        return jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), row)
 
     def load(
         self,

@@ -114,9 +114,9 @@ def test_evaluation_closes_all_envs(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_mismatch_reported_despite_close(tmp_path: Path) -> None:
     """What does not fit is said, though it cannot be closed."""
     fleet = Fleet(stuck(tmp_path, 1), 0, 3)
-    rows = {"observations": np.zeros((1, 7)), "actions": np.zeros((1, 1))}
+    row = {"observations": np.zeros(7), "actions": np.zeros(1)}
     with pytest.raises(EnvironmentMismatchError, match=r"gives observations \(2,\)"):
-        fleet.must_fit(rows, False)
+        fleet.must_fit(row, False)
     assert closed(tmp_path) == {"0", "1", "2"}
 
 

@@ -68,7 +68,8 @@ def test_dict_normalises_state_only() -> None:
     found = normalize(normalizer, observations)
     np.testing.assert_allclose(found["state"], normalizer(OBSERVATIONS))
     assert all(found[key] is others[key] for key in others)
-    rows = normalized_rows(normalizer, {"observations": observations, "actions": others["base_action"]})
+    pair = {"observations": observations, "next_observations": observations}
+    rows = normalized_rows(normalizer, {**pair, "actions": others["base_action"]})
     assert isinstance(rows["observations"]["state"], np.ndarray) and rows["observations"]["camera"].dtype == np.uint8
     assert rows["actions"] is others["base_action"]
 

@@ -140,7 +140,7 @@ def test_cli_matches_python_run(given: dict[str, Any], put: Callable[..., str]) 
     door = put("test/door-v0", [episode([0.1] * len(f), f, i) for i, f in enumerate(flags)], "AdroitHandDoor-v1")
     hopper = put("test/hopper-v0", [episode([1.0]), episode([2.0])], "Hopper-v5")
     args = [f"--task.{key.replace('_', '-')}={value}" for key, value in given.items() if key != "achieved_goal"]
-    args += ["--task.achieved-goal"] if given.get("achieved_goal") else []
+    args += ["--task.achieved-goal=True"] if given.get("achieved_goal") else []
     for agent, name, size in (("wsrl", door, "paper"), ("iql", door, "small"), ("iql", hopper, "paper")):
         _, parsed = cli.parse_train(agent, ["--seed", "3", *args, "--dataset", name, "--preset", size])
         assert parsed == session.preset_run(agent, name, size, task=TaskConfig(**given), seed=3)
