@@ -310,9 +310,9 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def _code_of(values: Mapping[str, Any]) -> list[str]:
-    """Return what the settings of a run name that runs as code: a module of an environment, a base policy in code."""
-    env, base = values.get("env"), values.get("base")
-    found = [str(env)] if ":" in str(env or "") else []
+    """Return what the settings of a run name that runs as code: modules of agent and environment, a base in code."""
+    base = values.get("base")
+    found = [str(name) for name in (values.get("agent"), values.get("env")) if ":" in str(name or "")]
     if base and not os.path.isdir(str(base)) and (":" in str(base) or not str(base).endswith(".onnx")):
         found.append(str(base))
     return found
@@ -321,7 +321,7 @@ def _code_of(values: Mapping[str, Any]) -> list[str]:
 def _check_code(path: Path, values: Mapping[str, Any]) -> None:
     """Raise `TrustError` if the settings of a run folder name code, and neither the user nor a run of the user did."""
     code = _code_of(values)
-    imported = lambda name: name == values.get("env") and name.rpartition(":")[0] in sys.modules  # noqa: E731
+    imported = lambda name: name != values.get("base") and name.rpartition(":")[0] in sys.modules  # noqa: E731
     unknown = [name for name in code if origin(name) is not None and not imported(name)]
     if unknown and not vouched(values.get("vouched"), code) and not trusted(path):
         raise TrustError(
