@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,16 @@ def info(dataset: str | Path, root: str | Path | None = None, download: bool = F
 def read_info(data: Path) -> DatasetInfo:
     """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
+    return info_of(metadata, lambda key: getattr(open_storage(data, metadata), key))
+
+
+def info_of(metadata: Mapping[str, Any], space_of: Callable[[str], Any]) -> DatasetInfo:
+    """Return what a metadata.json says; `space_of(key)` finds a space that is not in it. Raises `DatasetError`."""
     spec, name = env_spec(metadata), metadata["dataset_id"]
     found = {}
     for key in ("observation_space", "action_space"):
         try:
-            found[key] = (
-                deserialize_space(metadata[key]) if key in metadata else getattr(open_storage(data, metadata), key)
-            )
+            found[key] = deserialize_space(metadata[key]) if key in metadata else space_of(key)
         except DatasetError:
             raise
         except Exception as error:

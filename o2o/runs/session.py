@@ -26,6 +26,7 @@ from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
+from o2o.runs import opened as opened_run
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, guarded, read_config
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
@@ -36,8 +37,17 @@ from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
-__all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
-__all__ += ["train", "with_fields"]
+__all__ += [
+    "evaluate_run",
+    "load_base",
+    "load_config",
+    "load_data",
+    "load_policy",
+    "open_agents",
+    "open_run",
+    "play_run",
+]
+__all__ += ["play_run", "resume", "train", "with_fields"]
 
 
 def task_of(config: RunConfig) -> Task:
@@ -106,16 +116,16 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
 
 
 def run_policy(path: Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
-    """Return the agent of one seed of a run at checkpoint `which` (`open_run`) as a base policy."""
-    config, trainer = open_run(path, which)
-    trainer.close()
-    if not 0 <= seed_index < trainer.seeds:
-        raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {trainer.seeds} seed(s), numbered from 0")
+    """Return the agent of one seed of a run at checkpoint `which` (`open_agents`) as a base policy."""
+    opened = open_agents(path, which)
+    config = opened.settings
+    if not 0 <= seed_index < config.seeds:
+        raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {config.seeds} seed(s), numbered from 0")
     return RunPolicy.of(
         str(path),
-        trainer.agent_of(seed_index),
-        trainer.normalizer,
-        trainer.data,
+        opened.agent_of(seed_index),
+        opened.normalizer,
+        opened.data,
         history=config.history,
         deterministic=not sample,
         inner=base_of(config),
@@ -215,14 +225,10 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     target = agent_class(config.agent)
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
-    source = build(_to_look_at(source_config), folder=Path(str(config.init_from)), begins=False)
-    folder = RunFolder(Path(str(config.init_from)))
-    folder.load(source, source_config.online_steps, go_on=False)
-    folder.close()
+    source = open_agents(Path(str(config.init_from)))
     warm_start.check_trained(source, source_config, str(config.init_from))
     warm_start.check_values(source, trainer, str(config.init_from))
     warm_start.take_over(trainer, source, target, config)
-    source.close()
 
 
 def _to_look_at(config: RunConfig) -> RunConfig:
@@ -322,6 +328,7 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints).lock()
     try:
+        run.describe(data, env.metadata.get("render_fps"))
         session = Session(config, run, data, screen, base)
     except BaseException:
         run.close()
@@ -371,24 +378,33 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
 
 
 def open_run(path: Path, which: str = "latest") -> tuple[RunConfig, Trainer]:
-    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step given as digits."""
-    from o2o.train import checkpoint
+    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step given as digits.
 
-    if which not in ("latest", "best") and not which.isdigit():
-        raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
+    The trainer holds the run's dataset. `open_agents` returns what acts, without any data.
+    """
     config = load_config(path)
-    trainer = build(_to_look_at(config), folder=path, begins=False)
     run = RunFolder.open(path)
-    step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
+    step = opened_run.step_of(run.checkpoints, which)
+    trainer = build(_to_look_at(config), folder=path, begins=False)
     run.load(trainer, config.online_steps, step, go_on=False)
     run.close()
     return config, trainer
 
 
+def open_agents(path: Path, which: str = "latest") -> opened_run.Opened:
+    """Return a run's agents at a checkpoint (see `open_run`), and what they need to act; its dataset may be elsewhere.
+
+    A run folder without a dataset.json (of o2o before it wrote one) needs its dataset.
+    """
+    config = load_config(path)
+    data, rate = opened_run.read_dataset(path) or (load_data(config).without_rows(), None)
+    return opened_run.load(path, config, data, rate, which)
+
+
 def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
     """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
-    It acts by its mode. The run's dataset, and its base policy if it has one, must be where they were. Raises
+    It acts by its mode. The run's dataset is not needed; its base policy, if it has one, must be where it was. Raises
     `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
     """
     check_seed_index(path, seed_index)
@@ -414,12 +430,12 @@ def evaluate_run(
     `seed` is that of the resets. Raises `ConfigError` if it is negative.
     """
     _check_seed(seed)
-    _, trainer = open_run(path, which)
-    evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
+    opened = open_agents(path, which)
+    env_fn = env_maker(opened.settings, opened.data, base_of(opened.settings))
+    evaluator = Evaluator(env_fn, opened.settings.seeds, episodes, seed, opened.normalized)
     with Closing() as closing:
-        closing.callback(trainer.close)
         closing.callback(evaluator.close)
-        return evaluator(trainer.agent, trainer.normalizer, 0, deterministic)
+        return evaluator(opened.agent, opened.normalizer, 0, deterministic)
 
 
 def play_run(
@@ -437,11 +453,10 @@ def play_run(
         raise ConfigError(f"episodes is {episodes}; expected at least 1")
     _check_seed(seed)
     check_seed_index(path, seed_index)
-    config, trainer = open_run(path, which)
+    opened = open_agents(path, which)
     mode = "human" if out is None else "rgb_array"
-    env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)
+    env = make_env(opened.settings, opened.data, base_of(opened.settings), True, render_mode=mode)
     slot = EnvSlot(env, (seed + seed_index, EVAL_STREAM, 0))
     with Closing() as closing:
-        closing.callback(trainer.close)
         closing.callback(env.close)
-        return record(slot, trainer.agent_of(seed_index), trainer.normalizer, episodes, out)
+        return record(slot, opened.agent_of(seed_index), opened.normalizer, episodes, out)
