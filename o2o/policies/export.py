@@ -7,6 +7,7 @@ the range of actions are inside; history, the queue of a chunk and random number
 import dataclasses
 import importlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from o2o import __version__
@@ -24,7 +26,7 @@ from o2o.errors import ConfigError, RunError
 from o2o.files import write_atomically
 from o2o.policies import flat
 from o2o.policies.base import BasePolicy
-from o2o.policies.exported import CONTRACT_FORMAT, ExportedPolicy, contract_of, load_file
+from o2o.policies.exported import CONTRACT_FORMAT, ExportedPolicy, Runner, contract_of, load_file
 from o2o.policies.run import RunPolicy
 from o2o.rl.chunks import ActionQueue
 from o2o.train.acting import act
@@ -32,7 +34,7 @@ from o2o.train.acting import act
 SUFFIXES = (".onnx", ".jax")
 PLATFORMS = ("cpu", "cuda")
 OPSET = 20
-TRIALS = 20
+TRIALS = 8
 """Observations at which an exported file is compared with its agent."""
 TOLERANCE = 1e-3
 """Largest difference of actions, as a share of half their range, at which an exported file is accepted."""
@@ -111,7 +113,9 @@ def program_of(policy: RunPolicy) -> Program:
     function, used = flat.pruned(lined, wanted)
     memory = {f"memory_{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)} if any(carried) else {}
     names = [*seen, *(f"memory_{i}" for i in range(len(leaves))), *(f"noise_{i}" for i in range(len(draws)))]
-    inputs = {n: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for n, v in zip(names, lined.jaxpr.invars, strict=True)}
+    inputs = {
+        n: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for n, v in zip(names, lined.jaxpr.invars, strict=True)
+    }
     kept = dict(zip(names, used, strict=True)) | dict.fromkeys(memory, True) | dict.fromkeys(seen, True)
 
     def complete(*values: Any) -> list[Any]:
@@ -138,12 +142,14 @@ def _rest(keyed: ClosedJaxpr, shapes: list[jax.ShapeDtypeStruct]) -> int:
         return values
 
     jax.eval_shape(look, *shapes)
-    if isinstance(left[0], jax.core.Tracer):
+    if isinstance(left[0], Tracer):
         raise ConfigError("the policy decides itself how much of a chunk it plays, which cannot be exported")
     return int(np.asarray(left[0]).reshape(-1)[0])
 
 
-def export(policy: RunPolicy, path: Path, rate: float | None = None, about: Mapping[str, Any] | None = None) -> Path:
+def export_policy(
+    policy: RunPolicy, path: Path, rate: float | None = None, about: Mapping[str, Any] | None = None
+) -> Path:
     """Write the policy's program to `path` and its contract to `path` + `.json`, which is returned.
 
     The suffix says the kind: `.onnx` (needs the extra `onnx`), or `.jax`, an artefact of `jax.export` for CPU and CUDA.
@@ -155,7 +161,7 @@ def export(policy: RunPolicy, path: Path, rate: float | None = None, about: Mapp
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"policy {path} has no known suffix; use one of {', '.join(SUFFIXES)}")
     if path.suffix == ".onnx":
-        for module in ("jax2onnx", "onnx", "onnxruntime"):
+        for module in ("jax2onnx", "onnxruntime"):
             _import(module, path)
     base = _export_base(policy.inner, path, rate)
     try:
@@ -188,7 +194,7 @@ def _export_base(base: BasePolicy | None, path: Path, rate: float | None) -> str
         return None
     beside = path.with_name(f"{path.stem}.base{path.suffix}")
     if isinstance(base, RunPolicy):
-        export(base, beside, rate)
+        export_policy(base, beside, rate)
     elif isinstance(base, ExportedPolicy) and base.path.suffix == path.suffix and base.inner is None:
         beside.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(beside, base.path.read_bytes())
@@ -203,6 +209,7 @@ def _export_base(base: BasePolicy | None, path: Path, rate: float | None) -> str
 
 
 def _onnx(program: Program) -> bytes:
+    logging.getLogger("jax2onnx").setLevel(logging.ERROR)  # it names each of its plugins that other libraries need
     from jax2onnx import to_onnx
 
     model: Any = to_onnx(
@@ -221,9 +228,7 @@ def _jax(program: Program) -> bytes:
     return bytes(jax.export.export(function, platforms=PLATFORMS)(*program.inputs.values()).serialize())
 
 
-def _contract(
-    policy: RunPolicy, program: Program, path: Path, rate: float | None, base: str | None
-) -> dict[str, Any]:
+def _contract(policy: RunPolicy, program: Program, path: Path, rate: float | None, base: str | None) -> dict[str, Any]:
     data, at, entries = policy.data, 0, []
     for leaf in data.observation_spec.leaves:
         width = int(np.prod(leaf.shape))
@@ -280,7 +285,7 @@ def _trials(policy: RunPolicy) -> list[dict[str, np.ndarray]]:
     return [{key: draw(key, leaf) for key, leaf in entries.items()} for _ in range(TRIALS)]
 
 
-def compare(policy: RunPolicy, program: Program, run: Callable[[dict[str, np.ndarray]], list[Any]]) -> float:
+def compare(policy: RunPolicy, program: Program, run: Runner) -> float:
     """Return the largest difference of the actions of agent and program, as a share of half the range of actions.
 
     `run` maps named inputs to outputs. Both get the same random numbers, and begin an episode at every observation.
@@ -312,8 +317,8 @@ def _check(policy: RunPolicy, program: Program, path: Path) -> None:
     off = compare(policy, program, written.runner())
     if not off <= TOLERANCE:
         raise ConfigError(
-            f"policy {path} does not act as its agent: actions differ by {off:.2g} of half their range, where {TOLERANCE:g} "
-            "is allowed; export the other kind of file"
+            f"policy {path} does not act as its agent: actions differ by {off:.2g} of half their range, where "
+            f"{TOLERANCE:g} is allowed; export the other kind of file"
         )
 
 
@@ -339,4 +344,3 @@ def latency(policy: BasePolicy, data: Any, calls: int = 200) -> Latency:
         controller.act(seen if not isinstance(shape, tuple) else seen[STATE])
         taken.append(1e3 * (time.perf_counter() - began))
     return Latency(*(float(np.percentile(taken[10:], q)) for q in (50, 99)))
-

@@ -1,7 +1,7 @@
 """Policies in files: ONNX graphs (extra `onnx`), TorchScript modules and torch exports (extra `torch`).
 
-A file that o2o exported (`o2o.policies.export`) has a contract beside it and acts as its agent did, with history, chunks
-and random numbers.
+A file that o2o exported (`o2o.policies.export`) has a contract beside it and acts as its agent did, with history,
+chunks and random numbers.
 """
 
 import hashlib
@@ -156,13 +156,13 @@ class ExportedPolicy(BasePolicy):
         theirs = " + ".join(f"{e['name']}[{'x'.join(map(str, e['shape']))}]" for e in self.contract["observation"])
         if theirs != str(data.observation_spec):
             raise EnvironmentMismatchError(
-                f"base {self.name} was exported for observations {theirs}, here they are {data.observation_spec}; use a "
-                "base of this environment (and the same achieved_goal)"
+                f"base {self.name} was exported for observations {theirs}, here they are {data.observation_spec}; use "
+                "a base of this environment (and the same achieved_goal)"
             )
         if tuple(self.contract["action"]["shape"]) != data.action_map.shape:
             raise EnvironmentMismatchError(
-                f"base {self.name} was exported for actions of shape {tuple(self.contract['action']['shape'])}, here it "
-                f"is {data.action_map.shape}; use a base of this environment"
+                f"base {self.name} was exported for actions of shape {tuple(self.contract['action']['shape'])}, here "
+                f"they have {data.action_map.shape}; use a base of this environment"
             )
         if self.inner is not None:
             self.inner.check(data)
@@ -226,7 +226,9 @@ class ExportedController:
 
     def _ask(self, entries: dict[str, Any]) -> list[np.ndarray]:
         noise = {name: drawn(self._rng, **entry) for name, entry in self._contract["noise"].items()}
-        feed = {name: np.asarray(entries[name], entry["dtype"])[None] for name, entry in self._contract["inputs"].items()}
+        feed = {
+            name: np.asarray(entries[name], entry["dtype"])[None] for name, entry in self._contract["inputs"].items()
+        }
         action, *memory = self._run({**feed, **self._memory, **noise})
         self._memory = dict(zip(self._memory, memory, strict=True))
         return list(np.reshape(action, (-1, *self._contract["action"]["shape"])))

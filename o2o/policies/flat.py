@@ -11,7 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal as Constant
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Literal as Constant
 from jax.typing import ArrayLike
 
 from o2o.errors import ConfigError
@@ -84,10 +86,15 @@ def _step(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> list[Any]:
         return _run(inner, consts, inputs, draw)
     if any(isinstance(value, _Key) for value in inputs):
         return _follow(equation, inputs)
-    if not any(isinstance(value, jax.core.Tracer) for value in inputs):
+    if not any(isinstance(value, Tracer) for value in inputs):
         with jax.ensure_compile_time_eval():
             return _bind(equation, inputs)
     return _bind(equation, inputs)
+
+
+def _aval(var: Any) -> Any:
+    """Return the shape and type of a variable."""
+    return var.aval
 
 
 def _bind(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
@@ -98,8 +105,8 @@ def _bind(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
 def _follow(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     """Split, fold or take keys."""
     values = [value.value if isinstance(value, _Key) else value for value in inputs]
-    raw = [var for var in equation.outvars if not jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key)]
-    if raw or any(isinstance(value, jax.core.Tracer) for value in values):
+    raw = [var for var in equation.outvars if not jnp.issubdtype(_aval(var).dtype, jax.dtypes.prng_key)]
+    if raw or any(isinstance(value, Tracer) for value in values):
         raise ConfigError(
             f"the policy draws random numbers by {equation.primitive.name}, which has no place in an exported file: "
             "export its mode, or draw by jax.random.normal, uniform, randint, categorical or choice"
@@ -111,7 +118,7 @@ def _follow(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
 def _draw(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> Any:
     """Return what an operation of `jax.random` returns, made of numbers that `draw` gives; None for any other."""
     name, (out, *_) = equation.params.get("name"), equation.outvars
-    shape = tuple(out.aval.shape)
+    shape = tuple(_aval(out).shape)
     if name == "_normal_real":
         return draw(Draw("normal", shape), equation, inputs)
     if name == "_uniform":
@@ -120,7 +127,7 @@ def _draw(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> Any:
     if name == "_randint":
         low, high = _bounds(inputs)
         share = draw(Draw("uniform", shape), equation, inputs)
-        below = jnp.floor(share * (high - low).astype(jnp.float32)).astype(out.aval.dtype)
+        below = jnp.floor(share * (high - low).astype(jnp.float32)).astype(_aval(out).dtype)
         return jnp.minimum(low + below, high - 1)
     if name == "_shuffle" and len(shape) == 1:
         (column,) = (value for value in inputs if not isinstance(value, _Key))
@@ -131,7 +138,7 @@ def _draw(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> Any:
 def _bounds(inputs: Sequence[Any]) -> tuple[Any, Any]:
     """Return the lower and the upper bound among the inputs of a draw; JAX gives them in either order."""
     one, other = (value for value in inputs if not isinstance(value, _Key))
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if isinstance(one, Tracer) or isinstance(other, Tracer):
         return jnp.minimum(one, other), jnp.maximum(one, other)
     with jax.ensure_compile_time_eval():
         return jnp.minimum(one, other), jnp.maximum(one, other)
@@ -150,7 +157,7 @@ def _scan(params: dict[str, Any], inputs: list[Any], draw: Drawer) -> list[Any]:
 
 
 def _row(rows: Any, turn: int) -> Any:
-    if isinstance(rows, jax.core.Tracer):
+    if isinstance(rows, Tracer):
         return rows[turn]
     with jax.ensure_compile_time_eval():
         return jnp.asarray(rows)[turn]
@@ -161,7 +168,7 @@ def _while(params: dict[str, Any], inputs: list[Any], draw: Drawer) -> list[Any]
     asked, known, carry = inputs[:tests], inputs[tests : tests + fixed], inputs[tests + fixed :]
     for _ in range(MOST_TURNS):
         (more,) = _run(params["cond_jaxpr"].jaxpr, params["cond_jaxpr"].consts, [*asked, *carry], draw)
-        if isinstance(more, jax.core.Tracer):
+        if isinstance(more, Tracer):
             raise ConfigError("the policy repeats a step until its result is good enough, which cannot be exported")
         if not more:
             return carry
@@ -172,7 +179,7 @@ def _while(params: dict[str, Any], inputs: list[Any], draw: Drawer) -> list[Any]
 def _cond(branches: Sequence[ClosedJaxpr], inputs: list[Any], draw: Drawer) -> list[Any]:
     index, *operands = inputs
     run = lambda branch: _run(branch.jaxpr, branch.consts, operands, draw)  # noqa: E731
-    if not isinstance(index, jax.core.Tracer):
+    if not isinstance(index, Tracer):
         return run(branches[int(np.clip(int(index), 0, len(branches) - 1))])
     results = [run(branch) for branch in branches]
     chosen = results[-1]
@@ -187,7 +194,7 @@ def numbers_of(draw: Draw, equation: JaxprEqn, inputs: list[Any]) -> ArrayLike:
     name = equation.params["name"]
     values = [value.value if isinstance(value, _Key) else jnp.asarray(value) for value in inputs]
     if name == "_shuffle":
-        in_order = jnp.arange(*draw.shape, dtype=equation.outvars[0].aval.dtype)
+        in_order = jnp.arange(*draw.shape, dtype=_aval(equation.outvars[0]).dtype)
         shuffled = [value if isinstance(i, _Key) else in_order for value, i in zip(values, inputs, strict=True)]
         return _bind(equation, shuffled)[0]
     if name == "_normal_real":

@@ -22,6 +22,7 @@ from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
+from o2o.policies.export import Latency, export_policy, latency
 from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
@@ -47,7 +48,7 @@ __all__ += [
     "open_run",
     "play_run",
 ]
-__all__ += ["play_run", "resume", "train", "with_fields"]
+__all__ += ["export_run", "play_run", "resume", "train", "with_fields"]
 
 
 def task_of(config: RunConfig) -> Task:
@@ -84,8 +85,8 @@ def base_of(config: RunConfig) -> BasePolicy | None:
     agent_class(config.agent)
     if config.base is None and config.agent in takers:
         raise ConfigError(
-            f"agent {config.agent} corrects a base policy, and there is none: give --base with a run folder, a .onnx "
-            "or .pt file, or module:function"
+            f"agent {config.agent} corrects a base policy, and there is none: give --base with a run folder, a .onnx, "
+            ".jax or .pt file, or module:function"
         )
     if config.base is None:
         return None
@@ -95,7 +96,7 @@ def base_of(config: RunConfig) -> BasePolicy | None:
 
 
 def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolicy:
-    """Return the base policy of a run folder, a `.onnx` or TorchScript `.pt` file, `module:name`, or a Python object.
+    """Return the base policy of a run folder, a `.onnx`, `.jax` or TorchScript `.pt` file, `module:name`, or a Python object.
 
     `seed_index`: which seed of a run, from 0. `sample`: draw from a run's policy in place of its mode. See
     `o2o.policies.python.python_policy` for what a Python object must do. Raises `ConfigError`, `RunError` or
@@ -111,13 +112,17 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     if ":" in text:
         return python_policy(text)
     raise ConfigError(
-        f"base {spec!r} is none that o2o knows: give a run folder, a .onnx or .pt file, or module:function"
+        f"base {spec!r} is none that o2o knows: give a run folder, a .onnx, .jax or .pt file, or module:function"
     )
 
 
 def run_policy(path: Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
     """Return the agent of one seed of a run at checkpoint `which` (`open_agents`) as a base policy."""
-    opened = open_agents(path, which)
+    return policy_of(path, open_agents(path, which), seed_index, sample)
+
+
+def policy_of(path: Path, opened: opened_run.Opened, seed_index: int, sample: bool = False) -> RunPolicy:
+    """Return the agent of one seed of the run in folder `path` as a base policy."""
     config = opened.settings
     if not 0 <= seed_index < config.seeds:
         raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {config.seeds} seed(s), numbered from 0")
@@ -401,14 +406,33 @@ def open_agents(path: Path, which: str = "latest") -> opened_run.Opened:
     return opened_run.load(path, config, data, rate, which)
 
 
-def load_policy(path: Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
+def load_policy(path: Path, which: str = "latest", seed_index: int = 0, sample: bool = False) -> TrainedPolicy:
     """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
-    It acts by its mode. The run's dataset is not needed; its base policy, if it has one, must be where it was. Raises
-    `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
+    It acts by its mode, or with `sample` draws its actions. It is compiled here, not in its first step. The run's
+    dataset is not needed; its base policy, if it has one, must be where it was. Raises `ConfigError` if the run has no
+    such seed, `CheckpointError` if it has no such checkpoint.
     """
     check_seed_index(path, seed_index)
-    return TrainedPolicy(run_policy(path, seed_index, which=which))
+    opened = open_agents(path, which)
+    return TrainedPolicy(policy_of(path, opened, seed_index, sample), opened.rate)
+
+
+def export_run(
+    path: Path, out: Path, which: str = "latest", seed_index: int = 0, sample: bool = False
+) -> dict[str, Latency]:
+    """Write the policy of one seed of a run to `out` (`.onnx` or `.jax`) and its contract beside it.
+
+    Returns the latency of the agent's own call and of the file's, by name. Raises as `load_policy` and
+    `o2o.policies.export.export_policy` do.
+    """
+    check_seed_index(path, seed_index)
+    opened = open_agents(path, which)
+    policy = policy_of(path, opened, seed_index, sample)
+    export_policy(
+        policy, out, opened.rate, {"run": path.name, "agent": opened.settings.agent, "step": opened.counters.point}
+    )
+    return {str(path): latency(policy, policy.data), str(out): latency(load_file(out), policy.data)}
 
 
 def check_seed_index(path: Path, seed_index: int) -> None:
