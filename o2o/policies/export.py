@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from o2o.errors import ConfigError, RunError
 from o2o.files import write_atomically
 from o2o.policies import flat
 from o2o.policies.base import BasePolicy
-from o2o.policies.exported import CONTRACT_FORMAT, ExportedPolicy, Runner, contract_of, load_file
+from o2o.policies.exported import CONTRACT_FORMAT, ExportedPolicy, Runner, contract_of
 from o2o.policies.run import RunPolicy
 from o2o.rl.chunks import ActionQueue
 from o2o.train.acting import act
@@ -163,21 +164,21 @@ def export_policy(
     if path.suffix == ".onnx":
         for module in ("jax2onnx", "onnxruntime"):
             _import(module, path)
-    base = _export_base(policy.inner, path, rate)
     try:
         program = program_of(policy)
         content = _onnx(program) if path.suffix == ".onnx" else _jax(program)
     except NotImplementedError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the policy of {policy.name} has no form as {path.suffix}: {reason}") from error
-    contract = {**_contract(policy, program, path, rate, base), **(about or {})}
+    contract = {**_contract(policy, program, path, rate), **(about or {})}
+    _check(policy, program, path, content, contract)
+    contract["base"] = _export_base(policy.inner, path, rate)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
         write_atomically(contract_of(path), json.dumps(contract, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"policy {path} cannot be written: {error.strerror}") from error
-    _check(policy, program, path)
     return contract_of(path)
 
 
@@ -228,7 +229,7 @@ def _jax(program: Program) -> bytes:
     return bytes(jax.export.export(function, platforms=PLATFORMS)(*program.inputs.values()).serialize())
 
 
-def _contract(policy: RunPolicy, program: Program, path: Path, rate: float | None, base: str | None) -> dict[str, Any]:
+def _contract(policy: RunPolicy, program: Program, path: Path, rate: float | None) -> dict[str, Any]:
     data, at, entries = policy.data, 0, []
     for leaf in data.observation_spec.leaves:
         width = int(np.prod(leaf.shape))
@@ -263,7 +264,6 @@ def _contract(policy: RunPolicy, program: Program, path: Path, rate: float | Non
             name: {"shape": list(value.shape), "dtype": value.dtype.name, "first": value.tolist()}
             for name, value in program.memory.items()
         },
-        "base": base,
     }
 
 
@@ -292,12 +292,12 @@ def compare(policy: RunPolicy, program: Program, run: Runner) -> float:
     """
     largest, action_map = 0.0, policy.data.action_map
     half = (np.asarray(action_map.high) - np.asarray(action_map.low)).reshape(action_map.shape) / 2
-    keyed = jax.jit(jaxpr_as_fun(program.keyed))
+    keyed = program.keyed
+    act_and_draw = jax.jit(lambda *v: (jaxpr_as_fun(keyed)(*v)[0], flat.drawn_by(keyed, v[:-1], v[-1])))
     first = [jnp.asarray(leaf) for leaf in _memory(policy)]
     for number, seen in enumerate(_trials(policy)):
         key = jax.random.fold_in(jax.random.key(0), number)
-        wanted = np.asarray(keyed(*seen.values(), *first, key)[0])
-        drawn = flat.drawn_by(program.keyed, [*map(jnp.asarray, seen.values()), *first], key)
+        wanted, drawn = jax.device_get(act_and_draw(*seen.values(), *first, key))
         noise = [value for value, takes in zip(drawn, program.used, strict=True) if takes]
         feed = {**seen, **program.memory, **dict(zip(program.draws, noise, strict=True))}
         found = np.asarray(run(feed)[0])
@@ -310,11 +310,12 @@ def _memory(policy: RunPolicy) -> list[Any]:
     return [] if isinstance(fresh, ActionQueue) else jax.tree.leaves(fresh)
 
 
-def _check(policy: RunPolicy, program: Program, path: Path) -> None:
-    """Raise `ConfigError` if the file at `path` does not act as the agent does."""
-    written = load_file(path)
-    assert isinstance(written, ExportedPolicy)
-    off = compare(policy, program, written.runner())
+def _check(policy: RunPolicy, program: Program, path: Path, content: bytes, contract: dict[str, Any]) -> None:
+    """Raise `ConfigError` if what is to be written to `path` does not act as the agent does."""
+    with tempfile.TemporaryDirectory() as folder:
+        tried = Path(folder) / path.name
+        tried.write_bytes(content)
+        off = compare(policy, program, ExportedPolicy(str(path), None, tried, contract, None).runner())
     if not off <= TOLERANCE:
         raise ConfigError(
             f"policy {path} does not act as its agent: actions differ by {off:.2g} of half their range, where "

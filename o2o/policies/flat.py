@@ -86,10 +86,21 @@ def _step(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> list[Any]:
         return _run(inner, consts, inputs, draw)
     if any(isinstance(value, _Key) for value in inputs):
         return _follow(equation, inputs)
-    if not any(isinstance(value, Tracer) for value in inputs):
-        with jax.ensure_compile_time_eval():
-            return _bind(equation, inputs)
-    return _bind(equation, inputs)
+    if name == "select_n" and len(inputs) == 3 and _aval(equation.outvars[0]).dtype == jnp.bool_:  # not in onnxruntime
+        which, one, other = inputs
+        return [jnp.logical_or(jnp.logical_and(which, other), jnp.logical_and(jnp.logical_not(which), one))]
+    if name == "stack":  # new in JAX, and unknown to others
+        axis = params["axis"]
+        return [jnp.concatenate([jnp.expand_dims(value, axis) for value in inputs], axis)]
+    return _compute(equation, inputs)
+
+
+def _compute(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
+    """Compute an operation: at once, if all inputs are known."""
+    if any(isinstance(value, Tracer) for value in inputs):
+        return _bind(equation, inputs)
+    with jax.ensure_compile_time_eval():
+        return _bind(equation, inputs)
 
 
 def _aval(var: Any) -> Any:
@@ -106,13 +117,12 @@ def _follow(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     """Split, fold or take keys."""
     values = [value.value if isinstance(value, _Key) else value for value in inputs]
     raw = [var for var in equation.outvars if not jnp.issubdtype(_aval(var).dtype, jax.dtypes.prng_key)]
-    if raw or any(isinstance(value, Tracer) for value in values):
+    if raw or any(isinstance(value, Tracer) for value in inputs):
         raise ConfigError(
             f"the policy draws random numbers by {equation.primitive.name}, which has no place in an exported file: "
             "export its mode, or draw by jax.random.normal, uniform, randint, categorical or choice"
         )
-    with jax.ensure_compile_time_eval():
-        return [_Key(value) for value in _bind(equation, values)]
+    return [_Key(value) for value in _compute(equation, values)]
 
 
 def _draw(equation: JaxprEqn, inputs: list[Any], draw: Drawer) -> Any:
@@ -153,7 +163,11 @@ def _scan(params: dict[str, Any], inputs: list[Any], draw: Drawer) -> list[Any]:
         now = [_Key(row.value[turn]) if isinstance(row, _Key) else _row(row, turn) for row in rows]
         results = _run(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*fixed, *carry, *now], draw)
         carry, found[turn] = results[:carries], results[carries:]
-    return [*carry, *(jnp.stack(column) for column in zip(*found, strict=True))]
+    return [*carry, *(_joined(column) for column in zip(*found, strict=True))]
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    return jnp.concatenate([jnp.expand_dims(row, 0) for row in rows])
 
 
 def _row(rows: Any, turn: int) -> Any:
@@ -254,14 +268,13 @@ def flat(keyed: ClosedJaxpr, inputs: Sequence[jax.ShapeDtypeStruct]) -> tuple[Cl
     return jax.make_jaxpr(function)(*inputs, *shapes), found
 
 
-def drawn_by(keyed: ClosedJaxpr, inputs: Sequence[Any], key: Any) -> list[np.ndarray]:
+def drawn_by(keyed: ClosedJaxpr, inputs: Sequence[Any], key: Any) -> list[Any]:
     """Return the numbers that a program draws from a random key, in the order of `flat`'s draws."""
-    found: list[np.ndarray] = []
+    found: list[Any] = []
 
     def record(draw: Draw, equation: JaxprEqn, values: list[Any]) -> Any:
-        numbers = jnp.asarray(numbers_of(draw, equation, values), draw.dtype)
-        found.append(np.asarray(numbers))
-        return numbers
+        found.append(jnp.asarray(numbers_of(draw, equation, values), draw.dtype))
+        return found[-1]
 
     inline(keyed, inputs, key, record)
     return found

@@ -96,7 +96,7 @@ def base_of(config: RunConfig) -> BasePolicy | None:
 
 
 def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolicy:
-    """Return the base policy of a run folder, a `.onnx`, `.jax` or TorchScript `.pt` file, `module:name`, or a Python object.
+    """Return the base policy of a run folder, an exported or TorchScript file, `module:name`, or a Python object.
 
     `seed_index`: which seed of a run, from 0. `sample`: draw from a run's policy in place of its mode. See
     `o2o.policies.python.python_policy` for what a Python object must do. Raises `ConfigError`, `RunError` or
