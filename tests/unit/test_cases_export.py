@@ -19,6 +19,7 @@ from o2o.data.normalizer import Normalizer
 from o2o.data.spaces import ActionMap, ObservationSpec, with_base_action
 from o2o.data.task import Task
 from o2o.errors import ConfigError, EnvironmentMismatchError
+from o2o.nn.encoders import EncoderConfig
 from o2o.policies.base import BasePolicy
 from o2o.policies.export import compare, export_policy, program_of
 from o2o.policies.exported import ExportedPolicy, contract_of, load_file
@@ -37,27 +38,30 @@ def toy_data(space: gym.Space = BOX, history: int = 1, base: bool = False) -> Da
     """Return a dataset without rows."""
     spec = ObservationSpec.from_space(space)
     info = DatasetInfo(("toy-v0",), None, None, None, space, ACTIONS, None, None, 0, 0, {"dataset_id": "toy-v0"})
-    zeros = spec.flatten(gym.vector.utils.create_empty_array(space, 1)) if history == 1 else None
-    rows: Any = (
-        np.zeros((0, OBSERVATION_DIM * history), np.float32)
-        if zeros is None
-        else jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), zeros)
-    )
+    one = spec.flatten(space.sample())
+    rows = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[:-1], leaf.shape[-1] * history), leaf.dtype), one)
     arrays = {"observations": rows, "actions": np.zeros((0, ACTION_DIM), np.float32)}
     if base:
         arrays["observations"] = with_base_action(rows, arrays["actions"])
     return Dataset(arrays, info, "none", (), spec, ActionMap.from_space(ACTIONS), Task("toy"))
 
 
-def toy_policy(name: str, deterministic: bool = True, history: int = 1, inner: BasePolicy | None = None) -> RunPolicy:
+def toy_policy(
+    name: str,
+    deterministic: bool = True,
+    history: int = 1,
+    inner: BasePolicy | None = None,
+    space: gym.Space = BOX,
+    **settings: Any,
+) -> RunPolicy:
     """Return a policy of an agent in its online form, with random networks."""
-    data = toy_data(history=history, base=inner is not None)
-    shapes = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:])), data.arrays)
+    data, config = toy_data(space, history, inner is not None), dataclasses.replace(CONFIGS[name], **settings)
+    shapes = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), data.arrays)
 
     def make(key: jax.Array) -> Any:
-        return AGENTS[name].create(key, shapes["observations"], shapes["actions"], CONFIGS[name]).online()
+        return AGENTS[name].create(key, shapes["observations"], shapes["actions"], config).online()
 
-    size = OBSERVATION_DIM * history
+    size = data.observation_spec.state_dim * history
     normalizer = Normalizer(mean=jnp.arange(size) * 0.5, std=jnp.full(size, 2.0))
     agent = jax.jit(make, compiler_options=QUICK)(jax.random.key(0))
     return RunPolicy.of(name, agent, normalizer, data, history=history, deterministic=deterministic, inner=inner)
@@ -115,6 +119,30 @@ def test_episode_as_deployed(suffix: str, tmp_path: Path) -> None:
             assert ACTIONS.contains(wanted)
             for other in others:
                 np.testing.assert_allclose(other.act(observation), wanted, atol=1e-5)
+
+
+def test_images_as_deployed(tmp_path: Path) -> None:
+    """A policy that sees a camera and a nested state acts from its file as it does itself."""
+    camera = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    space = spaces.Dict(
+        {"arm": spaces.Dict({"q": spaces.Box(-1, 1, (2,)), "v": spaces.Box(-1, 1, (1,))}), "eye": camera}
+    )
+    encoder = EncoderConfig(kind="conv", conv_features=(4, 4), conv_strides=(4, 2), latent_dim=4)
+    policy = toy_policy("expo", history=2, space=space, encoder=encoder)
+    contract = json.loads(export_policy(policy, tmp_path / "policy.onnx").read_text())
+    assert [entry["path"] for entry in contract["observation"]] == [["arm", "q"], ["arm", "v"], ["eye"]]
+    assert contract["inputs"]["eye"] == {"shape": [1, 32, 32, 6], "dtype": "uint8"}
+    written = load_file(tmp_path / "policy.onnx")
+    assert isinstance(written, ExportedPolicy)
+    assert compare(policy, program_of(policy), written.runner()) <= 1e-5
+    file, controller = deployed(tmp_path / "policy.onnx"), written.controller(policy.data)
+    for seed in range(3):
+        space.seed(seed)
+        observation = space.sample()
+        action = file.act(observation)
+        np.testing.assert_allclose(action, controller.act(policy.data.observation_spec.flatten(observation)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"entry 'eye' is float64 of shape \[32, 32, 3\], the policy needs uint8"):
+        file.act({**observation, "eye": observation["eye"] / 255.0})
 
 
 def test_samples_by_seed(tmp_path: Path) -> None:
