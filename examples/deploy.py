@@ -79,7 +79,7 @@ class Policy:
             if not np.isfinite(value).all():
                 raise ValueError(f"observation entry {entry['name']!r} has a number that is not finite")
             if entry["dtype"] == "uint8":
-                images[entry["input"]] = value
+                images[entry["input"]] = value.copy()
             else:
                 rows.append(value.astype(np.float32).reshape(-1))
         return {**({"state": np.concatenate(rows)} if rows else {}), **images}

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,19 @@ def test_contract_says_all(tmp_path: Path) -> None:
     assert (contract["history"], contract["chunk"], contract["rate_hz"], contract["format"]) == (2, 2, 20.0, 1)
     assert contract["normalizer"]["std"] == [2.0] * 6 and contract["inputs"]["state"]["shape"] == [1, 6]
     assert set(contract["versions"]) == {"o2o", "jax", "numpy"}
+
+
+def test_loader_alone(tmp_path: Path) -> None:
+    """The loader's page runs as a script where neither o2o nor JAX can be imported."""
+    export_policy(toy_policy("bc"), tmp_path / "policy.onnx")
+    hide = "import runpy, sys; sys.modules |= dict.fromkeys(('o2o', 'jax', 'jaxlib', 'gymnasium')); sys.argv = sys.argv[1:]"
+    command = [sys.executable, "-c", f"{hide}; runpy.run_path(sys.argv[0], run_name='__main__')", str(DEPLOY)]
+    done = subprocess.run([*command, str(tmp_path / "policy.onnx")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    wanted = TrainedPolicy(toy_policy("bc")).act(np.zeros(OBSERVATION_DIM, np.float32))
+    printed = done.stdout.partition("[")[2].partition("]")[0]
+    np.testing.assert_allclose([float(word) for word in printed.split()], wanted, atol=1e-5)
+    assert "p99" in done.stdout
 
 
 def test_wrong_arrays_refused(tmp_path: Path) -> None:
