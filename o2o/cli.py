@@ -245,6 +245,26 @@ def play(
     return 0
 
 
+def export(
+    run: Name[Path], out: Name[Path], checkpoint: str = "latest", seed_index: int = 0, sample: bool = False
+) -> int:
+    """Write a run's policy to a file that acts without o2o, and its contract beside it (OUT.json).
+
+    Args:
+        run: The run folder.
+        out: File of the policy: .onnx (needs o2o[onnx]) or .jax (for JAX, on CPU and CUDA).
+        checkpoint: `latest`, `best` or a checkpoint's number.
+        seed_index: Which of the run's seeds.
+        sample: Sample actions instead of taking the mode.
+    """
+    from o2o.runs import session
+
+    for name, taken in session.export_run(run, out, checkpoint, seed_index, sample).items():
+        print(f"{name}: an action takes {taken.p50:.3f} ms (p50), {taken.p99:.3f} ms (p99)")
+    print(f"wrote {out} and {out}.json")
+    return 0
+
+
 def plot(
     runs: Name[tuple[Path, ...]],
     out: Path = Path("curves.png"),
@@ -458,6 +478,7 @@ COMMANDS: Commands = {
     "resume": resume,
     "eval": evaluate,
     "play": play,
+    "export": export,
     "plot": plot,
     "balance": balance,
     "data": DATA,

@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +25,7 @@ from o2o.data.demonstrations import record
 from o2o.data.files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info
 from o2o.data.files import write_dataset as write
 from o2o.data.rows import Columns, Rows, Watch, concatenated, contiguous
-from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
+from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, Leaf, ObservationSpec
 from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
@@ -94,6 +94,50 @@ class Dataset:
             return {k: empty(v) for k, v in entry.items()} if isinstance(entry, dict) else np.array(entry[:0])
 
         return replace(self, arrays=empty(self.arrays))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is known of it but the rows, as JSON types; `from_json` reads it."""
+
+        def layout(entry: Any) -> Any:
+            if isinstance(entry, dict):
+                return {key: layout(value) for key, value in entry.items()}
+            return {"dtype": entry.dtype.name, "shape": list(entry.shape[1:])}
+
+        about = self.info
+        spaces = environment_entries(about.observation_space, about.action_space, None)
+        return {
+            "metadata": {**about.metadata, **{key: spaces[key] for key in ("observation_space", "action_space")}},
+            "ids": list(about.ids),
+            "episodes": about.episodes,
+            "steps": about.steps,
+            "fingerprint": self.fingerprint,
+            "observation": [[list(leaf.path), list(leaf.shape), leaf.image] for leaf in self.observation_spec.leaves],
+            "action": asdict(self.action_map),
+            "task": asdict(self.task),
+            "rows": layout(self.arrays),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], folder: Path) -> Self:
+        """Return the dataset without rows that `to_json` wrote to a file in `folder`."""
+
+        def rows(entry: Any) -> Any:
+            if isinstance(entry.get("dtype"), str):
+                return np.zeros((0, *entry["shape"]), entry["dtype"])
+            return {key: rows(value) for key, value in entry.items()}
+
+        about = files.info_of(values["metadata"], folder, values["metadata"].__getitem__)
+        leaves = (Leaf(tuple(path), tuple(shape), image) for path, shape, image in values["observation"])
+        task = {**values["task"], "env_kwargs": tuple((key, value) for key, value in values["task"]["env_kwargs"])}
+        return cls(
+            arrays=rows(values["rows"]),
+            info=replace(about, ids=tuple(values["ids"]), episodes=values["episodes"], steps=values["steps"]),
+            fingerprint=values["fingerprint"],
+            sources=(),
+            observation_spec=ObservationSpec(tuple(leaves)),
+            action_map=ActionMap(**{key: tuple(value) for key, value in values["action"].items()}),
+            task=Task(**task),
+        )
 
 
 def _converters(about: DatasetInfo, achieved_goal: bool, bounded: bool = True) -> tuple[ObservationSpec, ActionMap]:

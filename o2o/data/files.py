@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -274,9 +274,17 @@ def info(dataset: str | Path, root: str | Path | None = None, download: bool = F
 def read_info(data: Path) -> DatasetInfo:
     """Return the metadata in a `data` folder. Raises `DatasetError`."""
     metadata = read_metadata(data)
+    return info_of(metadata, data, lambda key: getattr(open_storage(data, metadata), key))
+
+
+def info_of(metadata: Mapping[str, Any], folder: Path, space_of: Callable[[str], Any]) -> DatasetInfo:
+    """Return what a metadata.json in `folder` says; `space_of(key)` finds a space that is not in it.
+
+    Raises `DatasetError`.
+    """
     spec, eval_spec, name = env_spec(metadata), env_spec(metadata, "eval_env_spec"), metadata["dataset_id"]
     seen, done = (
-        read_space(metadata, key, name) if key in metadata else getattr(open_storage(data, metadata), key)
+        read_space(metadata, key, name) if key in metadata else space_of(key)
         for key in ("observation_space", "action_space")
     )
     return DatasetInfo(
@@ -291,7 +299,7 @@ def read_info(data: Path) -> DatasetInfo:
         episodes=int(metadata["total_episodes"]),
         steps=int(metadata["total_steps"]),
         metadata=metadata,
-        trusted=trusted(data) or _vouched_for(metadata, spec, eval_spec),
+        trusted=trusted(folder) or _vouched_for(metadata, spec, eval_spec),
     )
 
 

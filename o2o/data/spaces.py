@@ -312,7 +312,7 @@ class ActionMap:
         return (high + low) / 2, (high - low) / 2
 
     @cached_property
-    def _float32_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+    def float32_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the bounds, rounded inwards to float32: a float64 space then contains every mapped action."""
         low, high = np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
         up, down = np.nextafter(low, np.float32(np.inf)), np.nextafter(high, np.float32(-np.inf))
@@ -322,7 +322,7 @@ class ActionMap:
         """Return float32 environment actions `[..., *shape]` for `[..., A]`, which are clipped to [-1, 1]."""
         centre, half = self._centre_and_half()
         actions = np.clip(np.asarray(actions, np.float32), -1.0, 1.0)
-        mapped = np.clip(centre + half * actions, *self._float32_bounds)
+        mapped = np.clip(centre + half * actions, *self.float32_bounds)
         return mapped.reshape(*actions.shape[:-1], *self.shape)
 
     def from_env(self, actions: Any) -> np.ndarray:

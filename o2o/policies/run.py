@@ -7,6 +7,7 @@ environment. `TrainedPolicy` is the same behind the environment's own observatio
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -120,11 +121,13 @@ class RunController:
     """One agent in one environment: one call to the device per action, or per chunk if it plays chunks."""
 
     def __init__(self, policy: RunPolicy) -> None:
-        """Act with the agent of `policy`."""
+        """Act with the agent of `policy`; it is compiled here, not in the first step."""
         self._policy, self._agents = policy, stack_of_one(policy.agent)
         self._fresh = jax.vmap(lambda agent: agent.initial_carry((1,)))(self._agents)
         self._inner = None if policy.inner is None else Base(policy.inner, policy.data)
         self._queue = ChunkQueue()
+        self.reset(0)
+        self._call(jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), policy.data.arrays["observations"]))
         self.reset(0)
 
     def reset(self, seed: int) -> None:
@@ -157,23 +160,26 @@ class RunController:
 
         Raises `DivergenceError` if a number of them is not finite.
         """
+        actions, self._carry = self._call(seen)
+        if (bad := first_bad(actions)) is not None:
+            raise DivergenceError(
+                f"the policy of {self._policy.name} has {bad} in its action: its learner diverged; take an earlier "
+                "checkpoint, or train again with a lower learning rate"
+            )
+        return list(actions)
+
+    def _call(self, seen: Any) -> tuple[np.ndarray, Any]:
+        """Return the actions `[h, A]` of one call, and the next carry."""
         policy = self._policy
         rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None, None], seen)
         keys = jax.random.fold_in(self._key, self._calls)[None]
         action, carry = act_side_by_side(self._agents, policy.normalizer, rows, self._carry, keys, policy.deterministic)
         self._calls += 1
         actions = np.asarray(action)[0]
-        if isinstance(carry, ActionQueue):
-            queue, left = jax.device_get(carry)
-            actions = np.concatenate([actions, queue[0, 0, : int(left[0, 0])]])
-            carry = self._fresh
-        if (bad := first_bad(actions)) is not None:
-            raise DivergenceError(
-                f"the policy of {policy.name} has {bad} in its action: its learner diverged; take an earlier "
-                "checkpoint, or train again with a lower learning rate"
-            )
-        self._carry = carry
-        return list(actions)
+        if not isinstance(carry, ActionQueue):
+            return actions, carry
+        queue, left = jax.device_get(carry)
+        return np.concatenate([actions, queue[0, 0, : int(left[0, 0])]]), self._fresh
 
 
 class TrainedPolicy:
@@ -184,10 +190,20 @@ class TrainedPolicy:
     within its bounds. An evaluation of several episodes side by side may differ in the last bits of its actions.
     """
 
-    def __init__(self, policy: RunPolicy) -> None:
+    def __init__(self, policy: RunPolicy, rate: float | None = None) -> None:
         """Act with the agent of `policy`; an episode has begun."""
-        self._controller, self._spec = RunController(policy), policy.data.observation_spec
+        self._policy, self._controller, self._spec = policy, RunController(policy), policy.data.observation_spec
+        self._rate = rate
         self.reset()
+
+    def export(self, path: str | Path) -> Path:
+        """Write the policy to a file that needs no o2o, `.onnx` or `.jax`; return where its contract is.
+
+        See `o2o.policies.export.export_policy`, also for what it raises.
+        """
+        from o2o.policies.export import export_policy
+
+        return export_policy(self._policy, Path(path), self._rate)
 
     def reset(self, seed: int = 0) -> None:
         """Begin an episode: forget history, chunk and base. Call it after every reset of the environment.

@@ -1,4 +1,4 @@
-"""Run folders: `config.json`, `metrics.jsonl`, `episodes.jsonl`, `status.json`, `checkpoints/`, `curve.png`.
+"""Run folders: settings, what is known of the dataset, rows of metrics and episodes, `status.json`, `checkpoints/`.
 
 A run that was killed continues from its last checkpoint. Rows written after it are cut off and written again, the same.
 A run that gets a signal (SIGINT, SIGTERM, SIGHUP) saves a checkpoint and stops.
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from o2o import __version__
 from o2o.config import FORMAT
+from o2o.data.datasets import Dataset
 from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.files import JsonLines, read_object, write_atomically
 from o2o.replay.buffer import capacity_for
@@ -36,6 +37,8 @@ REPLAY = "replay"
 """Folder in a run folder for the rows of a replay on disk."""
 NAME_BYTES, PATH_BYTES = 200, 3000
 """Longest name of a folder, longest path of a run folder. File systems take 255 and 4096, files inside need some."""
+DATASET = "dataset.json"
+"""File in a run folder: all that is known of its dataset but the rows, so that its policies act without it."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
 """The signal of a closed terminal or ssh session; None on systems without it."""
 
@@ -282,6 +285,11 @@ class RunFolder:
                 f"({self.path / REPLAY}), cannot grow to {online_steps}: go on without `online_steps`, or begin a "
                 "new run for as many"
             )
+
+    def describe(self, data: Dataset, rate: float | None) -> None:
+        """Keep what acting needs of the dataset, and the environment's steps per second if they are known."""
+        text = json.dumps({"rate": rate, "dataset": data.to_json()}, indent=2)
+        write_atomically(self.path / DATASET, text + "\n")
 
     def change(self, **settings: Any) -> None:
         """Change settings in `config.json`, atomically."""

@@ -10,6 +10,7 @@ import numpy as np
 from o2o.config import RunConfig
 from o2o.errors import CheckpointError
 from o2o.runs.folder import read_status
+from o2o.runs.opened import Opened
 from o2o.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ def check_settings(source: RunConfig, config: RunConfig) -> None:
             raise CheckpointError(f"{config.init_from} has {name} {have}, this run {want}: make them equal")
 
 
-def check_trained(source: Trainer, settings: RunConfig, path: str) -> None:
-    """Raise `CheckpointError` if the run in folder `path`, whose trainer is `source`, has not ended its pre-training.
+def check_trained(source: Opened, settings: RunConfig, path: str) -> None:
+    """Raise `CheckpointError` if the run in folder `path`, opened as `source`, has not ended its pre-training.
 
     Where it has but is not finished, one line on standard error says which step is taken.
     """
@@ -42,8 +43,8 @@ def check_trained(source: Trainer, settings: RunConfig, path: str) -> None:
         _log.warning("%s is %s, not finished; taken as it is at step %d", path, status, counters.point)
 
 
-def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig) -> None:
-    """Put the agents and the normaliser of the trainer `source` into `trainer`, as agents of the class `target`.
+def take_over(trainer: Trainer, source: Opened, target: Any, config: RunConfig) -> None:
+    """Put the agents and the normaliser of the run `source` into `trainer`, as agents of the class `target`.
 
     Raises `CheckpointError` where observations or actions have other sizes, or rows of two normalisers would be mixed;
     `ConfigError` for agents that `target` cannot start from.
@@ -66,7 +67,7 @@ def take_over(trainer: Trainer, source: Trainer, target: Any, config: RunConfig)
     trainer.start_from(taken, source.normalizer)
 
 
-def check_values(source: Trainer, trainer: Trainer, path: str) -> None:
+def check_values(source: Opened, trainer: Trainer, path: str) -> None:
     """Raise `CheckpointError`, with the flags that mend it, where values learnt by `source` mean other rewards here."""
     if not hasattr(getattr(source.agent, "learner", source.agent), "critic"):
         return

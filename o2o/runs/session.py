@@ -27,10 +27,12 @@ from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
+from o2o.policies.export import Latency, export_policy, latency
 from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start
+from o2o.runs import opened as opened_run
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
@@ -47,8 +49,8 @@ from o2o.user_code import origin, source_digest
 _log = logging.getLogger(__name__)
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
-__all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
-__all__ += ["train", "with_fields"]
+__all__ += ["evaluate_run", "export_run", "load_base", "load_config", "load_data", "load_policy", "open_agents"]
+__all__ += ["open_run", "play_run", "resume", "train", "with_fields"]
 
 
 def task_of(config: RunConfig) -> Task:
@@ -95,8 +97,8 @@ def base_of(config: RunConfig) -> BasePolicy | None:
     takes = config_needs(config.agent).base_policy
     if config.base is None and takes:
         raise ConfigError(
-            f"agent {config.agent} corrects a base policy, and there is none: give `base`: a run folder, a .onnx "
-            "or .pt file, or module:function"
+            f"agent {config.agent} corrects a base policy, and there is none: give `base`: a run folder, a .onnx, "
+            ".jax or .pt file, or module:function"
         )
     if config.base is None:
         return None
@@ -107,7 +109,7 @@ def base_of(config: RunConfig) -> BasePolicy | None:
 
 
 def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolicy:
-    """Return the base policy of a run folder, a `.onnx` or TorchScript `.pt` file, `module:name`, or a Python object.
+    """Return the base policy of a run folder, an exported or TorchScript file, `module:name`, or a Python object.
 
     `seed_index`: which seed of a run, from 0. `sample`: draw from a run's policy in place of its mode. See
     `o2o.policies.python.python_policy` for what a Python object must do. Raises `ConfigError`, `RunError` or
@@ -123,24 +125,28 @@ def load_base(spec: Any, seed_index: int = 0, sample: bool = False) -> BasePolic
     if ":" in text:
         return python_policy(text)
     raise ConfigError(
-        f"base {spec!r} is none that o2o knows: give a run folder, a .onnx or .pt file, or module:function"
+        f"base {spec!r} is none that o2o knows: give a run folder, a .onnx, .jax or .pt file, or module:function"
     )
 
 
 def run_policy(path: str | Path, seed_index: int, sample: bool = False, which: str = "latest") -> RunPolicy:
-    """Return the agent of one seed of a run at checkpoint `which` (`open_run`) as a base policy."""
-    config, trainer = open_run(path, which)
-    trainer.close()
-    if not 0 <= seed_index < trainer.seeds:
-        raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {trainer.seeds} seed(s), numbered from 0")
+    """Return the agent of one seed of a run at checkpoint `which` (`open_agents`) as a base policy."""
+    return policy_of(Path(path), open_agents(path, which), seed_index, sample)
+
+
+def policy_of(path: Path, opened: opened_run.Opened, seed_index: int, sample: bool = False) -> RunPolicy:
+    """Return the agent of one seed of the run in folder `path` as a base policy."""
+    config = opened.settings
+    if not 0 <= seed_index < config.seeds:
+        raise ConfigError(f"base_seed_index is {seed_index}; run {path} has {config.seeds} seed(s), numbered from 0")
     return RunPolicy.of(
         str(path),
-        trainer.agent_of(seed_index),
-        trainer.normalizer,
-        trainer.data,
+        opened.agent_of(seed_index),
+        opened.normalizer,
+        opened.data,
         history=config.history,
         deterministic=not sample,
-        inner=base_of(config),
+        inner=base_unchanged(path, config),
     )
 
 
@@ -251,20 +257,10 @@ def _start_from(trainer: Trainer, config: RunConfig) -> None:
     target = agent_class(config.agent)
     source_config = load_config(Path(str(config.init_from)))
     warm_start.check_settings(source_config, config)
-    source = _trainer_of(Path(str(config.init_from)), source_config)
-    folder = RunFolder(Path(str(config.init_from)))
-    folder.load(source, source_config.online_steps, go_on=False)
-    folder.close()
+    source = open_agents(str(config.init_from))
     warm_start.check_trained(source, source_config, str(config.init_from))
     warm_start.check_values(source, trainer, str(config.init_from))
     warm_start.take_over(trainer, source, target, config)
-    source.close()
-
-
-def _trainer_of(path: Path, config: RunConfig) -> Trainer:
-    """Return the trainer of the run in folder `path`, for who will not train it."""
-    data, base = unchanged(path, config)
-    return build(_to_look_at(config), data, folder=path, base=base, begins=False)
 
 
 def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePolicy | None]:
@@ -279,14 +275,23 @@ def unchanged(path: Path, config: RunConfig) -> tuple[datasets.Dataset, BasePoli
             f"dataset {data.info.name} changed since run {path} began: fingerprint {data.fingerprint}, was {wanted}; "
             "restore the dataset or start a new run"
         )
-    base = base_of(config)
+    base = base_unchanged(path, config)
+    return _seen_with(base, config, data), base
+
+
+def base_unchanged(path: Path, config: RunConfig) -> BasePolicy | None:
+    """Load the base policy of the run in folder `path`, None if it has none.
+
+    Raises `ConfigError` unless it is what it was when the run began. A changed Python file is a warning.
+    """
+    begun, base = read_config(path), base_of(config)
     if base is not None and base.fingerprint != begun.get("base_fingerprint"):
         raise ConfigError(
             f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
         )
     if isinstance(base, PythonPolicy) and begun.get("base_source") not in (None, source_digest(base.name)):
         _log.warning("the code of base %s changed since run %s began: the policy may act otherwise", config.base, path)
-    return _seen_with(base, config, data), base
+    return base
 
 
 def _to_look_at(config: RunConfig) -> RunConfig:
@@ -453,6 +458,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:
+        run.describe(data, env.metadata.get("render_fps"))
         session = Session(config, run, data, screen, base)
         del data  # what is learnt from is in the trainer's replay
         with Closing() as closing:
@@ -527,31 +533,65 @@ def resume(
 
 
 def open_run(path: str | Path, which: str | int = "latest") -> tuple[RunConfig, Trainer]:
-    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step."""
-    from o2o.train import checkpoint
+    """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step.
 
-    path, which = Path(path), str(which)
-    if which not in ("latest", "best") and not which.isdigit():
-        raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
-    path = path.absolute()
+    The trainer holds the run's dataset. `open_agents` returns what acts, without any data.
+    """
+    path = Path(path).absolute()
     config = load_config(path)
-    trainer = _trainer_of(path, config)
     run = RunFolder.open(path)
-    step = checkpoint.best_step(run.checkpoints) if which == "best" else int(which) if which.isdigit() else None
+    step = opened_run.step_of(run.checkpoints, str(which))
+    data, base = unchanged(path, config)
+    trainer = build(_to_look_at(config), data, folder=path, base=base, begins=False)
     run.load(trainer, config.online_steps, step, go_on=False)
     run.close()
     return config, trainer
 
 
+def open_agents(path: str | Path, which: str | int = "latest") -> opened_run.Opened:
+    """Return a run's agents at a checkpoint (see `open_run`), and what they need to act; its dataset may be elsewhere.
+
+    A run folder without a dataset.json (of o2o before it wrote one) needs its dataset.
+    """
+    path = Path(path).absolute()
+    config = load_config(path)
+    data, rate = opened_run.read_dataset(path) or (unchanged(path, config)[0].without_rows(), None)
+    return opened_run.load(path, config, data, rate, str(which))
+
+
 @checked
-def load_policy(path: str | Path, which: str = "latest", seed_index: int = 0) -> TrainedPolicy:
+def load_policy(
+    path: str | Path, which: str | int = "latest", seed_index: int = 0, sample: bool = False
+) -> TrainedPolicy:
     """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
-    It acts by its mode. The run's dataset, and its base policy if it has one, must be where they were. Raises
-    `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
+    It acts by its mode, or with `sample` draws its actions. It is compiled here, not in its first step. The run's
+    dataset is not needed; its base policy, if it has one, must be where it was. Raises `ConfigError` if the run has no
+    such seed, `CheckpointError` if it has no such checkpoint.
     """
+    path = Path(path)
     check_seed_index(path, seed_index)
-    return TrainedPolicy(run_policy(path, seed_index, which=which))
+    opened = open_agents(path, which)
+    return TrainedPolicy(policy_of(path, opened, seed_index, sample), opened.rate)
+
+
+@checked
+def export_run(
+    path: str | Path, out: str | Path, which: str | int = "latest", seed_index: int = 0, sample: bool = False
+) -> dict[str, Latency]:
+    """Write the policy of one seed of a run to `out` (`.onnx` or `.jax`) and its contract beside it.
+
+    Returns the latency of the agent's own call and of the file's, by name. Raises as `load_policy` and
+    `o2o.policies.export.export_policy` do.
+    """
+    path, out = Path(path), Path(out)
+    check_seed_index(path, seed_index)
+    opened = open_agents(path, which)
+    policy = policy_of(path, opened, seed_index, sample)
+    export_policy(
+        policy, out, opened.rate, {"run": path.name, "agent": opened.settings.agent, "step": opened.counters.point}
+    )
+    return {str(path): latency(policy, policy.data), str(out): latency(load_file(out), policy.data)}
 
 
 def check_seed_index(path: str | Path, seed_index: int) -> None:
@@ -573,12 +613,13 @@ def evaluate_run(
 
     `seed` is that of the resets. Raises `ConfigError` for a number out of range.
     """
-    _, trainer = open_run(path, which)
-    evaluator = Evaluator(trainer.env_fn, trainer.seeds, episodes, seed, trainer.evaluator.normalized)
+    path = Path(path)
+    opened = open_agents(path, which)
+    env_fn = env_maker(opened.settings, opened.data, base_unchanged(path, opened.settings))
+    evaluator = Evaluator(env_fn, opened.settings.seeds, episodes, seed, opened.normalized)
     with Closing() as closing:
-        closing.callback(trainer.close)
         closing.callback(evaluator.close)
-        return evaluator(trainer.agent, trainer.normalizer, 0, deterministic)
+        return evaluator(opened.agent, opened.normalizer, 0, deterministic)
 
 
 @checked
@@ -597,14 +638,13 @@ def play_run(
     """
     from o2o.policies.video import check_out, check_window, record
 
-    out = None if out is None else Path(out)
+    path, out = Path(path), None if out is None else Path(out)
     check_out(out) if out is not None else check_window()
     check_seed_index(path, seed_index)
-    config, trainer = open_run(path, which)
+    opened = open_agents(path, which)
     mode = "human" if out is None else "rgb_array"
-    env = make_env(config, trainer.data, base_of(config), True, render_mode=mode)
+    env = make_env(opened.settings, opened.data, base_unchanged(path, opened.settings), True, render_mode=mode)
     slot = EnvSlot(env, (seed + seed_index, EVAL_STREAM, 0))
     with Closing() as closing:
-        closing.callback(trainer.close)
         closing.callback(env.close)
-        return record(slot, trainer.agent_of(seed_index), trainer.normalizer, episodes, out)
+        return record(slot, opened.agent_of(seed_index), opened.normalizer, episodes, out)

@@ -1,0 +1,97 @@
+"""A run that is looked at: its agents at a checkpoint and all that acting needs, without dataset and replay."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from o2o import envs
+from o2o.config import RunConfig
+from o2o.data.datasets import Dataset
+from o2o.data.normalizer import Normalizer
+from o2o.data.spaces import STATE
+from o2o.errors import ConfigError, RunError
+from o2o.runs.folder import DATASET, RunFolder
+from o2o.runs.presets import agent_class
+from o2o.train import checkpoint, programs
+from o2o.train.state import Counters
+from o2o.types import AgentConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The agents of a run at one of its checkpoints."""
+
+    settings: RunConfig
+    data: Dataset
+    """The run's dataset, without its rows."""
+    agent: Any
+    """The agents of all seeds, leaves `[S, ...]`."""
+    normalizer: Normalizer | None
+    counters: Counters
+    rate: float | None
+    """Steps per second of the run's environment; None if it does not say."""
+
+    @property
+    def config(self) -> AgentConfig:
+        """The agents' settings."""
+        return self.settings.config
+
+    def agent_of(self, index: int) -> Any:
+        """Return the agent of one seed, without the leading seed axis."""
+        return jax.tree.map(lambda leaf: leaf[index], self.agent)
+
+    def normalized(self, raw_return: float) -> float | None:
+        """Return the dataset's normalised score of a raw return; None without one, or in another environment."""
+        if self.settings.env is not None and not envs.same_environment(self.settings.env, self.data.info):
+            return None
+        score = self.data.info.normalized(raw_return, self.data.task)
+        return None if score is None else float(score)
+
+
+def read_dataset(path: Path) -> tuple[Dataset, float | None] | None:
+    """Return a run's dataset without rows and its environment's rate; None if the run folder does not hold them."""
+    try:
+        values = json.loads((path / DATASET).read_text())
+        return Dataset.from_json(values["dataset"], path), values["rate"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path / DATASET} cannot be read ({error!r}): restore it from a copy") from error
+
+
+def load(path: Path, settings: RunConfig, data: Dataset, rate: float | None, which: str = "latest") -> Opened:
+    """Load the agents of the run in folder `path` at the `latest` or `best` checkpoint, or at a step given as digits.
+
+    Raises `ConfigError` for another word, `CheckpointError` if there is no such checkpoint.
+    """
+    folder = RunFolder.open(path).checkpoints
+    step, state, _ = checkpoint.load_state(folder, step_of(folder, which))
+    counters = Counters(**state["counters"])
+    example = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), data.arrays)
+    create = partial(programs.create_agent, agent_class=agent_class(settings.agent), config=settings.config)
+
+    def form(key: jax.Array) -> Any:
+        agent = create(key, example["observations"], example["actions"])
+        return programs.to_online(agent) if counters.phase == "online" else agent
+
+    one = jax.eval_shape(form, jax.random.key(0))
+    stack = lambda leaf: jax.ShapeDtypeStruct((settings.seeds, *leaf.shape), leaf.dtype)  # noqa: E731
+    targets = {"agent": jax.tree.map(stack, one)}
+    if settings.normalize:
+        seen = example["observations"]
+        flat = jax.ShapeDtypeStruct((seen[STATE] if isinstance(seen, dict) else seen).shape[1:], jnp.float32)
+        targets["normalizer"] = Normalizer(mean=flat, std=flat)  # pyright: ignore[reportArgumentType]
+    arrays = checkpoint.load_arrays(folder, step, targets)
+    return Opened(settings, data, arrays["agent"], arrays.get("normalizer"), counters, rate)
+
+
+def step_of(folder: Path, which: str) -> int | None:
+    """Return the step of the checkpoint `which` in a folder of checkpoints; None: the latest."""
+    if which not in ("latest", "best") and not which.isdigit():
+        raise ConfigError(f"no checkpoint {which!r}; give latest, best or a step such as 10000")
+    return checkpoint.best_step(folder) if which == "best" else int(which) if which.isdigit() else None
