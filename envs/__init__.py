@@ -40,6 +40,7 @@ __all__ = [
     "make_embedded",
     "register",
     "same_environment",
+    "spaces_of",
     "task_for",
     "wrap",
 ]
@@ -174,6 +175,21 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
     if theirs is None or theirs.id != env_id.split(":")[-1]:
         return False
     return _settings(_spec(env_id)) == _settings(theirs)
+
+
+def spaces_of(env_id: str) -> tuple[gym.Space, gym.Space, EnvSpec]:
+    """Return the spaces of observations and actions of an environment in its own units, and its specification.
+
+    Raises `ConfigError` for an id that is unknown or cannot be made.
+    """
+    spec = _spec(env_id)
+    try:
+        env = gym.make(spec, disable_env_checker=True)
+    except Exception as error:
+        raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
+    remove_model_file(env)
+    env.close()
+    return env.observation_space, env.action_space, spec
 
 
 def _settings(spec: EnvSpec) -> str:

@@ -356,7 +356,7 @@ def write_dataset(
         if eval_spec is not None:
             extra["eval_env_spec"] = eval_spec.to_json()
         storage.update_metadata(extra)
-        storage.update_episodes([_buffer(episode) for episode in episodes])
+        storage.update_episodes(_buffer(episode) for episode in episodes)  # one in memory at a time
         for parent in target.relative_to(base).parents:
             if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
                 (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from o2o.data.files import DatasetInfo
+from o2o.data.importers.plan import Plan, spoken
+from o2o.data.importers.write import Imported
 from o2o.errors import DatasetError, O2OError
 from o2o.report.plots import judged_by, plot_runs, read_rows
 
@@ -81,6 +83,28 @@ def print_datasets(found: Sequence[tuple[str, DatasetInfo | DatasetError]], cons
             continue
         table.add_row(escape(name), escape(str(about.env_id)), str(about.episodes), str(about.steps))
     console.print(table)
+
+
+def print_plan(plan: Plan, licence: str | None, console: Console) -> None:
+    """Print what an import makes of each column, and the rules by which it fills gaps."""
+    table = Table()
+    for column in ("column", "is", "becomes"):
+        table.add_column(column, overflow="fold")
+    for row in plan.table():
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for line in spoken(plan):
+        console.print(f"- {escape(line)}", highlight=False)
+    words = "not stated by the source; give it with --license" if licence is None else licence.strip().splitlines()[0]
+    console.print(f"- licence: {escape(words)}", highlight=False)
+
+
+def print_imported(done: Imported, console: Console) -> None:
+    """Print what an import made, and what it left out."""
+    for number, reason in done.dropped:
+        console.print(f"left out episode {number}: {escape(reason)}", highlight=False)
+    left = f", {len(done.dropped)} left out" if done.dropped else ""
+    console.print(f"imported {done.episodes} episodes, {done.steps} steps{left}: {escape(str(done.folder))}", highlight=False)
 
 
 def print_episodes(rows: list[dict[str, Any]]) -> None:
