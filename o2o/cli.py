@@ -289,17 +289,24 @@ def data_import(
 
         place = Environment(*envs.spaces_of(env))
     options = Options(keys, action, reward, success, episode_steps, license, drop_bad)
-    plan, licence = plan_import(path, format, options, place)
-    print_plan(plan, licence, Console())
+    console = Console()
     if dry_run:
+        print_plan(*plan_import(path, format, options, place), console)
         return 0
     if id is None:
         raise ConfigError("o2o data import: no id for the new dataset; give one, such as lab/pick-v0")
     with Console(stderr=True).status("importing") as status:
         done = import_dataset(
-            path, id, format, options, place, root, lambda at, total: status.update(f"imported {at} of {total} episodes")
+            path,
+            id,
+            format,
+            options,
+            place,
+            root,
+            progress=lambda at, total: status.update(f"imported {at} of {total} episodes"),
+            planned=lambda plan, licence: print_plan(plan, licence, console),
         )
-    print_imported(done, Console())
+    print_imported(done, console)
     return 0
 
 
@@ -315,7 +322,7 @@ def data_check(dataset: Name[str], root: Path | None = None, drop_bad: bool = Fa
     from o2o.data import datasets
 
     if drop_bad:
-        from o2o.data.importers.clean import without_bad
+        from o2o.data.clean import without_bad
 
         kept = without_bad(dataset, out, root)
         for problem in kept.problems:
@@ -348,7 +355,7 @@ def data_export(
         fps: Its steps per second; default: those that the dataset was imported with.
     """
     if to == "lerobot":
-        from o2o.data.importers.export import to_lerobot
+        from o2o.data.lerobot_export import to_lerobot
 
         if out is None:
             raise ConfigError("o2o data export --to lerobot: give the new folder with --out")
@@ -457,7 +464,10 @@ COMMANDS: Commands = {
     "bench": BENCH,
     "demo": demo,
 }
-GROUPS = {"data": "Local datasets: list, describe, make, import, check, export.", "bench": "Suites of benchmarks: run, report."}
+GROUPS = {
+    "data": "Local datasets: list, describe, make, import, check, export.",
+    "bench": "Suites of benchmarks: run, report.",
+}
 
 
 def _bound(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:

@@ -242,12 +242,12 @@ def file_digest(data: Path) -> str:
     return digest.hexdigest()
 
 
-def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
-    """Yield every episode. Raises `DatasetError` with the number of an episode that cannot be read."""
+def read_episodes(storage: MinariStorage, name: str, start: int = 0) -> Iterator[Episode]:
+    """Yield the episodes from number `start` on. Raises `DatasetError`, naming the episode that cannot be read."""
     total = storage.total_episodes
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
-    raw, i = iter(storage.get_episodes(range(total))), 0
+    raw, i = iter(storage.get_episodes(range(start, total))), start
     while i < total:
         try:
             episode = next(raw)

@@ -104,7 +104,9 @@ def print_imported(done: Imported, console: Console) -> None:
     for number, reason in done.dropped:
         console.print(f"left out episode {number}: {escape(reason)}", highlight=False)
     left = f", {len(done.dropped)} left out" if done.dropped else ""
-    console.print(f"imported {done.episodes} episodes, {done.steps} steps{left}: {escape(str(done.folder))}", highlight=False)
+    console.print(
+        f"imported {done.episodes} episodes, {done.steps} steps{left}: {escape(str(done.folder))}", highlight=False
+    )
 
 
 def print_episodes(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Files of arrays with one row per step, read by the row: HDF5 datasets, and the members of an npz without loading them."""
+"""Files of arrays with one row per step, read by the row: HDF5 datasets, and an npz without loading it whole."""
 
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ BLOCK = 2**20
 class Columns(Protocol):
     """Arrays of one length by name."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, np.dtype]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows `start : stop` of an array. Forward reading is fast."""
@@ -72,7 +72,9 @@ class NpzColumns:
                         continue
                     self.shapes[member.removesuffix(".npy")], self.dtypes[member.removesuffix(".npy")] = shape, dtype
         except UNREADABLE as error:
-            raise DatasetError(f"{path} cannot be read as npz ({reason(error)}): truncated, or of another kind") from error
+            raise DatasetError(
+                f"{path} cannot be read as npz ({reason(error)}): truncated, or of another kind"
+            ) from error
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows `start : stop`; raises `DatasetError` for pickled objects."""

@@ -17,8 +17,8 @@ class D4rlSource(ArraysSource):
     name: ClassVar[str] = "d4rl"
     title: ClassVar[str] = "D4RL HDF5"
     rules: ClassVar[tuple[str, ...]] = (
-        "an episode ends at `terminals` (terminal) and at `timeouts` (cut off); rows behind the last end are an episode "
-        "that was cut off",
+        "an episode ends at `terminals` (terminal) and at `timeouts` (cut off); the rows behind the last end are "
+        "an episode that was cut off",
         "`infos/...` are left out; --keys takes them, such as goal=infos/goal",
     )
 

@@ -47,8 +47,8 @@ class LeRobotSource(Source):
         self.version = self.info.get("codebase_version")
         if self.version not in VERSIONS:
             raise DatasetError(
-                f"{path}/meta/info.json has codebase_version {self.version!r}; o2o reads {', '.join(VERSIONS)}: convert "
-                "it with LeRobot's own script"
+                f"{path}/meta/info.json has codebase_version {self.version!r}; o2o reads {', '.join(VERSIONS)}: "
+                "convert it with LeRobot's own script"
             )
         for key in ("features", "data_path", "fps"):
             if key not in self.info:
@@ -81,7 +81,10 @@ class LeRobotSource(Source):
     def _entries_v2(self) -> list[Entry]:
         entries = []
         for row in _json_lines(self.path / "meta" / "episodes.jsonl"):
-            index, chunk = int(row["episode_index"]), int(row["episode_index"]) // int(self.info.get("chunks_size", 1000))
+            index, chunk = (
+                int(row["episode_index"]),
+                int(row["episode_index"]) // int(self.info.get("chunks_size", 1000)),
+            )
             data = self._at("data_path", episode_chunk=chunk, episode_index=index)
             videos = {
                 key: (self._at("video_path", episode_chunk=chunk, episode_index=index, video_key=key), 0.0)
@@ -113,7 +116,9 @@ class LeRobotSource(Source):
         try:
             return self.path / str(self.info[template]).format(**place)
         except (KeyError, IndexError, ValueError) as error:
-            raise DatasetError(f"{self.path}/meta/info.json: {template} {self.info.get(template)!r} ({error})") from error
+            raise DatasetError(
+                f"{self.path}/meta/info.json: {template} {self.info.get(template)!r} ({error})"
+            ) from error
 
     def _open(self, part: Path) -> Any:
         try:
@@ -126,12 +131,15 @@ class LeRobotSource(Source):
     def describe(self) -> Description:
         """Return what the dataset holds."""
         known = [name for name in self.info["features"] if name not in self.fields]
-        rules = ["`next.done` marks the last row of every episode, time limits too, so it does not mean a terminal state"]
+        rules = [
+            "`next.done` marks the last row of every episode, time limits too, so it does not mean a terminal state"
+        ]
         if known:
             rules.append(f"left out, as they are no arrays of numbers or are depth maps: {', '.join(known)}")
         if int(self.info.get("total_tasks", 1)) > 1:
             rules.append(
-                f"the texts of its {self.info['total_tasks']} tasks are left out; --keys task=task_index takes their numbers"
+                f"the texts of its {self.info['total_tasks']} tasks are left out; --keys task=task_index takes their "
+                "numbers"
             )
         details = {key: self.info.get(key) for key in ("fps", "robot_type", "codebase_version")}
         names = {name: about.get("names") for name, about in self.info["features"].items() if name in self.fields}
@@ -206,8 +214,8 @@ class LeRobotSource(Source):
         frames = np.asarray(rows.column("frame_index").to_numpy()).reshape(-1)
         if len(frames) != entry.length or not np.array_equal(frames, np.arange(entry.length)):
             raise DatasetError(
-                f"{entry.data}: episode {index} has {len(frames)} rows in place of the {entry.length} that the metadata "
-                "says, or they are out of order; copy the dataset again"
+                f"{entry.data}: episode {index} has {len(frames)} rows in place of the {entry.length} that the "
+                "metadata says, or they are out of order; copy the dataset again"
             )
         yield entry, rows
 
@@ -258,8 +266,9 @@ class Film:
             image = self._at(float(time))
             if image is None:
                 raise DatasetError(
-                    f"{path} is shorter than its rows: episode {episode} has {len(times)} of them and the video lacks the "
-                    f"frame of row {i} (at {time:.3f} s); copy the dataset again, or leave the camera out with --keys"
+                    f"{path} is shorter than its rows: episode {episode} has {len(times)} of them and the "
+                    f"video lacks the frame of row {i} (at {time:.3f} s); copy the dataset again, or leave the "
+                    "camera out with --keys"
                 )
             pixels = resized(image.to_ndarray(format="rgb24"), size)
             if out is None:
@@ -273,7 +282,9 @@ class Film:
         try:
             self._container = self._av.open(str(path))
         except FileNotFoundError as error:
-            raise DatasetError(f"{path} is missing: copy the dataset whole, or leave the camera out with --keys") from error
+            raise DatasetError(
+                f"{path} is missing: copy the dataset whole, or leave the camera out with --keys"
+            ) from error
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path} cannot be read as a video ({_pointer(path) or reason(error)})") from error
         if not self._container.streams.video:
@@ -304,7 +315,9 @@ def needed(module: str, package: str, path: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DatasetError(f"{path}: LeRobot data need {package}, which is not installed: pip install 'o2o[lerobot]'") from error
+        raise DatasetError(
+            f"{path}: LeRobot data need {package}, which is not installed: pip install 'o2o[lerobot]'"
+        ) from error
 
 
 def short_name(feature: str) -> str:

@@ -194,8 +194,8 @@ def make_plan(source: Source, options: Options, env: Environment | None = None) 
     rules.append(_success_rule(success))
     rules.append("of what ended an episode: what the source says; else a success in its last step is terminal")
     rules.append(
-        "of the observation after the last step: what the source has; else a terminal step repeats its own, and another "
-        "last step is left out"
+        "of the observation after the last step: what the source has; else a terminal step repeats its own, and "
+        "another last step is left out"
     )
     if any(entry.field.dtype == np.float64 for entry in entries) or about.fields[action].dtype == np.float64:
         rules.append("float64 observations and actions become float32")
@@ -213,7 +213,10 @@ def _reward_rule(reward: str | None, success: str | None, zero: bool) -> str:
         return f"rewards are those of {reward!r}"
     if success is not None and not zero:
         return "there is no reward: it is 1 in steps that succeed and 0 elsewhere"
-    return "there is no reward: it is 0 everywhere, so only imitation can learn (where demonstrations succeed: --success last)"
+    return (
+        "there is no reward: it is 0 everywhere, so only imitation can learn (where demonstrations succeed: "
+        "--success last)"
+    )
 
 
 def _success_rule(success: str | None) -> str:
@@ -240,12 +243,16 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
         name, _, rest = key.rpartition("=")
         text, _, size = rest.partition("@")
         column = _camera(about, text) if text.startswith(CAMERA) else _column(about, text, "observation", "--keys")
-        given = name or (text.removeprefix(CAMERA) if text.startswith(CAMERA) else about.observations.get(column, column))
+        given = name or (
+            text.removeprefix(CAMERA) if text.startswith(CAMERA) else about.observations.get(column, column)
+        )
         found.append(Entry(_valid(given), column, about.fields[column], _size(key, size, about.fields[column])))
     if not keys:
         found = [Entry(_valid(name), column, about.fields[column]) for column, name in about.observations.items()]
     if not found:
-        raise DatasetError(f"{about.format}: nothing to observe; there are {', '.join(about.fields)} (name them with --keys)")
+        raise DatasetError(
+            f"{about.format}: nothing to observe; there are {', '.join(about.fields)} (name them with --keys)"
+        )
     names = [entry.name for entry in found]
     if (twice := {name for name in names if names.count(name) > 1}) or (
         twice := {entry.name for entry in found if entry.field.image and entry.name == STATE}
@@ -313,7 +320,9 @@ def _action_space(
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise DatasetError(f"{source.path}: {action!r} has no finite number in some entry")
     flat = high - low < 2e-6
-    rules.append("some actions lie outside [-1, 1], so their range is from the least to the greatest of the data (or --env)")
+    rules.append(
+        "some actions lie outside [-1, 1], so their range is from the least to the greatest of the data (or --env)"
+    )
     margin = np.where(flat, np.float32(SMALLEST_HALF_RANGE), np.float32(0))
     return spaces.Box(low - margin, high + margin, shape, np.float32)
 

@@ -37,7 +37,8 @@ class RobomimicSource(Source):
         self._file = open_hdf5(path)
         data: Any = self._file.get("data")
         names = list(data) if isinstance(data, h5py.Group) else []
-        self._demos = sorted((name for name in names if _number(name) is not None), key=lambda name: _number(name) or 0)
+        numbered = {name: number for name in map(str, names) if (number := _number(name)) is not None}
+        self._demos = sorted(numbered, key=lambda name: numbered[name])
         if not self._demos:
             raise DatasetError(f"{path} has no demonstration data/demo_0; it has {', '.join(self._file) or 'nothing'}")
         self._data: Any = data
@@ -56,7 +57,7 @@ class RobomimicSource(Source):
         try:
             with open_hdf5(path) as file:
                 data = file.get("data")
-                return isinstance(data, h5py.Group) and any(_number(name) is not None for name in data)
+                return isinstance(data, h5py.Group) and any(_number(str(name)) is not None for name in data)
         except DatasetError:
             return False
 
@@ -66,8 +67,8 @@ class RobomimicSource(Source):
         observations = {name: name.removeprefix("obs/") for name in fields if name.startswith("obs/")}
         if not observations:
             raise DatasetError(
-                f"{self.path} has no observations, only {', '.join(fields)}: make them from its states with robomimic's "
-                "dataset_states_to_obs.py, or name columns with --keys"
+                f"{self.path} has no observations, only {', '.join(fields)}: make them from its states with "
+                "robomimic's dataset_states_to_obs.py, or name columns with --keys"
             )
         lengths, values = [], set()
         for name in self._demos:

@@ -62,10 +62,11 @@ def import_dataset(
     env: Environment | None = None,
     root: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    planned: Callable[[Plan, str | None], None] = lambda plan, licence: None,
 ) -> Imported:
     """Import `path` as the Minari dataset `dataset_id`; called again after an interruption, it goes on.
 
-    `progress(done, total)` is called after every episode. Raises `DatasetError` for a source that is broken, or where a
+    `planned(plan, licence)` is called before the first episode, `progress(done, total)` after each. Raises `DatasetError` for a source that is broken, or where a
     half-finished import of something else is in the way, and `ConfigError` for options that do not fit. The source is
     only read.
     """
@@ -74,6 +75,7 @@ def import_dataset(
     work = target.with_name(f".{target.name}.importing")
     with _opened(path, form, options) as source:
         plan = make_plan(source, options, env)
+        planned(plan, licence_of(path, options))
         try:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -84,23 +86,24 @@ def import_dataset(
         except Timeout as error:
             raise DatasetError(f"another import into {dataset_id} is under way; wait for it") from error
         except OSError as error:
-            raise DatasetError(f"{work}: {error.strerror or error}; free some space and give the command again") from error
+            raise DatasetError(
+                f"{work}: {error.strerror or error}; free some space and give the command again"
+            ) from error
 
 
 def _import(
     source: Source, plan: Plan, options: Options, dataset_id: str, root: Path | None, work: Path, progress: Any
 ) -> Imported:
     fingerprint = fingerprint_of(source)
-    _begin(work, {"fingerprint": fingerprint, "format": plan.about.format, "options": as_json(options)}, dataset_id)
-    kept, dropped = _kept(work), _dropped(work)
-    at = len(kept) + len(dropped)
-    for number, found in enumerate(_converted(source, plan, at), start=at):
-        found = _sound(found, number, source, plan, options)
-        if isinstance(found, str):
-            write_atomically(work / f"{number:07d}.dropped", found + "\n")
-        else:
-            write_episode(work / f"{number:07d}.npz", plan.observation_space, found)
-        progress(number + 1, plan.about.episodes)
+    header = {"format": plan.about.format, "options": as_json(options), "env": plan.spec and plan.spec.id}
+    _begin(work, {"fingerprint": fingerprint, **header}, dataset_id)
+    try:
+        _convert(source, plan, options, work, progress)
+    except _FaultyEpisodeError:
+        raise  # with --drop-bad it goes on from here
+    except DatasetError:
+        shutil.rmtree(work, ignore_errors=True)  # what mends it is another source, or other options
+        raise
     kept, dropped = _kept(work), _dropped(work)
     if not kept:
         first = f"; {dropped[0][1]}" if dropped else ""
@@ -129,6 +132,22 @@ def _import(
     shutil.rmtree(work, ignore_errors=True)
     about = files.read_info(folder / "data")
     return Imported(folder, plan, about.episodes, about.steps, tuple(dropped), licence)
+
+
+def _convert(source: Source, plan: Plan, options: Options, work: Path, progress: Callable[[int, int], None]) -> None:
+    """Write every episode that is not there yet as a file of its own; leave a note of one that is left out."""
+    at = len(_kept(work)) + len(_dropped(work))
+    for number, found in enumerate(_converted(source, plan, at), start=at):
+        sound = _sound(found, number, source, plan, options)
+        if isinstance(sound, str):
+            write_atomically(work / f"{number:07d}.dropped", sound + "\n")
+        else:
+            write_episode(work / f"{number:07d}.npz", plan.observation_space, sound)
+        progress(number + 1, plan.about.episodes)
+
+
+class _FaultyEpisodeError(DatasetError):
+    """An episode that training would refuse."""
 
 
 class _opened:
@@ -160,20 +179,18 @@ def _broken(path: Path, error: BaseException, where: str = "") -> DatasetError:
 
 
 def _begin(work: Path, header: dict[str, Any], dataset_id: str) -> None:
-    """Write what is imported, or check that it is what a half-finished import began with."""
+    """Write what is imported, or check that a half-finished import began with it; with other data it begins anew."""
     path = work / HEADER
-    if not path.exists():
+    header = {**header, "options": {k: v for k, v in header["options"].items() if k not in ("drop_bad", "licence")}}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("fingerprint") != header["fingerprint"]:
+        for part in (*_kept(work), *work.glob("*.dropped")):
+            part.unlink()
         write_atomically(path, json.dumps(header, indent=2) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError:
-        before = None
-    if before != json.loads(json.dumps(header)):
-        changed = [key for key in header if not isinstance(before, dict) or before.get(key) != header[key]]
+    elif changed := [key for key in header if before.get(key) != header[key]]:
         raise DatasetError(
-            f"an import into {dataset_id} was interrupted, and its {', '.join(changed)} is not that of this one: give the "
-            f"command that began it, or delete {work}"
+            f"an import into {dataset_id} was interrupted, and its {', '.join(changed)} is not that of this one: give "
+            f"the command that began it, or delete {work}"
         )
 
 
@@ -211,7 +228,7 @@ def _sound(found: Episode | str, number: int, source: Source, plan: Plan, option
     if problem is None:
         return found
     if not options.drop_bad:
-        raise DatasetError(f"{source.path}: {problem}; or leave such episodes out with --drop-bad")
+        raise _FaultyEpisodeError(f"{source.path}: {problem}; or leave such episodes out with --drop-bad")
     return problem
 
 
