@@ -204,7 +204,8 @@ def _spec(source: str | DatasetInfo) -> EnvSpec:
         spec = source.eval_env_spec or source.env_spec
         if spec is None:
             raise EnvironmentMismatchError(
-                f"dataset {source.name} does not name its environment; give one with --env ID"
+                f"dataset {source.name} does not name its environment; give one with --env ID, or train on the data "
+                "alone with --online-steps 0"
             )
         if spec.additional_wrappers:
             names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)

@@ -162,7 +162,7 @@ def play(
 def plot(
     runs: Name[tuple[Path, ...]],
     out: Path = Path("curves.png"),
-    metric: Literal["auto", "score", "success", "return", "normalized"] = "auto",
+    metric: Literal["auto", "score", "success", "return", "normalized", "action_error"] = "auto",
     statistic: Literal["mean", "iqm"] = "mean",
 ) -> int:
     """Draw the learning curves of runs, with bootstrap bands over seeds.

@@ -4,6 +4,7 @@ The command line, the benchmarks and notebooks all come through here.
 """
 
 import dataclasses
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import check_length, with_history
+from o2o.data.holdout import split
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number
 from o2o.data.task import Task
@@ -34,6 +36,8 @@ from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
+
+log = logging.getLogger("o2o")
 
 __all__ = ["RunConfig", "Session", "TaskConfig", "agent_class", "build", "cell_run", "config_class", "preset_run"]
 __all__ += ["evaluate_run", "load_base", "load_config", "load_data", "load_policy", "open_run", "play_run", "resume"]
@@ -175,6 +179,18 @@ def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: 
     return envs.BaseAction(env, Base(policy, data, timeout_s))
 
 
+def without_environment(config: RunConfig, about: datasets.DatasetInfo) -> bool:
+    """Whether a run makes no environment and is judged by offline estimates.
+
+    Raises `ConfigError` if that is asked for together with an online phase.
+    """
+    if config.online_steps:
+        if config.offline_estimate:
+            raise ConfigError("offline_estimate is for runs without an online phase: set --online-steps 0 too")
+        return False
+    return config.offline_estimate or (config.env or about.eval_env_spec or about.env_spec) is None
+
+
 def build(
     config: RunConfig,
     data: datasets.Dataset | None = None,
@@ -197,10 +213,13 @@ def build(
     if config.record and folder is not None:
         recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
     env_fn = env_maker(config, found, base, recorder)
+    held = None
+    if without_environment(config, found.info):
+        found, held = split(found, config.holdout)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = Trainer(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
-        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY,
+        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY, held=held,
     )  # fmt: skip
     check_data(trainer.agent, found, config.normalize)
     if not comparable:
@@ -312,10 +331,13 @@ def train(config: RunConfig, path: Path, screen: Screen | None = None) -> bool:
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
-    env = make_env(config, data, base)
-    env.close()
-    if config.loop.eval_process and not env.metadata.get("replayable", True):
-        raise ConfigError(BESIDE)
+    if without_environment(config, data.info):
+        log.info("no environment: the run is judged by the error of its actions on held-out episodes (--holdout)")
+    else:
+        env = make_env(config, data, base)
+        env.close()
+        if config.loop.eval_process and not env.metadata.get("replayable", True):
+            raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
@@ -344,6 +366,10 @@ def resume(path: Path, screen: Screen | None = None, online_steps: int | None = 
             f"base {config.base} changed since run {path} began; restore it as it was, or start a new run"
         )
     data = load_data(config, base)
+    if online_steps and without_environment(config, data.info):
+        raise ConfigError(
+            f"run {path} was trained without an environment; to fine-tune, begin another run with its data and --env"
+        )
     wanted = begun.get("fingerprint")
     if wanted != data.fingerprint:
         raise ConfigError(

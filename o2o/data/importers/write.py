@@ -66,9 +66,9 @@ def import_dataset(
 ) -> Imported:
     """Import `path` as the Minari dataset `dataset_id`; called again after an interruption, it goes on.
 
-    `planned(plan, licence)` is called before the first episode, `progress(done, total)` after each. Raises `DatasetError` for a source that is broken, or where a
-    half-finished import of something else is in the way, and `ConfigError` for options that do not fit. The source is
-    only read.
+    `planned(plan, licence)` is called before the first episode, `progress(done, total)` after each. Raises
+    `DatasetError` for a source that is broken, or where a half-finished import of something else is in the way, and
+    `ConfigError` for options that do not fit. The source is only read.
     """
     options = options or Options()
     target = files.check_new(dataset_id, root)
