@@ -1,7 +1,7 @@
 """Measure the memory and the time of imports of large inputs: `python benchmarks/import_memory.py [--gigabytes 2]`.
 
-For each format a file is generated, imported in a process of its own, and its peak resident memory is compared with that
-of an import of a tenth of the size. Nothing is kept. It is not part of `make test`.
+For each format a file is generated and imported in a process of its own. Its peak resident memory stands beside that of
+an import of a tenth of the size. Nothing is kept. It is not part of `make test`.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def write_ogbench(path: Path, episodes: int) -> None:
                 np.lib.format.write_array_header_2_0(member, header)
                 for _ in range(episodes):
                     block = rng.uniform(-1, 1, (STEPS, *shape)).astype(np.float32)
-                    member.write((np.arange(STEPS) == STEPS - 1).astype(np.float32) if name == "terminals" else block)
+                    last = (np.arange(STEPS) == STEPS - 1).astype(np.float32)
+                    member.write((last if name == "terminals" else block).tobytes())
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
 CACHE_VERSION = 2
+ORIGIN = ("algorithm_name", "author", "description", "code_permalink", "license", "source_fingerprint")
+"""Entries of metadata.json that `describe` repeats."""
 RETURN_ROWS = 2**16
 """Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
 Rows = dict[str, np.ndarray]
@@ -365,7 +367,7 @@ def describe(dataset: str | Path, root: str | Path | None = None) -> dict[str, A
         "ref_max_score": about.ref_max_score,
         "fingerprint": data.fingerprint,
     }
-    return row | {key: about.metadata.get(key) for key in ("algorithm_name", "author", "description", "code_permalink")}
+    return row | {key: about.metadata.get(key) for key in ORIGIN}
 
 
 def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:

@@ -40,13 +40,14 @@ def end(path: Path, finished: bool, console: Console) -> int:
     if not finished:
         console.print(f"stopped; everything is saved. Continue with: o2o resume {path}", highlight=False)
         return 0
+    played = True
     try:
         plot_runs([path], path / "curve.png")
+        played = judged_by(read_rows(path / "episodes.jsonl")) != "action_error"
     except (O2OError, OSError, ValueError) as error:  # the run itself is complete
         console.print(f"no curve drawn: {error}", highlight=False)
-    console.print(
-        f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4", highlight=False
-    )
+    watch = f" Watch it: o2o play {path} --out play.mp4" if played else ""
+    console.print(f"finished: {path} (curve.png, episodes.jsonl).{watch}", highlight=False)
     return 0
 
 

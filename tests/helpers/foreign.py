@@ -96,7 +96,8 @@ def write_ogbench(path: Path) -> None:
         rows["terminals"].append(np.arange(steps + 1) == steps)
         rows["qpos"].append(np.zeros((steps + 1, 4), np.float32))
         rows["qvel"].append(np.zeros((steps + 1, 4), np.float32))
-    np.savez_compressed(path, **{key: np.concatenate(parts) for key, parts in rows.items()})
+    arrays = {key: np.concatenate(parts) for key, parts in rows.items()}
+    np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def write_lerobot(path: Path, version: str = "v3.0", camera: bool = True, still: bool = False, **extra: Any) -> None:

@@ -1,7 +1,6 @@
 """Runs without an environment: data of any format train, are judged on held-out episodes, resume and act."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +136,19 @@ def test_online_needs_environment(tmp_path: Path) -> None:
 
 
 def test_split_keeps_sources(tmp_path: Path) -> None:
-    """Whole episodes are held out, a source keeps its only episode, and weights stay."""
-    for number, form in enumerate(("robomimic", "d4rl")):
+    """Whole episodes are held out, the same ones every time, and each source keeps rows and its weight."""
+    for form, key in (("robomimic", "actions"), ("d4rl", "actions")):
         writer, name, _ = SOURCES[form]
         writer(tmp_path / name)
-        keys = ("observations",) if form == "d4rl" else ("states",)
-        options = Options(keys=keys)
-        importing.import_dataset(tmp_path / name, f"lab/{form}-v0", options=options, root=tmp_path / "root")
-        if number == 0:
-            data = datasets.load(f"lab/{form}-v0", cache=False)
-            rest, held = split(data, 0.34)
-            ends = np.asarray(data.arrays["ends"], bool)
-            assert ends[-1] and held.arrays["ends"].sum() == 1 and rest.arrays["ends"].sum() == 2
-            assert rest.sources[0].size == rest.size and rest.sources[0].weight == 1.0
-            again = split(data, 0.34)[1]
-            np.testing.assert_array_equal(again.arrays["actions"], held.arrays["actions"])
-            assert split(data, 0.0)[0] is data and split(data, 0.0)[1] is data
+        importing.import_dataset(
+            tmp_path / name, f"lab/{form}-v0", options=Options(keys=(f"seen={key}",)), root=tmp_path / "root"
+        )
+    data = datasets.load(["lab/robomimic-v0", "lab/d4rl-v0"], weights=[3, 1], cache=False)
+    rest, held = split(data, 0.34)
+    assert held.arrays["ends"].sum() == 2 and rest.arrays["ends"].sum() == 4 and rest.size + held.size == data.size
+    assert [source.weight for source in rest.sources] == [0.75, 0.25]
+    assert sum(source.size for source in rest.sources) == rest.size and rest.sources[1].start == rest.sources[0].size
+    np.testing.assert_array_equal(split(data, 0.34)[1].arrays["actions"], held.arrays["actions"])
+    assert split(data, 0.0) == (data, data)
     with pytest.raises(ConfigError, match="holdout is -0.1"):
         split(data, -0.1)
-    assert json.loads((tmp_path / "root/lab/d4rl-v0/data/metadata.json").read_text())["total_episodes"] == 3

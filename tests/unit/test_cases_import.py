@@ -96,6 +96,18 @@ def test_d4rl_ends(tmp_path: Path) -> None:
         assert found[1].rewards.tolist() == [0.0] * 6 + [1.0] and found[1].success is None
 
 
+def test_d4rl_without_timeouts(tmp_path: Path) -> None:
+    """Without timeouts the time limit must be given, or episodes would be joined; it counts from each terminal."""
+    foreign.write_d4rl(tmp_path / "a.hdf5", following=True)
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        del file["timeouts"]
+    with pytest.raises(DatasetError, match="has no `timeouts`.*--episode-steps"):
+        importing.plan_import(tmp_path / "a.hdf5")
+    found = imported(tmp_path / "a.hdf5", tmp_path / "root", episode_steps=4)
+    assert [len(e.rewards) for e in found] == [4, 1, 4, 3, 4]
+    assert [e.terminations[-1] for e in found] == [False, True, False, True, False]
+
+
 def test_d4rl_goal_by_key(tmp_path: Path) -> None:
     """A column of infos becomes an observation on demand."""
     foreign.write_d4rl(tmp_path / "maze.hdf5")

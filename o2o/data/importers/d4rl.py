@@ -7,8 +7,9 @@ file, unless `next_observations` are.
 from pathlib import Path
 from typing import ClassVar
 
-from o2o.data.importers.arrays import ArraysSource
+from o2o.data.importers.arrays import ArraysSource, Span
 from o2o.data.importers.columns import is_hdf5, names_in
+from o2o.errors import DatasetError
 
 
 class D4rlSource(ArraysSource):
@@ -26,3 +27,11 @@ class D4rlSource(ArraysSource):
     def detect(cls, path: Path) -> bool:
         """Whether the file has D4RL's arrays."""
         return is_hdf5(path) and {"observations", "actions", "rewards", "terminals"} <= set(names_in(path))
+
+    def _spans(self) -> list[Span]:
+        if "timeouts" not in self.columns.shapes and self.episode_steps is None:
+            raise DatasetError(
+                f"{self.path} has no `timeouts`, so where a time limit cut an episode is not known: give the limit with "
+                "--episode-steps, or a number that no episode reaches"
+            )
+        return super()._spans()

@@ -248,7 +248,9 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
         )
         found.append(Entry(_valid(given), column, about.fields[column], _size(key, size, about.fields[column])))
     if not keys:
-        found = [Entry(_valid(name), column, about.fields[column]) for column, name in about.observations.items()]
+        maps = [column for column, field in about.fields.items() if len(field.shape) > 2 and not field.image]
+        named = {column: name for column, name in about.observations.items() if column not in maps}  # no depth maps
+        found = [Entry(_valid(name), column, about.fields[column]) for column, name in named.items()]
     if not found:
         raise DatasetError(
             f"{about.format}: nothing to observe; there are {', '.join(about.fields)} (name them with --keys)"
