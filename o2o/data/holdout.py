@@ -27,12 +27,17 @@ def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     count = min(max(round(share * episodes), 1), episodes - 1)
     if share == 0.0 or count == 0:
         return data, data
-    order = np.random.default_rng(SPLIT_SEED).permutation(episodes)
-    last_of = [episode[source.start + source.size - 1] for source in data.sources]
-    alone = [last for source, last in zip(data.sources, last_of, strict=True) if episode[source.start] == last]
-    chosen = [number for number in order if number not in alone][:count]  # a source keeps its only episode
+    owner = np.repeat(
+        np.arange(len(data.sources)),
+        [episode[source.start + source.size - 1] - episode[source.start] + 1 for source in data.sources],
+    )
+    left, chosen = np.bincount(owner), []
+    for number in np.random.default_rng(SPLIT_SEED).permutation(episodes):
+        if len(chosen) < count and left[owner[number]] > 1:  # every source keeps an episode
+            left[owner[number]] -= 1
+            chosen.append(number)
     held = np.isin(episode, chosen)
-    return (_part(data, ~held), _part(data, held)) if held.any() and not held.all() else (data, data)
+    return (_part(data, ~held), _part(data, held)) if chosen else (data, data)
 
 
 def _part(data: Dataset, keep: np.ndarray) -> Dataset:

@@ -31,7 +31,7 @@ class D4rlSource(ArraysSource):
     def _spans(self) -> list[Span]:
         if "timeouts" not in self.columns.shapes and self.episode_steps is None:
             raise DatasetError(
-                f"{self.path} has no `timeouts`, so where a time limit cut an episode is not known: give the limit with "
-                "--episode-steps, or a number that no episode reaches"
+                f"{self.path} has no `timeouts`, so where a time limit cut an episode is not known: give the limit "
+                "with --episode-steps, or a number that no episode reaches"
             )
         return super()._spans()
