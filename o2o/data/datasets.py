@@ -7,6 +7,7 @@ on success has mask 0 and ends its sequence; with a binary reward the episode is
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from o2o.data.files import write_dataset as write
 from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, ObservationSpec
 from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
+
+log = logging.getLogger("o2o")
 
 CACHE_VERSION = 2
 ORIGIN = ("algorithm_name", "author", "description", "code_permalink", "license", "source_fingerprint")
@@ -252,6 +255,12 @@ def _merged(infos: Sequence[DatasetInfo], returns: list[np.ndarray], solved: lis
                     f"datasets {head.name} and {other.name} cannot be mixed: "
                     f"{key} {getattr(head, key)} against {getattr(other, key)}"
                 )
+        if other.env_id != head.env_id:
+            log.warning(
+                "datasets %s (%s) and %s (%s) are mixed although they were recorded in different environments; "
+                "the task is that of the first",
+                head.name, head.env_id, other.name, other.env_id,
+            )  # fmt: skip
     known = [flags for flags in solved if flags is not None]
     fields: dict[str, Any] = {key: getattr(head, key) for key in head.__dataclass_fields__}
     fields |= {
