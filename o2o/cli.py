@@ -344,7 +344,7 @@ def data_export(
     out: Path | None = None,
     fps: float | None = None,
 ) -> int:
-    """Make a Minari dataset of a run's recorded episodes (`o2o train ... --record`), or a LeRobot one of a dataset.
+    """Make a Minari dataset of the episodes that a run recorded (`--record`), or a LeRobot dataset of a Minari one.
 
     Args:
         run: The run folder, which may still be going on; with `--to lerobot` the id or path of a dataset.

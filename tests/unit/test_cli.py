@@ -96,7 +96,7 @@ def test_run_name_is_file(embedded: str, tmp_path: Path, capsys: pytest.CaptureF
         (["data", "make", "nothing"], "pointmaze-umaze"),
         (["data", "lst"], "did you mean 'list'"),
         ([], "Expected one of {train, resume, eval, play, plot, balance, data, bench, demo}; `o2o --help`"),
-        (["data"], "Expected one of {list, describe, make, check, export}; `o2o data --help`"),
+        (["data"], "Expected one of {list, describe, make, import, check, export}; `o2o data --help`"),
         (["--verison"], "Unrecognized options: --verison"),
         (["plot"], "no run folder; give one or more"),
         (["eval", "runs/absent", "--episods", "3"], "did you mean --episodes?; `o2o eval --help`"),
