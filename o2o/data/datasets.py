@@ -395,5 +395,8 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
         if getattr(about, key) != counted:
             found.append(f"metadata.json says {getattr(about, key)} {key}, the data has {counted}")
     if about.env_spec is None:
-        found.append("no env_spec: the environment cannot be recovered, give one with --env ID")
+        found.append(
+            "no env_spec: the environment cannot be recovered, give one with --env ID, or train on the data alone with "
+            "--online-steps 0"
+        )
     return found
