@@ -47,6 +47,7 @@ __all__ = [
     "register",
     "run_task",
     "same_environment",
+    "spaces_of",
     "specification",
     "task_for",
     "wrap",
@@ -211,6 +212,21 @@ def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
     return _settings(specification(env_id)) == _settings(theirs)
 
 
+def spaces_of(env_id: str) -> tuple[gym.Space, gym.Space, EnvSpec]:
+    """Return the spaces of observations and actions of an environment in its own units, and its specification.
+
+    Raises `ConfigError` for an id that is unknown or cannot be made.
+    """
+    spec = specification(env_id)
+    try:
+        env = gym.make(spec, disable_env_checker=True)
+    except Exception as error:
+        raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
+    remove_model_file(env)
+    env.close()
+    return env.observation_space, env.action_space, spec
+
+
 def _settings(spec: EnvSpec) -> str:
     """Return the parts of a specification that decide the environment's behaviour, as JSON text."""
     spec = files.portable(spec)
@@ -230,7 +246,10 @@ def specification(source: str | DatasetInfo | EnvSpec) -> EnvSpec:
     if isinstance(source, DatasetInfo):
         spec = source.eval_env_spec or source.env_spec
         if spec is None:
-            raise EnvironmentMismatchError(f"dataset {source.name} does not name its environment; give one with `env`")
+            raise EnvironmentMismatchError(
+                f"dataset {source.name} does not name its environment; give one with `env`, or train on the data alone "
+                "(`online_steps` 0)"
+            )
         if spec.additional_wrappers:
             names = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
             raise EnvironmentMismatchError(

@@ -268,7 +268,7 @@ def export(
 def plot(
     runs: Name[tuple[Path, ...]],
     out: Path = Path("curves.png"),
-    metric: Literal["auto", "score", "success", "return", "normalized"] = "auto",
+    metric: Literal["auto", "score", "success", "return", "normalized", "action_error"] = "auto",
     statistic: Literal["mean", "iqm"] = "mean",
 ) -> int:
     """Draw the learning curves of runs, with bootstrap bands over seeds.
@@ -358,15 +358,90 @@ def data_make(name: Name[str], root: Path | None = None) -> int:
     return 0
 
 
-def data_check(dataset: Name[str], root: Path | None = None) -> int:
+def data_import(
+    path: Name[Path],
+    id: Name[str | None] = None,
+    format: Literal["auto", "lerobot", "robomimic", "d4rl", "ogbench", "arrays"] = "auto",
+    keys: tuple[str, ...] = (),
+    action: str | None = None,
+    reward: str | None = None,
+    success: str | None = None,
+    env: str | None = None,
+    episode_steps: int | None = None,
+    license: str | None = None,
+    drop_bad: bool = False,
+    dry_run: bool = False,
+    root: Path | None = None,
+) -> int:
+    """Import a dataset of LeRobot, robomimic, D4RL, OGBench, or of plain arrays in npz or HDF5 (docs/data_import.md).
+
+    An import that was interrupted goes on when the same command is given again.
+
+    Args:
+        path: A file, or the folder of a LeRobot dataset.
+        id: Id of the new dataset, such as lab/pick-v0.
+        format: The format; auto: found out.
+        keys: Observations: COLUMN, NAME=COLUMN, COLUMN@HxW or cam:NAME@HxW; default: all that the format calls so.
+        action: Column of the actions.
+        reward: Column of the rewards; `zero`; or `success`: 1 in steps that succeed.
+        success: Column that is above 0 where a step succeeds; `last`: each episode's last step.
+        env: Gymnasium id, or module:ID, of the environment that the data are for; it gives the spaces.
+        episode_steps: Cut episodes after so many rows, where the file does not say where they end.
+        license: Text of the licence, where the source does not state it.
+        drop_bad: Leave faulty episodes out and count them; without it they are refused.
+        dry_run: Show what would become what, and write nothing.
+        root: Folder to write to; default: MINARI_DATASETS_PATH, else Minari's own.
+    """
+    from o2o.data.importers.plan import Environment, Options
+    from o2o.data.importers.write import import_dataset, plan_import
+    from o2o.report.tables import print_imported, print_plan
+
+    place = None
+    if env is not None:
+        from o2o import envs
+
+        place = Environment(*envs.spaces_of(env))
+    options = Options(keys, action, reward, success, episode_steps, license, drop_bad)
+    console = Console()
+    if dry_run:
+        print_plan(*plan_import(path, format, options, place), console)
+        return 0
+    if id is None:
+        raise ConfigError("o2o data import: no id for the new dataset; give one, such as lab/pick-v0")
+    with Console(stderr=True).status("importing") as status:
+        done = import_dataset(
+            path,
+            id,
+            format,
+            options,
+            place,
+            root,
+            progress=lambda at, total: status.update(f"imported {at} of {total} episodes"),
+            planned=lambda plan, licence: print_plan(plan, licence, console),
+        )
+    print_imported(done, console)
+    return 0
+
+
+def data_check(dataset: Name[str], root: Path | None = None, drop_bad: bool = False, out: str | None = None) -> int:
     """Check that a dataset can be read, is finite, stays within its spaces and fits its environment.
 
     Args:
         dataset: Minari id or path.
         root: Folder of datasets.
+        drop_bad: Write a new dataset without the faulty episodes; this one stays as it is.
+        out: Id of the new dataset; default: the old one's with `-checked`.
     """
     from o2o.data import datasets
 
+    if drop_bad:
+        from o2o.data.clean import without_bad
+
+        kept = without_bad(dataset, out, root)
+        for problem in kept.problems:
+            print(problem, file=sys.stderr)
+        print(f"left out {kept.dropped} of {kept.dropped + kept.episodes} episodes; wrote {kept.folder}")
+        return 0
     problems = datasets.check(dataset, root)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -374,14 +449,31 @@ def data_check(dataset: Name[str], root: Path | None = None) -> int:
     return 2 if problems else 0
 
 
-def data_export(run: Name[Path], id: str | None = None, root: Path | None = None) -> int:
-    """Make a Minari dataset of the episodes that a run recorded (`o2o train ... --record`).
+def data_export(
+    run: Name[Path],
+    id: str | None = None,
+    root: Path | None = None,
+    to: Literal["minari", "lerobot"] = "minari",
+    out: Path | None = None,
+    fps: float | None = None,
+) -> int:
+    """Make a Minari dataset of the episodes that a run recorded (`--record`), or a LeRobot dataset of a Minari one.
 
     Args:
-        run: The run folder; the run may still be going on.
+        run: The run folder, which may still be going on; with `--to lerobot` the id or path of a dataset.
         id: Id of the dataset; default: NAME-v0.
-        root: Folder of datasets to write to; default: `recorded` in the run folder, replacing an earlier export.
+        root: Folder of datasets, to write to; default: `recorded` in the run folder, replacing an earlier export.
+        to: `minari`, or `lerobot`: LeRobot v3.0, parquet and video.
+        out: New folder of the LeRobot dataset.
+        fps: Its steps per second; default: those that the dataset was imported with.
     """
+    if to == "lerobot":
+        from o2o.data.lerobot_export import to_lerobot
+
+        if out is None:
+            raise ConfigError("o2o data export --to lerobot: give the new folder with --out")
+        print(f"wrote {to_lerobot(str(run), out, fps, root)}")
+        return 0
     from o2o.data import recorder
 
     print(f"wrote {recorder.export(run, id, root)}")
@@ -469,6 +561,7 @@ DATA: Commands = {
     "list": data_list,
     "describe": data_describe,
     "make": data_make,
+    "import": data_import,
     "check": data_check,
     "export": data_export,
 }
@@ -485,7 +578,10 @@ COMMANDS: Commands = {
     "bench": BENCH,
     "demo": demo,
 }
-GROUPS = {"data": "Local datasets: list, describe, make, check, export.", "bench": "Suites of benchmarks: run, report."}
+GROUPS = {
+    "data": "Local datasets: list, describe, make, import, check, export.",
+    "bench": "Suites of benchmarks: run, report.",
+}
 
 
 def first_line(thing: Any) -> str:

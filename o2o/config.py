@@ -35,7 +35,7 @@ class LoopConfig(Settings):
     """Environment steps between two evaluations; 0: none. More evaluations follow at the end of the warm-up, 1000
     updates later, and at the end of the run."""
     offline_eval_every: Amount = 0
-    """Gradient steps between two evaluations in pre-training; 0: one at its end only."""
+    """Gradient steps between two evaluations in pre-training; 0: one at its end only, of offline estimates 20."""
     eval_episodes: Count = 20
     """Episodes of one evaluation, per seed."""
     log_every: Count = 1_000
@@ -148,6 +148,11 @@ class RunConfig(Settings):
     """Gradient steps of pre-training."""
     online_steps: Amount = 10_000
     """Environment steps of the online phase per seed, warm-up included."""
+    offline_estimate: bool = False
+    """Judge pre-training by estimates on held-out episodes and make no environment; needs `online_steps` 0. With
+    `online_steps` 0 it is always so where neither the dataset nor `env` names an environment."""
+    holdout: Annotated[float, Range(least=0, below=1)] = 0.1
+    """Share of the episodes that an offline estimate keeps from training; 0: it looks at the training data."""
     init_from: str | None = None
     """WSRL only: a pre-trained run (BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL) to start from in place of pre-training.
     The policy keeps its `log_std_range`."""

@@ -30,6 +30,8 @@ from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
 CACHE_VERSION = 3
+ORIGIN = ("algorithm_name", "author", "description", "code_permalink", "license", "source_fingerprint")
+"""Entries of metadata.json that `describe` repeats."""
 RETURN_ROWS = 2**16
 """Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
 ActionRange = Literal["space", "data"]
@@ -206,7 +208,7 @@ def _read_rows(
 def _refuse(name: str, problem: str, skip: bool) -> None:
     if not skip:
         raise DatasetError(
-            f"dataset {name}: {problem}; or leave bad episodes out: --skip-bad-episodes (skip_bad_episodes=True)"
+            f"dataset {name}: {problem}; or leave bad episodes out: `skip_bad_episodes`"
         )
 
 
@@ -226,7 +228,7 @@ def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     if unseen and achieved_goal is None:
         log.warning(
             "dataset %s: %s is left out of the observations, and no other entry follows it: the policy cannot see it. "
-            "Keep it with --task.achieved-goal True (task.achieved_goal), or say False",
+            "Keep it: set `task.achieved_goal` to True, or say False",
             about.name,
             ", ".join(unseen),
         )
@@ -381,7 +383,7 @@ def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
         if environment != known[0][1]:
             raise DatasetError(
                 f"datasets {known[0][0]} and {name} cannot be mixed as they are: they name different environments, "
-                f"{known[0][1][:120]} and {environment[:120]}; say with --env ID (env=ID) in which to train, or mix "
+                f"{known[0][1][:120]} and {environment[:120]}; say with `env` in which to train, or mix "
                 "datasets of one"
             )
 
@@ -395,7 +397,7 @@ def _merged(
         if task.terminate_on_success:
             raise DatasetError(
                 f"dataset {without} has no infos['success'] and the others have: the task ends episodes at success, so "
-                "it must be known in all (or --task.terminate-on-success False)"
+                "it must be known in all (or set `task.terminate_on_success` to False)"
             )
         log.warning("dataset %s has no infos['success'] and the others have: that of the mixture is unknown", without)
     for other in infos[1:]:
@@ -405,6 +407,12 @@ def _merged(
                     f"datasets {head.name} and {other.name} cannot be mixed: "
                     f"{key} {getattr(head, key)} against {getattr(other, key)}"
                 )
+        if other.env_id != head.env_id:
+            log.warning(
+                "datasets %s (%s) and %s (%s) are mixed although they were recorded in different environments; "
+                "the task is that of the first",
+                head.name, head.env_id, other.name, other.env_id,
+            )  # fmt: skip
     known = [flags for flags in solved if flags is not None]
     fields: dict[str, Any] = {key: getattr(head, key) for key in head.__dataclass_fields__}
     fields |= {
@@ -535,7 +543,7 @@ def describe(dataset: str | Path, root: str | Path | None = None, task: Task | N
         "ref_max_score": about.ref_max_score,
         "fingerprint": data.fingerprint,
     }
-    return row | {key: about.metadata.get(key) for key in ("algorithm_name", "author", "description", "code_permalink")}
+    return row | {key: about.metadata.get(key) for key in ORIGIN}
 
 
 def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
@@ -559,7 +567,10 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
         if getattr(about, key) != counted:
             found.append(f"metadata.json says {getattr(about, key)} {key}, the data has {counted}")
     if about.env_spec is None:
-        found.append("no env_spec: the environment cannot be recovered, give one with `env`")
+        found.append(
+            "no env_spec: the environment cannot be recovered, give one with `env`, or train on the data alone "
+            "(`online_steps` 0)"
+        )
     elif missing := files.missing_entry_point(about.env_spec):
         found.append(f"environment {about.env_spec.id} cannot be made, {missing}: install it, or give one with `env`")
     return found

@@ -321,15 +321,15 @@ def file_digest(data: Path) -> str:
     return digest.hexdigest()
 
 
-def read_episodes(storage: MinariStorage, name: str) -> Iterator[Episode]:
-    """Yield every episode as it is stored: see `problems`, then `tidy`.
+def read_episodes(storage: MinariStorage, name: str, start: int = 0) -> Iterator[Episode]:
+    """Yield the episodes from number `start` on as they are stored: see `problems`, then `tidy`.
 
     Raises `DatasetError` with the number of an episode that cannot be read.
     """
     total = storage.total_episodes
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
-    raw, i = iter(storage.get_episodes(range(total))), 0
+    raw, i = iter(storage.get_episodes(range(start, total))), start
     while i < total:
         try:
             episode = next(raw)
@@ -558,7 +558,7 @@ def write_dataset(
         if eval_spec is not None:
             extra["eval_env_spec"] = eval_spec.to_json()
         storage.update_metadata(extra)
-        storage.update_episodes([_buffer(episode) for episode in episodes])
+        storage.update_episodes(_buffer(episode) for episode in episodes)  # one in memory at a time
         for parent in target.relative_to(base).parents:
             if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
                 (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")

@@ -188,8 +188,16 @@ def forget(run: Path, going_on: Mapping[Name, int]) -> None:
             path.unlink()
 
 
-def _read(path: Path, space: gym.Space, actions: gym.Space) -> Episode:
-    """Return a recorded episode. Raises `RunError` if it cannot be read, or its arrays do not fit the spaces."""
+def write_episode(path: Path, space: gym.Space, episode: Episode) -> None:
+    """Write an episode with observations of `space` as one file, whole or not at all. Raises `OSError`."""
+    arrays = {key: np.asarray(value) for key, value in _entries(space, episode.observations)}
+    rest = {key: value for key, value in vars(episode).items() if key != "observations" and value is not None}
+    arrays |= {key: np.asarray(value) for key, value in rest.items()}
+    write_atomically(path, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
+
+
+def read_episode(path: Path, space: gym.Space, actions: gym.Space) -> Episode:
+    """Return the episode of a file. Raises `RunError` if it cannot be read, or its arrays do not fit the spaces."""
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
@@ -241,7 +249,7 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     metadata |= {"vouched": header["vouched"]} if "vouched" in header else {}
     return datasets.write(
         name,
-        (_read(path, observation_space, action_space) for path in recorded.values()),
+        (read_episode(path, observation_space, action_space) for path in recorded.values()),
         observation_space=observation_space,
         action_space=action_space,
         spec=spec,

@@ -26,6 +26,7 @@ LABELS = {
     "score": "task's own score",
     "length": "episode length (steps)",
     "intervention": "share of steps by a human",
+    "action_error": "action error on held-out episodes",
 }
 INK, GRID, SHADE = "#333333", "#dddddd", "#f3f3f0"
 
@@ -241,8 +242,11 @@ def _name(config: Mapping[str, Any], run: Path) -> str:
 def judged_by(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the metric that evaluation rows are judged by: `success` or `return`, or the `score` if that is neither.
 
-    Rows without a score are judged by success where any knows it, else by the return.
+    Offline estimates are judged by their action error. Rows without a score are judged by success where any knows it,
+    else by the return.
     """
+    if rows and all("action_error" in row for row in rows):
+        return "action_error"
     if not rows or any(row.get("score") is None for row in rows):
         return "success" if any(row.get("success") is not None for row in rows) else "return"
     same = (metric for metric in ("success", "return") if all(row["score"] == row[metric] for row in rows))

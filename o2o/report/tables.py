@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from o2o.data.files import DatasetInfo
+from o2o.data.importers.plan import Plan, spoken
+from o2o.data.importers.write import Imported
 from o2o.errors import DatasetError, O2OError
 from o2o.report.plots import judged_by, plot_runs, read_rows
 
@@ -39,11 +41,14 @@ def end(path: Path, finished: bool, console: Console) -> int:
     if not finished:
         _say(console, f"stopped; everything is saved. Continue with: o2o resume {path}")
         return 0
+    played = True
     try:
         plot_runs([path], path / "curve.png")
+        played = judged_by(read_rows(path / "episodes.jsonl")) != "action_error"
     except (O2OError, OSError, ValueError) as error:  # the run itself is complete
         _say(console, f"no curve drawn: {error}")
-    _say(console, f"finished: {path} (curve.png, episodes.jsonl). Watch it: o2o play {path} --out play.mp4")
+    watch = f" Watch it: o2o play {path} --out play.mp4" if played else ""
+    _say(console, f"finished: {path} (curve.png, episodes.jsonl).{watch}")
     return 0
 
 
@@ -98,6 +103,30 @@ def print_json(value: Any) -> int:
     """Print a value as JSON, what is no JSON type as its text; return exit code 0."""
     print(json.dumps(value, indent=2, default=str))
     return 0
+
+
+def print_plan(plan: Plan, licence: str | None, console: Console) -> None:
+    """Print what an import makes of each column, and the rules by which it fills gaps."""
+    table = Table()
+    for column in ("column", "is", "becomes"):
+        table.add_column(column, overflow="fold")
+    for row in plan.table():
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for line in spoken(plan):
+        console.print(f"- {escape(line)}", highlight=False)
+    words = "not stated by the source; give it with --license" if licence is None else licence.strip().splitlines()[0]
+    console.print(f"- licence: {escape(words)}", highlight=False)
+
+
+def print_imported(done: Imported, console: Console) -> None:
+    """Print what an import made, and what it left out."""
+    for number, reason in done.dropped:
+        console.print(f"left out episode {number}: {escape(reason)}", highlight=False)
+    left = f", {len(done.dropped)} left out" if done.dropped else ""
+    console.print(
+        f"imported {done.episodes} episodes, {done.steps} steps{left}: {escape(str(done.folder))}", highlight=False
+    )
 
 
 def print_episodes(rows: list[dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from o2o.errors import ConfigError, RunError, suggest
 from o2o.files import read_object, read_rows, write_atomically
 
 POSITION_KEYS = ("phase", "env_steps", "gradient_steps", "time_s", "seed", "episodes")
-EVALUATED = ("success", "return", "normalized", "length")
+EVALUATED = ("success", "return", "normalized", "length", "action_error")
 """Quantities of an evaluation that go to the loggers."""
 SENT = "sent.json"
 """File in a run folder: the last position of every kind of row that earlier processes sent to its loggers."""
@@ -58,7 +58,8 @@ def evaluation_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for episodes in seeds.values():
         means = {key: [float(row[key]) for row in episodes if row.get(key) is not None] for key in EVALUATED}
         position = {key: episodes[0][key] for key in ("phase", "env_steps", "gradient_steps", "seed")}
-        found.append({**position, **{f"eval/{key}": sum(v) / len(v) for key, v in means.items() if v}})
+        estimates = {key: value for key, value in episodes[0].items() if key.startswith("estimate/")}
+        found.append({**position, **{f"eval/{key}": sum(v) / len(v) for key, v in means.items() if v}, **estimates})
     return found
 
 
@@ -255,13 +256,16 @@ class Screen:
 
     def episodes(self, rows: list[dict[str, Any]]) -> None:
         """Print one line for an evaluation. A terminal that has gone away does not end the run."""
-        returns = [row["return"] for row in rows]
-        parts = [f"return {sum(returns) / len(returns):.1f}"]
+        estimates = [row["action_error"] for row in rows if "action_error" in row]
+        returns = [row["return"] for row in rows if row["return"] is not None]
+        parts = [f"return {sum(returns) / len(returns):.1f}"] if returns else []
+        parts += [f"held-out action error {sum(estimates) / len(estimates):.4f}"] if estimates else []
         known = [row["success"] for row in rows if row["success"] is not None]
         if known:
             parts.insert(0, f"success {100 * sum(known) / len(known):.0f} %")
         self._note = ", ".join(parts)
         at = f"{rows[0]['gradient_steps']} updates, {rows[0]['env_steps']} environment steps"
-        line = f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note} ({len(rows)} episodes)"
+        played = "" if estimates else f" ({len(rows)} episodes)"
+        line = f"[bold]{rows[0]['phase']}[/bold] after {at}: {self._note}{played}"
         with suppress(OSError):
             self.console.print(line, highlight=False)

@@ -21,6 +21,7 @@ from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import with_history
+from o2o.data.holdout import split
 from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, any_recorded, export, forget, next_number
 from o2o.data.task import Task
@@ -217,6 +218,18 @@ def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: 
     return envs.BaseAction(env, Base(policy, data, timeout_s))
 
 
+def without_environment(config: RunConfig, about: datasets.DatasetInfo) -> bool:
+    """Whether a run makes no environment and is judged by offline estimates.
+
+    Raises `ConfigError` if that is asked for together with an online phase.
+    """
+    if config.online_steps:
+        if config.offline_estimate:
+            raise ConfigError("offline_estimate is for runs without an online phase: set `online_steps` to 0 too")
+        return False
+    return config.offline_estimate or (config.env or about.eval_env_spec or about.env_spec) is None
+
+
 def build(
     config: RunConfig,
     data: datasets.Dataset | None = None,
@@ -239,10 +252,13 @@ def build(
     if config.record and folder is not None:
         recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
     env_fn = env_maker(config, found, base, recorder)
+    held = None
+    if without_environment(config, found.info):
+        found, held = split(found, config.holdout)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = Trainer(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
-        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY,
+        normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY, held=held,
     )  # fmt: skip
     check_data(trainer.agent, found, config.normalize)
     if not comparable:
@@ -439,17 +455,22 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
-    env = make_env(config, data, base)
-    env.close()
-    if envs.endless(config.env or data.info):
-        _log.warning(
-            "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register it "
-            "with max_episode_steps for another limit",
-            config.env or data.info.env_id,
-            envs.limit_for(data.info),
-        )
-    if config.loop.eval_process and not env.metadata.get("replayable", True):
-        raise ConfigError(BESIDE)
+    rate = None
+    if without_environment(config, data.info):
+        _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
+    else:
+        env = make_env(config, data, base)
+        rate = env.metadata.get("render_fps")
+        env.close()
+        if envs.endless(config.env or data.info):
+            _log.warning(
+                "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register "
+                "it with max_episode_steps for another limit",
+                config.env or data.info.env_id,
+                envs.limit_for(data.info),
+            )
+        if config.loop.eval_process and not env.metadata.get("replayable", True):
+            raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
@@ -458,7 +479,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
     try:
-        run.describe(data, env.metadata.get("render_fps"))
+        run.describe(data, rate)
         session = Session(config, run, data, screen, base)
         del data  # what is learnt from is in the trainer's replay
         with Closing() as closing:
@@ -511,6 +532,10 @@ def resume(
     path, screen = Path(path).absolute(), screen or notebook_screen(quiet)
     config = load_config(path)
     data, base = unchanged(path, config)
+    if online_steps and without_environment(config, data.info):
+        raise ConfigError(
+            f"run {path} was trained without an environment; to fine-tune, begin another run with its data and `env`"
+        )
     run = RunFolder.open(path, config.keep_checkpoints).lock()
     with Closing() as closing:
         closing.callback(run.close)

@@ -35,12 +35,16 @@ from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import memory, programs
 from o2o.train.collect import Fleet
-from o2o.train.evaluation import EnvFn
+from o2o.train.estimates import Estimator
+from o2o.train.evaluation import EnvFn, Evaluator
 from o2o.train.remote_evaluation import evaluator_of
 from o2o.train.state import Counters, Hooks, RunState, evaluation_steps
 from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
 
 log = logging.getLogger("o2o")
+
+ESTIMATES = 20
+"""Estimates of a pre-training without environment, where the settings do not say how often."""
 
 
 A = TypeVar("A", bound=Agent)
@@ -62,11 +66,14 @@ class Trainer(Generic[A]):
         normalizer: Normalizer | None = None,
         hooks: Hooks | None = None,
         storage: Path | None = None,
+        held: Dataset | None = None,
     ) -> None:
         """Create the agents from `data`'s shapes; `env_fn(evaluation)` makes one environment.
 
         `data` and environments are raw: `normalizer` stands between them and the agents.
         Replay that is too large for the device is kept in the folder `storage`; None: in a temporary one.
+        With `held`, episodes that are not in `data`, the agents are judged by estimates on those (`Estimator`), and
+        pre-training makes no environment.
         Raises `ConfigError` for settings out of range and `DatasetError` if `data` lacks what the agent needs.
         """
         if seeds < 1 or seed < 0:
@@ -90,7 +97,13 @@ class Trainer(Generic[A]):
         self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.batch_keys, "ends"), sources, seeds)
         check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | None = None
-        self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
+        if held is None:
+            self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
+        else:
+            self.evaluator = Estimator(held, self.agent, seeds, config.batch_size, normalizer)
+            self.evaluator.phase = lambda: phase_at(
+                self.agent, self.counters.offline_total, self.counters.offline_steps
+            )
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
     def __repr__(self) -> str:
@@ -181,7 +194,8 @@ class Trainer(Generic[A]):
     def _run_phase(self, phase: Phase, begin: int, steps: int, clock: "Clock") -> bool:
         """Run a phase of a pre-training of `steps` gradient steps, `begin` of them before it; False if stopped."""
         counters, loop, end, pace = self.counters, self.loop, begin + phase.steps, Pace()
-        eval_every = loop.offline_eval_every or steps
+        often = steps if isinstance(self.evaluator, Evaluator) else -(-steps // ESTIMATES)
+        eval_every = loop.offline_eval_every or often
         if phase.note and counters.offline_steps < end:
             log.warning(phase.note)
         while counters.offline_steps < end:
