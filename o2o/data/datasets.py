@@ -207,9 +207,7 @@ def _read_rows(
 
 def _refuse(name: str, problem: str, skip: bool) -> None:
     if not skip:
-        raise DatasetError(
-            f"dataset {name}: {problem}; or leave bad episodes out: `skip_bad_episodes`"
-        )
+        raise DatasetError(f"dataset {name}: {problem}; or leave bad episodes out: `skip_bad_episodes`")
 
 
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
