@@ -31,6 +31,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model
 from o2o.rl import losses
 from o2o.settings import AboveZero, Average, Count, Interval, Rate, Widths
@@ -68,6 +69,7 @@ class AWACConfig(AgentConfig):
 _DEFAULT = AWACConfig()
 
 
+@register_agent("awac")
 class AWAC(Agent):
     """Advantage-weighted actor-critic."""
 

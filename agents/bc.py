@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.nn.modules import Adam, GaussianActor, Init, Model
 from o2o.settings import Dropout, Interval, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
@@ -57,6 +58,7 @@ class BCConfig(AgentConfig):
 _DEFAULT = BCConfig()
 
 
+@register_agent("bc")
 class BC(Agent):
     """Behaviour cloning."""
 

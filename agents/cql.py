@@ -48,6 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o2o.agents.registry import register_agent
 from o2o.agents.sac import SAC, Positive, SACConfig, positive, positive_model, shrink
 from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Init, Model, sample_members, take_members
@@ -145,6 +146,7 @@ class CalQLConfig(CQLConfig):
         return Needs(batch_keys=("mc_returns",))
 
 
+@register_agent("cql")
 class CQL(SAC):
     """Conservative Q-learning."""
 
@@ -257,6 +259,7 @@ class CQL(SAC):
         return replace(preset, tasks={"pen": replace(preset, online_steps=200_000)})
 
 
+@register_agent("calql")
 class CalQL(CQL):
     """Calibrated CQL; batches carry `mc_returns [utd, B]`."""
 

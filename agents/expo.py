@@ -49,6 +49,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
+from o2o.agents.registry import register_agent
 from o2o.agents.sac import ADROIT_DATA
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
@@ -213,6 +214,7 @@ def on_the_fly(
 _DEFAULT = EXPOConfig()
 
 
+@register_agent("expo")
 class EXPO(Agent):
     """Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns."""
 

@@ -42,6 +42,7 @@ from flax import struct
 
 from o2o.agents.balance import BalanceConfig, FamilyActor, balance_info, coefficient, uniform_betas
 from o2o.agents.iql import IQL, IQLConfig, build_actor, preset_settings
+from o2o.agents.registry import register_agent
 from o2o.agents.sac import positive, positive_model
 from o2o.errors import ConfigError
 from o2o.nn.kernels import branch
@@ -70,6 +71,7 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
     """Entropy that the temperature holds the balance policy at; of x in (-1, 1), whose largest is ln 2."""
 
 
+@register_agent("famo2o")
 class FamO2O(IQL):
     """Implicit Q-learning of a family of policies, with a balance network."""
 

@@ -36,6 +36,7 @@ from flax import struct
 
 from o2o.agents.balance import BalanceConfig, Ends, FamilyActor, balance_info, coefficient, uniform_betas
 from o2o.agents.cql import CQL, Conservative, CQLConfig, family_settings, shrink_term
+from o2o.agents.registry import register_agent
 from o2o.agents.sac import Positive, SACConfig, build_actor, shrink
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
@@ -98,6 +99,7 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
         return (2.0 * low - high, high) if self.released_range else (low, high)
 
 
+@register_agent("famo2o_cql")
 class FamO2OCQL(CQL):
     """Conservative Q-learning of a family of policies, with a balance network."""
 

@@ -27,6 +27,7 @@ from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.qc import OneStep
+from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, Model
 from o2o.rl.losses import critic_loss, td_target
@@ -65,6 +66,7 @@ class FQLConfig(AgentConfig):
 _DEFAULT = FQLConfig()
 
 
+@register_agent("fql")
 class FQL(Agent):
     """Flow Q-learning."""
 

@@ -40,6 +40,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, Model
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
@@ -214,6 +215,7 @@ class GenerativeBC(Agent):
         return (Phase("offline", steps, note=note),)
 
 
+@register_agent("diffusion_bc")
 class DiffusionBC(GenerativeBC):
     """Cloning by diffusion."""
 
@@ -248,6 +250,7 @@ class DiffusionBC(GenerativeBC):
         return Preset(DiffusionBCConfig(horizon=4, decay_steps=steps), offline_steps=steps, online_steps=0)
 
 
+@register_agent("flow_bc")
 class FlowBC(GenerativeBC):
     """Cloning by flow matching."""
 

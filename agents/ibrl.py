@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.bc import BC, BCConfig
+from o2o.agents.registry import register_agent
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.nn.modules import CriticEnsemble, draw_members
 from o2o.rl import losses
@@ -120,6 +121,7 @@ class Choice(NamedTuple):
     """Whether the clone's action was chosen, bool `[...]`."""
 
 
+@register_agent("ibrl")
 class IBRL(TD3):
     """TD3 with a second proposal; `reference` is the cloned policy."""
 

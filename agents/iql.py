@@ -32,6 +32,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.nn.distributions import Normal, TanhNormal
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Init, Model, Value
 from o2o.rl.losses import advantage_weights, critic_loss, expectile_loss, td_target
@@ -122,6 +123,7 @@ def build_actor(action_dim: int, config: IQLConfig, kind: type[Actor] = Gaussian
     )
 
 
+@register_agent("iql")
 class IQL(Agent):
     """Implicit Q-learning."""
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o2o.agents.iql import IQL, IQLConfig, preset_settings
+from o2o.agents.registry import register_agent
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
 from o2o.settings import Amount, Count
@@ -64,6 +65,7 @@ class Episode(NamedTuple):
     """Steps that are the guide's; meaningless before the first."""
 
 
+@register_agent("jsrl")
 class JSRL(IQL):
     """IQL whose episodes a frozen copy of the offline policy begins; `actor` is the learner's policy."""
 

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.agents.iql import IQL, IQLConfig, preset_settings
+from o2o.agents.registry import register_agent
 from o2o.agents.wsrl import input_dims
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam, Init, Model
@@ -75,6 +76,7 @@ class Choice(NamedTuple):
     """Of the new policy's, `[...]`."""
 
 
+@register_agent("pex")
 class PEX(IQL):
     """IQL whose online policy is a pair: the frozen offline one, `base`, and a new one, `actor`."""
 

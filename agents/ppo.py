@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError, DatasetError
 from o2o.nn.modules import Activation, Adam, BoundedGaussianActor, Init, Model, Value
 from o2o.rl.losses import clipped_surrogate, generalised_advantages
@@ -119,6 +120,7 @@ def minibatch_orders(rng: Array, size: int, batch_size: int, epochs: int) -> tup
     return orders, jnp.tile(weights, (epochs, 1))
 
 
+@register_agent("ppo")
 class PPO(Agent):
     """Proximal policy optimisation."""
 

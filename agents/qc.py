@@ -39,6 +39,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
@@ -104,6 +105,7 @@ class OneStep(nn.Module):
 _DEFAULT = QCConfig()
 
 
+@register_agent("qc")
 class QC(Agent):
     """Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one."""
 

@@ -24,6 +24,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 
+from o2o.agents.registry import register_agent
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.rl.losses import td_target
 from o2o.settings import NotNegative, Widths
@@ -58,6 +59,7 @@ class ReBRACConfig(TD3Config):
 _DEFAULT = ReBRACConfig()
 
 
+@register_agent("rebrac")
 class ReBRAC(TD3):
     """TD3 with a penalty on the distance to the data in the actor's loss and in the critics' target."""
 

@@ -45,6 +45,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import each_minibatch
+from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError
 from o2o.nn.encoders import EncoderConfig, create_encoder, shift_observations
 from o2o.nn.kernels import branch
@@ -211,6 +212,7 @@ def critic_loss(q: Array, targets: Array, kind: Literal["mse", "squared_mean"]) 
 _DEFAULT = ResidualConfig()
 
 
+@register_agent("residual")
 class Residual(Agent):
     """Residual policy and critics on top of a base policy, which acts outside."""
 

@@ -38,6 +38,7 @@ import optax
 from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
+from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
@@ -189,6 +190,7 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
     )
 
 
+@register_agent("sac")
 class SAC(Agent):
     """Soft actor-critic with a critic ensemble."""
 
@@ -349,6 +351,7 @@ class SAC(Agent):
         return Preset(config, 0, steps)
 
 
+@register_agent("rlpd")
 class RLPD(SAC):
     """SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset."""
 

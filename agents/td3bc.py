@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from o2o.agents.registry import register_agent
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.settings import Count, NotNegative
 from o2o.types import Array, Batch, Info, OnlineConfig, Params, Preset
@@ -51,6 +52,7 @@ class TD3BCConfig(TD3Config):
 _DEFAULT = TD3BCConfig()
 
 
+@register_agent("td3bc")
 class TD3BC(TD3):
     """TD3 with a cloning term."""
 

@@ -58,6 +58,7 @@ from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.ppo import PPO, PPOConfig
+from o2o.agents.registry import register_agent
 from o2o.data.normalizer import Normalizer
 from o2o.nn.distributions import Normal
 from o2o.nn.dynamics import Dynamics, holdout_rows
@@ -257,6 +258,7 @@ class RollOuts(NamedTuple):
 _DEFAULT = UniO4Config()
 
 
+@register_agent("uni_o4")
 class UniO4(Agent):
     """Uni-O4 before the switch; `online()` returns a `PPO`."""
 

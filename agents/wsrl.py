@@ -46,6 +46,7 @@ from flax import struct
 from o2o.agents.bc import BC, BCConfig
 from o2o.agents.cql import CQL, CalQL, CQLConfig, family_settings, shrink_term
 from o2o.agents.iql import IQL, IQLConfig
+from o2o.agents.registry import register_agent
 from o2o.agents.sac import RLPD, SAC, SACConfig, shrink_networks, shrink_online, with_rate
 from o2o.errors import CheckpointError, ConfigError
 from o2o.nn.modules import Model
@@ -196,6 +197,7 @@ class WSRLConfig(AgentConfig):
         return replace(part, discount=self.discount, batch_size=self.batch_size, online=self.online)
 
 
+@register_agent("wsrl")
 class WSRL(Agent):
     """An offline agent that becomes SAC at `online()`; `learner` is the one at work."""
 

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from o2o.report.plots import plot_runs
     from o2o.runs import session
     from o2o.runs.presets import preset_run
-    from o2o.runs.session import evaluate_run, load_config, load_policy, open_run, play_run
-    from o2o.runs.session import resume as resume_run
-    from o2o.runs.session import train as train_run
+    from o2o.runs.session import (
+        evaluate_run,
+        load_config,
+        load_policy,
+        open_run,
+        play_run,
+        resume as resume_run,
+        train as train_run,
+    )
     from o2o.types import Agent, AgentConfig
 
 __version__ = "0.1.0"

@@ -22,8 +22,7 @@ from minari.serialization import serialize_space
 from o2o.data import files
 from o2o.data.cache import cached
 from o2o.data.demonstrations import record
-from o2o.data.files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info
-from o2o.data.files import write_dataset as write
+from o2o.data.files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info, write_dataset as write
 from o2o.data.rows import Columns, Rows, Watch, concatenated, contiguous
 from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, Leaf, ObservationSpec
 from o2o.data.task import Task

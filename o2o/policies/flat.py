@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jax.extend.core import Literal as Constant
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal as Constant
 from jax.typing import ArrayLike
 
 from o2o.errors import ConfigError

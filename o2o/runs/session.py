@@ -32,8 +32,7 @@ from o2o.policies.export import Latency, export_policy, latency
 from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
-from o2o.runs import init_from as warm_start
-from o2o.runs import opened as opened_run
+from o2o.runs import init_from as warm_start, opened as opened_run
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o2o.agents import IQL, FamO2O, FamO2OConfig, IQLConfig
-from o2o.agents import balance as parts
+from o2o.agents import IQL, FamO2O, FamO2OConfig, IQLConfig, balance as parts
 from o2o.agents.balance import coefficient, encode
 from o2o.errors import ConfigError
 from o2o.nn.modules import Adam

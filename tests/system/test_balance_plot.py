@@ -16,8 +16,7 @@ from o2o.config import FORMAT, to_dict
 from o2o.data.spaces import ObservationSpec
 from o2o.data.task import Task
 from o2o.errors import ConfigError
-from o2o.runs import balance as balance_plot
-from o2o.runs import session
+from o2o.runs import balance as balance_plot, session
 
 
 def test_run_map(tiny_run: Callable[..., session.RunConfig], tmp_path: Path, capsys: Any) -> None:

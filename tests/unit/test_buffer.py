@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from o2o.errors import ConfigError, DatasetError
 from o2o.replay.buffer import FOLLOWING, OfflineData, ReplayBuffer, following_actions, sample_minibatches

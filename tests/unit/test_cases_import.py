@@ -15,8 +15,7 @@ from o2o.cli import main
 from o2o.data import datasets, files
 from o2o.data.clean import without_bad
 from o2o.data.files import Episode
-from o2o.data.importers import open_source
-from o2o.data.importers import write as importing
+from o2o.data.importers import open_source, write as importing
 from o2o.data.importers.plan import Environment, Options
 from o2o.data.lerobot_export import to_lerobot
 from o2o.errors import ConfigError, DatasetError

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.errors import EnvironmentMismatchError
