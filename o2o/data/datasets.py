@@ -404,12 +404,6 @@ def _merged(
                     f"datasets {head.name} and {other.name} cannot be mixed: "
                     f"{key} {getattr(head, key)} against {getattr(other, key)}"
                 )
-        if other.env_id != head.env_id:
-            log.warning(
-                "datasets %s (%s) and %s (%s) are mixed although they were recorded in different environments; "
-                "the task is that of the first",
-                head.name, head.env_id, other.name, other.env_id,
-            )  # fmt: skip
     known = [flags for flags in solved if flags is not None]
     fields: dict[str, Any] = {key: getattr(head, key) for key in head.__dataclass_fields__}
     fields |= {

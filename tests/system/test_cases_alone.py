@@ -15,7 +15,7 @@ from o2o.runs import session
 from o2o.runs.session import RunConfig
 
 Maker = Callable[..., RunConfig]
-ENV = "PointMaze_UMazeDense-v3"
+ENV = "PointMaze_Open-v3"
 RESIDUAL = [("online.random_steps", 10), ("online.initial_updates", 5)]
 
 

@@ -15,7 +15,7 @@ from o2o.data.holdout import split
 from o2o.data.importers import write as importing
 from o2o.data.importers.plan import Options
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.report.plots import plot_runs, read_rows
+from o2o.report.plots import panels, read_rows
 from o2o.runs import session
 from tests.conftest import narrow
 from tests.helpers import foreign
@@ -66,8 +66,8 @@ def test_imported_trains(tmp_path: Path, form: str) -> None:
     assert [row["gradient_steps"] for row in rows] == list(range(2, 41, 2))
     assert all(row["score"] == -row["action_error"] and row["return"] is None for row in rows)
     assert all(np.isfinite(row["estimate/actor/loss"]) for row in rows)
-    drawn = plot_runs([tmp_path / "run"], tmp_path / "curve.png")
-    assert drawn["bc"].offline.centre[-1] == pytest.approx(rows[-1]["action_error"])
+    (panel,) = panels([tmp_path / "run"])
+    assert panel.curves["bc"].offline.centre[-1] == pytest.approx(rows[-1]["action_error"])
     policy = session.load_policy(tmp_path / "run")
     policy.reset(seed=0)
     seen = next(iter(datasets.files.read_episodes(_storage(name), name))).observations
@@ -122,10 +122,8 @@ def test_online_needs_environment(tmp_path: Path) -> None:
     """With online steps, data that name no environment are refused with both ways out; nothing is left behind."""
     name = bring_in(tmp_path, "ogbench")
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(envs, "make", lambda source, *_, **__: envs._spec(source))
-    with pytest.raises(
-        EnvironmentMismatchError, match="give one with --env ID, or train on the data alone with --online"
-    ):
+    monkey.setattr(envs, "make", lambda source, *_, **__: envs.specification(source))
+    with pytest.raises(EnvironmentMismatchError, match="give one with `env`, or train on the data alone"):
         session.train(small("bc", name, online_steps=5), tmp_path / "run")
     monkey.undo()
     with pytest.raises(ConfigError, match="offline_estimate is for runs without an online phase"):

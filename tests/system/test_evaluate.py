@@ -180,11 +180,11 @@ def test_carries_cleared_at_ends(gain: float) -> None:
     assert {row["terminated"] for row in rows} == {bool(gain)}
     evaluator(agents, None, point=1)
     evaluator.close()
-    episodes = [episode for slot in played for episode in slot]
+    episodes = [episode for slot in played for episode in slot if episode]  # the reset that tries it plays none
     assert len(episodes) == 20 and min(map(len, episodes)) > 2
     for slot, recorded in enumerate(played):
         offset = gain if slot < 2 else -gain
-        for episode in recorded:
+        for episode in filter(None, recorded):
             np.testing.assert_allclose(episode, offset + np.arange(len(episode)) / 1000, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ from o2o.train.episode import EVAL_STREAM, reset_seed
 from o2o.train.evaluation import evaluate
 
 Maker = Callable[..., RunConfig]
-ENV = "PointMaze_UMazeDense-v3"
+ENV = "PointMaze_Open-v3"
 """Its returns tell any two paths apart; its observations are a Dict."""
 CHUNKED = [("horizon", 3), ("execute", 2), ("width", 16), ("blocks", 1)]
 RESIDUAL = [("online.random_steps", 20), ("online.initial_updates", 10)]

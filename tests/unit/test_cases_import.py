@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from o2o.data import datasets, files
 from o2o.data.clean import without_bad
 from o2o.data.files import Episode
 from o2o.data.importers import open_source, write as importing
-from o2o.data.importers.plan import Environment, Options
+from o2o.data.importers.plan import Options
 from o2o.data.lerobot_export import to_lerobot
 from o2o.errors import ConfigError, DatasetError
 from tests.helpers import foreign
@@ -38,7 +37,8 @@ def imported(path: Path, root: Path, **options: Any) -> list[Episode]:
 
 def episodes_of(folder: Path) -> list[Episode]:
     about = files.read_info(folder / "data")
-    return list(files.read_episodes(files.open_storage(folder / "data", about.metadata), about.name))
+    storage = files.open_storage(folder / "data", about.metadata)
+    return list(map(files.tidy, files.read_episodes(storage, about.name)))
 
 
 def metadata_of(root: Path) -> dict[str, Any]:
@@ -423,20 +423,6 @@ def test_check_drop_bad(tmp_path: Path) -> None:
     assert [len(e.rewards) for e in found] == [5, 4] and data.read_bytes() == before
     np.testing.assert_array_equal(found[1].observations, sound[2].observations)
     assert all("env_spec" in line for line in datasets.check(kept.folder))
-
-
-def test_mixed_environments_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Datasets of different environments whose spaces agree are mixed, and said to be."""
-    foreign.write_ogbench(tmp_path / "cube.npz")
-    box = {"observation_space": spaces.Box(-np.inf, np.inf, (3,)), "action_space": spaces.Box(-1.0, 1.0, (2,))}
-    for name, spec in (("a", "Pusher-v5"), ("b", "Reacher-v5"), ("c", "Pusher-v5")):
-        env = Environment(**box, spec=gym.spec(spec))
-        importing.import_dataset(tmp_path / "cube.npz", f"lab/{name}-v0", env=env, root=tmp_path)
-    with caplog.at_level("WARNING", "o2o"):
-        datasets.load(["lab/a-v0", "lab/c-v0"], root=tmp_path, cache=False)
-        assert not caplog.text
-        datasets.load(["lab/a-v0", "lab/b-v0"], root=tmp_path, cache=False)
-    assert "lab/a-v0 (Pusher-v5) and lab/b-v0 (Reacher-v5) are mixed although" in caplog.text
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
