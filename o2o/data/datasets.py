@@ -161,9 +161,7 @@ def _read_rows(
 
 def _refuse(name: str, problem: str, skip: bool) -> None:
     if not skip:
-        raise DatasetError(
-            f"dataset {name}: {problem}; or leave bad episodes out: --skip-bad-episodes (skip_bad_episodes=True)"
-        )
+        raise DatasetError(f"dataset {name}: {problem}; or set `skip_bad_episodes` to leave such episodes out")
 
 
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
@@ -182,7 +180,7 @@ def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     if unseen and achieved_goal is None:
         log.warning(
             "dataset %s: %s is left out of the observations, and no other entry follows it: the policy cannot see it. "
-            "Keep it with --task.achieved-goal True (task.achieved_goal), or say False",
+            "Set `task.achieved_goal` to True to keep it, or to False to say no more of it",
             about.name,
             ", ".join(unseen),
         )
@@ -318,7 +316,7 @@ def _concatenate(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _weights(sizes: Sequence[int], weights: Sequence[float] | None) -> list[float]:
     values = list(map(float, sizes if weights is None else weights))
-    if len(values) != len(sizes) or min(values) < 0 or sum(values) <= 0:
+    if len(values) != len(sizes) or min(values) < 0 or not 0 < sum(values) < np.inf:
         raise DatasetError(f"weights {weights} do not fit {len(sizes)} dataset(s): give one non-negative number each")
     return [value / sum(values) for value in values]
 
@@ -337,7 +335,7 @@ def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
         if environment != known[0][1]:
             raise DatasetError(
                 f"datasets {known[0][0]} and {name} cannot be mixed as they are: they name different environments, "
-                f"{known[0][1][:120]} and {environment[:120]}; say with --env ID (env=ID) in which to train, or mix "
+                f"{known[0][1][:120]} and {environment[:120]}; give the one to train in as `env`, or mix "
                 "datasets of one"
             )
 
@@ -351,7 +349,7 @@ def _merged(
         if task.terminate_on_success:
             raise DatasetError(
                 f"dataset {without} has no infos['success'] and the others have: the task ends episodes at success, so "
-                "it must be known in all (or --task.terminate-on-success False)"
+                "it must be known in all (or set `task.terminate_on_success` to False)"
             )
         log.warning("dataset %s has no infos['success'] and the others have: that of the mixture is unknown", without)
     for other in infos[1:]:

@@ -325,8 +325,8 @@ def _check_code(path: Path, values: Mapping[str, Any]) -> None:
     unknown = [name for name in code if origin(name) is not None and not imported(name)]
     if unknown and not vouched(values.get("vouched"), code) and not trusted(path):
         raise TrustError(
-            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine: look at that "
-            f"code; {HOW}"
+            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine with the code "
+            f"that lies there now: look at it; {HOW}"
         )
 
 
@@ -435,7 +435,11 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
     env = make_env(config, data, base)
-    env.close()
+    with Closing() as closing:
+        closing.callback(env.close)
+        hardware = not env.metadata.get("replayable", True)
+        if hardware and config.online_steps:
+            closing.callback(_second_of(config, data, base).close)
     if envs.endless(config.env or data.info):
         _log.warning(
             "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register it "
@@ -443,7 +447,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
             config.env or data.info.env_id,
             envs.limit_for(data.info),
         )
-    if config.loop.eval_process and not env.metadata.get("replayable", True):
+    if config.loop.eval_process and hardware:
         raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
@@ -457,7 +461,8 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
         del data  # what is learnt from is in the trainer's replay
         with Closing() as closing:
             closing.callback(session.trainer.close)
-            _rehearse(session.trainer, config, session.trainer.data, base)
+            if not hardware:
+                _rehearse(session.trainer, config, session.trainer.data, base)
             closing.pop_all()
     except BaseException:
         run.close()
@@ -466,10 +471,21 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     return session.work()
 
 
+def _second_of(config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> Any:
+    """Make hardware's environment for evaluation beside the one for training. Raises `ConfigError` if it cannot be."""
+    try:
+        return make_env(config, data, base, evaluation=True)
+    except O2OError as error:
+        raise ConfigError(
+            f"a second object of the environment cannot be made beside the first ({error}): a run holds one to train "
+            "in and one to evaluate in, never both in motion, so let them share the connection"
+        ) from error
+
+
 def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
     """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
 
-    Those for evaluation are kept. Hardware, of which every instance is the same, is left alone. Raises `ConfigError`.
+    Those for evaluation are kept. Raises `ConfigError`.
     """
     training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
     with Closing() as closing:
@@ -478,8 +494,6 @@ def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base:
             while made < training:
                 env = make_env(config, data, base)
                 closing.callback(env.close)
-                if not env.metadata.get("replayable", True):
-                    return
                 env.reset(seed=0)
                 made += 1
             trainer.evaluator.prepare()
@@ -597,7 +611,7 @@ def play_run(
     """
     from o2o.policies.video import check_out, check_window, record
 
-    out = None if out is None else Path(out)
+    out = None if out is None else Path(out).absolute()  # an environment may change the working folder
     check_out(out) if out is not None else check_window()
     check_seed_index(path, seed_index)
     config, trainer = open_run(path, which)

@@ -63,7 +63,7 @@ def test_command_in_dataset(key: str, foreign: Path, tiny_run: Maker, tmp_path: 
         lambda: session.evaluate_run(tmp_path / "run", 1),
         lambda: envs.make(datasets.info(foreign)),
     ):
-        with pytest.raises(TrustError, match=r"would run os:system as its environment Theirs-v0.*--env MODULE:Theirs"):
+        with pytest.raises(TrustError, match=r"would run os:system as its environment Theirs-v0.*`env` MODULE:Theirs"):
             act()
     assert not harm.exists() and not (tmp_path / "other").exists()
 

@@ -182,7 +182,7 @@ def test_actions_outside_bounds(root):
     put(root, [episode(), bad])
     message = error(root)
     assert "episode 1, step 3: action entry 1 is 1.37, outside the bounds [-1, 1]" in message
-    assert "clip_actions=True" in message
+    assert "set `clip_actions` to clip them" in message
     data = datasets.load(NAME, root=root, clip_actions=True)
     assert data.arrays["actions"].max() == np.float32(0.99999)
     assert "outside the bounds" in error(root)

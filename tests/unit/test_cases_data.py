@@ -158,7 +158,7 @@ def test_trailing_axis_of_one(put: Put, tmp_path: Path, column: str) -> None:
 )
 def test_bad_column_named(put: Put, tmp_path: Path, column: str, values: Any, message: str) -> None:
     """A column of another shape or type, or an end in the midst, is refused in one line, by `check` too."""
-    with pytest.raises(DatasetError, match=f"{NAME}: episode 1.*{message}.*skip-bad-episodes") as caught:
+    with pytest.raises(DatasetError, match=f"{NAME}: episode 1.*{message}.*skip_bad_episodes") as caught:
         put([episode(0), episode(1), episode(2)], column_as(column, values))
     assert "\n" not in str(caught.value)
     assert len(datasets.check(NAME, tmp_path)) == 2  # this one, and that there is no environment
