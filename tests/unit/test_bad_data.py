@@ -295,5 +295,5 @@ def test_env_spaces_mismatch(root):
     wide = replace(about, action_space=spaces.Box(-2.0, 2.0, (3,), np.float32))
     with pytest.raises(EnvironmentMismatchError, match=r"has actions Box\(-2.0, 2.0.*Hopper-v5 has Box\(-1.0, 1.0"):
         envs.make("Hopper-v5", dataset=wide)
-    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with --env"):
+    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with `env`"):
         envs.make(replace(about, env_spec=None))
