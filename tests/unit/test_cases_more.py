@@ -11,11 +11,14 @@ from typing import Any
 
 import gymnasium as gym
 import h5py
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from o2o import trust
+from o2o.agents.sac import positive, positive_model
 from o2o.cli import main, parse_train
 from o2o.config import LoopConfig, RunConfig, with_fields
 from o2o.data import datasets
@@ -25,6 +28,7 @@ from o2o.data.task import Task
 from o2o.envs.wrappers import FaultGuard
 from o2o.errors import ConfigError, DatasetError, EnvironmentFaultError, EnvironmentMismatchError, RunError
 from o2o.files import read_object, read_rows
+from o2o.nn.modules import CriticEnsemble
 from o2o.report.jobs import folders
 from o2o.train import memory
 from o2o.user_code import import_module, origin
@@ -303,3 +307,21 @@ def test_messages_printed_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "o2o: set --task.achieved-goal\n"
+
+
+@pytest.mark.parametrize("initial", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("param", ["exp", "softplus"])
+def test_multipliers_begin_where_told(initial: float, param: Any) -> None:
+    """A multiplier of any size begins at its setting."""
+    free = positive_model(jax.random.key(0), initial, param, 1e-3).params["params"]["value"]
+    assert float(positive(free, param)) == pytest.approx(initial, rel=1e-3)
+
+
+def test_linear_critics() -> None:
+    """Critics without hidden layers are linear, each its own."""
+    critics = CriticEnsemble((), num=2, shared_output=True)
+    params = critics.init(jax.random.key(0), jnp.zeros((1, 3)), jnp.zeros((1, 2)))
+    values = critics.apply(params, jnp.eye(3), jnp.zeros((3, 2)))
+    kernel, bias = params["params"]["output"]["kernel"], params["params"]["output"]["bias"]
+    np.testing.assert_allclose(values, kernel[:, :3, 0] + bias, rtol=1e-6)
+    assert values.shape == (2, 3) and not np.allclose(values[0], values[1])
