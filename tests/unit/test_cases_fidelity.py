@@ -109,10 +109,9 @@ def test_clamped_values_give_advice(steps: int, share: float, said: bool) -> Non
     assert (advice is not None) == said and agent.advice({"gradient_steps": steps, "train/return": 1.0}) is None
     page = io.StringIO()
     screen = Screen(Console(file=page, width=400))
-    run = SimpleNamespace(metrics=SimpleNamespace(write=lambda _: None))
-    fake: Any = SimpleNamespace(run=run, loggers=[], screen=screen, trainer=SimpleNamespace(agent=agent))
+    fake: Any = SimpleNamespace(_sent=(), loggers=[], screen=screen, trainer=SimpleNamespace(agent=agent))
     for _ in range(2):
-        session.Session._metrics(fake, row)
+        session.Session._tell(fake, row)
     text = page.getvalue()
     assert text.count("task.reward_scale 0.1") == said and ("calql/clamped is 0.93" in text) == said
     assert WSRL.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, 2)), small_wsrl()).advice(row) == advice
