@@ -283,7 +283,7 @@ class CalQL(CQL):
         return (
             f"calql/clamped is {share:.2f}: returns replace nearly all values of the policy's actions, so Cal-QL "
             "cannot tell actions apart before Q has climbed to the returns; scale the rewards down "
-            "(--task.reward-scale 0.1), train longer, or use cql"
+            "(task.reward_scale 0.1), train longer, or use cql"
         )
 
     def update(self, batch: Batch) -> tuple[Self, Info]:

@@ -156,7 +156,7 @@ def positive(value: Array, param: Positive) -> Array:
 
 def positive_model(rng: Array, initial: float, param: Positive, learning_rate: float) -> Model:
     """Return the `Model` of a scalar that `positive` maps to `initial`."""
-    free = math.log(initial) if param == "exp" else math.log(math.expm1(initial))
+    free = math.log(initial) if param == "exp" else initial + math.log(-math.expm1(-initial))
     return Model.create(rng, Scalar(free), Adam(learning_rate))
 
 

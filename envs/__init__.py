@@ -114,8 +114,9 @@ def make(
         kwargs["render_mode"] = render_mode
     try:
         env = gym.make(spec, disable_env_checker=True, **kwargs)
-    except Exception as error:
-        raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, Exception) else f"it ends the process ({error!r})"
+        raise ConfigError(f"environment {spec.id} cannot be made: {reason}") from error
     remove_model_file(env)
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)

@@ -12,7 +12,7 @@ from o2o.data.datasets import DatasetInfo
 from o2o.data.task import Task
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.trust import HOW
-from o2o.user_code import import_module
+from o2o.user_code import import_module, origin
 
 MAZE: dict[str, Any] = {
     "reward_scale": 10.0,
@@ -153,7 +153,13 @@ def known_code(spec: EnvSpec, dataset: DatasetInfo) -> EnvSpec:
         return replace(spec, entry_point=registered.entry_point, vector_entry_point=registered.vector_entry_point)
     if dataset.trusted or spec.entry_point in {known.entry_point for known in gym.registry.values()}:
         return spec
+    if isinstance(spec.entry_point, str) and origin(spec.entry_point) is None:
+        module = spec.entry_point.partition(":")[0]
+        raise ConfigError(
+            f"environment {spec.id} of dataset {dataset.name} is in module {module}, which is not found from here: "
+            "start in the folder of that module, or put the folder on PYTHONPATH"
+        )
     raise TrustError(
         f"dataset {dataset.name} would run {spec.entry_point} as its environment {spec.id}, which is not registered: "
-        f"name the module that registers it, --env MODULE:{spec.id.rpartition(':')[2]}; or {HOW}"
+        f"give the module that registers it, `env` MODULE:{spec.id.rpartition(':')[2]}; or {HOW}"
     )

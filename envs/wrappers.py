@@ -75,9 +75,9 @@ class FaultGuard(gym.Wrapper):
     def _guarded(self, when: str | None = None) -> Iterator[None]:
         try:
             yield
-        except O2OError:
+        except (O2OError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit, or a cancelled task of asyncio
             raise self._fault(f"raised {type(error).__name__}: {error}", when) from error
 
     def _check_takeover(self, action: Any) -> None:

@@ -24,7 +24,7 @@ from o2o.config import RunConfig
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
 from o2o.settings import Amount, Count, Seed, checked
 from o2o.startup import prepare_process
-from o2o.usage import WORDS, booleans, in_options, one_line, spelled_out
+from o2o.usage import WORDS, as_options, booleans, in_options, one_line, spelled_out
 
 Name = tyro.conf.Positional
 TRUST = "--trust"
@@ -87,7 +87,9 @@ def train(args: Name[tuple[str, ...]] = ()) -> int:
     print("usage: o2o train AGENT --dataset ID [options]\n\nagents:")
     print_lines({name: first_line(kind) for name, kind in AGENTS.items()} | {"module:Class": "an agent of your own"})
     print(TRAIN_HELP)
-    return 0 if rest else 2
+    if set(rest) <= {"-h", "--help"}:
+        return 0 if rest else 2
+    raise ConfigError("o2o train: no agent; name one first, such as `o2o train wsrl --dataset ID` (`o2o help train`)")
 
 
 def _agent_of(args: list[str]) -> tuple[str, list[str]]:
@@ -144,7 +146,9 @@ def parse_train(agent: str, args: list[str]) -> tuple[Path, Any]:
     values = {name: getattr(run if name in first else run.more, name) for name in values}
     config = session.RunConfig(**{**values, "agent": default.agent, "task": default.task})
     slug = "+".join(Path(i).name if os.sep in i and Path(i).exists() else i.replace("/", "-") for i in config.dataset)
-    name = run.name if run.name is not None else f"{agent.rpartition(':')[2]}-{slug}-{config.seed}"[:NAME_BYTES]
+    before, after = f"{agent.rpartition(':')[2]}-", f"-{config.seed}"  # kept whole, so that seeds are told apart
+    room = NAME_BYTES - len(os.fsencode(before + after))
+    name = run.name if run.name is not None else before + os.fsencode(slug)[:room].decode(errors="ignore") + after
     check_name(name)
     return (run.runs / name).absolute(), config  # absolute: an environment may change the working folder
 
@@ -666,21 +670,23 @@ class StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; a terminal that has gone away does not end the run."""
         with contextlib.suppress(OSError):
-            print(f"o2o: {self.format(record)}", file=sys.stderr)
+            print(f"o2o: {as_options(self.format(record), OPTIONS)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def logging_to_stderr() -> Iterator[None]:
     """Print the messages of logger `o2o` (level INFO and up) to standard error."""
     logger, handler = logging.getLogger("o2o"), StandardError()
-    before = logger.level
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = bool(logging.getLogger().handlers)  # absl adds one later, which would print them again
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def main(args: Sequence[str] | None = None) -> None:

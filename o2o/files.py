@@ -54,14 +54,27 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
         raise
 
 
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says. Raises `ValueError` or `RecursionError`, also for half characters in its texts.
+
+    Those (`\\ud800` alone) are valid JSON, but can be neither printed nor written.
+    """
+    value = json.loads(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises `RunError` if it cannot be read, or if something else is in it."""
     try:
-        value = json.loads(path.read_bytes().decode())
+        value = parse_json(path.read_bytes().decode())
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RunError(f"{path} is no UTF-8 text (byte {error.start}): restore it from a copy") from error
+    except UnicodeEncodeError as error:
+        raise RunError(f"{path} has half a character in a text ({error.object[error.start]!r}): restore it") from error
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not valid JSON (line {error.lineno}): restore it from a copy") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
@@ -82,7 +95,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break

@@ -171,13 +171,7 @@ def read(value: Any, kind: Any) -> Any:
         return _table(value, kind)
     if kind in (int, float):
         return read(value, Annotated[kind, _FINITE])
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind in (bool, str) and not isinstance(value, kind):
-        if kind is bool and type(value).__name__ in ("bool_", "bool") and getattr(value, "shape", None) == ():
-            return bool(value)  # numpy's
-        raise _wrong(value, kind.__name__)
-    return value
+    return _plain(value, kind) if kind in (bool, str) else value
 
 
 _FINITE = Range()
@@ -213,9 +207,19 @@ def _number(value: Any, kind: type) -> int | float:
     raise _wrong(value, kind.__name__)
 
 
+def _plain(value: Any, kind: type) -> Any:
+    if kind is str and isinstance(value, str | os.PathLike):
+        return value if type(value) is str else str(os.fspath(value))  # a path, or NumPy's text
+    if kind is bool and type(value).__name__ in ("bool_", "bool") and getattr(value, "shape", ()) == ():
+        return bool(value)  # NumPy's too
+    raise _wrong(value, kind.__name__)
+
+
 def _literal(value: Any, options: tuple[Any, ...]) -> Any:
-    if any(value == option and type(value) is type(option) for option in options):
-        return value
+    for option in options:
+        texts = isinstance(value, str) and isinstance(option, str)  # NumPy's too
+        if value == option and (texts or type(value) is type(option)):
+            return option
     close = suggest(str(value), map(str, options), "")
     raise _wrong(value, " or ".join(map(str, options)) + f"; {close}" * bool(close))
 

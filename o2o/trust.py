@@ -19,7 +19,7 @@ from o2o.user_code import origin
 
 FOLDERS = "O2O_TRUSTED_FOLDERS"
 """Environment variable: folders, as in PATH, whose runs and datasets may name any code."""
-HOW = f"if you trust who made it, say --trust, or put its folder into {FOLDERS}"
+HOW = f"if you trust who made it, put its folder into {FOLDERS}, or say --trust on the command line"
 
 
 def everywhere() -> None:
@@ -49,6 +49,7 @@ def vouched(proof: Any, code: list[str], about: Any = None) -> bool:
     return (
         key is not None
         and isinstance(proof, str)
+        and proof.isascii()
         and hmac.compare_digest(proof.encode(), _sign(key, code, about).encode())
     )
 

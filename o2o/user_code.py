@@ -29,7 +29,7 @@ def origin(code: str) -> str | None:
     Nothing is imported: of a module in a package it is the file of the package.
     """
     where = code.rpartition(":")[0] or code
-    if where.endswith(".py") or ":" not in code:
+    if ":" not in code or (where.endswith(".py") and os.path.isfile(where)):
         return os.path.realpath(where) if os.path.isfile(where) else None
     _search_here()
     try:
@@ -38,7 +38,8 @@ def origin(code: str) -> str | None:
         return ""
     if found is None:
         return None
-    return found.origin or str(next(iter(found.submodule_search_locations or ()), ""))
+    place = found.origin or next(iter(found.submodule_search_locations or ()), "")
+    return os.path.realpath(place) if os.path.exists(place) else place
 
 
 def source_digest(code: str) -> str | None:
@@ -63,6 +64,6 @@ def run_file(path: Path) -> ModuleType:
 def _run(name: str, load: Callable[[], ModuleType]) -> ModuleType:
     try:
         return load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name!r} cannot be imported ({type(error).__name__}: {reason})") from error

@@ -2,7 +2,9 @@
 
 import ctypes.util
 import dataclasses
+import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # read
 
 from o2o import envs
 from o2o.config import LoopConfig
+from o2o.data import datasets
 from o2o.data.datasets import Dataset
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
@@ -66,6 +69,21 @@ def embedded(embedded_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     """Return the embedded dataset's id, with MINARI_DATASETS_PATH set to its root."""
     monkeypatch.setitem(os.environ, "MINARI_DATASETS_PATH", str(embedded_root))
     yield envs.embedded_id(envs.DEMO_DATASET)
+
+
+@pytest.fixture
+def dense_maze(embedded: str, tmp_path: Path) -> str:
+    """Return the path of the embedded dataset as if it had been recorded in `PointMaze_UMazeDense-v3`."""
+    folder = tmp_path / "dense-v0"
+    shutil.copytree(datasets.default_root() / embedded, folder)
+    path = folder / "data/metadata.json"
+    about = json.loads(path.read_text())
+    spec = json.loads(about["env_spec"])
+    kwargs = {**spec["kwargs"], "reward_type": "dense"}
+    about["env_spec"] = json.dumps({**spec, "id": "PointMaze_UMazeDense-v3", "kwargs": kwargs})
+    about.pop("eval_env_spec", None)
+    path.write_text(json.dumps(about))
+    return str(folder)
 
 
 WIDTHS = [f"{network}_hidden_dims" for network in ("actor", "critic", "value", "edit", "balance")]

@@ -206,7 +206,7 @@ def _read_rows(
 
 def _refuse(name: str, problem: str, skip: bool) -> None:
     if not skip:
-        raise DatasetError(f"dataset {name}: {problem}; or leave bad episodes out: `skip_bad_episodes`")
+        raise DatasetError(f"dataset {name}: {problem}; or set `skip_bad_episodes` to leave such episodes out")
 
 
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
@@ -225,7 +225,7 @@ def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     if unseen and achieved_goal is None:
         log.warning(
             "dataset %s: %s is left out of the observations, and no other entry follows it: the policy cannot see it. "
-            "Keep it: set `task.achieved_goal` to True, or say False",
+            "Set `task.achieved_goal` to True to keep it, or to False to say no more of it",
             about.name,
             ", ".join(unseen),
         )
@@ -361,7 +361,7 @@ def _concatenate(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _weights(sizes: Sequence[int], weights: Sequence[float] | None) -> list[float]:
     values = list(map(float, sizes if weights is None else weights))
-    if len(values) != len(sizes) or min(values) < 0 or sum(values) <= 0:
+    if len(values) != len(sizes) or min(values) < 0 or not 0 < sum(values) < np.inf:
         raise DatasetError(f"weights {weights} do not fit {len(sizes)} dataset(s): give one non-negative number each")
     return [value / sum(values) for value in values]
 
@@ -380,7 +380,7 @@ def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
         if environment != known[0][1]:
             raise DatasetError(
                 f"datasets {known[0][0]} and {name} cannot be mixed as they are: they name different environments, "
-                f"{known[0][1][:120]} and {environment[:120]}; say with `env` in which to train, or mix "
+                f"{known[0][1][:120]} and {environment[:120]}; give the one to train in as `env`, or mix "
                 "datasets of one"
             )
 

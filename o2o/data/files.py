@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import json
 import os
 import platform
 import re
@@ -29,7 +28,7 @@ from minari.serialization import deserialize_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
-from o2o.files import alive
+from o2o.files import alive, parse_json
 from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
@@ -160,13 +159,13 @@ def _download(name: str, base: Path) -> Path:
 def read_metadata(data: Path) -> dict[str, Any]:
     """Return metadata.json. Raises `DatasetError` if it cannot be read or lacks an entry that o2o needs."""
     try:
-        metadata = json.loads((data / METADATA_FILE_NAME).read_text())
+        metadata = parse_json((data / METADATA_FILE_NAME).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             f"{data / METADATA_FILE_NAME} is not readable JSON ({error}); download the dataset again"
         ) from error
     word = lambda value: isinstance(value, str)  # noqa: E731
-    count = lambda value: _number(value) and value >= 0  # noqa: E731
+    count = lambda value: _number(value) and value >= 0 and value == int(value)  # noqa: E731
     score = lambda value: value is None or _number(value)  # noqa: E731
     fits = {"dataset_id": word, "total_episodes": count, "total_steps": count, "data_format": word}
     fits |= {"ref_min_score": score, "ref_max_score": score}
@@ -326,7 +325,10 @@ def read_episodes(storage: MinariStorage, name: str, start: int = 0) -> Iterator
 
     Raises `DatasetError` with the number of an episode that cannot be read.
     """
-    total = storage.total_episodes
+    try:
+        total = int(storage.total_episodes)
+    except Exception as error:
+        raise DatasetError(f"dataset {name}: its metadata cannot be read ({error})") from error
     if total == 0:
         raise DatasetError(f"dataset {name}: it is empty (0 episodes); record or download it again")
     raw, i = iter(storage.get_episodes(range(start, total))), start
@@ -363,7 +365,7 @@ def tidy(episode: Episode) -> Episode:
         raise ValueError(f"rewards are {rewards.dtype}, expected numbers")
     steps, success = len(rewards), episode.success
     if success is not None:
-        if success.ndim == 0 or len(success) not in (steps, steps + 1):
+        if success.ndim == 0 or len(success) not in (steps, steps + 1) or (steps and not success.size):
             raise ValueError(
                 f"infos/success has shape {success.shape} for {steps} steps, expected a flag for each step, or one more"
             )
@@ -411,7 +413,7 @@ def problems(
             yield f"{where}, step {step}: {key} has {array[step, entry]} in entry {entry}; remove the episode"
     if arrays["actions"].shape[1] != actions.dim:
         yield f"{where}: actions have {arrays['actions'].shape[1]} entries, the action space {actions.dim}"
-    elif not clip and (out := np.argwhere(actions.outside(episode.actions))).size:
+    elif not clip and (out := np.argwhere(actions.outside(arrays["actions"].reshape(-1, *actions.shape)))).size:
         step, entry = out[0]
         yield (
             f"{where}, step {step}: action entry {entry} is {arrays['actions'][step, entry]:.6g}, outside the bounds "
@@ -427,6 +429,8 @@ def _numbers(episode: Episode, spec: ObservationSpec) -> dict[str, np.ndarray]:
     steps = len(episode.rewards)
     if steps == 0:
         raise ValueError(" has no steps; delete it")
+    if not episode.actions.ndim:
+        raise ValueError(f"actions have shape (), expected one action for each of {steps} steps")
     for key in ("actions", "terminations", "truncations"):
         if len(getattr(episode, key)) != steps:
             raise ValueError(f" has {len(getattr(episode, key))} {key} for {steps} rewards")

@@ -37,7 +37,10 @@ class Columns:
         used = self._used.get(key, 0)
         end = used + len(values)
         if key not in self._arrays:
-            self._arrays[key] = empty((max(room, end), *values.shape[1:]), values.dtype)
+            try:
+                self._arrays[key] = empty((max(room, end), *values.shape[1:]), values.dtype)
+            except (ValueError, MemoryError):  # `room` is what a file says of itself
+                self._arrays[key] = empty((end, *values.shape[1:]), values.dtype)
         held = self._arrays[key]
         kind = np.result_type(held, values)
         if end > len(held) or kind != held.dtype:

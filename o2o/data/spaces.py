@@ -25,7 +25,10 @@ ACTION_LIMIT = 0.99999
 LARGEST_BOUND = 1e6
 """Bounds of actions beyond this stand for none: in their range the actions of any task are one and the same."""
 SMALLEST_PICTURE = 32
-"""Pixels per side from which an array of numbers that may be no picture (grey, of floats) is taken for one."""
+"""Pixels per side from which an array of numbers that may be no picture (grey, of floats) is taken for one.
+
+Half of it is enough where an axis of 1, 3 or 4 looks like one of colours.
+"""
 SMALLEST_HALF_RANGE = 0.05
 """Smallest half range of an action coordinate, in the environment's units (arXiv 2509.19301, released code)."""
 
@@ -104,8 +107,10 @@ class Leaf:
 def _is_image(space: gym.Space, name: str) -> bool:
     """Whether a Box holds pictures that agents can see; raises `EnvironmentMismatchError` for pictures of others."""
     shape = tuple(space.shape or ())
-    sides = shape[-2:] if len(shape) == 2 or (len(shape) > 2 and shape[-3] < min(shape[-2:])) else shape[-3:-1]
-    large = len(shape) > 1 and min(sides) >= SMALLEST_PICTURE
+    first = len(shape) > 2 and shape[-3] < min(shape[-2:])
+    sides = shape[-2:] if len(shape) == 2 or first else shape[-3:-1]
+    colours = len(shape) > 2 and shape[-3 if first else -1] in (1, 3, 4)
+    large = len(shape) > 1 and min(sides) >= (SMALLEST_PICTURE // 2 if colours else SMALLEST_PICTURE)
     if isinstance(space, spaces.Box) and space.dtype == np.uint8:
         if len(shape) == 3 or (len(shape) in (2, 4) and large):
             return True

@@ -28,7 +28,7 @@ def as_flags(values: Any) -> np.ndarray:
         return found
     wrong = ~np.isin(found, (0, 1)) if found.dtype.kind in "iuf" else np.ones(found.shape, bool)
     if wrong.any():
-        raise ValueError(f"{found[wrong][0]!r}")
+        raise ValueError(f"{found[wrong].tolist()[0]!r}")
     return found.astype(bool)
 
 

@@ -240,7 +240,10 @@ class CriticEnsemble(nn.Module):
             if self.layer_norm:
                 x = EnsembleLayerNorm(self.num, centred=centred, name=f"norm_{i}")(x)
             x = x if self.norm_last else act(x)
-        if self.shared_output:
+        if not self.hidden_dims:  # linear critics, which share nothing
+            head = EnsembleDense(self.num, 1, self.init_scheme, self.output_gain, stacked=False, name="output")
+            x = head(observations, actions)
+        elif self.shared_output:
             layer = nn.Dense(1, kernel_init=kernel_init(self.init_scheme, self.output_gain), name="shared_output")
             x = layer(x)
         else:

@@ -46,8 +46,8 @@ def folders(out: Path | None = None, runs: Path | None = None) -> tuple[Path, Pa
 
     Results in another folder have their own runs, `out/runs`.
     """
-    results = out or RESULTS
-    return results, runs or (RUNS if results.resolve() == RESULTS.resolve() else results / "runs")
+    results = (out or RESULTS).absolute()  # an environment may change the working folder
+    return results, runs or (RUNS.absolute() if results.resolve() == RESULTS.resolve() else results / "runs")
 
 
 def _alive(status: Mapping[str, Any]) -> bool:
@@ -140,7 +140,8 @@ def run_suite(
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     cells = suite.cells(agents, tasks, seeds)
-    planned = jobs(suite, cells, *folders(out, runs))
+    places = folders(out, runs)
+    planned = jobs(suite, cells, *places)
     for job in planned:
         check_run(job)
     for number, job in enumerate(planned, start=1):
@@ -156,7 +157,7 @@ def run_suite(
         if (status_of(job.run) or {}).get("status") == "stopped":
             say(f"{place}: stopped; the same command goes on from here")
             break
-    return int(any(job.state != "finished" for job in jobs(suite, cells, *folders(out, runs))))
+    return int(any(job.state != "finished" for job in jobs(suite, cells, *places)))
 
 
 def _run(

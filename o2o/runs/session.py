@@ -345,8 +345,8 @@ def _check_code(path: Path, values: Mapping[str, Any]) -> None:
     unknown = [name for name in code if origin(name) is not None and not imported(name)]
     if unknown and not vouched(values.get("vouched"), code) and not trusted(path):
         raise TrustError(
-            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine: look at that "
-            f"code; {HOW}"
+            f"run {path} would run {' and '.join(unknown)}, and it was not begun by you on this machine with the code "
+            f"that lies there now: look at it; {HOW}"
         )
 
 
@@ -460,7 +460,10 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     else:
         env = make_env(config, data, base)
         rate, simulated = env.metadata.get("render_fps"), env.metadata.get("replayable", True)
-        env.close()
+        with Closing() as closing:
+            closing.callback(env.close)
+            if not simulated and config.online_steps:
+                closing.callback(_second_of(config, data, base).close)
         if envs.endless(config.env or data.info):
             _log.warning(
                 "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register "
@@ -493,10 +496,21 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     return session.work()
 
 
+def _second_of(config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> Any:
+    """Make hardware's environment for evaluation beside the one for training. Raises `ConfigError` if it cannot be."""
+    try:
+        return make_env(config, data, base, evaluation=True)
+    except O2OError as error:
+        raise ConfigError(
+            f"a second object of the environment cannot be made beside the first ({error}): a run holds one to train "
+            "in and one to evaluate in, never both in motion, so let them share the connection"
+        ) from error
+
+
 def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
     """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
 
-    Those for evaluation are kept. For simulators only: every instance of a robot is the same. Raises `ConfigError`.
+    Those for evaluation are kept. Raises `ConfigError`.
     """
     training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
     with Closing() as closing:
@@ -661,7 +675,8 @@ def play_run(
     """
     from o2o.policies.video import check_out, check_window, record
 
-    path, out = Path(path), None if out is None else Path(out)
+    path = Path(path)
+    out = None if out is None else Path(out).absolute()  # an environment may change the working folder
     check_out(out) if out is not None else check_window()
     check_seed_index(path, seed_index)
     opened = open_agents(path, which)

@@ -14,6 +14,12 @@ from o2o.types import Batch
 CLOSE = 64
 """An update is compiled to learn its memory only if the rough estimate is above this part of what is free."""
 
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+)
+"""Folder, limit, use and files that can be dropped, of control groups of versions 2 and 1."""
+
 
 def tree_bytes(tree: Any) -> int:
     """Return the bytes of arrays, or of their shapes and types."""
@@ -27,10 +33,7 @@ def free_bytes() -> int | None:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    found = [_of_machine(), _of_container("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")]
-    found.append(
-        _of_container("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-    )
+    found = [_of_machine(), *(_of_container(Path(folder), *names) for folder, *names in CONTAINERS)]
     return min((size for size in found if size is not None), default=None)
 
 
@@ -44,10 +47,13 @@ def _of_machine() -> int | None:
         return None
 
 
-def _of_container(limit: str, used: str) -> int | None:
+def _of_container(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """Return what a control group can still take. Files that the system keeps in memory count as used there."""
     try:
-        return int(Path(limit).read_text()) - int(Path(used).read_text())
-    except (OSError, ValueError):  # there is none, or its limit is "max"
+        free = int((folder / limit).read_text()) - int((folder / used).read_text())
+        kept = [line.split()[1] for line in (folder / "memory.stat").read_text().splitlines() if line.startswith(cache)]
+        return max(free + sum(map(int, kept)), 0)
+    except (OSError, ValueError, IndexError):  # there is none, or its limit is "max"
         return None
 
 

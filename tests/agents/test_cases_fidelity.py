@@ -111,7 +111,7 @@ def test_clamped_values_give_advice(steps: int, share: float, said: bool) -> Non
     for _ in range(2 * said):
         screen.advice(str(advice))
     text = page.getvalue()
-    assert text.count("--task.reward-scale 0.1") == said and ("calql/clamped is 0.93" in text) == said
+    assert text.count("task.reward_scale 0.1") == said and ("calql/clamped is 0.93" in text) == said
     assert WSRL.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, 2)), small_wsrl()).advice(row) == advice
 
 

@@ -16,7 +16,7 @@ from o2o.train.episode import EVAL_STREAM, reset_seed
 from o2o.train.evaluation import evaluate
 
 Maker = Callable[..., RunConfig]
-ENV = "PointMaze_Open-v3"
+ENV = "PointMaze_UMazeDense-v3"
 """Its returns tell any two paths apart; its observations are a Dict."""
 CHUNKED = [("horizon", 3), ("execute", 2), ("width", 16), ("blocks", 1)]
 RESIDUAL = [("online.random_steps", 20), ("online.initial_updates", 10)]
@@ -38,9 +38,10 @@ def play(policy: Any, seed: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def dense(tiny_run: Maker) -> Maker:
+def dense(tiny_run: Maker, dense_maze: str) -> Maker:
     """Return a maker of tiny runs in `ENV`."""
-    return lambda agent, fields=(), **changes: tiny_run(agent, fields, **{"env": ENV, "online_steps": 0, **changes})
+    defaults = {"dataset": (dense_maze,), "online_steps": 0}
+    return lambda agent, fields=(), **changes: tiny_run(agent, fields, **{**defaults, **changes})
 
 
 def by_hand(path: Path, seed: int, seed_index: int = 0) -> dict[str, Any]:
