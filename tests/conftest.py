@@ -80,7 +80,9 @@ def dense_maze(embedded: str, tmp_path: Path) -> str:
     about = json.loads(path.read_text())
     spec = json.loads(about["env_spec"])
     kwargs = {**spec["kwargs"], "reward_type": "dense"}
-    about["env_spec"] = json.dumps({**spec, "id": "PointMaze_UMazeDense-v3", "kwargs": kwargs})
+    about["env_spec"] = json.dumps(
+        {**spec, "id": "PointMaze_UMazeDense-v3", "kwargs": kwargs, "max_episode_steps": 300}
+    )
     about.pop("eval_env_spec", None)
     path.write_text(json.dumps(about))
     return str(folder)

@@ -67,7 +67,7 @@ def test_command_in_dataset(key: str, foreign: Path, tiny_run: Maker, tmp_path: 
     assert len(session.evaluate_run(tmp_path / "run", 1)) == 1  # a run knows its environment
     held = tmp_path / "run/dataset.json"
     values = json.loads(held.read_text())
-    values["dataset"]["metadata"][key] = json.loads((foreign / "data/metadata.json").read_text())[key]
+    values["dataset"]["metadata"] = json.loads((foreign / "data/metadata.json").read_text())
     held.write_text(json.dumps(values))
     with pytest.raises(TrustError, match="would run os:system as its environment Theirs-v0"):
         session.evaluate_run(tmp_path / "run", 1)

@@ -57,7 +57,8 @@ def test_failing_close_during_training(
 ) -> None:
     """A failing close leaves no robot open and no half episode unwritten.
 
-    The environment made second is the evaluation's, the third the training's, which fails in a step or not.
+    Two environments are made to see that there can be two. The third is the evaluation's, the fourth the training's,
+    which fails in a step or not.
     """
     env = envs.make(datasets.info(embedded))
     kind, made, done, steps = type(env.unwrapped), list[Any](), list[int](), list[int]()
@@ -70,14 +71,14 @@ def test_failing_close_during_training(
 
     def stepping(self: Any, action: Any) -> Any:
         steps.append(made.index(self))
-        if fault and steps.count(2) == 12:
+        if fault and steps.count(3) == 12:
             raise OSError("gripper lost contact")
         return step(self, action)
 
     def closing(self: Any) -> None:
         done.append(made.index(self))
         close(self)
-        if made.index(self) == 1:
+        if made.index(self) == 2:
             raise RuntimeError("brake stuck")
 
     for name, changed in (("__init__", making), ("step", stepping), ("close", closing)):
@@ -89,7 +90,7 @@ def test_failing_close_during_training(
             session.train(run, tmp_path / "run")
     else:
         assert session.train(run, tmp_path / "run")
-    assert sorted(done) == [0, 1, 2]
+    assert sorted(done) == [0, 1, 2, 3]
     assert (tmp_path / "run" / RECORDED).exists() == (not fault)
     (episode,) = (tmp_path / "run" / EPISODES).glob("*.npz")
     assert np.load(episode)["rewards"].size == (11 if fault else 30)
