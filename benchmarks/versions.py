@@ -34,6 +34,8 @@ TESTS = (
     "tests/agents/test_contract.py", "tests/system/test_cameras.py", "tests/system/test_runs.py",
 )  # fmt: skip
 CHOSEN = "startup or help or test_envs or cameras or iql-offline or rlpd-offline or test_stop_and_resume[calql]"
+TOOLS = ("pytest>", "hypothesis>", "setuptools>")
+"""What the tests need of the extra `dev`."""
 OUTCOMES = ("passed", "failed", "errors", "skipped")
 COLUMNS = ("end", "python", *SHOWN, *OUTCOMES, "commit", "date")
 
@@ -71,8 +73,9 @@ def install(end: str, folder: Path) -> Path:
     call(interpreter(ENDS[end]), "-m", "venv", "--clear", venv)
     about = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     constraints.write_text("\n".join(lower_bounds(about["dependencies"]) if end == "oldest" else []))
+    tools = [each for each in about["optional-dependencies"]["dev"] if each.startswith(TOOLS)]
     python = venv / "bin" / "python"
-    call(python, "-m", "pip", "install", "--quiet", "-c", constraints, "-e", CHECKOUT, "pytest", "hypothesis")
+    call(python, "-m", "pip", "install", "--quiet", "-c", constraints, "-e", CHECKOUT, *tools)
     return python
 
 

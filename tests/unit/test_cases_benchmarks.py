@@ -1,4 +1,4 @@
-"""The script that checks both ends of the supported versions: what an end is, and how its outcome is read."""
+"""The scripts in `benchmarks/`: both ends of the supported versions, and settings that every agent takes."""
 
 import sys
 import tomllib
@@ -9,7 +9,9 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # its scripts import each other by name
 
 import versions
-from throughput import CHECKOUT, MeasureError, read_table
+from throughput import CHECKOUT, MeasureError, read_table, with_settings
+
+from o2o.agents import AGENTS
 
 
 def test_lower_bounds_held() -> None:
@@ -48,3 +50,16 @@ def test_committed_result_is_of_these_bounds() -> None:
     bounds = dict(each.split("==") for each in versions.lower_bounds(dependencies))
     for name in versions.SHOWN:
         assert f"{rows['oldest'][name]}.".startswith(f"{bounds[name]}."), (name, rows["oldest"][name], bounds[name])
+
+
+PAPER = {name: kind.preset("locomotion", "paper").config for name, kind in AGENTS.items()}
+
+
+@pytest.mark.parametrize("agent", [name for name, config in PAPER.items() if config.online.replay != "rollout"])
+def test_settings_measured_for_every_agent(agent: str) -> None:
+    """Every agent with a replay takes the settings of a speed case, those with an agent inside, such as WSRL, too."""
+    config = PAPER[agent]
+    changed = with_settings(config, batch_size=16, warmup_steps=7, initial_updates=0)
+    assert changed.online.warmup_steps == 7 and changed.online.initial_updates == 0
+    if hasattr(config, "cql"):
+        assert changed.cql.online == config.cql.online
