@@ -114,7 +114,8 @@ def make(
     try:
         env = gym.make(spec, disable_env_checker=True, **kwargs)
     except Exception as error:
-        raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # a bare assertion has no text of its own
+        raise ConfigError(f"environment {spec.id} cannot be made ({reason})") from error
     remove_model_file(env)
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
