@@ -103,15 +103,18 @@ class Meter:
         return self.rate * self.unit
 
 
-def with_settings(config: Any, **values: Any) -> Any:
-    """Return a dataclass with these fields replaced wherever it, or a dataclass inside it, has them."""
+def with_settings(config: Any, inner: bool = False, /, **values: Any) -> Any:
+    """Return a dataclass with these fields replaced wherever it, or a dataclass inside it, has them.
+
+    The settings of an agent inside another (`inner`) keep their `online`: the outer agent's holds.
+    """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in values:
             changes[field.name] = values[field.name]
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = with_settings(value, **values)
+        elif dataclasses.is_dataclass(value) and not (inner and field.name == "online"):
+            changes[field.name] = with_settings(value, True, **values)
     return dataclasses.replace(config, **changes)
 
 

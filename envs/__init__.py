@@ -114,9 +114,11 @@ def make(
         kwargs["render_mode"] = render_mode
     try:
         env = gym.make(spec, disable_env_checker=True, **kwargs)
-    except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, Exception) else f"it ends the process ({error!r})"
-        raise ConfigError(f"environment {spec.id} cannot be made: {reason}") from error
+    except (Exception, SystemExit) as error:  # a bare assertion has no text of its own
+        named = (
+            f"{type(error).__name__}: {error}" if isinstance(error, Exception) else f"it ends the process ({error!r})"
+        )
+        raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())})") from error
     remove_model_file(env)
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)

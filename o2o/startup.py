@@ -12,11 +12,6 @@ from typing import Any
 
 from o2o.files import cache_dir
 
-NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
-"""Turns off a fusion of XLA's CPU back end that makes small matrix products slower (`benchmarks/PERFORMANCE.md`)."""
-KNOWN_TO = ("0.10.",)
-"""Releases of jaxlib that know the flag. Others might refuse to start with it."""
-
 EGL_PLATFORM_DEVICE = 0x313F
 """EGL_PLATFORM_DEVICE_EXT of the Khronos registry."""
 
@@ -35,10 +30,7 @@ def prepare_process() -> None:
     then compiles nothing. JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads spin, and initialisers' QR then crawls
-    jaxlib, flags = version("jaxlib"), os.environ.get("XLA_FLAGS", "")
-    if jaxlib.startswith(KNOWN_TO) and NO_YNN.rstrip("=") not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {NO_YNN}".strip()
-    place = hashlib.sha256(f"{jaxlib} {processor()}".encode()).hexdigest()[:16]
+    place = hashlib.sha256(f"{version('jaxlib')} {processor()}".encode()).hexdigest()[:16]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "programs" / place))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
