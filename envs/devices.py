@@ -116,7 +116,7 @@ class Keyboard:
         self._pygame = game = pygame_for("keyboard")
         self._held = set[int]()
         self._ends = {game.K_RETURN: "success", game.K_ESCAPE: "failure", game.K_BACKSPACE: "again"}
-        self._pairs = [[game.key.key_code(key) for key in pair] for pair in PAIRS[: self._map.dim]]
+        self._pairs = [[ord(key) for key in pair] for pair in PAIRS[: self._map.dim]]  # as pygame's
 
     def read(self) -> Reading:
         """Return the action of the keys that are held. Closing the window is Ctrl-C."""
@@ -169,7 +169,7 @@ class Gamepad:
         controller.init()
         if not (number < controller.get_count() and controller.is_controller(number)):
             raise ConfigError(f"there is no gamepad {number}: {controller.get_count()} found; plug it in first")
-        self._pad = controller.Controller(number)
+        self._pad, self._down = controller.Controller(number), set[str]()
         self._ends = (
             (game.CONTROLLER_BUTTON_X, "again"), (game.CONTROLLER_BUTTON_B, "failure"),
             (game.CONTROLLER_BUTTON_A, "success"),
@@ -183,7 +183,9 @@ class Gamepad:
         moved = [axis("LEFTX"), -axis("LEFTY"), -axis("RIGHTY"), axis("RIGHTX")]
         moved = np.asarray([*moved, axis("TRIGGERRIGHT") - axis("TRIGGERLEFT")])[: self._map.dim]
         moved = np.where(np.abs(moved) < DEAD_ZONE, 0.0, moved)
-        end = next((word for button, word in self._ends if self._pad.get_button(button)), "")
+        down = {word for button, word in self._ends if self._pad.get_button(button)}
+        end = next((word for _, word in self._ends if word in down - self._down), "")
+        self._down = down
         return Reading(self._map.to_env(moved) if moved.any() else None, end)  # pyright: ignore[reportArgumentType]
 
     def close(self) -> None:

@@ -59,8 +59,10 @@ def learn(folder, steps):
     done = import_dataset(folder / "logs.npz", "lab/drive-v0", options=Options(success="last"), root=folder)
     print(f"imported {done.episodes} episodes, {done.steps} steps")
 
-    # o2o train bc --dataset own_data/lab/drive-v0 --preset small --online-steps 0 --offline-steps 1000 --name drive
-    run = session.preset_run("bc", done.folder, "small", online_steps=0, offline_steps=steps)
+    # o2o train bc --dataset own_data/lab/drive-v0 --preset small --config.loss mse --config.actor-lr 1e-3
+    #     --offline-steps 1000 --online-steps 0 --name drive
+    settings = {"loss": "mse", "actor_lr": 1e-3}
+    run = session.preset_run("bc", done.folder, "small", config=settings, offline_steps=steps, online_steps=0)
     session.train(run, folder / "drive")
 
     # o2o export runs/drive policy.onnx

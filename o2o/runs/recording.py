@@ -93,6 +93,7 @@ def record(
     with other settings, or one that is under way, is in the way, and what environment and policy raise. What was
     recorded before stays, and the same call goes on.
     """
+    root = (root or files.default_root()).absolute()  # an environment may change the working folder
     target = files.check_new(dataset_id, root)
     work = files.work_folder(target, "recording")
     try:
@@ -109,7 +110,7 @@ def record(
                     shutil.rmtree(work, ignore_errors=True)
             if (done := recorded(work)) < episodes:
                 return Recorded(None, done)
-            folder = recorder.export(work, dataset_id, root or files.default_root())
+            folder = recorder.export(work, dataset_id, root)
             shutil.rmtree(work, ignore_errors=True)
             return Recorded(folder, done)
     except Timeout as error:
@@ -144,6 +145,8 @@ def _play(
     if config.success_key is not None:
         task = replace(task, success_key=config.success_key, has_success=True)
     alone = config.policy in DEVICES
+    if alone and config.takeover is not None:
+        raise ConfigError(f"policy {config.policy} is a human already: leave `takeover` out, or give another policy")
     word = config.policy if alone else config.takeover
     policy = None if alone else load_base(config.policy)
     about = {"algorithm_name": config.policy, "description": f"Recorded by o2o in {config.env}."}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +22,7 @@ from o2o.config import LoopConfig, keyword_arguments
 from o2o.data import datasets, files
 from o2o.data.files import Episode
 from o2o.data.recorder import EPISODES
-from o2o.envs.devices import Keyboard, Reading
+from o2o.envs.devices import Gamepad, Keyboard, Reading
 from o2o.errors import BaseFaultError, ConfigError, DatasetError, EnvironmentFaultError
 from o2o.runs import session
 from o2o.runs.recording import RecordConfig, record
@@ -36,7 +37,7 @@ import numpy as np
 
 class Arm(gym.Env):
     """It reports `solved` in its last step alone; the arm moves by what is commanded, and by some noise."""
-    metadata = {"render_fps": 1000.0}
+    metadata = {"render_fps": 1000.0, "render_modes": []}
     observation_space = gym.spaces.Dict({
         "achieved_goal": gym.spaces.Box(-99, 99, (1,), np.float64), "arm": gym.spaces.Box(-99, 99, (2,), np.float64)})
     action_space = gym.spaces.Box(np.float32([-2, 0]), np.float32([6, 1]))
@@ -304,13 +305,14 @@ def refused() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
             "nan .* episode 0",
         ),
         "device": (lambda: record(config(takeover="mouse"), "lab/a-v0", 1), ConfigError, "no device 'mouse'"),
+        "two humans": (lambda: record(config("keyboard", takeover="gamepad"), "lab/a-v0", 1), ConfigError, "already"),
         "id": (lambda: record(config(), "a", 1), DatasetError, "namespace/name-v0"),
         "shape": (lambda: record(config(), "lab/a-v0", 1, device=device), EnvironmentFaultError, "the device gave"),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["environment", "argument", "policy", "no policy", "diverged", "device", "id", "shape"]
+    "name", ["environment", "argument", "policy", "no policy", "diverged", "device", "two humans", "id", "shape"]
 )
 def test_refused(name: str, bench: Any, tmp_path: Path) -> None:
     """A recording that cannot begin says why in one line and leaves nothing."""
@@ -363,3 +365,44 @@ def test_keyboard(monkeypatch: pytest.MonkeyPatch) -> None:
     keys.close()
     with pytest.raises(ConfigError, match="keyboard steers 8 action entries, the environment has 9"):
         Keyboard(gym.spaces.Box(-1, 1, (9,)))
+
+
+class Pad:
+    """A gamepad as pygame has it: numbers of 16 bits, up negative."""
+
+    axes, down = dict[int, int](), set[int]()
+
+    def __init__(self, number: int) -> None:
+        assert number == 0
+
+    def get_axis(self, axis: int) -> int:
+        return self.axes.get(axis, 900)  # no stick rests at 0
+
+    def get_button(self, button: int) -> bool:
+        return button in self.down
+
+    def quit(self) -> None:
+        self.down.clear()
+
+
+def test_gamepad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sticks beyond their dead zone move the entries, up is up; a button that is held down ends one episode only."""
+    game: Any = ModuleType("pygame")
+    names = ("LEFTX", "LEFTY", "RIGHTX", "RIGHTY", "TRIGGERLEFT", "TRIGGERRIGHT")
+    vars(game).update({f"CONTROLLER_AXIS_{name}": i for i, name in enumerate(names)})
+    vars(game).update({f"CONTROLLER_BUTTON_{name}": i for i, name in enumerate("ABX")})
+    game.init, game.event = lambda: None, SimpleNamespace(pump=lambda: None)
+    pads = SimpleNamespace(init=lambda: None, get_count=lambda: 1, is_controller=lambda number: True, Controller=Pad)
+    monkeypatch.setitem(sys.modules, "pygame", game)
+    monkeypatch.setitem(sys.modules, "pygame._sdl2", SimpleNamespace(controller=pads))
+    pad = Gamepad(gym.spaces.Box(np.float32([-2, 0, -1, -1, -1]), np.float32([6, 1, 1, 1, 1])))
+    assert pad.read() == Reading()
+    monkeypatch.setattr(Pad, "axes", {0: 32767, 1: 32767, 2: 0, 3: -16384, 5: 32767})
+    np.testing.assert_allclose(pad.read().action, [6, 0, 0.5, 0, 0.97], atol=0.01)
+    monkeypatch.setattr(Pad, "down", {0})
+    assert [pad.read().end for _ in range(3)] == ["success", "", ""]
+    with pytest.raises(ConfigError, match="gamepad steers 5 action entries, the environment has 6"):
+        Gamepad(gym.spaces.Box(-1, 1, (6,)))
+    pads.get_count = lambda: 0
+    with pytest.raises(ConfigError, match="no gamepad 0: 0 found"):
+        Gamepad(gym.spaces.Box(-1, 1, (2,)))
