@@ -5,6 +5,7 @@ the one under way. The same settings go on from there. When all are there the da
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from o2o.runs.session import load_base
 from o2o.settings import AboveZero, Count, Seed, Settings
 from o2o.train.episode import TRAIN_STREAM, EnvSlot
 
+_log = logging.getLogger(__name__)
 SETTINGS, LOCK = "recording.json", "lock"
 FREE = ("window", "rate")
 """Settings that a recording which goes on may change."""
@@ -166,6 +168,12 @@ def _play(
             render_mode="human" if config.window else None,
         )  # fmt: skip
         closing.callback(env.close)
+        if files.storable(env.spec) is None:
+            arguments = f" --env-kwargs {' '.join(config.env_kwargs)}" if config.env_kwargs else ""
+            _log.warning(
+                "%s is registered with a function, which a dataset cannot name: to train on %s give --env %s%s",
+                config.env, dataset_id, config.env, arguments,
+            )  # fmt: skip
         slot = EnvSlot(env, (config.seed, TRAIN_STREAM, 0))
         controller = _Resting(env) if policy is None else _acting(policy, env, task, dataset_id)
         rate = config.rate or (env.metadata.get("render_fps") if word or device else None)

@@ -64,6 +64,8 @@ class Arm(gym.Env):
 
 gym.register("Arm-v0", entry_point="bench_arm:Arm", max_episode_steps=100)
 
+gym.register("Free-v0", entry_point=lambda **kwargs: Arm(**kwargs))
+
 class Noisy:
     """Its actions come from the seed of the episode."""
     def reset(self, seed):
@@ -107,7 +109,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("O2O_CACHE", str(tmp_path / "cache"))
     yield importlib.import_module("bench_arm")
     del sys.modules["bench_arm"]
-    gym.registry.pop("Arm-v0", None)
+    for name in ("Arm-v0", "Free-v0"):
+        gym.registry.pop(name, None)
 
 
 def config(policy: str = "bench_arm:Noisy", **changes: Any) -> RecordConfig:
@@ -249,6 +252,19 @@ def test_environment_settings(bench: Any) -> None:
         assert [env.step(np.zeros(2))[3] for _ in range(3)] == [False, False, True]
     same_as = [envs.same_environment(None, about, kwargs, limit) for kwargs, limit in (({"gain": 2}, 5), ({}, 3))]
     assert same_as == [True, False] and not envs.same_environment("bench_arm:Arm-v0", about)
+
+
+def test_unnamed_environment(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An environment that a dataset cannot name is said once, with what training on it needs; then it trains."""
+    record(RecordConfig("bench_arm:Free-v0", "bench_arm:Noisy", env_kwargs=("gain=2",)), "lab/arm-v0", 1)
+    assert [each.getMessage() for each in caplog.records if "cannot name" in each.getMessage()] == [
+        "bench_arm:Free-v0 is registered with a function, which a dataset cannot name: to train on lab/arm-v0 give "
+        "--env bench_arm:Free-v0 --env-kwargs gain=2"
+    ]
+    assert datasets.info("lab/arm-v0").env_spec is None
+    run = session.preset_run("bc", "lab/arm-v0", "small", env="bench_arm:Free-v0", env_kwargs=("gain=2",))
+    env = session.make_env(run, session.load_data(run))
+    assert env.unwrapped.gain == 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_kwargs_of_reward_refused(bench: Any) -> None:
