@@ -288,6 +288,8 @@ def panels(runs: Sequence[str | Path], metric: str | None = None, statistic: str
     reduce = statistic_of(statistic)
     tasks: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for run in map(Path, runs):
+        if not (run / "config.json").exists():
+            raise RunError(f"{run} has no config.json; expected a run folder")
         config = read_object(run / "config.json")
         tasks.setdefault(_task(config), []).append((run, config))
     found = []

@@ -455,12 +455,12 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
-    rate = None
+    rate, simulated = None, False
     if without_environment(config, data.info):
         _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
     else:
         env = make_env(config, data, base)
-        rate = env.metadata.get("render_fps")
+        rate, simulated = env.metadata.get("render_fps"), env.metadata.get("replayable", True)
         env.close()
         if config.episode_limit is None and envs.endless(config.env or data.info):
             _log.warning(
@@ -469,7 +469,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
                 config.env or data.info.env_id,
                 envs.limit_for(data.info),
             )
-        if config.loop.eval_process and not env.metadata.get("replayable", True):
+        if config.loop.eval_process and not simulated:
             raise ConfigError(BESIDE)
     if config.init_from is not None:
         load_config(Path(config.init_from))
@@ -484,7 +484,8 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
         del data  # what is learnt from is in the trainer's replay
         with Closing() as closing:
             closing.callback(session.trainer.close)
-            _rehearse(session.trainer, config, session.trainer.data, base)
+            if simulated:
+                _rehearse(session.trainer, config, session.trainer.data, base)
             closing.pop_all()
     except BaseException:
         run.close()
@@ -496,7 +497,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
 def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
     """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
 
-    Those for evaluation are kept. Hardware, of which every instance is the same, is left alone. Raises `ConfigError`.
+    Those for evaluation are kept. For simulators only: every instance of a robot is the same. Raises `ConfigError`.
     """
     training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
     with Closing() as closing:
@@ -505,8 +506,6 @@ def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base:
             while made < training:
                 env = make_env(config, data, base)
                 closing.callback(env.close)
-                if not env.metadata.get("replayable", True):
-                    return
                 env.reset(seed=0)
                 made += 1
             trainer.evaluator.prepare()

@@ -182,7 +182,7 @@ def test_actions_outside_bounds(root):
     put(root, [episode(), bad])
     message = error(root)
     assert "episode 1, step 3: action entry 1 is 1.37, outside the bounds [-1, 1]" in message
-    assert "clip_actions=True" in message
+    assert "set `clip_actions` to clip them" in message
     data = datasets.load(NAME, root=root, clip_actions=True)
     assert data.arrays["actions"].max() == np.float32(0.99999)
     assert "outside the bounds" in error(root)
@@ -295,5 +295,5 @@ def test_env_spaces_mismatch(root):
     wide = replace(about, action_space=spaces.Box(-2.0, 2.0, (3,), np.float32))
     with pytest.raises(EnvironmentMismatchError, match=r"has actions Box\(-2.0, 2.0.*Hopper-v5 has Box\(-1.0, 1.0"):
         envs.make("Hopper-v5", dataset=wide)
-    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with --env"):
+    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with `env`"):
         envs.make(replace(about, env_spec=None))

@@ -4,7 +4,6 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -109,10 +108,8 @@ def test_clamped_values_give_advice(steps: int, share: float, said: bool) -> Non
     assert (advice is not None) == said and agent.advice({"gradient_steps": steps, "train/return": 1.0}) is None
     page = io.StringIO()
     screen = Screen(Console(file=page, width=400))
-    run = SimpleNamespace(metrics=SimpleNamespace(write=lambda _: None))
-    fake: Any = SimpleNamespace(run=run, loggers=[], screen=screen, trainer=SimpleNamespace(agent=agent))
-    for _ in range(2):
-        session.Session._metrics(fake, row)
+    for _ in range(2 * said):
+        screen.advice(str(advice))
     text = page.getvalue()
     assert text.count("--task.reward-scale 0.1") == said and ("calql/clamped is 0.93" in text) == said
     assert WSRL.create(KEY, jnp.zeros((1, 3)), jnp.zeros((1, 2)), small_wsrl()).advice(row) == advice
