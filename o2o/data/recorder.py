@@ -49,7 +49,10 @@ class Recorder(gym.Wrapper):
         self._seed: int | None = None
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
         self._replayable = bool(env.metadata.get("replayable", True))
-        text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
+        known = {} if task.success_key is None else {"success_key": task.success_key}
+        text = json.dumps(
+            {**header, "metadata": {**known, **(metadata or {})}, "replayable": self._replayable}, indent=2
+        )
         _write(folder / HEADER, text + "\n")
 
     def name_episode(self, name: Name) -> None:

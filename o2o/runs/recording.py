@@ -153,7 +153,6 @@ def _play(
     policy = None if alone else load_base(config.policy)
     about = {"algorithm_name": config.policy, "description": f"Recorded by o2o in {config.env}."}
     about |= {"takeover": config.takeover} if config.takeover else {}
-    about |= {"success_key": config.success_key} if config.success_key else {}
 
     def inner(env: gym.Env) -> gym.Env:
         human = device or (None if word is None else _device(word, env.action_space))
