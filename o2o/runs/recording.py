@@ -31,6 +31,7 @@ from o2o.errors import ConfigError, DatasetError
 from o2o.files import read_object, write_atomically
 from o2o.policies.base import Base, BasePolicy
 from o2o.policies.python import PythonPolicy, named
+from o2o.policies.video import check_window
 from o2o.runs.folder import StopFlag
 from o2o.runs.session import load_base
 from o2o.settings import AboveZero, Count, Seed, Settings
@@ -95,6 +96,8 @@ def record(
     with other settings, or one that is under way, is in the way, and what environment and policy raise. What was
     recorded before stays, and the same call goes on.
     """
+    if config.window:
+        check_window("set DISPLAY, or leave `window` out")
     root = (root or files.default_root()).absolute()  # an environment may change the working folder
     target = files.check_new(dataset_id, root)
     work = files.work_folder(target, "recording")

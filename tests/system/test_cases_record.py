@@ -353,6 +353,16 @@ def test_other_settings_refused(bench: Any, tmp_path: Path) -> None:
         record(config(), "lab/arm-v0", 3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a window without DISPLAY")
+def test_window_without_display(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a display a window is refused before the simulator, which may end the process, is asked for one."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="no display for a window; set DISPLAY"):
+        record(config(window=True), "lab/arm-v0", 1)
+    assert not (tmp_path / "lab").exists()
+
+
 @pytest.mark.parametrize("word", ["keyboard", "gamepad"])
 def test_without_pygame(word: str, bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Where pygame is missing, one line says how to get it; nothing is left on disk."""
