@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def make(
     action_map: ActionMap | None = None,
     cameras: Sequence[str] = (),
     image_size: int = 64,
+    episode_limit: int | None = None,
+    own_units: bool = False,
 ) -> gym.Env:
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
@@ -99,6 +101,8 @@ def make(
         action_map: What [-1, 1] stands for; default: the action space.
         cameras: Cameras to render into the observation (`o2o.envs.cameras`); default: those of the dataset.
         image_size: Height and width of their images.
+        episode_limit: Steps after which an episode is cut; default: the environment's own limit.
+        own_units: Leave out FlattenObservation and MapAction: observations and actions are the environment's own.
 
     Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit,
     `TrustError` for a dataset whose environment is code that only its file names.
@@ -110,6 +114,7 @@ def make(
     if task.family == "kitchen":
         kwargs |= kitchen.spec_kwargs(spec.kwargs)
     kwargs |= env_kwargs or {}
+    kwargs |= {} if episode_limit is None else {"max_episode_steps": episode_limit}
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
     try:
@@ -123,7 +128,7 @@ def make(
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about
-    if reference is not None and spec.max_episode_steps is None:
+    if reference is not None and spec.max_episode_steps is None and episode_limit is None:
         env = TimeLimit(env, limit_for(reference))
     env = add_cameras(env, cameras, image_size, reference)
     if reference is not None:
@@ -136,6 +141,7 @@ def make(
         inner=inner,
         history=history,
         action_map=action_map,
+        own_units=own_units,
     )
     if seed is not None:
         env.reset(seed=seed)
@@ -152,13 +158,17 @@ def wrap(
     inner: Callable[[gym.Env], gym.Env] | None = None,
     history: int = 1,
     action_map: ActionMap | None = None,
+    own_units: bool = False,
 ) -> gym.Env:
     """Put o2o's wrappers around an environment that was made elsewhere, such as a robot's.
 
-    `inner`, such as a recorder, is put just outside the FaultGuard, where it sees the environment's own units.
+    `inner`, such as a recorder, is put just outside the FaultGuard, where it sees the environment's own units. With
+    `own_units` so does whoever acts.
     """
-    env = FaultGuard(env)
+    env = FaultGuard(env, task.success_key)
     env = inner(env) if inner is not None else env
+    if own_units:
+        return TaskReward(env, task, terminate=not evaluation)
     keep_goal = task.achieved_goal if achieved_goal is None else achieved_goal
     spec = ObservationSpec.from_space(env.observation_space, keep_goal)
     action_map = action_map if action_map is not None else ActionMap.from_space(env.action_space)
@@ -207,12 +217,24 @@ def describe(dataset: str | Path, root: str | Path | None = None) -> dict[str, A
     return {**datasets.describe(dataset, root, task), "task": task}
 
 
-def same_environment(env_id: str, dataset: DatasetInfo) -> bool:
-    """Whether an id stands for the environment of a dataset: same id, arguments, time limit and wrappers."""
+def same_environment(
+    env_id: str | None,
+    dataset: DatasetInfo,
+    env_kwargs: Mapping[str, Any] | None = None,
+    episode_limit: int | None = None,
+) -> bool:
+    """Whether an id stands for the environment of a dataset: same id, arguments, time limit and wrappers.
+
+    None is the dataset's own. `env_kwargs` and `episode_limit` change what it stands for, as in `make`.
+    """
     theirs = dataset.eval_env_spec or dataset.env_spec
-    if theirs is None or theirs.id != env_id.split(":")[-1]:
+    if env_id is None and not env_kwargs and episode_limit is None:
+        return True
+    if theirs is None or (env_id is not None and theirs.id != env_id.split(":")[-1]):
         return False
-    return _settings(specification(env_id)) == _settings(theirs)
+    ours = theirs if env_id is None else specification(env_id)
+    kwargs, limit = {**ours.kwargs, **(env_kwargs or {})}, episode_limit or ours.max_episode_steps
+    return _settings(replace(ours, kwargs=kwargs, max_episode_steps=limit)) == _settings(theirs)
 
 
 def spaces_of(env_id: str) -> tuple[gym.Space, gym.Space, EnvSpec]:

@@ -1,6 +1,7 @@
 """The one table of tasks: patterns of environment ids with the papers' conventions (WSRL, Cal-QL, RLPD)."""
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -88,6 +89,8 @@ def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     if about is not None and task.metric == "return" and about.ref_max_score is not None:
         task = replace(task, metric="normalized")
     task = replace(task, name=bare or (about.name if about is not None else task.name), env_id=env_id)
+    if about is not None and isinstance(key := about.metadata.get("success_key"), str):
+        task = replace(task, success_key=key)
     if not binary:
         return task
     if task.family not in ("adroit", "other"):
@@ -106,21 +109,24 @@ def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     )
 
 
-def run_task(about: DatasetInfo, env: str | None = None, binary: bool | None = None) -> Task:
+def run_task(
+    about: DatasetInfo, env: str | None = None, binary: bool | None = None, env_kwargs: Mapping[str, Any] | None = None
+) -> Task:
     """Return the task of a run on a dataset, in its own environment or in `env` (see `task_for`).
 
-    Raises `ConfigError` if `env` pays another reward than the dataset was recorded with and the task replaces neither.
+    `env_kwargs` change the environment's arguments. Raises `ConfigError` if it pays another reward than the dataset was
+    recorded with and the task replaces neither.
     """
     task = task_for(env or about, binary)
-    if env is None or about.env_spec is None or task.binary:
+    if (env is None and not env_kwargs) or about.env_spec is None or task.binary:
         return task
-    theirs, ours = rewards_of(about), rewards_of(env)
+    theirs, ours = rewards_of(about), rewards_of(env or about) | _of_reward(env_kwargs or {})
     for key in sorted({*theirs, *ours}):
         if theirs.get(key, ours.get(key)) != ours.get(key, theirs.get(key)):
             raise ConfigError(
-                f"environment {env} pays another reward than dataset {about.name} was recorded with: {key} is "
-                f"{ours[key]!r}, {theirs[key]!r} in {about.env_spec.id}; use an environment of the same reward, or a "
-                "dataset recorded in this one"
+                f"environment {env or about.env_id} pays another reward than dataset {about.name} was recorded with: "
+                f"{key} is {ours[key]!r}, {theirs[key]!r} in {about.env_spec.id}; use an environment of the same "
+                "reward, or a dataset recorded in this one"
             )
     return task
 
@@ -132,6 +138,10 @@ def rewards_of(source: str | DatasetInfo) -> dict[str, Any]:
         kwargs = {} if known is None else known.kwargs
     else:
         kwargs = source.env_spec.kwargs if source.env_spec is not None else {}
+    return _of_reward(kwargs)
+
+
+def _of_reward(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if "reward" in key or "cost" in key}
 
 

@@ -32,9 +32,10 @@ class FaultGuard(gym.Wrapper):
     action space's shape.
     """
 
-    def __init__(self, env: gym.Env) -> None:
-        """Wrap the bare environment."""
+    def __init__(self, env: gym.Env, success_key: str | None = None) -> None:
+        """Wrap the bare environment; `success_key` is the task's."""
         super().__init__(env)
+        self._success_key = success_key
         self._name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
         self._step = 0
 
@@ -59,7 +60,7 @@ class FaultGuard(gym.Wrapper):
         if len(_not_finite(number)):
             raise self._fault(f"returned the reward {number}")
         try:
-            success_of(info)
+            success_of(info, self._success_key)
         except ValueError as error:
             raise self._fault(f"returned {error}") from None
         if "intervene_action" in info:
@@ -204,7 +205,7 @@ class TaskReward(gym.Wrapper):
         )
 
     def _success(self, raw: float, info: dict[str, Any]) -> bool | None:
-        success = self.task.success(raw, success_of(info))
+        success = self.task.success(raw, success_of(info, self.task.success_key))
         return None if success is None else bool(success)
 
 

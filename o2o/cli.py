@@ -22,7 +22,7 @@ from tyro.extras import SubcommandApp
 from o2o import trust
 from o2o.config import RunConfig
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
-from o2o.settings import Amount, Count, Seed, checked
+from o2o.settings import AboveZero, Amount, Count, Seed, checked
 from o2o.startup import prepare_process
 from o2o.usage import WORDS, as_options, booleans, in_options, one_line, spelled_out
 
@@ -484,6 +484,62 @@ def data_export(
     return 0
 
 
+def record(
+    id: Name[str],
+    env: str,
+    policy: str,
+    episodes: Count,
+    takeover: str | None = None,
+    env_kwargs: tuple[str, ...] = (),
+    success_key: str | None = None,
+    episode_limit: Count | None = None,
+    cameras: tuple[str, ...] = (),
+    image_size: Count = 64,
+    window: bool = False,
+    rate: AboveZero | None = None,
+    seed: Seed = 0,
+    root: Path | None = None,
+) -> int:
+    """Record episodes in an environment as a new dataset: a policy's, a human's, or a policy's with takeovers.
+
+    Every episode is on disk when it has ended. After a kill the same command goes on.
+
+    Args:
+        id: Id of the new dataset, such as lab/pick-v0.
+        env: Gymnasium id of the environment, or module:ID.
+        policy: module:function, a run folder, an exported file; keyboard or gamepad: a human acts.
+        episodes: Number of episodes in the dataset.
+        takeover: keyboard, gamepad or module:Class: with it a human takes over from the policy.
+        env_kwargs: Arguments of the environment, NAME=VALUE each.
+        success_key: Entry of the infos that says whether a step succeeds; default: success or is_success.
+        episode_limit: Steps after which an episode is cut; default: the environment's own limit.
+        cameras: MuJoCo cameras to render into the observation.
+        image_size: Height and width of their images.
+        window: Show the environment (render_mode human).
+        rate: Steps per second; default: with a human the environment's own, else as fast as it goes.
+        seed: Seed of the resets and of the policy.
+        root: Folder to write to; default: MINARI_DATASETS_PATH, else Minari's own.
+    """
+    from o2o.runs.recording import RecordConfig
+    from o2o.runs.recording import record as record_episodes
+
+    config = RecordConfig(
+        env, policy, takeover, env_kwargs, success_key, episode_limit, cameras, image_size, window, rate, seed
+    )
+    with Console(stderr=True).status("recording") as status:
+        done = record_episodes(
+            config, id, episodes, root, lambda at, row: status.update(f"recorded {at} of {episodes} episodes")
+        )
+    if done.folder is None:
+        print(
+            f"stopped after {done.episodes} of {episodes} episodes; the same command goes on"
+            + (f", and --episodes {done.episodes} makes the dataset of these" if done.episodes else "")
+        )
+        return 0
+    print(f"wrote {done.folder}: {done.episodes} episodes")
+    return 0
+
+
 def bench_run(
     suite: Name[str],
     agents: tuple[str, ...] = (),
@@ -578,6 +634,7 @@ COMMANDS: Commands = {
     "export": export,
     "plot": plot,
     "balance": balance,
+    "record": record,
     "data": DATA,
     "bench": BENCH,
     "demo": demo,

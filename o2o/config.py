@@ -1,5 +1,7 @@
 """The settings of a run: frozen dataclasses, their defaults, and how they become JSON and are read back."""
 
+import ast
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
@@ -38,6 +40,8 @@ class LoopConfig(Settings):
     """Gradient steps between two evaluations in pre-training; 0: one at its end only, of offline estimates 20."""
     eval_episodes: Count = 20
     """Episodes of one evaluation, per seed."""
+    eval_envs: Count = 5
+    """Environments per seed in which they are played side by side; 1 for a simulator that is large or costly."""
     log_every: Count = 1_000
     """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
     checkpoint_every: Count = 10_000
@@ -95,6 +99,9 @@ class TaskConfig(Settings):
     """Use only this share of each dataset's episodes, the first ones (RLPD's Adroit: 0.9)."""
     achieved_goal: bool | None = None
     """Keep `achieved_goal` of Dict observations."""
+    success_key: str | None = None
+    """Entry of the environment's infos that says whether a step succeeds; it is looked at before `success` and
+    `is_success`."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,11 @@ class RunConfig(Settings):
     """Leave faulty episodes out of the dataset, and say how many. Without this, a dataset that has one is refused."""
     env: str | None = None
     """Gymnasium id of the environment; None for the dataset's own. Datasets of different environments need it."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments of the environment, NAME=VALUE each, over those of the dataset; values are JSON or plain words."""
+    episode_limit: Count | None = None
+    """Steps after which an episode is cut. None: the environment's own limit; where it has none, ten times the
+    dataset's mean episode, at least 1000."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """Changes to the conventions of the task."""
     history: Count = 1
@@ -175,8 +187,31 @@ class RunConfig(Settings):
             raise self.refuse("dataset", "one or more Minari ids or paths")
         if self.seed + self.seeds - 1 > LARGEST:
             raise self.refuse("seed", f"at most {LARGEST - self.seeds + 1} with seeds={self.seeds}")
+        self.environment_arguments()
         if self.weights and (len(self.weights) != len(self.dataset) or not any(self.weights)):
             raise self.refuse("weights", f"a weight for each of the {len(self.dataset)} datasets, not all of them 0")
+
+    def environment_arguments(self) -> dict[str, Any]:
+        """Return `env_kwargs` by name. Raises `ConfigError` for an entry that is not NAME=VALUE."""
+        return keyword_arguments(self.env_kwargs)
+
+
+def keyword_arguments(entries: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of an environment that are written as NAME=VALUE.
+
+    A value is JSON, or a Python literal such as True; all else is a word. Raises `ConfigError` for another entry.
+    """
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, text = entry.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"env_kwargs has {entry!r}; expected NAME=VALUE, such as reward_type=dense")
+        found[name] = text
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found[name] = parse(text)
+                break
+    return found
 
 
 def with_fields(config: T, changes: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> T:

@@ -151,7 +151,13 @@ def _converters(about: DatasetInfo, achieved_goal: bool, bounded: bool = True) -
 
 
 def _read_rows(
-    data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, skip: bool
+    data: Path,
+    about: DatasetInfo,
+    spec: ObservationSpec,
+    actions: ActionMap,
+    clip: bool,
+    skip: bool,
+    success_key: str | None,
 ) -> Rows:
     """Read one dataset: `observation/<key>` `[N + episodes, ...]`, `lengths` `[episodes]`, all else `[N, ...]`.
 
@@ -161,7 +167,8 @@ def _read_rows(
     columns, watch = Columns(), Watch(spec, ObservationSpec.from_space(about.observation_space, True))
     skipped: list[str] = []
     rows, frames = about.steps, about.steps + about.episodes
-    for i, raw in enumerate(files.read_episodes(files.open_storage(data, about.metadata), about.name)):
+    storage = files.open_storage(data, about.metadata)
+    for i, raw in enumerate(files.read_episodes(storage, about.name, named=success_key)):
         if problem := next(files.problems(raw, i, spec, actions, clip), None):
             _refuse(about.name, problem, skip)
             skipped.append(problem)
@@ -240,13 +247,21 @@ def _digest(rows: Rows) -> str:
 
 
 def _cached_rows(
-    data: Path, about: DatasetInfo, spec: ObservationSpec, actions: ActionMap, clip: bool, skip: bool, cache: bool
+    data: Path,
+    about: DatasetInfo,
+    spec: ObservationSpec,
+    actions: ActionMap,
+    clip: bool,
+    skip: bool,
+    success_key: str | None,
+    cache: bool,
 ) -> Rows:
     """Read through the cache, keyed by the files' digest and all that shapes the rows."""
     if not cache:
-        return _read_rows(data, about, spec, actions, clip, skip)
+        return _read_rows(data, about, spec, actions, clip, skip, success_key)
     key = [CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip, skip]
-    return cached(key, lambda: _read_rows(data, about, spec, actions, clip, skip))
+    key += [] if success_key is None else [success_key]
+    return cached(key, lambda: _read_rows(data, about, spec, actions, clip, skip, success_key))
 
 
 def monte_carlo_returns(
@@ -456,7 +471,9 @@ def load(
     parts, returns, solved, digests = [], [], [], []
     for folder, about in zip(folders, infos, strict=True):
         own_spec, own_actions = _converters(about, keep_goal, bounded)
-        rows = _cached_rows(folder, about, own_spec, own_actions, clip_actions, skip_bad_episodes, cache)
+        rows = _cached_rows(
+            folder, about, own_spec, own_actions, clip_actions, skip_bad_episodes, task.success_key, cache
+        )
         _tell(rows, about, achieved_goal)
         digests.append(_digest(rows))
         arrays, episode_returns, episode_success = _transitions(rows, task, discount, about.name)

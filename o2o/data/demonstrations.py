@@ -11,19 +11,24 @@ import numpy as np
 from o2o.data.files import Episode
 from o2o.data.rollout import OneEach, Played, rollout
 from o2o.data.spaces import ActionMap
-from o2o.data.task import success_of
+from o2o.data.task import flags_of, success_of
 from o2o.errors import DatasetError
 
 
 def record(
-    env: gym.Env, policy: Callable[[Any, np.random.Generator], np.ndarray], steps: int, seed: int = 0
+    env: gym.Env,
+    policy: Callable[[Any, np.random.Generator], np.ndarray],
+    steps: int,
+    seed: int = 0,
+    success_key: str | None = None,
 ) -> Iterator[Episode]:
     """Yield whole episodes of `policy(observation, rng) -> action` in a bare environment until they hold `steps` steps.
 
     Every episode is reset with a seed of its own, so its actions replay it. If the policy has a `reset(rng)`, it is
     called at the start of each episode. The recorded actions are those executed: a human's `info["intervene_action"]`
-    replaces the policy's. Raises `DatasetError` for an action that is not finite or has another shape; such an action
-    of the policy is not played. Raises `DatasetError` for an environment of `o2o.envs.make` too: a dataset holds the
+    replaces the policy's. Success is looked up under `success_key` first (`Task.success_key`). Raises `DatasetError`
+    for an action that is not finite or has another shape; such an action of the policy is not played. Raises
+    `DatasetError` for an environment of `o2o.envs.make` too: a dataset holds the
     rewards, observations and actions of the bare environment.
     """
     if env.has_wrapper_attr("action_map") and isinstance(env.get_wrapper_attr("action_map"), ActionMap):
@@ -32,7 +37,7 @@ def record(
             "make it with gymnasium.make (for images, o2o.envs.CameraObservation around that)"
         )
     rng = np.random.default_rng(seed)
-    slot = _Recording(env, rng)
+    slot = _Recording(env, rng, success_key)
     for _ in rollout(OneEach(_Demonstrator(policy, rng)), [slot], [slot.numbers(steps)]):
         yield slot.episode()
 
@@ -58,8 +63,8 @@ class _Demonstrator:
 class _Recording:
     """A bare environment (`o2o.data.rollout.Slot`) that remembers the episode under way."""
 
-    def __init__(self, env: gym.Env, rng: np.random.Generator) -> None:
-        self._env, self._rng, self._total = env, rng, 0
+    def __init__(self, env: gym.Env, rng: np.random.Generator, success_key: str | None) -> None:
+        self._env, self._rng, self._total, self._success_key = env, rng, 0, success_key
 
     def numbers(self, steps: int) -> Iterator[int]:
         """Number episodes until `steps` steps are played."""
@@ -82,7 +87,7 @@ class _Recording:
             executed = _checked(info["intervene_action"], self._env, f"the intervene_action at {where}")
         self._observations.append(copy.deepcopy(self.observation))  # environments may write into one array
         try:
-            success = success_of(info)
+            success = success_of(info, self._success_key)
         except ValueError as error:
             raise DatasetError(f"the environment returned {error} at {where}") from None
         self._rows.append((executed, float(reward), bool(terminated), bool(truncated), success, human))
@@ -98,7 +103,7 @@ class _Recording:
             rewards=np.asarray(rewards),
             terminations=np.asarray(terminations),
             truncations=np.asarray(truncations),
-            success=None if None in success else np.asarray(success, bool),
+            success=flags_of(success),
             seed=self._seed,
             intervened=np.asarray(human) if any(human) else None,
         )

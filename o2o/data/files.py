@@ -320,9 +320,10 @@ def file_digest(data: Path) -> str:
     return digest.hexdigest()
 
 
-def read_episodes(storage: MinariStorage, name: str, start: int = 0) -> Iterator[Episode]:
+def read_episodes(storage: MinariStorage, name: str, start: int = 0, named: str | None = None) -> Iterator[Episode]:
     """Yield the episodes from number `start` on as they are stored: see `problems`, then `tidy`.
 
+    `named` is the entry of the infos that says whether a step succeeds, where it is there (`Task.success_key`).
     Raises `DatasetError` with the number of an episode that cannot be read.
     """
     try:
@@ -342,7 +343,7 @@ def read_episodes(storage: MinariStorage, name: str, start: int = 0) -> Iterator
                 "copy or download it again"
             ) from error
         infos = episode.get("infos") or {}
-        success = success_key(infos)
+        success = success_key(infos, named)
         yield Episode(
             observations=episode["observations"],
             actions=np.asarray(episode["actions"]),
@@ -519,6 +520,11 @@ def _sweep(target: Path) -> None:
         if path.name.endswith(EARLIER) and not target.exists():
             path.rename(target)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def work_folder(target: Path, kind: str) -> Path:
+    """Return the hidden folder beside a dataset in which it is made, episode by episode."""
+    return target.with_name(f".{target.name}.{kind}")
 
 
 def check_new(dataset_id: str, root: str | Path | None = None) -> Path:

@@ -18,12 +18,14 @@ from gymnasium import spaces
 
 from o2o.data import datasets
 from o2o.data.datasets import Episode
-from o2o.data.task import Task, success_of
+from o2o.data.task import Task, flags_of, success_of
 from o2o.errors import RunError
 from o2o.files import write_atomically
 
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
 """In a run folder: the episodes, the description of their environment, the root of the exported dataset."""
+DISCARD = "discard"
+"""Entry of the infos that is true where a human throws the episode away that has just ended: it is not recorded."""
 Name = tuple[int, ...]
 """Seed, stream, environment; the last entry is the number of the episode."""
 
@@ -47,7 +49,10 @@ class Recorder(gym.Wrapper):
         self._seed: int | None = None
         header = datasets.environment_entries(env.observation_space, env.action_space, env.spec)
         self._replayable = bool(env.metadata.get("replayable", True))
-        text = json.dumps({**header, "metadata": dict(metadata or {}), "replayable": self._replayable}, indent=2)
+        known = {} if task.success_key is None else {"success_key": task.success_key}
+        text = json.dumps(
+            {**header, "metadata": {**known, **(metadata or {})}, "replayable": self._replayable}, indent=2
+        )
         _write(folder / HEADER, text + "\n")
 
     def name_episode(self, name: Name) -> None:
@@ -66,12 +71,14 @@ class Recorder(gym.Wrapper):
         """Step. The last step of an episode writes its file."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         executed = np.array(info.get("intervene_action", action))
-        flag = success_of(info)
+        flag = success_of(info, self.task.success_key)
         self._observations.append(self._copy(observation))
         human = "intervene_action" in info
         self._rows.append((executed, float(reward), bool(terminated), bool(truncated), flag, human))
         cut = self.task.terminate_on_success and bool(self.task.success(float(reward), flag))
-        if terminated or truncated or cut:
+        if info.get(DISCARD):
+            self._rows = []
+        elif terminated or truncated or cut:
             self._finish()
         return observation, reward, bool(terminated), bool(truncated), info
 
@@ -102,8 +109,8 @@ class Recorder(gym.Wrapper):
             "truncations": np.asarray((*truncations[:-1], not terminations[-1] or truncations[-1])),
             "intervened": np.asarray(human),
         }
-        if None not in success:
-            arrays["success"] = np.asarray(success, bool)
+        if (flags := flags_of(success)) is not None:
+            arrays["success"] = flags
         if self._seed is not None:
             arrays["seed"] = np.asarray(self._seed)
         name = self._name or (0,)
@@ -165,9 +172,9 @@ def _header(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def any_recorded(run: Path) -> bool:
-    """Whether a run has a recorded episode."""
-    return bool(_files(run / EPISODES))
+def recorded(run: Path) -> int:
+    """Return the number of episodes that a run has recorded."""
+    return len(_files(run / EPISODES))
 
 
 def next_number(folder: Path, prefix: Name) -> int:
@@ -237,8 +244,8 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     """
     if not run.is_dir():
         raise RunError(f"{run} is no run folder: there is no such folder")
-    recorded = _files(run / EPISODES)
-    if not recorded:
+    files = _files(run / EPISODES)
+    if not files:
         raise RunError(f"{run} has no recorded episode: train with `record` until one episode of the online phase ends")
     header = _header(run / EPISODES)
     observation_space, action_space, spec = datasets.read_environment(header, str(run / EPISODES / HEADER))
@@ -249,7 +256,7 @@ def export(run: Path, dataset_id: str | None = None, root: Path | None = None) -
     metadata |= {"vouched": header["vouched"]} if "vouched" in header else {}
     return datasets.write(
         name,
-        (read_episode(path, observation_space, action_space) for path in recorded.values()),
+        (read_episode(path, observation_space, action_space) for path in files.values()),
         observation_space=observation_space,
         action_space=action_space,
         spec=spec,

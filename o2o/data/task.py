@@ -1,6 +1,6 @@
 """A task: reward transform, success, termination on success and metric, for dataset and environment alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ SUCCESS_KEYS = ("success", "is_success")
 """Names under which environments report success in their infos; the first one that is there counts."""
 
 
-def success_key(infos: Mapping[str, Any]) -> str | None:
-    """Return the name under which `infos` report success, None if they do not."""
-    return next((key for key in SUCCESS_KEYS if infos.get(key) is not None), None)
+def success_key(infos: Mapping[str, Any], named: str | None = None) -> str | None:
+    """Return the name under which `infos` report success, `named` before all others; None if they do not."""
+    names = SUCCESS_KEYS if named is None else (named, *SUCCESS_KEYS)
+    return next((key for key in names if infos.get(key) is not None), None)
 
 
 def as_flags(values: Any) -> np.ndarray:
@@ -32,12 +33,21 @@ def as_flags(values: Any) -> np.ndarray:
     return found.astype(bool)
 
 
-def success_of(infos: Mapping[str, Any]) -> bool | None:
+def flags_of(steps: Sequence[bool | None]) -> np.ndarray | None:
+    """Return the success of an episode's steps `[T]`; None if no step said. A silent step has not succeeded.
+
+    Some environments report success in the last step alone.
+    """
+    return np.asarray([bool(step) for step in steps]) if any(step is not None for step in steps) else None
+
+
+def success_of(infos: Mapping[str, Any], named: str | None = None) -> bool | None:
     """Return whether any success flag of one step is set, whatever their shape; None if `infos` have none.
 
-    Raises `ValueError` for a flag that is neither true nor false, such as NaN or a text.
+    `named` is the entry to look at first (`success_key`). Raises `ValueError` for a flag that is neither true nor
+    false, such as NaN or a text.
     """
-    if (key := success_key(infos)) is None:
+    if (key := success_key(infos, named)) is None:
         return None
     try:
         return bool(as_flags(infos[key]).any())
@@ -65,6 +75,8 @@ class Task:
     the return, which ranks alike; `kitchen` is the final step's raw reward divided by 4: the share of subtasks done."""
     has_success: bool = False
     """Whether success means anything here, provided that the environment reports it."""
+    success_key: str | None = None
+    """Entry of the infos that says whether a step succeeds, looked at before `success` and `is_success`."""
     success_reward: float | None = None
     """Without a success flag, a step whose raw reward is at least this is a success."""
     raw_failure_reward: float = 0.0

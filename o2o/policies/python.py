@@ -25,22 +25,25 @@ def python_policy(spec: Any) -> "PythonPolicy":
     Raises `ConfigError` for a name that leads nowhere.
     """
     if isinstance(spec, str):
-        return PythonPolicy(spec, None, target=_named(spec))
+        return PythonPolicy(spec, None, target=named(spec))
     return PythonPolicy(getattr(spec, "__name__", type(spec).__name__), None, target=spec)
 
 
-def _named(text: str) -> Any:
-    """Return the object of `module:name` or `path/file.py:name`; the working folder is searched for modules too."""
+def named(text: str, what: str = "base") -> Any:
+    """Return the object of `module:name` or `path/file.py:name`; the working folder is searched for modules too.
+
+    Raises `ConfigError`, which calls it `what`, for a name that leads to nothing that can act.
+    """
     where, _, name = text.rpartition(":")
     try:
         module = run_file(Path(where)) if where.endswith(".py") else import_module(where)
     except ConfigError as error:
-        raise ConfigError(f"base {text!r}: {error}") from error
+        raise ConfigError(f"{what} {text!r}: {error}") from error
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found) and not hasattr(found, "act"):
-        raise ConfigError(f"base {text!r}: {where} has no callable {name!r}")
+        raise ConfigError(f"{what} {text!r}: {where} has no callable {name!r}")
     return found
 
 

@@ -19,10 +19,13 @@ from o2o.types import Array
 SUFFIXES = (".mp4", ".gif", ".webm")
 
 
-def check_window() -> None:
-    """Raise `ConfigError` if there is no display: without one GLFW ends the process without a message."""
+def check_window(instead: str = "write a video instead, with `out` such as play.mp4") -> None:
+    """Raise `ConfigError`, saying what to do `instead`, if there is no display.
+
+    Without one, GLFW and PyBullet end the process.
+    """
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ConfigError("there is no display for a window; write a video instead, with `out` such as play.mp4")
+        raise ConfigError(f"there is no display for a window; {instead}")
 
 
 def check_out(out: Path | None) -> None:

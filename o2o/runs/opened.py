@@ -47,10 +47,15 @@ class Opened:
 
     def normalized(self, raw_return: float) -> float | None:
         """Return the dataset's normalised score of a raw return; None without one, or in another environment."""
-        if self.settings.env is not None and not envs.same_environment(self.settings.env, self.data.info):
+        if not in_own_environment(self.settings, self.data):
             return None
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
+
+
+def in_own_environment(config: RunConfig, data: Dataset) -> bool:
+    """Whether a run's environment is that of its dataset, so that the dataset's reference scores hold."""
+    return envs.same_environment(config.env, data.info, config.environment_arguments(), config.episode_limit)
 
 
 def read_dataset(path: Path) -> tuple[Dataset, float | None] | None:

@@ -113,8 +113,7 @@ def preset_run(
     preset = agent_class(agent).preset(family, size).of_task(about.name)
     if family == "adroit" and task_config.binary is None:
         task_config = dataclasses.replace(task_config, binary=True)
-    binary = {} if task_config.binary is None else {"binary": task_config.binary}
-    suits = envs.run_task(about, env, **binary).sparse or family in OWN_REWARDS
+    suits = envs.run_task(about, env, task_config.binary).sparse or family in OWN_REWARDS
     rewards = (task_config.reward_scale, task_config.reward_bias, task_config.normalize_returns)
     untouched = all(value is None for value in rewards)
     if preset.reward is not None and suits and untouched:

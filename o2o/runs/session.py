@@ -23,7 +23,7 @@ from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import with_history
 from o2o.data.holdout import split
 from o2o.data.normalizer import Normalizer
-from o2o.data.recorder import EPISODES, Recorder, any_recorded, export, forget, next_number
+from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number, recorded
 from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.errors import ConfigError, O2OError, TrustError
@@ -57,8 +57,8 @@ def task_of(config: RunConfig) -> Task:
     """Return the task with the run's changes applied."""
     own = ("binary", "normalize_returns")
     changes = {k: v for k, v in vars(config.task).items() if v is not None and k not in own}
-    binary = {} if config.task.binary is None else {"binary": config.task.binary}
-    tasks = [envs.run_task(datasets.info(name), config.env, **binary) for name in config.dataset]
+    kwargs, binary = config.environment_arguments(), config.task.binary
+    tasks = [envs.run_task(datasets.info(name), config.env, binary, kwargs) for name in config.dataset]
     task = dataclasses.replace(tasks[0], **changes)
     if config.task.normalize_returns is None or config.task.reward_scale is not None:
         return task
@@ -193,7 +193,7 @@ def env_maker(
     make = partial(
         envs.make, config.env or _specification(data.info), data.task, achieved_goal=config.task.achieved_goal,
         dataset=data.info, history=config.history, action_map=data.action_map, cameras=config.cameras,
-        image_size=config.image_size,
+        image_size=config.image_size, env_kwargs=config.environment_arguments(), episode_limit=config.episode_limit,
     )  # fmt: skip
     if base is None:
         return EnvMaker(make, recorder)
@@ -244,7 +244,7 @@ def build(
     """
     base = base or base_of(config)
     found = data or load_data(config, base)
-    comparable = config.env is None or envs.same_environment(config.env, found.info)
+    comparable = opened_run.in_own_environment(config, found)
     scores = {key: found.info.metadata.get(key) if comparable else None for key in ("ref_min_score", "ref_max_score")}
     about = {"algorithm_name": config.agent, **{key: score for key, score in scores.items() if score is not None}}
     recorder = None
@@ -424,7 +424,7 @@ class Session:
             closing.callback(self.trainer.close)
             with self.stop, self.screen or nullcontext():
                 finished = guarded(self.run, self.trainer, phases, lambda: self.stop.forced)
-        if finished and self.config.record and any_recorded(self.run.path):
+        if finished and self.config.record and recorded(self.run.path):
             export(self.run.path)
         return finished
 
@@ -464,10 +464,10 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
             closing.callback(env.close)
             if not simulated and config.online_steps:
                 closing.callback(_second_of(config, data, base).close)
-        if envs.endless(config.env or data.info):
+        if config.episode_limit is None and envs.endless(config.env or data.info):
             _log.warning(
-                "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; register "
-                "it with max_episode_steps for another limit",
+                "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; set "
+                "`episode_limit` for another limit",
                 config.env or data.info.env_id,
                 envs.limit_for(data.info),
             )

@@ -49,7 +49,7 @@ class Step:
     @property
     def intervened(self) -> bool:
         """Whether a human took over."""
-        return bool(self.info.get("intervened", False))
+        return bool(self.info.get("intervened", "intervene_action" in self.info))
 
 
 @dataclass

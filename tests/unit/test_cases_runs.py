@@ -197,7 +197,7 @@ def test_stray_files_are_no_episodes(tmp_path: Path) -> None:
     episodes.mkdir()
     for name in ("notes.npz", "0-0-0-x.npz", "copy of 0-0-0-1.npz", "-.npz"):
         (episodes / name).touch()
-    assert not recorder.any_recorded(tmp_path) and recorder.next_number(episodes, (0, 0, 0)) == 0
+    assert not recorder.recorded(tmp_path) and recorder.next_number(episodes, (0, 0, 0)) == 0
     recorder.forget(tmp_path, {})
     assert len(list(episodes.iterdir())) == 4
     with pytest.raises(RunError, match="no recorded episode"):

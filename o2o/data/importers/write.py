@@ -72,7 +72,7 @@ def import_dataset(
     """
     options = options or Options()
     target = files.check_new(dataset_id, root)
-    work = target.with_name(f".{target.name}.importing")
+    work = files.work_folder(target, "importing")
     with _opened(path, form, options) as source:
         plan = make_plan(source, options, env)
         planned(plan, licence_of(path, options))
