@@ -520,8 +520,7 @@ def record(
         seed: Seed of the resets and of the policy.
         root: Folder to write to; default: MINARI_DATASETS_PATH, else Minari's own.
     """
-    from o2o.runs.recording import RecordConfig
-    from o2o.runs.recording import record as record_episodes
+    from o2o.runs.recording import RecordConfig, record as record_episodes
 
     config = RecordConfig(
         env, policy, takeover, env_kwargs, success_key, episode_limit, cameras, image_size, window, rate, seed
