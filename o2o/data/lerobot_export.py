@@ -55,7 +55,7 @@ def to_lerobot(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
         _Writer(scratch, about, float(rate), task or about.name).write(
-            files.read_episodes(files.open_storage(data, about.metadata), about.name)
+            map(files.tidy, files.read_episodes(files.open_storage(data, about.metadata), about.name))
         )
         scratch.chmod(0o755)
         scratch.replace(out)
