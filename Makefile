@@ -4,11 +4,12 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv demo check test slow lint format build clean
+.PHONY: help venv demo docs check test slow lint format build clean
 
 help:
 	@echo "make venv    create .venv and install o2o for development (once)"
 	@echo "make demo    pre-train on recorded data, fine-tune in MuJoCo, show the difference"
+	@echo "make docs    the documentation, in build/docs/index.html"
 	@echo "make check   lint, types, import contracts and the quick tests (tests/unit)"
 	@echo "make test    make check and all other tests"
 	@echo "make slow    what takes long: damaged files, kills (tests/slow)"
@@ -32,6 +33,11 @@ venv: .venv/stamp
 
 demo: venv
 	$(BIN)/o2o demo
+
+# Warnings are errors; so are links within the documentation that lead nowhere. Needs no network once it is installed.
+docs: venv
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "built build/docs/index.html"
 
 lint: venv
 	$(BIN)/ruff check .
@@ -57,5 +63,5 @@ build: venv
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/generated *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

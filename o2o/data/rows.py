@@ -112,10 +112,15 @@ class Indexed:
         return len(self.index)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Return a copy of rows."""
-        if isinstance(key, tuple):
-            return self.frames[(self.index[key[0]], *key[1:])] if key else np.asarray(self)
-        return self.frames[self.index[key]]
+        """Return a copy of rows, by any key of NumPy's whose first part, new axes aside, chooses rows."""
+        parts = key if isinstance(key, tuple) else (key,)
+        new = next((i for i, part in enumerate(parts) if part is not None), len(parts))
+        parts = parts[new:]
+        if not parts or parts[0] is Ellipsis:
+            rows = np.asarray(self)[parts]
+        else:
+            rows = self.frames[(self.index[parts[0]], *parts[1:])]
+        return rows[(None,) * new] if new else rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return all rows as an array of their own."""

@@ -44,7 +44,7 @@ def registered() -> Iterator[None]:
 
 
 def written(env: gym.Env, steps: int, root: Path) -> datasets.Dataset:
-    """Record random actions as README says, and load what was written."""
+    """Record random actions as the docs say, and load what was written."""
     env.action_space.seed(0)
     episodes = list(datasets.record(env, lambda *_: env.action_space.sample(), steps))
     own = {"observation_space": env.observation_space, "action_space": env.action_space}

@@ -1,4 +1,4 @@
-"""README's Python examples run as printed (with fewer steps); the first is at most eight lines."""
+"""The Python examples of README and docs run as printed (with fewer steps); README's is at most eight lines."""
 
 import contextlib
 import re
@@ -16,8 +16,23 @@ from o2o.data import datasets
 from o2o.errors import DatasetError
 from o2o.runs import session
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def example(page: str, word: str) -> str:
+    """Return the one Python example of a page that has a word."""
+    (found,) = [
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if word in code
+    ]
+    return found
+
+
+BLOCKS = [
+    example("README.md", "trainer.offline"),
+    example("docs/python.md", "IQL.create"),
+    example("docs/export.md", "load_policy"),
+    example("docs/robot.md", "teleoperate"),
+]
 
 
 def test_example_works(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
