@@ -140,7 +140,7 @@ def test_interrupted_wait_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(processes, "PATIENCE_S", 60.0)
-    wait = children[1].process.wait
+    wait = children[0].process.wait
     monkeypatch.setattr(children[0].process, "wait", lambda t=None: interrupt(t) if t else wait())
     with pytest.raises(KeyboardInterrupt):
         end(children)
