@@ -190,8 +190,9 @@ def end(children: Sequence[Child]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(until - time.monotonic(), 0.0))
     finally:
-        for child in children:
+        for child in children:  # all of them before one is waited for, which may be interrupted again
             child.process.kill()
+        for child in children:
             child.close()
 
 
