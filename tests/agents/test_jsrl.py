@@ -63,8 +63,8 @@ def divided() -> Any:
 
 def is_guided(actions: Any, own: Any, theirs: Any) -> np.ndarray:
     """Return `[LENGTH, EPISODES]` whether an action is the guide's; every action is one or the other's."""
-    by_guide = np.all(np.asarray(actions) == np.asarray(theirs), axis=-1)
-    by_learner = np.all(np.asarray(actions) == np.asarray(own), axis=-1)
+    by_guide = np.all(np.isclose(actions, theirs, rtol=0.0, atol=1e-6), axis=-1)
+    by_learner = np.all(np.isclose(actions, own, rtol=0.0, atol=1e-6), axis=-1)
     assert np.all(by_guide != by_learner)
     return by_guide
 

@@ -14,6 +14,8 @@ import numpy as np
 from o2o.types import Array, Batch
 
 ROWS, DISCOUNT, BATCH = 512, 0.5, 64
+LONG = {"xla_backend_optimization_level": 3}
+"""Compiler options: unlike other toy programs these run longer than they compile (see `tests/conftest.py`)."""
 BEST_ACTION = 0.5
 """The best action in state s of `best_action` is this times s."""
 
@@ -81,7 +83,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         """Jit the training once for all tables."""
-        object.__setattr__(self, "_train", jax.jit(self._run))
+        object.__setattr__(self, "_train", jax.jit(self._run, compiler_options=LONG))
 
     def _run(self, agent: Any, table: Batch, rng: Array) -> Any:
         def step(agent: Any, key: Array) -> tuple[Any, None]:
