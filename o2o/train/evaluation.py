@@ -76,10 +76,11 @@ class Evaluator:
             try:
                 slot = self._new_slot()
             except O2OError as error:
-                self.slots = len(self.envs) // self.seeds
-                if self.slots == 0:
+                fewer = len(self.envs) // self.seeds
+                if fewer == 0:
                     self.close()
                     raise
+                self.slots = fewer
                 wanted = self.seeds * self.slots
                 log.warning("only %d environments can be had at once for evaluation: %s", wanted, error)
                 break

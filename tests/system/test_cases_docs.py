@@ -164,14 +164,17 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, embedded_root: Path) -> It
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """Forget the modules that a page writes, and what they register."""
-    modules, tasks, agents, known = set(sys.modules), list(TASKS), dict(AGENTS), set(gym.registry)
+    tasks, agents, known = list(TASKS), dict(AGENTS), set(gym.registry)
+    written = {"my_robot", "my_env", "my_agents"}
+    others = {name: sys.modules.pop(name) for name in written & set(sys.modules)}  # another test's
     yield
     TASKS[:] = tasks
     for now, before in ((AGENTS, agents), (gym.registry, known)):
         for name in set(now) - set(before):
             del now[name]
-    for module in {"my_robot", "my_env", "my_agents"} & (set(sys.modules) - modules):
+    for module in written & set(sys.modules):
         del sys.modules[module]
+    sys.modules.update(others)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -59,7 +59,7 @@ def test_robot_class_array_success(tmp_path: Path) -> None:
     assert data.info.episode_success is not None and data.info.episode_success.tolist() == [True, True]
     assert data.arrays["ends"].tolist() == [False, False, True] * 2
     assert data.info.env_spec is None and data.info.eval_env_spec is None
-    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with --env"):
+    with pytest.raises(EnvironmentMismatchError, match="does not name its environment; give one with `env`"):
         envs.make(data.info)
     env = envs.make(ARM, dataset=data.info)
     env.reset(seed=0)

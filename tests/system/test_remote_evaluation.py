@@ -231,7 +231,7 @@ def test_checkpoint_scored_later(
         rows = read_rows(tmp_path / name / "episodes.jsonl")
         known = [row["success"] for row in rows if row["env_steps"] == 40]
         late = json.loads((tmp_path / name / "checkpoints/60/score.json").read_text())
-        assert late == {"score": np.mean(known)} and len(known) == run.loop.eval_episodes
+        assert late["score"] == np.mean(known) and len(known) == run.loop.eval_episodes
 
 
 def broken(evaluation: bool) -> gymnasium.Env:

@@ -68,7 +68,7 @@ def test_window_needs_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="no display for a window; write a video instead, with --out"):
+    with pytest.raises(ConfigError, match="no display for a window; write a video instead, with `out`"):
         session.play_run(tmp_path, None)
     monkeypatch.setenv("DISPLAY", ":0")
     video.check_window()
