@@ -281,7 +281,9 @@ def test_failing_environment_saves_run(
 
     def breaking(*args: Any, **kwargs: Any) -> gymnasium.Env:
         made.append(built(*args, **kwargs))
-        training = len(made) == 3  # after the probe at the start and the one for evaluation
+        training = (
+            len(made) == 4
+        )  # after the probe, the one that shows that there can be two, and the one for evaluation
         return Breaking(made[-1], 41, how) if training else made[-1]
 
     monkeypatch.setattr(gymnasium, "make", breaking)
@@ -323,7 +325,7 @@ def test_bad_folders_and_fields(tmp_path: Path, tiny_run: Maker) -> None:
     with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
         from_dict(OnlineConfig, {"warmup_step": 3})
     run = tiny_run("rlpd")
-    with pytest.raises(ConfigError, match=r"^run/config.json.online: utd_ratio is 0; expected at least 1$"):
+    with pytest.raises(ConfigError, match=r"^run/config.json.online.utd_ratio is 0; expected at least 1$"):
         from_dict(type(run.config), {"online": {"utd_ratio": 0}}, "run/config.json")
     assert from_dict(type(run.config), to_dict(run.config)) == run.config
 
