@@ -164,6 +164,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, embedded_root: Path) -> It
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """Forget the modules that a page writes, and what they register."""
+    robot = gym.registry.pop("MyArm-v0", None)  # another test's
     tasks, agents, known = list(TASKS), dict(AGENTS), set(gym.registry)
     written = {"my_robot", "my_env", "my_agents"}
     others = {name: sys.modules.pop(name) for name in written & set(sys.modules)}  # another test's
@@ -175,6 +176,8 @@ def forgotten() -> Iterator[None]:
     for module in written & set(sys.modules):
         del sys.modules[module]
     sys.modules.update(others)
+    if robot is not None:
+        gym.registry["MyArm-v0"] = robot
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -101,18 +101,18 @@ def test_local_module_env_and_task(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A module of the working folder brings its environment and its task."""
     (tmp_path / "my_arm.py").write_text(
         "import gymnasium\nfrom o2o import envs\nfrom o2o.data.task import Task\n"
-        "gymnasium.register('MyArm-v0', 'gymnasium.envs.mujoco.reacher_v5:ReacherEnv', max_episode_steps=7)\n"
-        "envs.register('MyArm-v0', Task('arm', reward_scale=2.0))\n"
+        "gymnasium.register('BentArm-v0', 'gymnasium.envs.mujoco.reacher_v5:ReacherEnv', max_episode_steps=7)\n"
+        "envs.register('BentArm-v0', Task('arm', reward_scale=2.0))\n"
     )
     (tmp_path / "my_broken_arm.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.setattr("o2o.envs.tasks.TASKS", list(envs.TASKS))
-    assert envs.task_for("my_arm:MyArm-v0").reward_scale == 2.0
-    env = envs.make("my_arm:MyArm-v0")
+    assert envs.task_for("my_arm:BentArm-v0").reward_scale == 2.0
+    env = envs.make("my_arm:BentArm-v0")
     assert env.spec is not None and env.spec.max_episode_steps == 7
     env.close()
     with pytest.raises(
         ConfigError, match=r"'my_broken_arm' cannot be imported \(ZeroDivisionError: division by zero\)"
     ):
-        envs.make("my_broken_arm:MyArm-v0")
+        envs.make("my_broken_arm:BentArm-v0")
