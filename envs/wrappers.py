@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from o2o.data.history import History, joined_space
+from o2o.data.rollout import executed_action
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
 from o2o.data.task import Task, success_of
 from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError, O2OError
@@ -150,7 +151,7 @@ class MapAction(gym.Wrapper):
             )
         observation, reward, terminated, truncated, info = self.env.step(env_action)
         info["intervened"] = "intervene_action" in info
-        info["executed_action"] = self.action_map.from_env(info.get("intervene_action", env_action))
+        info["executed_action"] = self.action_map.from_env(executed_action(info, env_action))
         if info["intervened"] and not self._told:
             self._tell(np.asarray(info["intervene_action"], np.float64).reshape(-1))
         return observation, reward, terminated, truncated, info

@@ -85,6 +85,8 @@ class _Recording:
         human = "intervene_action" in info
         if human:
             executed = _checked(info["intervene_action"], self._env, f"the intervene_action at {where}")
+        if "commanded_action" in info:
+            executed = _checked(info["commanded_action"], self._env, f"the commanded_action at {where}")
         self._observations.append(copy.deepcopy(self.observation))  # environments may write into one array
         try:
             success = success_of(info, self._success_key)

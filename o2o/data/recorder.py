@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from o2o.data import datasets
 from o2o.data.datasets import Episode
+from o2o.data.rollout import executed_action
 from o2o.data.task import Task, flags_of, success_of
 from o2o.errors import RunError
 from o2o.files import write_atomically
@@ -70,7 +71,7 @@ class Recorder(gym.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step. The last step of an episode writes its file."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        executed = np.array(info.get("intervene_action", action))
+        executed = np.array(executed_action(info, action))
         flag = success_of(info, self.task.success_key)
         self._observations.append(self._copy(observation))
         human = "intervene_action" in info

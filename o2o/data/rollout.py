@@ -30,6 +30,15 @@ class Played(NamedTuple):
     intervened: bool
 
 
+def executed_action(info: Mapping[str, Any], action: Any) -> Any:
+    """Return the action that was executed, in the environment's units: the `action` that was asked for, or another.
+
+    A safety wrapper says what it sent (`commanded_action`), a human's device what the human wanted
+    (`intervene_action`).
+    """
+    return info.get("commanded_action", info.get("intervene_action", action))
+
+
 S = TypeVar("S", bound=Outcome)
 S_co = TypeVar("S_co", bound=Outcome, covariant=True)
 
