@@ -615,6 +615,29 @@ def demo(runs: Path = Path("runs"), offline_steps: Amount = 4_000, online_steps:
     return code
 
 
+def check_robot(env: Name[str], steps: Count = 20, scale: AboveZero = 0.05, env_kwargs: tuple[str, ...] = ()) -> int:
+    """Check a robot's environment by moving it gently: spaces, flags, arrays, rate, safety wrappers, stop().
+
+    Args:
+        env: Gymnasium id, or module:ID.
+        steps: Commands to send.
+        scale: Their size, as a share of half the action range around its middle.
+        env_kwargs: Arguments of the environment, NAME=VALUE.
+    """
+    from o2o import envs
+    from o2o.envs.robot_check import check_robot_env
+
+    robot = envs.bare(env, keyword_arguments(env_kwargs))
+    try:
+        problems = check_robot_env(robot, steps, scale=scale)
+    finally:
+        robot.close()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{env}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
+    return 2 if problems else 0
+
+
 Commands = Mapping[str, "Callable[..., int] | Commands"]
 DATA: Commands = {
     "list": data_list,
@@ -634,6 +657,7 @@ COMMANDS: Commands = {
     "plot": plot,
     "balance": balance,
     "record": record,
+    "check-robot": check_robot,
     "data": DATA,
     "bench": BENCH,
     "demo": demo,
