@@ -70,7 +70,7 @@ class Conservative(Settings):
     """Weight of the gap; with `dual` it multiplies the dual variable."""
     dual: bool = False
     """Weight the gap by a dual variable that grows while the gap exceeds `target_gap`."""
-    target_gap: float = 0.8
+    target_gap: NotNegative = 0.8
     """Gap that the dual variable aims at."""
     dual_param: Positive = "softplus"
     """How the dual variable is made from its free parameter."""

@@ -56,7 +56,7 @@ from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
 from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model, Scalar, draw_members
 from o2o.rl import losses
-from o2o.settings import AboveZero, Amount, Average, Count, Dropout, NotNegative, Rate, Width, Widths
+from o2o.settings import AboveZero, Amount, Average, Count, Dropout, NotNegative, Rate, Real, Width, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ALPHA_CAP = 1e6
@@ -112,7 +112,7 @@ class EXPOConfig(AgentConfig):
     """Factor c on the entropy term of the edit policy's loss."""
     entropy_target: Literal["reachable", "released"] = "reachable"
     """`reachable` adds d ln(edit_scale) to the target entropy; `released` does not, and alpha may grow without end."""
-    target_entropy: float = 0.5
+    target_entropy: Real = 0.5
     """Entropy target as a multiple of -d, d the number of action coordinates."""
     temperature_init: AboveZero = 1.0
     """Initial entropy temperature alpha."""

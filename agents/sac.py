@@ -43,7 +43,7 @@ from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
 from o2o.rl import losses
-from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Share, Widths
+from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Real, Share, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 ADROIT_DATA: dict[str, Any] = {"terminate_on_success": False, "data_share": 0.9}
@@ -72,7 +72,7 @@ class SACConfig(AgentConfig):
     """Orthogonal gain of the last hidden layer of actor and critics; `None` for sqrt(2)."""
     output_gain: AboveZero = SQRT2
     """Orthogonal gain of the critics' output layer."""
-    policy_output_gain: float = SQRT2
+    policy_output_gain: NotNegative = SQRT2
     """Orthogonal gain of the actor's output layer."""
     shared_output: bool = False
     """One output layer for all critics (WSRL's code) instead of one each."""
@@ -92,7 +92,7 @@ class SACConfig(AgentConfig):
     """Subtract alpha * log pi(a'|s') in the target."""
     max_target_actions: Count | None = None
     """Next actions of which the target takes the best; `None` for a single one."""
-    target_entropy: float = 1.0
+    target_entropy: Real = 1.0
     """Entropy target as a multiple of -dim(A)."""
     temperature_param: Positive = "exp"
     """How alpha is made from its free parameter."""
@@ -143,7 +143,7 @@ class RLPDConfig(SACConfig):
     """Target members drawn for each minibatch, whose minimum is the target; `None` for all."""
     actor_reduce: Literal["min", "mean"] = "mean"
     """How the actor loss reduces over the critics."""
-    target_entropy: float = 0.5
+    target_entropy: Real = 0.5
     """Entropy target as a multiple of -dim(A)."""
     temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""

@@ -79,6 +79,7 @@ def make(
     image_size: int = 64,
     episode_limit: int | None = None,
     own_units: bool = False,
+    simulator: Callable[..., gym.Env] | None = None,
 ) -> gym.Env:
     """Make the environment of an id or a dataset: float32 observations, actions in [-1, 1], the task's reward.
 
@@ -103,6 +104,7 @@ def make(
         image_size: Height and width of their images.
         episode_limit: Steps after which an episode is cut; default: the environment's own limit.
         own_units: Leave out FlattenObservation and MapAction: observations and actions are the environment's own.
+        simulator: What makes the bare environment (`o2o.envs.shared`); default: `gymnasium.make`.
 
     Raises `ConfigError` for an unknown id or camera, `EnvironmentMismatchError` for spaces that do not fit,
     `TrustError` for a dataset whose environment is code that only its file names.
@@ -117,14 +119,7 @@ def make(
     kwargs |= {} if episode_limit is None else {"max_episode_steps": episode_limit}
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
-    try:
-        env = gym.make(spec, disable_env_checker=True, **kwargs)
-    except (Exception, SystemExit) as error:  # a bare assertion has no text of its own
-        named = (
-            f"{type(error).__name__}: {error}" if isinstance(error, Exception) else f"it ends the process ({error!r})"
-        )
-        raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())})") from error
-    remove_model_file(env)
+    env = _made(spec, simulator, **kwargs)
     if task.family == "kitchen":
         env = kitchen.CompletedSubtasks(env)
     reference = dataset or about
@@ -146,6 +141,19 @@ def make(
     if seed is not None:
         env.reset(seed=seed)
         env.action_space.seed(seed)
+    return env
+
+
+def _made(spec: EnvSpec, make: Callable[..., gym.Env] | None = None, **kwargs: Any) -> gym.Env:
+    """Make the bare environment of a specification, as Gymnasium does or with `make`. Raises `ConfigError`."""
+    try:
+        env = (make or gym.make)(spec, disable_env_checker=True, **kwargs)
+    except (Exception, SystemExit) as error:  # a bare assertion has no text of its own
+        named = (
+            f"{type(error).__name__}: {error}" if isinstance(error, Exception) else f"it ends the process ({error!r})"
+        )
+        raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())})") from error
+    remove_model_file(env)
     return env
 
 
@@ -243,11 +251,7 @@ def spaces_of(env_id: str) -> tuple[gym.Space, gym.Space, EnvSpec]:
     Raises `ConfigError` for an id that is unknown or cannot be made.
     """
     spec = specification(env_id)
-    try:
-        env = gym.make(spec, disable_env_checker=True)
-    except Exception as error:
-        raise ConfigError(f"environment {spec.id} cannot be made: {' '.join(str(error).split())}") from error
-    remove_model_file(env)
+    env = _made(spec)
     env.close()
     return env.observation_space, env.action_space, spec
 

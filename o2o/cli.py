@@ -406,9 +406,9 @@ def data_import(
 
         place = Environment(*envs.spaces_of(env))
     options = Options(keys, action, reward, success, episode_steps, license, drop_bad)
-    console = Console()
+    console, in_words = Console(), functools.partial(as_options, names=_options(data_import))
     if dry_run:
-        print_plan(*plan_import(path, format, options, place), console)
+        print_plan(*plan_import(path, format, options, place), console, in_words)
         return 0
     if id is None:
         raise ConfigError("o2o data import: no id for the new dataset; give one, such as lab/pick-v0")
@@ -421,7 +421,7 @@ def data_import(
             place,
             root,
             progress=lambda at, total: status.update(f"imported {at} of {total} episodes"),
-            planned=lambda plan, licence: print_plan(plan, licence, console),
+            planned=lambda plan, licence: print_plan(plan, licence, console, in_words),
         )
     print_imported(done, console)
     return 0
@@ -443,12 +443,12 @@ def data_check(dataset: Name[str], root: Path | None = None, drop_bad: bool = Fa
 
         kept = without_bad(dataset, out, root)
         for problem in kept.problems:
-            print(problem, file=sys.stderr)
+            print(as_options(problem, OPTIONS), file=sys.stderr)
         print(f"left out {kept.dropped} of {kept.dropped + kept.episodes} episodes; wrote {kept.folder}")
         return 0
     problems = datasets.check(dataset, root)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(as_options(problem, OPTIONS), file=sys.stderr)
     print(f"{dataset}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
     return 2 if problems else 0
 
@@ -724,6 +724,11 @@ def _named(args: Sequence[str]) -> tuple[str, Any]:
     return prog, known
 
 
+def _options(command: Any) -> set[str]:
+    """Return the names that a message to who gave a command may use for its options: the command's own and a run's."""
+    return OPTIONS | set(inspect.signature(command).parameters) if callable(command) else OPTIONS
+
+
 def _dispatch(args: list[str]) -> int:
     if args == ["--version"]:
         from o2o import __version__
@@ -747,14 +752,17 @@ def _dispatch(args: list[str]) -> int:
 class StandardError(logging.Handler):
     """Print log records as `o2o: message` to whatever `sys.stderr` is then: a progress bar puts its own there."""
 
+    options = OPTIONS
+    """Settings that the messages name as options."""
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; a terminal that has gone away does not end the run."""
         with contextlib.suppress(OSError):
-            print(f"o2o: {as_options(self.format(record), OPTIONS)}", file=sys.stderr)
+            print(f"o2o: {as_options(self.format(record), self.options)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def logging_to_stderr() -> Iterator[None]:
+def logging_to_stderr() -> Iterator[StandardError]:
     """Print the messages of logger `o2o` (level INFO and up) to standard error."""
     logger, handler = logging.getLogger("o2o"), StandardError()
     before = logger.level, logger.propagate
@@ -762,7 +770,7 @@ def logging_to_stderr() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = bool(logging.getLogger().handlers)  # absl adds one later, which would print them again
     try:
-        yield
+        yield handler
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
@@ -772,14 +780,17 @@ def logging_to_stderr() -> Iterator[None]:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done (or stopped by a signal with all saved), 2 bad input, 1 anything else."""
     prepare_process()
-    with logging_to_stderr():
+    with logging_to_stderr() as spoken:
         try:
             given = list(sys.argv[1:] if args is None else args)
             if TRUST in given:
                 trust.everywhere()
-            code = _dispatch([arg for arg in given if arg != TRUST])
+            given = [arg for arg in given if arg != TRUST]
+            with contextlib.suppress(ConfigError):  # of an unknown command
+                spoken.options = _options(_named(given)[1])
+            code = _dispatch(given)
         except O2OError as error:
-            print(f"o2o: error: {in_options(error, OPTIONS)}", file=sys.stderr)
+            print(f"o2o: error: {in_options(error, spoken.options)}", file=sys.stderr)
             code = 2
     sys.exit(code)
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from o2o.errors import ConfigError, suggest
 from o2o.settings import (
@@ -16,12 +16,19 @@ from o2o.settings import (
     Count,
     NotNegative,
     NotZero,
+    Portion,
     Range,
+    Real,
     Seed,
     SettingError,
     Settings,
     read,
 )
+
+if TYPE_CHECKING:
+    from o2o.types import AgentConfig
+else:  # its module imports JAX; the fields of every agent's config are read by its own class
+    AgentConfig = Any
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class LoopConfig(Settings):
     """Gradient steps between two evaluations in pre-training; 0: one at its end only, of offline estimates 20."""
     eval_episodes: Count = 20
     """Episodes of one evaluation, per seed."""
-    eval_envs: Count = 5
-    """Environments per seed in which they are played side by side; 1 for a simulator that is large or costly."""
+    eval_envs: Amount = 5
+    """Environments per seed in which they are played side by side; 1 for a simulator that is large or costly. 0: the
+    training environment itself, where no second one can run; then an evaluation ends the training episode."""
     log_every: Count = 1_000
     """Gradient steps (offline) or environment steps (online) between two rows of metrics."""
     checkpoint_every: Count = 10_000
@@ -86,7 +94,7 @@ class TaskConfig(Settings):
     """Adroit: replace the dense reward by the sparse -1/0 success reward of the papers."""
     reward_scale: Annotated[float, NotZero()] | None = None
     """Multiplies every raw reward, in the dataset and in the environment."""
-    reward_bias: float | None = None
+    reward_bias: Real | None = None
     """Added to every scaled reward."""
     normalize_returns: AboveZero | None = None
     """Distance between the dataset's best and worst return after scaling (IQL's paper: 1000). Sets `reward_scale`,
@@ -95,7 +103,7 @@ class TaskConfig(Settings):
     """End a training episode at its first success."""
     only_successes: bool | None = None
     """Use only the episodes of the dataset that succeed (the WSRL paper's Adroit data)."""
-    data_share: AboveZero | None = None
+    data_share: Portion | None = None
     """Use only this share of each dataset's episodes, the first ones (RLPD's Adroit: 0.9)."""
     achieved_goal: bool | None = None
     """Keep `achieved_goal` of Dict observations."""
@@ -110,8 +118,8 @@ class RunConfig(Settings):
 
     agent: str
     """Name in o2o.agents.AGENTS."""
-    config: Any
-    """The agent's config."""
+    config: AgentConfig
+    """The agent's config, of its own class."""
     dataset: tuple[str, ...]
     """Minari ids or paths. Several datasets are mixed by `weights`."""
     weights: tuple[NotNegative, ...] = ()
@@ -190,6 +198,17 @@ class RunConfig(Settings):
         self.environment_arguments()
         if self.weights and (len(self.weights) != len(self.dataset) or not any(self.weights)):
             raise self.refuse("weights", f"a weight for each of the {len(self.dataset)} datasets, not all of them 0")
+
+        several = {
+            "seeds": self.seeds > 1,
+            "config.online.num_envs": self.config is not None and self.config.online.num_envs > 1,
+            "loop.env_processes": self.loop.env_processes > 0,
+            "loop.eval_process": self.loop.eval_process,
+        }
+        if self.loop.eval_envs == 0 and any(several.values()):
+            names = " and ".join(f"`{name}`" for name, given in several.items() if given)
+            said = f" is 0, one environment for everything, and {names} asks for more; expected at least 1 with that"
+            raise SettingError(said, ("loop", "eval_envs"), type(self).__name__)
 
     def environment_arguments(self) -> dict[str, Any]:
         """Return `env_kwargs` by name. Raises `ConfigError` for an entry that is not NAME=VALUE."""

@@ -1,12 +1,17 @@
 """Where files go, and how they are written so that they survive a kill or a power cut."""
 
+import contextlib
 import errno
+import glob
 import json
 import logging
 import math
 import os
+import platform
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +57,50 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+EARLIER = ".earlier"
+"""At the end of a scratch folder's name: it holds the folder that is being replaced."""
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill; it becomes `target` when the block ends, and goes away if that raises.
+
+    With `replace`, it takes the place of an earlier `target`, which stays until then. What writers that were killed on
+    this machine have left is removed, and what one was replacing is put back. Raises `OSError`.
+    """
+    beside = target.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    scratch = Path(tempfile.mkdtemp(prefix=_scratch(target, os.getpid()), dir=beside))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if replace and target.exists():
+            os.replace(target, earlier := Path(f"{scratch}{EARLIER}"))
+            os.replace(scratch, target)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(target: Path, process: int) -> str:
+    """Return how the names of a process's scratch folders beside a folder begin."""
+    return f".{target.name}-{platform.node()}-{process}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers of a folder that were killed on this machine have left; put back what one had replaced."""
+    for path in target.absolute().parent.glob(f".{glob.escape(target.name)}-{glob.escape(platform.node())}-*"):
+        process = path.name.removeprefix(_scratch(target, 0).removesuffix("0-")).partition("-")[0]
+        if not process.isdigit() or alive(int(process)):
+            continue
+        if path.name.endswith(EARLIER) and not target.exists():
+            path.rename(target)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def parse_json(text: str) -> Any:

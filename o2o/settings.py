@@ -14,7 +14,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral, Real as AnyReal
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from o2o.errors import ConfigError, suggest
@@ -104,6 +104,10 @@ Average = Annotated[float, Range(above=0, most=1)]
 """Weight of the new value in a moving average."""
 Dropout = Annotated[float, Range(least=0, below=1)]
 Between = Annotated[float, Range(above=0, below=1)]
+Real = Annotated[float, Range()]
+"""Any finite number."""
+Portion = Annotated[float, Range(above=0, most=1)]
+"""A share that is not nothing."""
 AboveZero = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Interval = Annotated[tuple[float, float], Ordered()]
@@ -201,7 +205,7 @@ def _names(cls: Any) -> list[str]:
 
 def _number(value: Any, kind: type) -> int | float:
     number = None if isinstance(value, bool) else value
-    if isinstance(number, Real) and (kind is float or isinstance(number, Integral) or float(number).is_integer()):
+    if isinstance(number, AnyReal) and (kind is float or isinstance(number, Integral) or float(number).is_integer()):
         with contextlib.suppress(OverflowError):  # an int beyond all floats
             return kind(number)
     raise _wrong(value, kind.__name__)

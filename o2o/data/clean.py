@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import h5py
 from o2o.data import files
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.errors import DatasetError
+from o2o.files import whole_folder
 
 DATA = "main_data.hdf5"
 
@@ -48,23 +47,16 @@ def without_bad(dataset: str | Path, out: str | None = None, root: str | Path | 
     found = tuple(problem for problem in problems if problem is not None)
     if not sound:
         raise DatasetError(f"dataset {about.name}: none of its {about.episodes} episodes is sound; {found[:1]}")
-    scratch = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.absolute()))
-        (scratch / "data").mkdir()
-        steps = _copy(folder / DATA, scratch / "data" / DATA, sound)
-        size = round((scratch / "data" / DATA).stat().st_size / 1e6, 1)
-        counts = {"total_episodes": len(sound), "total_steps": steps, "dataset_size": size}
-        own: dict[str, Any] = {"dataset_id": name, "checked_from": about.name, "dropped_episodes": len(found)}
-        (scratch / "data" / "metadata.json").write_text(json.dumps({**about.metadata, **counts, **own}))
-        scratch.chmod(0o755)
-        scratch.replace(target)
+        with whole_folder(target) as scratch:
+            (data := scratch / "data").mkdir()
+            steps = _copy(folder / DATA, data / DATA, sound)
+            size = round((data / DATA).stat().st_size / 1e6, 1)
+            counts = {"total_episodes": len(sound), "total_steps": steps, "dataset_size": size}
+            own: dict[str, Any] = {"dataset_id": name, "checked_from": about.name, "dropped_episodes": len(found)}
+            (data / "metadata.json").write_text(json.dumps({**about.metadata, **counts, **own}))
     except OSError as error:
         raise DatasetError(f"dataset {name} could not be written to {target}: {error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     return Cleaned(target, len(sound), found)
 
 

@@ -28,7 +28,7 @@ from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, Leaf, ObservationSpe
 from o2o.data.task import Task
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 ORIGIN = ("algorithm_name", "author", "description", "code_permalink", "license", "source_fingerprint")
 """Entries of metadata.json that `describe` repeats."""
 RETURN_ROWS = 2**16
@@ -150,27 +150,43 @@ def _converters(about: DatasetInfo, achieved_goal: bool, bounded: bool = True) -
         raise DatasetError(f"dataset {about.name}: {error}") from error
 
 
-def _read_rows(
-    data: Path,
-    about: DatasetInfo,
-    spec: ObservationSpec,
-    actions: ActionMap,
-    clip: bool,
-    skip: bool,
-    success_key: str | None,
-) -> Rows:
+@dataclass(frozen=True)
+class _Reading:
+    """One dataset on disk, and how its rows are read."""
+
+    folder: Path
+    about: DatasetInfo
+    spec: ObservationSpec
+    actions: ActionMap
+    clip: bool
+    """Accept actions outside the bounds."""
+    skip: bool
+    """Leave faulty episodes out."""
+    success_key: str | None
+
+    def rows(self, cache: bool) -> Rows:
+        """Read them, with `cache` through the cache, keyed by the files' digest and all that shapes the rows."""
+        if not cache:
+            return _read_rows(self)
+        key = [CACHE_VERSION, np.__version__, files.file_digest(self.folder), str(self.spec), self.clip, self.skip]
+        key += [] if self.success_key is None else [self.success_key]
+        return cached(key, lambda: _read_rows(self))
+
+
+def _read_rows(how: _Reading) -> Rows:
     """Read one dataset: `observation/<key>` `[N + episodes, ...]`, `lengths` `[episodes]`, all else `[N, ...]`.
 
     The episodes' last observations are behind all others. Actions are flat, in the environment's units. `notes/*` are
     texts: episodes that were left out, columns that lose digits, entries that are not seen.
     """
+    about, spec = how.about, how.spec
     columns, watch = Columns(), Watch(spec, ObservationSpec.from_space(about.observation_space, True))
     skipped: list[str] = []
     rows, frames = about.steps, about.steps + about.episodes
-    storage = files.open_storage(data, about.metadata)
-    for i, raw in enumerate(files.read_episodes(storage, about.name, named=success_key)):
-        if problem := next(files.problems(raw, i, spec, actions, clip), None):
-            _refuse(about.name, problem, skip)
+    storage = files.open_storage(how.folder, about.metadata)
+    for i, raw in enumerate(files.read_episodes(storage, about.name, named=how.success_key)):
+        if problem := next(files.problems(raw, i, spec, how.actions, how.clip), None):
+            _refuse(about.name, problem, how.skip)
             skipped.append(problem)
             continue
         episode = files.tidy(raw)
@@ -205,9 +221,10 @@ def _read_rows(
             f"{len(without)} of {len(first)} episodes, sound episode {without[0]} the first, have no infos/success, "
             "and the others do: add the flags"
         )
-        _refuse(about.name, problem, skip)
+        _refuse(about.name, problem, how.skip)
         skipped += [problem] * len(without)
-    notes = {"skipped": skipped, "digits": [f"{n}[{i}]" for n, i in watch.lost_digits()], "unseen": watch.unseen()}
+    notes = {"skipped": skipped, "unseen": watch.unseen()}
+    notes["digits"] = [f"{name}[{i}] (there in steps of {step:g})" for name, i, step in watch.lost_digits()]
     return found | {NOTES + key: np.asarray(texts, str) for key, texts in notes.items()}
 
 
@@ -244,24 +261,6 @@ def _digest(rows: Rows) -> str:
         digest.update(f"{key} {rows[key].dtype.str} {rows[key].shape}".encode())
         digest.update(np.ascontiguousarray(rows[key]).data)
     return digest.hexdigest()
-
-
-def _cached_rows(
-    data: Path,
-    about: DatasetInfo,
-    spec: ObservationSpec,
-    actions: ActionMap,
-    clip: bool,
-    skip: bool,
-    success_key: str | None,
-    cache: bool,
-) -> Rows:
-    """Read through the cache, keyed by the files' digest and all that shapes the rows."""
-    if not cache:
-        return _read_rows(data, about, spec, actions, clip, skip, success_key)
-    key = [CACHE_VERSION, np.__version__, files.file_digest(data), str(spec), clip, skip]
-    key += [] if success_key is None else [success_key]
-    return cached(key, lambda: _read_rows(data, about, spec, actions, clip, skip, success_key))
 
 
 def monte_carlo_returns(
@@ -381,6 +380,54 @@ def _weights(sizes: Sequence[int], weights: Sequence[float] | None) -> list[floa
     return [value / sum(values) for value in values]
 
 
+def named_first(infos: Sequence[DatasetInfo]) -> DatasetInfo:
+    """Return the dataset of a mixture whose environment counts: the first that names one, or else the first."""
+    return next((about for about in infos if about.env_spec is not None or about.eval_env_spec is not None), infos[0])
+
+
+FEW = 64
+"""A reward of at most so many values is told by them; one of more is dense."""
+
+
+def _conventions(about: DatasetInfo, rewards: np.ndarray | None) -> dict[str, Any]:
+    """Return what is known of how a dataset's numbers are meant; `rewards` None: they do not count."""
+    values = None if rewards is None else np.unique(rewards)
+    return {
+        "steps per second": files.rate_of(about),
+        "robot": files.said(about, "robot_type"),
+        "environment of the source": files.said(about, "env_args", "env_name"),
+        "controller": files.said(about, "env_args", "env_kwargs", "controller_configs"),
+        "names of entries": files.said(about, "names"),
+        "rewards": None if values is None else values[:FEW].tolist() if len(values) <= FEW else "dense",
+    }
+
+
+def _tell_differences(infos: Sequence[DatasetInfo], known: Sequence[dict[str, Any]]) -> None:
+    """Log what the datasets of a mixture say differently of how their numbers are meant.
+
+    Rewards differ if the two values of one set are none of the other's.
+    """
+    for about, theirs in zip(infos[1:], known[1:], strict=True):
+        found = []
+        for key, ours in known[0].items():
+            pair = (ours, theirs[key])
+            if key == "rewards":
+                fewer, more = sorted(pair, key=lambda values: FEW + 1 if values == "dense" else len(values or ()))
+                differ = fewer is not None and len(fewer) == 2 and (more == "dense" or not {*fewer} <= {*more})
+            else:
+                differ = None not in pair and pair[0] != pair[1]
+            if differ:
+                found.append(f"{key} {' against '.join(str(value)[:60] for value in pair)}")
+        if found:
+            log.warning(
+                "datasets %s and %s are mixed and differ: %s; make sure that their actions, observations and rewards "
+                "mean the same",
+                infos[0].name,
+                about.name,
+                "; ".join(found),
+            )
+
+
 def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
     """Raise `DatasetError` if datasets name different environments, or one environment with other arguments."""
 
@@ -403,7 +450,7 @@ def _check_one_environment(infos: Sequence[DatasetInfo]) -> None:
 def _merged(
     infos: Sequence[DatasetInfo], returns: list[np.ndarray], solved: list[np.ndarray | None], task: Task
 ) -> DatasetInfo:
-    head = infos[0]
+    head = named_first(infos)
     if len({flags is None for flags in solved}) > 1:
         without = next(about.name for about, flags in zip(infos, solved, strict=True) if flags is None)
         if task.terminate_on_success:
@@ -412,7 +459,7 @@ def _merged(
                 "it must be known in all (or set `task.terminate_on_success` to False)"
             )
         log.warning("dataset %s has no infos['success'] and the others have: that of the mixture is unknown", without)
-    for other in infos[1:]:
+    for other in infos:
         for key in ("observation_space", "action_space"):
             if getattr(other, key) != getattr(head, key):
                 raise DatasetError(
@@ -454,7 +501,8 @@ def load(
     there. Without a task, rewards are the dataset's own; with the discount None, there are no mc_returns.
     `achieved_goal` None: the task says whether that entry is kept. With the `action_range` "data", [-1, 1] is the range
     of the dataset's actions, 1 + `action_margin` times as wide (`ActionMap.fitted`), in place of the action space,
-    which then needs no bounds. Datasets of different environments are mixed only if `env` names the one that counts.
+    which then needs no bounds. Datasets of different environments are mixed only if `env` names the one that counts;
+    beside datasets that name none, one that does counts. What the sources of a mixture say differently is logged.
     Raises `DatasetError`, naming episode and step where there is one.
     """
     names = [ids] if isinstance(ids, str | Path) else list(ids)
@@ -465,23 +513,27 @@ def load(
     if env is None:
         _check_one_environment(infos)
     if task is None:
-        task = Task(infos[0].env_id or infos[0].name, has_success=True)
+        head = named_first(infos)
+        task = Task(head.env_id or head.name, has_success=True)
     keep_goal, bounded = task.achieved_goal if achieved_goal is None else achieved_goal, action_range == "space"
     spec, actions = _converters(infos[0], keep_goal, bounded)
-    parts, returns, solved, digests = [], [], [], []
+    parts, returns, solved, digests, conventions = [], [], [], [], []
     for folder, about in zip(folders, infos, strict=True):
-        own_spec, own_actions = _converters(about, keep_goal, bounded)
-        rows = _cached_rows(
-            folder, about, own_spec, own_actions, clip_actions, skip_bad_episodes, task.success_key, cache
-        )
+        converters = _converters(about, keep_goal, bounded)
+        how = _Reading(folder, about, *converters, clip_actions, skip_bad_episodes, task.success_key)
+        rows = how.rows(cache)
         _tell(rows, about, achieved_goal)
         digests.append(_digest(rows))
+        if len(folders) > 1:
+            conventions.append(_conventions(about, None if task.binary else rows["rewards"]))
         arrays, episode_returns, episode_success = _transitions(rows, task, discount, about.name)
         parts.append(arrays)
         returns.append(episode_returns)
         solved.append(episode_success)
         del rows
     merged = _merged(infos, returns, solved, task)
+    if conventions:
+        _tell_differences(infos, conventions)
     shaped = [np.clip(part["actions"], actions.low, actions.high).reshape(-1, *actions.shape) for part in parts]
     if action_range == "data":
         try:
@@ -555,7 +607,10 @@ def describe(dataset: str | Path, root: str | Path | None = None, task: Task | N
 
 
 def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
-    """Return all problems of a dataset, one line each, none for a sound one; raises `DatasetError` if there is none."""
+    """Return all problems of a dataset, one line each, none for a sound one; raises `DatasetError` if there is none.
+
+    That it names no environment is logged, and is no problem: it can be trained on.
+    """
     folder, found = files.locate(dataset, root), []
     episodes = steps = 0
     try:
@@ -575,9 +630,9 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
         if getattr(about, key) != counted:
             found.append(f"metadata.json says {getattr(about, key)} {key}, the data has {counted}")
     if about.env_spec is None:
-        found.append(
-            "no env_spec: the environment cannot be recovered, give one with `env`, or train on the data alone "
-            "(`online_steps` 0)"
+        log.warning(
+            "dataset %s names no environment: train on the data alone (`online_steps` 0), or give one with `env`",
+            about.name,
         )
     elif missing := files.missing_entry_point(about.env_spec):
         found.append(f"environment {about.env_spec.id} cannot be made, {missing}: install it, or give one with `env`")

@@ -1,13 +1,9 @@
 """Find, read, check and write the files of Minari datasets."""
 
-import glob
 import hashlib
 import os
-import platform
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +24,7 @@ from minari.serialization import deserialize_space
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
-from o2o.files import alive, parse_json
+from o2o.files import parse_json, whole_folder
 from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
@@ -310,6 +306,20 @@ def read_space(metadata: Mapping[str, Any], key: str, name: str) -> gym.Space:
         raise DatasetError(f"dataset {name}: its {key} cannot be read ({error!r})") from error
 
 
+def said(about: DatasetInfo, *path: str) -> Any:
+    """Return what a dataset's metadata say under nested keys of its `source`; None if they do not."""
+    value = about.metadata.get("source")
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def rate_of(about: DatasetInfo) -> float | None:
+    """Return a dataset's steps per second: `fps` of its source, or robosuite's `control_freq`; None if unknown."""
+    rates = (said(about, "fps"), said(about, "env_args", "env_kwargs", "control_freq"))
+    return next((float(rate) for rate in rates if _number(rate) and rate > 0), None)
+
+
 def file_digest(data: Path) -> str:
     """Return the sha256 of the names and contents of all files of the dataset; its location does not matter."""
     digest = hashlib.sha256()
@@ -502,26 +512,6 @@ def _target(dataset_id: str, root: str | Path | None) -> Path:
     return (Path(root) if root is not None else default_root()) / dataset_id
 
 
-EARLIER = ".earlier"
-"""At the end of a scratch folder's name: it holds the dataset that is being replaced."""
-
-
-def _scratch(target: Path, process: int) -> str:
-    """Return how the names of a process's scratch folders beside a dataset begin."""
-    return f".{target.name}-{platform.node()}-{process}-"
-
-
-def _sweep(target: Path) -> None:
-    """Remove what writers of a dataset that were killed on this machine have left; put back what one had replaced."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}-{glob.escape(platform.node())}-*"):
-        process = path.name.removeprefix(_scratch(target, 0).removesuffix("0-")).partition("-")[0]
-        if not process.isdigit() or alive(int(process)):
-            continue
-        if path.name.endswith(EARLIER) and not target.exists():
-            path.rename(target)
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def work_folder(target: Path, kind: str) -> Path:
     """Return the hidden folder beside a dataset in which it is made, episode by episode."""
     return target.with_name(f".{target.name}.{kind}")
@@ -555,35 +545,24 @@ def write_dataset(
     """
     base = Path(root) if root is not None else default_root()
     target = _target(dataset_id, base) if overwrite else check_new(dataset_id, base)
-    spec, eval_spec, scratch = storable(spec), storable(eval_spec), None
+    spec, eval_spec = storable(spec), storable(eval_spec)
+    extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__}
+    extra |= {**vouchers(spec, eval_spec), **(metadata or {})}
+    if eval_spec is not None:
+        extra["eval_env_spec"] = eval_spec.to_json()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        scratch = Path(tempfile.mkdtemp(prefix=_scratch(target, os.getpid()), dir=target.parent.absolute()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            storage = MinariStorage.new(scratch / "data", observation_space, action_space, spec, jpeg_encoding=False)
-        extra: dict[str, Any] = {"dataset_id": dataset_id, "minari_version": minari.__version__}
-        extra |= {**vouchers(spec, eval_spec), **(metadata or {})}
-        if eval_spec is not None:
-            extra["eval_env_spec"] = eval_spec.to_json()
-        storage.update_metadata(extra)
-        storage.update_episodes(_buffer(episode) for episode in episodes)  # one in memory at a time
-        for parent in target.relative_to(base).parents:
-            if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
-                (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")
-        scratch.chmod(0o755)
-        if overwrite and target.exists():
-            os.replace(target, earlier := Path(f"{scratch}{EARLIER}"))
-            os.replace(scratch, target)
-            shutil.rmtree(earlier, ignore_errors=True)
-        else:
-            os.replace(scratch, target)
+        with whole_folder(target, overwrite) as folder:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kinds = (observation_space, action_space, spec)
+                storage = MinariStorage.new(folder / "data", *kinds, jpeg_encoding=False)
+            storage.update_metadata(extra)
+            storage.update_episodes(_buffer(episode) for episode in episodes)  # one in memory at a time
+            for parent in target.relative_to(base).parents:
+                if parent != Path(".") and not (base / parent / NAMESPACE_METADATA_FILENAME).exists():
+                    (base / parent / NAMESPACE_METADATA_FILENAME).write_text("{}")
     except OSError as error:
         raise DatasetError(f"dataset {dataset_id} could not be written to {target}: {error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -6,8 +6,6 @@ episode that was cut off is one step shorter, and a terminated one repeats its l
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +19,7 @@ from o2o.data.files import DatasetInfo, Episode
 from o2o.data.importers.lerobot import needed
 from o2o.data.spaces import STATE, Leaf, ObservationSpec
 from o2o.errors import ConfigError, DatasetError
+from o2o.files import whole_folder
 
 CHUNK = 1000
 """Files in a folder."""
@@ -38,32 +37,24 @@ def to_lerobot(
 ) -> Path:
     """Write a dataset as a LeRobot v3.0 folder `out` and return it; it appears whole or not at all.
 
-    `fps`: steps per second; None: those of the source that it was imported from. `task`: what LeRobot shows as its
-    text; None: the dataset's id. Raises `ConfigError` without a rate, `DatasetError` if `out` exists or the dataset
-    cannot be read.
+    `fps`: steps per second; None: those of the source that it was imported from (`files.rate_of`). `task`: what LeRobot
+    shows as its text; None: the dataset's id. Raises `ConfigError` without a rate, `DatasetError` if `out`
+    exists or the dataset cannot be read.
     """
     data = files.locate(dataset, root)
     about = files.read_info(data)
-    rate = fps if fps is not None else (about.metadata.get("source") or {}).get("fps")
+    rate = fps if fps is not None else files.rate_of(about)
     if rate is None or not rate > 0:
-        raise ConfigError(f"dataset {about.name} does not say its steps per second (fps {rate}): give --fps")
+        raise ConfigError(f"dataset {about.name} does not say its steps per second (fps {rate}): give `fps`")
     if out.exists():
         raise DatasetError(f"{out} exists already; give a new folder")
     needed("pyarrow", "pyarrow", out)
-    scratch = None
+    episodes = map(files.tidy, files.read_episodes(files.open_storage(data, about.metadata), about.name))
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-        _Writer(scratch, about, float(rate), task or about.name).write(
-            map(files.tidy, files.read_episodes(files.open_storage(data, about.metadata), about.name))
-        )
-        scratch.chmod(0o755)
-        scratch.replace(out)
+        with whole_folder(out) as scratch:
+            _Writer(scratch, about, float(rate), task or about.name).write(episodes)
     except OSError as error:
         raise DatasetError(f"{out} could not be written: {error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
@@ -178,7 +169,7 @@ class _Writer:
         whole = float(self.fps).is_integer()
         return {
             "codebase_version": "v3.0",
-            "robot_type": (self.about.metadata.get("source") or {}).get("robot_type"),
+            "robot_type": files.said(self.about, "robot_type"),
             "total_episodes": len(self.rows),
             "total_frames": self.total,
             "total_tasks": 1,

@@ -198,13 +198,14 @@ class Watch:
         merge = {"low": np.minimum, "high": np.maximum, "lost": np.add, "moved": np.add}
         self._columns[name] = found if held is None else {key: merge[key](held[key], found[key]) for key in found}
 
-    def lost_digits(self) -> list[tuple[str, int]]:
-        """Return (entry, column) of numbers whose steps vanish in float32, such as time stamps."""
+    def lost_digits(self) -> list[tuple[str, int, float]]:
+        """Return (entry, column, resolution) of numbers whose steps vanish in float32, such as time stamps."""
         found = []
         for name, column in self._columns.items():
             size = np.maximum(np.abs(column["low"]), np.abs(column["high"]))
             varies, blurred = column["low"] < column["high"], column["lost"] > 0.01 * column["moved"]
-            found += [(name, int(i)) for i in np.flatnonzero((size > LARGE) & varies & blurred)]
+            lost = np.flatnonzero((size > LARGE) & varies & blurred)
+            found += [(name, int(i), float(np.spacing(np.float32(size[i])))) for i in lost]
         return found
 
     def _correlate(self, states: np.ndarray, goals: np.ndarray) -> None:

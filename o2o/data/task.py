@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from o2o.errors import ConfigError
+from o2o.settings import NotZero, Portion, Real, Settings
 
 Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other"]
 Metric = Literal["return", "success", "normalized", "kitchen"]
@@ -56,14 +57,14 @@ def success_of(infos: Mapping[str, Any], named: str | None = None) -> bool | Non
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Settings):
     """A task's conventions. Hashable, comparable by value; the table of known ones is `o2o.envs.TASKS`."""
 
     name: str
     family: Family = "other"
-    reward_scale: float = 1.0
+    reward_scale: Annotated[float, NotZero()] = 1.0
     """The agent sees scale * reward + bias, in float32."""
-    reward_bias: float = 0.0
+    reward_bias: Real = 0.0
     binary: bool = False
     """The raw reward is replaced by success - 1, that is -1 or 0, before scale and bias."""
     terminate_on_success: bool = False
@@ -77,13 +78,13 @@ class Task:
     """Whether success means anything here, provided that the environment reports it."""
     success_key: str | None = None
     """Entry of the infos that says whether a step succeeds, looked at before `success` and `is_success`."""
-    success_reward: float | None = None
+    success_reward: Real | None = None
     """Without a success flag, a step whose raw reward is at least this is a success."""
-    raw_failure_reward: float = 0.0
+    raw_failure_reward: Real = 0.0
     """Raw reward of every step of a sparse task that is no success, unless the task is binary."""
     only_successes: bool = False
     """Leave episodes without success out of the dataset (the WSRL paper's Adroit data)."""
-    data_share: float = 1.0
+    data_share: Portion = 1.0
     """Share of each dataset's episodes that are used, the first ones (RLPD's Adroit: 0.9)."""
     achieved_goal: bool = False
     """Observations keep `achieved_goal`: what it says is in no other entry, such as the place of AntMaze's ant."""

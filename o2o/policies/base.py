@@ -17,6 +17,7 @@ import numpy as np
 
 from o2o.data.cache import cached
 from o2o.data.datasets import Dataset
+from o2o.data.history import History
 from o2o.data.rollout import Controller, OneEach, Played, Policy, rollout
 from o2o.data.spaces import ActionMap, with_base_action
 from o2o.errors import BaseFaultError, ConfigError, DivergenceError, EnvironmentMismatchError, O2OError
@@ -195,6 +196,38 @@ class Base:
                 f"base {self.name} acts in other units: its actions reach {np.abs(flat).max():.4g}, the environment "
                 f"takes [{low.min():g}, {high.max():g}]; let it return actions in the environment's own units"
             )
+
+
+class Planner:
+    """What acts in one environment with a history, a queue of planned actions, and the base that it corrects, if any.
+
+    Whoever derives from it says how the queue is filled.
+    """
+
+    def __init__(self, history: int, inner: Base | None) -> None:
+        """Join `history` observations, act upon `inner`."""
+        self._length, self._inner, self._queue = history, inner, ChunkQueue()
+        self._history: History | None = None
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode with empty queues; everything that is drawn in it comes from `seed`."""
+        self._queue.clear()
+        self._history = None
+        if self._inner is not None:
+            self._inner.reset(seed)
+
+    def interrupt(self) -> None:
+        """Empty the queues, that of its base too."""
+        self._queue.clear()
+        if self._inner is not None:
+            self._inner.interrupt()
+
+    def joined(self, observation: Any) -> Any:
+        """Return a flat observation with those before it in the episode."""
+        if self._history is None:
+            self._history = History(self._length)
+            return self._history.reset(observation)
+        return self._history.push(observation)
 
 
 def steps_of(episode: Any) -> list[Any]:

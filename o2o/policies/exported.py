@@ -16,11 +16,10 @@ import jax
 import numpy as np
 
 from o2o.data.datasets import Dataset
-from o2o.data.history import History
 from o2o.data.rollout import Controller
 from o2o.data.spaces import BASE_ACTION, STATE
 from o2o.errors import ConfigError, EnvironmentMismatchError
-from o2o.policies.base import Base, BasePolicy, ChunkQueue
+from o2o.policies.base import Base, BasePolicy, Planner
 
 FILES = {".onnx": "onnxruntime", ".jax": "jax", ".pt": "torch", ".pth": "torch", ".pt2": "torch"}
 """Suffix of a file -> the module that runs it."""
@@ -188,37 +187,26 @@ class ExportedPolicy(BasePolicy):
         return ExportedController(self, None if self.inner is None else Base(self.inner, data))
 
 
-class ExportedController:
+class ExportedController(Planner):
     """An exported policy at work in one environment."""
 
     def __init__(self, policy: ExportedPolicy, inner: Base | None) -> None:
         """Act with `policy` upon `inner`."""
-        self._contract, self._run, self._inner, self._queue = policy.contract, policy.runner(), inner, ChunkQueue()
+        super().__init__(policy.contract["history"], inner)
+        self._contract, self._run = policy.contract, policy.runner()
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        """Begin an episode; everything that is drawn in it comes from `seed`."""
-        self._rng, self._history = np.random.default_rng(seed), None
+        """Begin an episode, with its memory as it was at first."""
+        super().reset(seed)
+        self._rng = np.random.default_rng(seed)
         self._memory = {
             name: np.asarray(entry["first"], entry["dtype"]) for name, entry in self._contract["memory"].items()
         }
-        self._queue.clear()
-        if self._inner is not None:
-            self._inner.reset(seed)
-
-    def interrupt(self) -> None:
-        """Empty the queues, that of its base too."""
-        self._queue.clear()
-        if self._inner is not None:
-            self._inner.interrupt()
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[*shape]` for a flat observation."""
-        if self._history is None:
-            self._history = History(self._contract["history"])
-            seen = self._history.reset(observation)
-        else:
-            seen = self._history.push(observation)
+        seen = self.joined(observation)
         entries = dict(seen) if isinstance(seen, dict) else {STATE: seen}
         if self._inner is not None:
             entries[BASE_ACTION] = self._inner.act_in_env(observation)

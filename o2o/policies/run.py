@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from o2o.data.datasets import Dataset
-from o2o.data.history import History, join, past
+from o2o.data.history import join, past
 from o2o.data.normalizer import Normalizer
 from o2o.data.rollout import Controller
 from o2o.data.spaces import STATE, ActionMap, with_base_action
 from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError
-from o2o.policies.base import Base, BasePolicy, ChunkQueue, episode_actions, first_bad, length_of, recorded_actions
+from o2o.policies.base import Base, BasePolicy, Planner, episode_actions, first_bad, length_of, recorded_actions
 from o2o.rl.chunks import ActionQueue
 from o2o.train.acting import Agents, act_side_by_side, stack_of_one
 from o2o.types import Array
@@ -117,41 +117,26 @@ def joined(episode: Any, history: int) -> Any:
     return join(past(episode, np.arange(length_of(episode)), 0, history))
 
 
-class RunController:
+class RunController(Planner):
     """One agent in one environment: one call to the device per action, or per chunk if it plays chunks."""
 
     def __init__(self, policy: RunPolicy) -> None:
         """Act with the agent of `policy`; it is compiled here, not in the first step."""
+        super().__init__(policy.history, None if policy.inner is None else Base(policy.inner, policy.data))
         self._policy, self._agents = policy, stack_of_one(policy.agent)
         self._fresh = jax.vmap(lambda agent: agent.initial_carry((1,)))(self._agents)
-        self._inner = None if policy.inner is None else Base(policy.inner, policy.data)
-        self._queue = ChunkQueue()
         self.reset(0)
         self._call(jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), policy.data.arrays["observations"]))
         self.reset(0)
 
     def reset(self, seed: int) -> None:
-        """Begin an episode with empty queues; everything that is drawn in it comes from `seed`."""
-        self._key, self._calls = jax.random.key(seed), 0
-        self._queue.clear()
-        self._carry, self._history = self._fresh, None
-        if self._inner is not None:
-            self._inner.reset(seed)
-
-    def interrupt(self) -> None:
-        """Empty the queues, that of its base too."""
-        self._queue.clear()
-        if self._inner is not None:
-            self._inner.interrupt()
+        """Begin an episode, with a fresh memory."""
+        super().reset(seed)
+        self._key, self._calls, self._carry = jax.random.key(seed), 0, self._fresh
 
     def act(self, observation: Any) -> np.ndarray:
         """Return the action `[*shape]` for a flat observation `[D]`; raises `DivergenceError` if it is not finite."""
-        policy = self._policy
-        if self._history is None:
-            self._history = History(policy.history)
-            seen = self._history.reset(observation)
-        else:
-            seen = self._history.push(observation)
+        policy, seen = self._policy, self.joined(observation)
         seen = policy.observation_of(seen, None if self._inner is None else self._inner.act(observation))
         return policy.data.action_map.to_env(self._queue.next(lambda: self._ask(seen)))
 

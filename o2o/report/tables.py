@@ -1,7 +1,7 @@
 """Tables and closing lines of the command line, printed with rich."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,8 @@ def print_json(value: Any) -> int:
     return 0
 
 
-def print_plan(plan: Plan, licence: str | None, console: Console) -> None:
-    """Print what an import makes of each column, and the rules by which it fills gaps."""
+def print_plan(plan: Plan, licence: str | None, console: Console, words: Callable[[str], str] = str) -> None:
+    """Print what an import makes of each column, and the rules by which it fills gaps, put into `words`."""
     table = Table()
     for column in ("column", "is", "becomes"):
         table.add_column(column, overflow="fold")
@@ -114,9 +114,9 @@ def print_plan(plan: Plan, licence: str | None, console: Console) -> None:
         table.add_row(*map(escape, row))
     console.print(table)
     for line in spoken(plan):
-        console.print(f"- {escape(line)}", highlight=False)
-    words = "not stated by the source; give it with --license" if licence is None else licence.strip().splitlines()[0]
-    console.print(f"- licence: {escape(words)}", highlight=False)
+        console.print(f"- {escape(words(line))}", highlight=False)
+    text = "not stated by the source; give it with `license`" if licence is None else licence.strip().splitlines()[0]
+    console.print(f"- licence: {escape(words(text))}", highlight=False)
 
 
 def print_imported(done: Imported, console: Console) -> None:

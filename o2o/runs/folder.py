@@ -360,6 +360,27 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def tell_if_died(path: Path) -> None:
+    """Log a warning if the process that trained the run in `path` ended without a word: nobody holds its lock."""
+    if read_status(path) != "running" or os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except OSError:  # it is trained now, or nobody can tell
+        return
+    _log.warning(
+        "the process that trained run %s ended without a word (a kill, a power cut, an environment that ends it): what "
+        "followed its last checkpoint is lost; `o2o resume` goes on from there",
+        path,
+    )
+
+
 def read_status(path: Path) -> str | None:
     """Return the status of a run folder; None if it never started or its status.json says none."""
     try:

@@ -13,14 +13,14 @@ from o2o.data import datasets
 from o2o.errors import ConfigError, suggest
 from o2o.nn.terminations import termination_of
 from o2o.report.suite import Cell
-from o2o.types import Agent, Needs
+from o2o.types import Agent, AgentConfig, Needs
 from o2o.user_code import import_module
 
 OWN_REWARDS = ("kitchen", "locomotion")
 """Families whose presets are for the environment's own rewards. Those of the others are for sparse rewards only."""
 
 
-def agent_class(name: str) -> Any:
+def agent_class(name: str) -> type[Agent]:
     """Return the agent class of a name of `AGENTS`, or of `module:Class`, which imports the module.
 
     Raises `ConfigError` with a suggestion for an unknown name.
@@ -45,7 +45,7 @@ def agent_name(name: str) -> str:
     return name if own else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def config_class(name: str) -> Any:
+def config_class(name: str) -> type[AgentConfig]:
     """Return the class of an agent's config."""
     return type(agent_class(name).preset("other", "small").config)
 
@@ -108,7 +108,7 @@ def preset_run(
     task_config = changes.pop("task", TaskConfig())
     if isinstance(task_config, Mapping):
         task_config = with_fields(TaskConfig(), task_config)
-    about = datasets.info(ids[0])
+    about = datasets.named_first([datasets.info(name) for name in ids])
     family = envs.task_for(env or about).family
     preset = agent_class(agent).preset(family, size).of_task(about.name)
     if family == "adroit" and task_config.binary is None:

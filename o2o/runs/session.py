@@ -26,6 +26,7 @@ from o2o.data.normalizer import Normalizer
 from o2o.data.recorder import EPISODES, Recorder, export, forget, next_number, recorded
 from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
+from o2o.envs.shared import OneSimulator
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.export import Latency, export_policy, latency
@@ -33,17 +34,18 @@ from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
 from o2o.runs import init_from as warm_start, opened as opened_run
-from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config
+from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config, tell_if_died
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.settings import Amount, Count, Seed, checked
+from o2o.train import memory
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
-from o2o.train.memory import size_of
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.trust import HOW, trusted, vouched, voucher
+from o2o.types import Agent
 from o2o.user_code import origin, source_digest
 
 _log = logging.getLogger(__name__)
@@ -53,13 +55,20 @@ __all__ += ["evaluate_run", "export_run", "load_base", "load_config", "load_data
 __all__ += ["open_run", "play_run", "resume", "train", "with_fields"]
 
 
+JOINING = 3
+"""How often `with_history` holds the joined observations at once."""
+TRIED = 8
+"""Environments after which it is known what one takes of memory."""
+
+
 def task_of(config: RunConfig) -> Task:
     """Return the task with the run's changes applied."""
     own = ("binary", "normalize_returns")
     changes = {k: v for k, v in vars(config.task).items() if v is not None and k not in own}
     kwargs, binary = config.environment_arguments(), config.task.binary
-    tasks = [envs.run_task(datasets.info(name), config.env, binary, kwargs) for name in config.dataset]
-    task = dataclasses.replace(tasks[0], **changes)
+    infos = [datasets.info(name) for name in config.dataset]
+    tasks = [envs.run_task(about, config.env, binary, kwargs) for about in infos]
+    task = dataclasses.replace(tasks[infos.index(datasets.named_first(infos))], **changes)
     if config.task.normalize_returns is None or config.task.reward_scale is not None:
         return task
     scale = returns_scale(config.dataset, task, config.task.normalize_returns, **_reading(config))
@@ -173,6 +182,9 @@ def _load_rows(config: RunConfig) -> datasets.Dataset:
 
 def _seen_with(base: BasePolicy | None, config: RunConfig, data: datasets.Dataset) -> datasets.Dataset:
     """Return the dataset as the run's agent sees it: with the history, and with the base's actions if there is one."""
+    if config.history > 1:
+        joining = {"joined observations": JOINING * memory.tree_bytes(data.arrays["observations"]) * config.history}
+        memory.refuse(joining, memory.free_on_host(), "the host", f"lower `history`, which is {config.history}")
     if base is None:
         return with_history(data, config.history)
     labels = base_labels(base, data, config.base_labels, config.base_timeout_s)
@@ -194,6 +206,7 @@ def env_maker(
         envs.make, config.env or _specification(data.info), data.task, achieved_goal=config.task.achieved_goal,
         dataset=data.info, history=config.history, action_map=data.action_map, cameras=config.cameras,
         image_size=config.image_size, env_kwargs=config.environment_arguments(), episode_limit=config.episode_limit,
+        simulator=None if config.loop.eval_envs else OneSimulator(),
     )  # fmt: skip
     if base is None:
         return EnvMaker(make, recorder)
@@ -236,7 +249,7 @@ def build(
     folder: Path | None = None,
     base: BasePolicy | None = None,
     begins: bool = True,
-) -> Trainer:
+) -> Trainer[Agent]:
     """Return the trainer of a run, nothing done yet; `folder` is for what it records and for replay on disk.
 
     `data` and `base` spare loading what the settings name once more. Only where the run `begins`, and does not go on
@@ -416,7 +429,7 @@ class Session:
                 return False
             return self.config.online_steps == 0 or self.trainer.online(self.config.online_steps)
 
-        _log.info("memory: %s", ", ".join(f"{name} {size_of(size)}" for name, size in self._needed.items()))
+        _log.info("memory: %s", ", ".join(f"{name} {memory.size_of(size)}" for name, size in self._needed.items()))
         with Closing() as closing:
             closing.callback(self.run.close)
             for logger in self.loggers:
@@ -454,81 +467,98 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
-    rate, simulated = None, False
-    if without_environment(config, data.info):
-        _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
-    else:
-        env = make_env(config, data, base)
-        rate, simulated = env.metadata.get("render_fps"), env.metadata.get("replayable", True)
-        with Closing() as closing:
-            closing.callback(env.close)
-            if not simulated and config.online_steps:
-                closing.callback(_second_of(config, data, base).close)
-        if config.episode_limit is None and envs.endless(config.env or data.info):
-            _log.warning(
-                "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; set "
-                "`episode_limit` for another limit",
-                config.env or data.info.env_id,
-                envs.limit_for(data.info),
-            )
-        if config.loop.eval_process and not simulated:
-            raise ConfigError(BESIDE)
-    if config.init_from is not None:
-        load_config(Path(config.init_from))
     about = {"fingerprint": data.fingerprint, "dataset_summary": summary(data)}
     about |= {} if base is None else {"base_fingerprint": base.fingerprint}
     about |= {"base_source": source_digest(base.name)} if isinstance(base, PythonPolicy) else {}
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
-    run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
-    try:
-        run.describe(data, rate)
-        session = Session(config, run, data, screen, base)
-        del data  # what is learnt from is in the trainer's replay
-        with Closing() as closing:
-            closing.callback(session.trainer.close)
-            if simulated:
-                _rehearse(session.trainer, config, session.trainer.data, base)
-            closing.pop_all()
-    except BaseException:
-        run.close()
-        shutil.rmtree(path)  # nothing has been done: the corrected command may have the name
-        raise
+    with Closing() as held:  # environments that are made before anything is learnt
+        make, env = env_maker(config, data, base), None
+        if without_environment(config, data.info):
+            _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
+        else:
+            env = make(False)
+            held.callback(env.close)
+            _check_environment(env, make, config, data.info)
+        if config.init_from is not None:
+            load_config(Path(config.init_from))
+        run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
+        try:
+            run.describe(data, None if env is None else env.metadata.get("render_fps"))
+            session = Session(config, run, data, screen, base)
+            del data  # what is learnt from is in the trainer's replay
+            with Closing() as closing:
+                closing.callback(session.trainer.close)
+                if env is not None and env.metadata.get("replayable", True):
+                    _rehearse(session.trainer, config.online_steps, make, env, held)
+                closing.pop_all()
+        except BaseException:
+            run.close()
+            shutil.rmtree(path)  # nothing has been done: the corrected command may have the name
+            raise
     return session.work()
 
 
-def _second_of(config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> Any:
-    """Make hardware's environment for evaluation beside the one for training. Raises `ConfigError` if it cannot be."""
-    try:
-        return make_env(config, data, base, evaluation=True)
-    except O2OError as error:
-        raise ConfigError(
-            f"a second object of the environment cannot be made beside the first ({error}): a run holds one to train "
-            "in and one to evaluate in, never both in motion, so let them share the connection"
-        ) from error
+def _check_environment(env: Any, make: EnvMaker, config: RunConfig, about: datasets.DatasetInfo) -> None:
+    """Say what is to be known of a run's environment `env`. Raises `ConfigError` for hardware that cannot do the run.
+
+    Of hardware a second object, to evaluate in, is made beside the first.
+    """
+    if config.episode_limit is None and envs.endless(config.env or about):
+        _log.warning(
+            "environment %s has no time limit: episodes are cut after %d steps, so that evaluations end; set "
+            "`episode_limit` for another limit",
+            config.env or about.env_id,
+            envs.limit_for(about),
+        )
+    if env.metadata.get("replayable", True):
+        return
+    if config.loop.eval_process:
+        raise ConfigError(BESIDE)
+    if config.online_steps:
+        try:
+            second = make(True)
+        except O2OError as error:
+            raise ConfigError(
+                f"a second object of the environment cannot be made beside the first ({error}): a run holds one to "
+                "train in and one to evaluate in, never both in motion, so let them share the connection, or set "
+                "`loop.eval_envs` to 0"
+            ) from error
+        with Closing() as closing:
+            closing.callback(second.close)
 
 
-def _rehearse(trainer: Trainer, config: RunConfig, data: datasets.Dataset, base: BasePolicy | None) -> None:
+def _rehearse(trainer: Trainer, online_steps: int, make: EnvMaker, first: Any, held: Closing) -> None:
     """Make as many environments at once as the run will hold, so that one too many fails before anything is learnt.
 
-    Those for evaluation are kept. Raises `ConfigError`.
+    The training environments, of which `first` is there, go to `held`; those for evaluation are kept. Raises
+    `ConfigError`.
     """
-    training = trainer.seeds * trainer.envs_per_seed if config.online_steps else 0
-    with Closing() as closing:
-        made = 0
-        try:
-            while made < training:
-                env = make_env(config, data, base)
-                closing.callback(env.close)
-                env.reset(seed=0)
-                made += 1
-            trainer.evaluator.prepare()
-        except O2OError as error:
-            if made == 0:
-                raise
-            raise ConfigError(
-                f"the run needs {training} environments to train in and {trainer.seeds} to evaluate in at once, and "
-                f"{made} can be had ({error}): train fewer seeds, or only on the dataset (online_steps 0)"
-            ) from error
+    training, made = trainer.seeds * trainer.envs_per_seed if online_steps else 0, 0
+    if not training:
+        held.close()
+    began, wanted = memory.of_process(), training + trainer.seeds * trainer.evaluator.slots
+    try:
+        while made < training:
+            env = make(False) if made else first
+            if made:
+                held.callback(env.close)
+            env.reset(seed=0)
+            made += 1
+            if made == TRIED:
+                each = max(memory.of_process() - began, 0) // (TRIED - 1)
+                rest = {f"{wanted - made} more environments": (wanted - made) * each}
+                memory.refuse(rest, memory.free_on_host(), "the host", "lower `seeds` or config.online.num_envs")
+        trainer.evaluator.prepare()
+    except O2OError as error:
+        if made == 0:
+            raise
+        share = ", or set `loop.eval_envs` to 0, so that training and evaluation take turns in one"
+        raise ConfigError(
+            f"the run needs {training} environments to train in and {trainer.seeds} to evaluate in at once, and "
+            f"{made} can be had ({error}): train fewer seeds, or only on the dataset (online_steps 0)"
+            + share
+            * (training == 1)
+        ) from error
 
 
 @checked
@@ -548,6 +578,7 @@ def resume(
         raise ConfigError(
             f"run {path} was trained without an environment; to fine-tune, begin another run with its data and `env`"
         )
+    tell_if_died(path)
     run = RunFolder.open(path, config.keep_checkpoints).lock()
     with Closing() as closing:
         closing.callback(run.close)
@@ -569,7 +600,7 @@ def resume(
     return session.work()
 
 
-def open_run(path: str | Path, which: str | int = "latest") -> tuple[RunConfig, Trainer]:
+def open_run(path: str | Path, which: str | int = "latest") -> tuple[RunConfig, Trainer[Agent]]:
     """Return a run's settings and its trainer at the `latest` or `best` checkpoint, or at a step.
 
     The trainer holds the run's dataset. `open_agents` returns what acts, without any data.
@@ -592,6 +623,7 @@ def open_agents(path: str | Path, which: str | int = "latest") -> opened_run.Ope
     """
     path = Path(path).absolute()
     config = load_config(path)
+    tell_if_died(path)
     data, rate = opened_run.read_dataset(path) or (unchanged(path, config)[0].without_rows(), None)
     return opened_run.load(path, config, data, rate, str(which))
 

@@ -33,8 +33,21 @@ def free_bytes() -> int | None:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    return free_on_host()
+
+
+def free_on_host() -> int | None:
+    """Return the bytes of main memory that this process can still take; None if nobody knows."""
     found = [_of_machine(), *(_of_container(Path(folder), *names) for folder, *names in CONTAINERS)]
     return min((size for size in found if size is not None), default=None)
+
+
+def of_process() -> int:
+    """Return the bytes of main memory that this process has now; 0 if nobody knows."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _of_machine() -> int | None:
@@ -73,16 +86,24 @@ def update_bytes(agent: Any, batch: Batch, free: int) -> int:
     return tree_bytes(batch) + (rough if found is None else found.temp_size_in_bytes)
 
 
-def refuse(needed: Mapping[str, int], free: int | None) -> None:
-    """Raise `ConfigError` if what is `needed`, bytes by name, is more than what is free."""
+ON_DEVICE = (
+    "lower config.batch_size, seeds, network widths or loop.replay_capacity, or set loop.device_bytes, so that "
+    "observations go to the disk"
+)
+
+
+def refuse(needed: Mapping[str, int], free: int | None, where: str = "", remedy: str = ON_DEVICE) -> None:
+    """Raise `ConfigError` with a `remedy` if what is `needed`, bytes by name, is more than what is free.
+
+    `where` names the memory; empty: the device's.
+    """
     total = sum(needed.values())
     if free is None or total <= free:
         return
     parts = ", ".join(f"{name} {size_of(size)}" for name, size in needed.items())
     raise ConfigError(
         f"the run needs about {size_of(total)} more memory ({parts}), and {size_of(free)} are free on "
-        f"{jax.devices()[0].platform}: lower config.batch_size, seeds, network widths or loop.replay_capacity, or "
-        "set loop.device_bytes, so that observations go to the disk"
+        f"{where or jax.devices()[0].platform}: {remedy}"
     )
 
 

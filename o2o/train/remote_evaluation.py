@@ -49,7 +49,7 @@ def evaluator_of(
 ) -> Evaluator:
     """Return the evaluator that a run's settings ask for."""
     kind = RemoteEvaluator if loop.eval_process else Evaluator
-    return kind(env_fn, seeds, loop.eval_episodes, seed, normalized, loop.eval_envs, loop.fresh_eval_starts)
+    return kind(env_fn, seeds, loop.eval_episodes, seed, normalized, max(loop.eval_envs, 1), loop.fresh_eval_starts)
 
 
 class RemoteEvaluator(Evaluator):

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from o2o.data import datasets, files
+from o2o.data import datasets
 from o2o.data.recorder import EPISODES, HEADER, export
 from o2o.data.task import Task
 from o2o.errors import O2OError, RunError
+from o2o.files import EARLIER
 from tests.system.test_recorder import played
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +104,7 @@ MOMENTS = {
     "while writing": ("open", "metadata.json"),
     "before the earlier one is moved": ("os.rename", "recorded/"),
     "between the two moves": ("os.rename", "recorded/."),
-    "before the earlier one is removed": ("shutil.rmtree", files.EARLIER),
+    "before the earlier one is removed": ("shutil.rmtree", EARLIER),
 }
 
 

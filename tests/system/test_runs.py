@@ -281,7 +281,7 @@ def test_failing_environment_saves_run(
 
     def breaking(*args: Any, **kwargs: Any) -> gymnasium.Env:
         made.append(built(*args, **kwargs))
-        training = len(made) == 4  # after the probe, a second one, and the one for evaluation
+        training = len(made) == 3  # after the probe and the one for evaluation
         return Breaking(made[-1], 41, how) if training else made[-1]
 
     monkeypatch.setattr(gymnasium, "make", breaking)

@@ -266,13 +266,12 @@ def test_check_collects_all_problems(root):
     path = root / NAME / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": 99}))
     problems = datasets.check(NAME, root)
-    assert len(problems) == 5
+    assert len(problems) == 4
     for text in (
         "episode 0, step 0",
         "outside the bounds",
         "episode 1, step 2",
         "99 steps, the data has 8",
-        "no env_spec",
     ):
         assert sum(text in problem for problem in problems) == 1
 

@@ -101,7 +101,7 @@ def test_d4rl_without_timeouts(tmp_path: Path) -> None:
     foreign.write_d4rl(tmp_path / "a.hdf5", following=True)
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
         del file["timeouts"]
-    with pytest.raises(DatasetError, match="has no `timeouts`.*--episode-steps"):
+    with pytest.raises(DatasetError, match="has no `timeouts`.*`episode_steps`"):
         importing.plan_import(tmp_path / "a.hdf5")
     found = imported(tmp_path / "a.hdf5", tmp_path / "root", episode_steps=4)
     assert [len(e.rewards) for e in found] == [4, 1, 4, 3, 4]
@@ -190,7 +190,7 @@ def test_plain_arrays(tmp_path: Path, suffix: str) -> None:
 def test_episode_steps(tmp_path: Path) -> None:
     """Rows without any end are refused, or cut after a given number."""
     np.savez(tmp_path / "own.npz", observations=np.zeros((10, 2)), actions=np.zeros((10, 1), np.float32))
-    with pytest.raises(DatasetError, match="does not say where its 10 rows end an episode.*--episode-steps"):
+    with pytest.raises(DatasetError, match="does not say where its 10 rows end an episode.*`episode_steps`"):
         importing.plan_import(tmp_path / "own.npz")
     found = imported(tmp_path / "own.npz", tmp_path / "root", episode_steps=4)
     assert [len(e.rewards) for e in found] == [3, 3, 1]
@@ -333,7 +333,7 @@ def test_nan_refused_or_dropped(tmp_path: Path) -> None:
     foreign.write_robomimic(tmp_path / "a.hdf5")
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
         file["data/demo_1/actions"][3, 1] = np.nan  # pyright: ignore[reportIndexIssue]
-    with pytest.raises(DatasetError, match="episode 1, step 3: actions has nan in entry 1.*--drop-bad"):
+    with pytest.raises(DatasetError, match="episode 1, step 3: actions has nan in entry 1.*`drop_bad`"):
         imported(tmp_path / "a.hdf5", tmp_path / "root")
     done = importing.import_dataset(
         tmp_path / "a.hdf5", "lab/set-v0", options=Options(drop_bad=True), root=tmp_path / "root"

@@ -86,7 +86,7 @@ class ArraysSource(Source):
         if not len(ends) and self.episode_steps is None:
             raise DatasetError(
                 f"{self.path} does not say where its {self.rows} rows end an episode: expected one of "
-                f"{', '.join((*TERMINATED, *TRUNCATED, *ENDS))} or {EPISODE_ENDS}; or give --episode-steps"
+                f"{', '.join((*TERMINATED, *TRUNCATED, *ENDS))} or {EPISODE_ENDS}; or give `episode_steps`"
             )
         starts = np.concatenate([[0], ends + 1])
         stops = np.concatenate([ends + 1, [self.rows]])

@@ -20,7 +20,7 @@ class D4rlSource(ArraysSource):
     rules: ClassVar[tuple[str, ...]] = (
         "an episode ends at `terminals` (terminal) and at `timeouts` (cut off); the rows behind the last end are "
         "an episode that was cut off",
-        "`infos/...` are left out; --keys takes them, such as goal=infos/goal",
+        "`infos/...` are left out; `keys` takes them, such as goal=infos/goal",
     )
 
     @classmethod
@@ -32,6 +32,6 @@ class D4rlSource(ArraysSource):
         if "timeouts" not in self.columns.shapes and self.episode_steps is None:
             raise DatasetError(
                 f"{self.path} has no `timeouts`, so where a time limit cut an episode is not known: give the limit "
-                "with --episode-steps, or a number that no episode reaches"
+                "with `episode_steps`, or a number that no episode reaches"
             )
         return super()._spans()

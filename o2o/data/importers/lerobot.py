@@ -54,7 +54,7 @@ class LeRobotSource(Source):
             if key not in self.info:
                 raise DatasetError(f"{path}/meta/info.json lacks {key!r}; it has {', '.join(self.info)}")
         if episode_steps is not None:
-            raise DatasetError(f"{path}: LeRobot says where an episode ends, so --episode-steps has no use")
+            raise DatasetError(f"{path}: LeRobot says where an episode ends, so `episode_steps` has no use")
         self.fps = float(self.info["fps"])
         self._parquet = needed("pyarrow.parquet", "pyarrow", path)
         self.features = {name: _feature(about) for name, about in self.info["features"].items()}
@@ -138,7 +138,7 @@ class LeRobotSource(Source):
             rules.append(f"left out, as they are no arrays of numbers or are depth maps: {', '.join(known)}")
         if int(self.info.get("total_tasks", 1)) > 1:
             rules.append(
-                f"the texts of its {self.info['total_tasks']} tasks are left out; --keys task=task_index takes their "
+                f"the texts of its {self.info['total_tasks']} tasks are left out; `keys` task=task_index takes their "
                 "numbers"
             )
         details = {key: self.info.get(key) for key in ("fps", "robot_type", "codebase_version")}
@@ -268,7 +268,7 @@ class Film:
                 raise DatasetError(
                     f"{path} is shorter than its rows: episode {episode} has {len(times)} of them and the "
                     f"video lacks the frame of row {i} (at {time:.3f} s); copy the dataset again, or leave the "
-                    "camera out with --keys"
+                    "camera out with `keys`"
                 )
             pixels = resized(image.to_ndarray(format="rgb24"), size)
             if out is None:
@@ -283,7 +283,7 @@ class Film:
             self._container = self._av.open(str(path))
         except FileNotFoundError as error:
             raise DatasetError(
-                f"{path} is missing: copy the dataset whole, or leave the camera out with --keys"
+                f"{path} is missing: copy the dataset whole, or leave the camera out with `keys`"
             ) from error
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path} cannot be read as a video ({_pointer(path) or reason(error)})") from error

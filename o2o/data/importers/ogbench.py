@@ -18,7 +18,7 @@ class OgbenchSource(ArraysSource):
     rules: ClassVar[tuple[str, ...]] = (
         "`terminals` mark the last row of a trajectory, which was cut off there and did not terminate",
         "the last row of a trajectory is its last observation; its action is left out",
-        "`qpos`, `qvel` and other states of the simulator are left out; --keys takes them",
+        "`qpos`, `qvel` and other states of the simulator are left out; `keys` takes them",
     )
     last_is_row: ClassVar[bool] = True
 

@@ -172,21 +172,21 @@ def make_plan(source: Source, options: Options, env: Environment | None = None) 
     """Return what an import of `source` will do: it reads actions, not images. Raises `O2OError` for what cannot be."""
     about = source.describe()
     entries = _entries(about, options.keys)
-    action = _column(about, options.action or about.action, "action", "--action")
+    action = _column(about, options.action or about.action, "action", "action")
     if (kind := about.fields[action].dtype.kind) != "f":
         raise DatasetError(
             f"{source.path}: actions {action!r} are {about.fields[action].dtype}, expected floats: o2o's agents act in "
-            f"continuous spaces{'' if kind in 'iub' else '; name another column with --action'}"
+            f"continuous spaces{'' if kind in 'iub' else '; name another column with `action`'}"
         )
     rules = list(about.rules)
     success = LAST if options.success == LAST else options.success or about.success
     if success not in (None, LAST):
-        success = _column(about, success, "success", "--success")
+        success = _column(about, success, "success", "success")
     reward = None if options.reward in (ZERO, SUCCESS) else options.reward or about.reward
     if reward is not None:
-        reward = _column(about, reward, "reward", "--reward")
+        reward = _column(about, reward, "reward", "reward")
     if options.reward == SUCCESS and success is None:
-        raise ConfigError("--reward success needs to know of success: give --success last, or --success COLUMN")
+        raise ConfigError("`reward` success needs to know of success: give `success` last, or `success` COLUMN")
     for name in (reward, None if success == LAST else success):
         if name is not None and int(np.prod(about.fields[name].shape)) != 1:
             raise DatasetError(f"{source.path}: {name!r} is {about.fields[name]}, expected one number per step")
@@ -215,13 +215,13 @@ def _reward_rule(reward: str | None, success: str | None, zero: bool) -> str:
         return "there is no reward: it is 1 in steps that succeed and 0 elsewhere"
     return (
         "there is no reward: it is 0 everywhere, so only imitation can learn (where demonstrations succeed: "
-        "--success last)"
+        "`success` last)"
     )
 
 
 def _success_rule(success: str | None) -> str:
     if success == LAST:
-        return "the last step of every episode is a success (--success last)"
+        return "the last step of every episode is a success (`success` last)"
     return "success is not known" if success is None else f"a step succeeds where {success!r} is above 0"
 
 
@@ -232,7 +232,7 @@ def _column(about: Description, name: str | None, what: str, option: str) -> str
     hint = suggest(str(name), about.fields, "") if name else ""
     raise DatasetError(
         f"{about.format}: no column {name or what!r} for the {what}{f'; {hint}' if hint else ''}; there are "
-        f"{', '.join(about.fields)} (choose with {option})"
+        f"{', '.join(about.fields)} (choose with `{option}`)"
     )
 
 
@@ -242,7 +242,7 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
     for key in keys:
         name, _, rest = key.rpartition("=")
         text, _, size = rest.partition("@")
-        column = _camera(about, text) if text.startswith(CAMERA) else _column(about, text, "observation", "--keys")
+        column = _camera(about, text) if text.startswith(CAMERA) else _column(about, text, "observation", "keys")
         given = name or (
             text.removeprefix(CAMERA) if text.startswith(CAMERA) else about.observations.get(column, column)
         )
@@ -253,13 +253,13 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
         found = [Entry(_valid(name), column, about.fields[column]) for column, name in named.items()]
     if not found:
         raise DatasetError(
-            f"{about.format}: nothing to observe; there are {', '.join(about.fields)} (name them with --keys)"
+            f"{about.format}: nothing to observe; there are {', '.join(about.fields)} (name them with `keys`)"
         )
     names = [entry.name for entry in found]
     if (twice := {name for name in names if names.count(name) > 1}) or (
         twice := {entry.name for entry in found if entry.field.image and entry.name == STATE}
     ):
-        raise ConfigError(f"two observations, or an image, are called {min(twice)!r}: rename one, --keys NAME=SOURCE")
+        raise ConfigError(f"two observations, or an image, are called {min(twice)!r}: rename one, `keys` NAME=SOURCE")
     return tuple(found)
 
 
@@ -274,7 +274,7 @@ def _camera(about: Description, text: str) -> str:
     fits = [column for column in images if name in (column, *re.split(r"[./]", column), about.observations.get(column))]
     fits = fits or [column for column in images if name in re.split(r"[./_]", column)]
     if len(fits) != 1:
-        raise ConfigError(f"--keys {text}: {len(fits)} cameras fit; there are {', '.join(images) or 'none'}")
+        raise ConfigError(f"`keys` {text}: {len(fits)} cameras fit; there are {', '.join(images) or 'none'}")
     return fits[0]
 
 
@@ -283,7 +283,7 @@ def _size(key: str, text: str, found: Field) -> Size | None:
         return None
     parts = re.fullmatch(r"(\d+)x(\d+)", text)
     if not parts or not found.image or "0" in parts.groups():
-        raise ConfigError(f"--keys {key}: expected a size as HEIGHTxWIDTH, such as @96x96, and only for images")
+        raise ConfigError(f"`keys` {key}: expected a size as HEIGHTxWIDTH, such as @96x96, and only for images")
     return int(parts[1]), int(parts[2])
 
 
@@ -323,7 +323,7 @@ def _action_space(
         raise DatasetError(f"{source.path}: {action!r} has no finite number in some entry")
     flat = high - low < 2e-6
     rules.append(
-        "some actions lie outside [-1, 1], so their range is from the least to the greatest of the data (or --env)"
+        "some actions lie outside [-1, 1], so their range is from the least to the greatest of the data (or `env`)"
     )
     margin = np.where(flat, np.float32(SMALLEST_HALF_RANGE), np.float32(0))
     return spaces.Box(low - margin, high + margin, shape, np.float32)
@@ -334,7 +334,7 @@ def _checked(source: Source, space: gym.Space, env: Environment) -> gym.Space:
     theirs, ours = ObservationSpec.from_space(env.observation_space, True), ObservationSpec.from_space(space, True)
     if theirs != ours:
         raise EnvironmentMismatchError(
-            f"{source.path} gives observations {ours}, the environment has {theirs}; choose and rename them with --keys"
+            f"{source.path} gives observations {ours}, the environment has {theirs}; choose and rename them with `keys`"
         )
     return env.observation_space
 

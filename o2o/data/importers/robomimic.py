@@ -47,7 +47,7 @@ class RobomimicSource(Source):
         if "actions" not in self._fields:
             raise DatasetError(f"{path}: {self._demos[0]} has no actions; it has {', '.join(self._first)}")
         if episode_steps is not None:
-            raise DatasetError(f"{path}: every demonstration is an episode, so --episode-steps has no use")
+            raise DatasetError(f"{path}: every demonstration is an episode, so `episode_steps` has no use")
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -68,7 +68,7 @@ class RobomimicSource(Source):
         if not observations:
             raise DatasetError(
                 f"{self.path} has no observations, only {', '.join(fields)}: make them from its states with "
-                "robomimic's dataset_states_to_obs.py, or name columns with --keys"
+                "robomimic's dataset_states_to_obs.py, or name columns with `keys`"
             )
         lengths, values = [], set()
         for name in self._demos:

@@ -79,7 +79,7 @@ def import_dataset(
         try:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DatasetError(f"{work} cannot be made: {error.strerror}; give another --root") from error
+            raise DatasetError(f"{work} cannot be made: {error.strerror}; give another `root`") from error
         try:
             with FileLock(work / LOCK).acquire(timeout=0):
                 return _import(source, plan, options, dataset_id, root, work, progress)
@@ -228,7 +228,7 @@ def _sound(found: Episode | str, number: int, source: Source, plan: Plan, option
     if problem is None:
         return found
     if not options.drop_bad:
-        raise _FaultyEpisodeError(f"{source.path}: {problem}; or leave such episodes out with --drop-bad")
+        raise _FaultyEpisodeError(f"{source.path}: {problem}; or leave such episodes out with `drop_bad`")
     return problem
 
 
