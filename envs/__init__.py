@@ -37,6 +37,7 @@ __all__ = [
     "TASKS",
     "BaseAction",
     "CameraObservation",
+    "bare",
     "check_spaces",
     "describe",
     "embedded_id",
@@ -155,6 +156,11 @@ def _made(spec: EnvSpec, make: Callable[..., gym.Env] | None = None, **kwargs: A
         raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())})") from error
     remove_model_file(env)
     return env
+
+
+def bare(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
+    """Make an environment in its own units, without o2o's wrappers. Raises `ConfigError`."""
+    return _made(specification(env_id), **(env_kwargs or {}))
 
 
 def wrap(

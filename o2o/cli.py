@@ -20,7 +20,7 @@ from rich.text import Text
 from tyro.extras import SubcommandApp
 
 from o2o import trust
-from o2o.config import RunConfig
+from o2o.config import RunConfig, keyword_arguments
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
 from o2o.settings import AboveZero, Amount, Count, Seed, checked
 from o2o.startup import prepare_process

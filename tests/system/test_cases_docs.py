@@ -165,7 +165,7 @@ def forgotten() -> Iterator[None]:
     """Forget the modules that a page writes, and what they register."""
     robot = gym.registry.pop("MyArm-v0", None)  # another test's
     tasks, agents, known = list(TASKS), dict(AGENTS), set(gym.registry)
-    written = {"my_robot", "my_env", "my_agents"}
+    written = {"my_robot", "my_env", "my_agents", "robot_template"}
     others = {name: sys.modules.pop(name) for name in written & set(sys.modules)}  # another test's
     yield
     TASKS[:] = tasks
