@@ -638,6 +638,35 @@ def check_robot(env: Name[str], steps: Count = 20, scale: AboveZero = 0.05, env_
     return 2 if problems else 0
 
 
+def reward(
+    dataset: Name[str],
+    out: Name[Path],
+    kind: Literal["success", "progress"] = "success",
+    root: Path | None = None,
+    updates: Count = 2000,
+    seed: Seed = 0,
+) -> int:
+    """Learn a reward from recorded frames: a success classifier, or a model of progress (`o2o.rewards`).
+
+    Args:
+        dataset: Minari id or path, with success flags, such as those that `o2o record` writes.
+        out: File of the model.
+        kind: `success`: does a frame show success; `progress`: how far along the way is it.
+        root: Folder of datasets.
+        updates: Gradient steps.
+        seed: Which episodes are held out, and the minibatches.
+    """
+    from o2o import rewards
+
+    model = rewards.SuccessClassifier if kind == "success" else rewards.ProgressModel
+    config = rewards.FrameModelConfig(updates=updates, seed=seed)
+    found = model.fit(rewards.success_frames(dataset, root), config)
+    found.save(out)
+    told = ", ".join(f"{name} {value:.3g}" for name, value in found.report.items())
+    print(f"wrote {out}: on held-out episodes {told}")
+    return 0
+
+
 Commands = Mapping[str, "Callable[..., int] | Commands"]
 DATA: Commands = {
     "list": data_list,
@@ -658,6 +687,7 @@ COMMANDS: Commands = {
     "balance": balance,
     "record": record,
     "check-robot": check_robot,
+    "reward": reward,
     "data": DATA,
     "bench": BENCH,
     "demo": demo,
