@@ -259,7 +259,7 @@ class FrameModel:
     def load(cls, path: str | Path) -> Self:
         """Read a file that `save` wrote. Raises `ConfigError` if it is none, or of another kind."""
         try:
-            held = serialization.msgpack_restore(Path(path).read_bytes())
+            held: Any = serialization.msgpack_restore(Path(path).read_bytes())
             about = json.loads(held["about"])
             assert about["magic"] == MAGIC and about["kind"] == cls.kind
             encoder = EncoderConfig(**{k: _tuples(v) for k, v in about["config"].pop("encoder").items()})

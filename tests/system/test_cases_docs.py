@@ -116,6 +116,8 @@ class Sandbox:
             cli._app(cli.COMMANDS).cli(prog="o2o", args=args, registry=WORDS, config=cli.WHOLE)
         elif args[:2] == ["data", "check"] and "--drop-bad" not in args:
             assert datasets.check(args[2]) == []
+        elif args[0] == "reward":
+            main(*args, "--updates", "20")
         else:
             for option, fewer in (("--episodes", "1"), ("--online-steps", "60")):
                 if option in args:

@@ -1,6 +1,7 @@
 """Learnt rewards: a success classifier and a model of progress, judged on episodes that they have not seen."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +27,7 @@ STATE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 CAMERA = spaces.Dict({"cam": spaces.Box(0, 255, (24, 24, 3), np.uint8), "noise": spaces.Box(-9, 9, (1,), np.float32)})
 
 
-def seen(x: float, noise: float, images: bool):
+def seen(x: float, noise: float, images: bool) -> Any:
     """Return an observation: the place beside noise, or a picture with a bright bar as wide as the place."""
     if not images:
         return np.asarray([x, noise], np.float32)
@@ -49,7 +50,7 @@ class Rail(gym.Env):
         self.x = 0.0
         return seen(self.x, 0.0, self.images), {}
 
-    def step(self, action):
+    def step(self, action) -> Any:
         self.x += float(action[0])
         return seen(self.x, 0.0, self.images), 7.0, False, False, {}
 
@@ -93,10 +94,10 @@ def test_classifier_learns_and_is_reward(images: bool, tmp_path: Path) -> None:
     env = ClassifierReward(Rail(images), again, hold=2)
     env.reset()
     places, rewards = [], []
-    ended = False
+    ended, info = False, {}
     while not ended and len(places) < 20:
-        _, reward, ended, _, info = env.step(np.float32([0.1]))
-        places.append(env.unwrapped.x)
+        _, reward, ended, _, info = env.step(np.array([0.1], np.float32))
+        places.append(cast(Rail, env.unwrapped).x)
         rewards.append(reward)
     assert ended and info["success"] and rewards[-1] == 1.0 and sum(rewards) == 1.0
     assert 0.75 < places[-1] <= 1.01
@@ -108,11 +109,12 @@ def test_progress_grows_along_the_way(tmp_path: Path) -> None:
     assert model.report["order"] > 0.85 and model.report["error"] < 0.12
     env = ProgressReward(Rail(), model, bonus=10.0)
     env.reset()
-    forth = [env.step(np.float32([0.1]))[1] for _ in range(6)]
+    forth = [env.step(np.array([0.1], np.float32))[1] for _ in range(6)]
     assert all(reward > 0 for reward in forth) and 0.4 < sum(forth) < 1.0
-    assert env.step(np.float32([-0.2]))[1] < 0
+    assert env.step(np.array([-0.2], np.float32))[1] < 0
+    reward, ended, info = 0.0, False, {}
     for _ in range(6):
-        _, reward, ended, _, info = env.step(np.float32([0.1]))
+        _, reward, ended, _, info = env.step(np.array([0.1], np.float32))
         if ended:
             break
     assert ended and reward > 10.0 and info["success"]

@@ -1,6 +1,7 @@
 """Safety wrappers: whatever is asked for, what reaches the robot keeps to the limits, and every change is told."""
 
 import time
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -40,7 +41,7 @@ class Cart(gym.Env):
 
     def __init__(self, frozen_from: int = 10**9, delay_s: float = 0.0) -> None:
         self.frozen_from, self.delay_s, self.stops, self.sent = frozen_from, delay_s, 0, []
-        self.at = np.zeros(2)
+        self.at: Any = np.zeros(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -58,6 +59,11 @@ class Cart(gym.Env):
         self.stops += 1
 
 
+def cart(env: gym.Env) -> Cart:
+    """Return the bare cart."""
+    return cast(Cart, env.unwrapped)
+
+
 def forward(observation, action):
     """Return where a command leads."""
     return observation + 0.1 * action + 1e-4
@@ -67,7 +73,7 @@ def played(env, actions):
     """Play actions from a reset; return what the robot was sent, `[T, 2]`, and where it was, `[T + 1, 2]`."""
     places = [env.reset()[0]]
     places += [env.step(action)[0] for action in actions]
-    return np.asarray(env.unwrapped.sent), np.asarray(places)
+    return np.asarray(cart(env).sent), np.asarray(places)
 
 
 @given(commands)
@@ -75,7 +81,7 @@ def played(env, actions):
 def test_bounds_hold(actions) -> None:
     """No command leaves narrower bounds; one within them is not changed."""
     sent, _ = played(ActionBounds(Cart(), -0.5, [0.25, 2.0]), actions)
-    assert (sent >= -0.5 - TINY).all() and (sent <= np.array([0.25, 1.0]) + TINY).all()
+    assert (sent >= -0.5 - TINY).all() and (sent <= np.array([0.25, 1.0], np.float32) + TINY).all()
     inside = np.asarray([(a >= -0.5).all() and (a <= [0.25, 1.0]).all() for a in actions])
     assert np.array_equal(sent[inside], np.asarray(actions, np.float64)[inside])
 
@@ -108,33 +114,33 @@ def test_workspace_holds(actions) -> None:
 def test_workspace_lets_go_up_to_its_edge_and_back() -> None:
     """A command is shortened to the edge, not refused; one that leads back from outside is played whole."""
     env = WorkspaceBox(Cart(), forward, [-1.0, -1.0], [0.05, 1.0])
-    sent, places = played(env, [np.float32([1.0, 0.0])])
+    sent, places = played(env, [np.array([1.0, 0.0], np.float32)])
     assert sent[0, 0] == pytest.approx(0.499, abs=1e-3) and places[1, 0] == pytest.approx(0.05, abs=1e-4)
-    env.unwrapped.at = np.array([0.5, 0.0])
-    env.played(np.zeros(2), np.float32([0.5, 0.0]))
-    assert env.step(np.float32([-1.0, 0.0]))[0][0] == pytest.approx(0.4001, abs=1e-4)
-    assert env.step(np.float32([1.0, 0.0]))[0][0] == pytest.approx(0.4002, abs=1e-3)  # it stays
+    cart(env).at = np.array([0.5, 0.0], np.float32)
+    env.played(np.zeros(2), np.array([0.5, 0.0], np.float32))
+    assert env.step(np.array([-1.0, 0.0], np.float32))[0][0] == pytest.approx(0.4001, abs=1e-4)
+    assert env.step(np.array([1.0, 0.0], np.float32))[0][0] == pytest.approx(0.4002, abs=1e-3)  # it stays
 
 
 def test_what_is_no_command_is_refused() -> None:
     """NaN, Inf and another shape stop the robot; nothing is sent, and it is counted."""
     env = ActionBounds(Cart())
-    for bad in (np.float32([np.nan, 0]), np.float32([0, np.inf]), np.zeros(3, np.float32), "left"):
+    for bad in (np.array([np.nan, 0], np.float32), np.array([0, np.inf], np.float32), np.zeros(3, np.float32), "left"):
         env.reset()
         with pytest.raises(EnvironmentFaultError, match=r"bounds: the command .* is not \(2,\) finite numbers"):
             env.step(bad)
-        assert not env.unwrapped.sent
-    assert env.unwrapped.stops == 4 and safety_counts(env) == {"bounds": 4}
+        assert not cart(env).sent
+    assert cart(env).stops == 4 and safety_counts(env) == {"bounds": 4}
 
 
 def test_counts_and_commanded_action() -> None:
     """Info tells the command and, by concern, how often it was changed in the episode."""
     env = guarded(Cart(), max_change=0.5)
     env.reset()
-    info = env.step(np.float32([3.0, 0.2]))[4]
+    info = env.step(np.array([3.0, 0.2], np.float32))[4]
     np.testing.assert_allclose(info["commanded_action"], [0.5, 0.2], rtol=1e-6)
     assert info["safety"] == {"bounds": 0, "slew": 1}
-    env.step(np.float32([0.4, 0.2]))
+    env.step(np.array([0.4, 0.2], np.float32))
     env.reset()
     assert env.step(np.zeros(2, np.float32))[4]["safety"] == {"bounds": 0, "slew": 0}
     assert safety_counts(env) == {"bounds": 0, "slew": 1}
@@ -144,11 +150,11 @@ def test_run_stores_command() -> None:
     """What a run stores as executed, and what a recording holds, is the command, not the wish."""
     env = envs.wrap(guarded(Cart(), max_change=0.25), Task("cart"))
     env.reset()
-    info = env.step(np.float32([1.0, -1.0]))[4]
+    info = env.step(np.array([1.0, -1.0], np.float32))[4]
     np.testing.assert_allclose(info["executed_action"], [0.25, -0.25], rtol=1e-6)
     assert not info["intervened"]
     limited = gym.wrappers.TimeLimit(guarded(Cart(), max_change=0.25), 3)
-    episode = next(iter(record(limited, lambda observation, rng: np.float32([1.0, -1.0]), steps=3)))
+    episode = next(iter(record(limited, lambda observation, rng: np.array([1.0, -1.0], np.float32), steps=3)))
     np.testing.assert_allclose(episode.actions, [[0.25, -0.25], [0.5, -0.5], [0.75, -0.75]], rtol=1e-6)
 
 
@@ -157,26 +163,26 @@ def test_dead_man_released() -> None:
     held = iter([True, False, True, False, False])
     env = DeadMan(Cart(), lambda: next(held), stay=0.0, patience=2)
     env.reset()
-    cut = [env.step(np.float32([0.5, 0.5]))[3] for _ in range(5)]
+    cut = [env.step(np.array([0.5, 0.5], np.float32))[3] for _ in range(5)]
     assert cut == [False, False, False, False, True]
-    assert [command[0] for command in env.unwrapped.sent] == [0.5, 0.0, 0.5, 0.0, 0.0]
+    assert [command[0] for command in cart(env).sent] == [0.5, 0.0, 0.5, 0.0, 0.0]
     broken = DeadMan(Cart(), lambda: 1 / 0)  # pyright: ignore[reportArgumentType]
     broken.reset()
-    broken.step(np.float32([0.5, 0.5]))
-    assert broken.unwrapped.sent[0].tolist() == [0.0, 0.0]
+    broken.step(np.array([0.5, 0.5], np.float32))
+    assert cart(broken).sent[0].tolist() == [0.0, 0.0]
 
 
 def test_frozen_sensor_stops_robot() -> None:
     """A frame that repeats is played on with `stay`, then the robot is stopped."""
     env = FreshObservation(Cart(frozen_from=3), max_repeats=3, stay=0.0)
     env.reset()
-    action = np.float32([0.5, 0.5])
+    action = np.array([0.5, 0.5], np.float32)
     for _ in range(4):
         env.step(action)
     with pytest.raises(EnvironmentFaultError, match="has not changed for 3 steps; the robot was stopped"):
         env.step(action)
-    assert env.unwrapped.stops == 1
-    assert [command[0] for command in env.unwrapped.sent] == [0.5, 0.5, 0.5, 0.0, 0.0]
+    assert cart(env).stops == 1
+    assert [command[0] for command in cart(env).sent] == [0.5, 0.5, 0.5, 0.0, 0.0]
 
 
 def test_old_observation_stops_robot() -> None:
@@ -187,7 +193,7 @@ def test_old_observation_stops_robot() -> None:
     env.step(np.zeros(2, np.float32))
     with pytest.raises(EnvironmentFaultError, match=r"0\.5 s old, more than 0\.2 s"):
         env.step(np.zeros(2, np.float32))
-    assert env.unwrapped.stops == 1
+    assert cart(env).stops == 1
 
 
 def test_watchdog_notices_hung_policy_and_driver() -> None:
@@ -196,18 +202,18 @@ def test_watchdog_notices_hung_policy_and_driver() -> None:
     env.reset()
     env.step(np.zeros(2, np.float32))
     time.sleep(0.15)  # the policy thinks
-    assert env.unwrapped.stops == 1
+    assert cart(env).stops == 1
     with pytest.raises(EnvironmentFaultError, match=r"watchdog: no step arrived within 0\.05 s"):
         env.step(np.zeros(2, np.float32))
-    assert len(env.unwrapped.sent) == 1
+    assert len(cart(env).sent) == 1
     env.reset()
-    env.unwrapped.delay_s = 0.15
+    cart(env).delay_s = 0.15
     with pytest.raises(EnvironmentFaultError, match="a step did not return"):
         env.step(np.zeros(2, np.float32))
-    assert env.unwrapped.stops == 2
+    assert cart(env).stops == 2
     env.close()
     time.sleep(0.1)
-    assert env.unwrapped.stops == 2
+    assert cart(env).stops == 2
 
 
 def test_rate_is_kept_and_overruns_told() -> None:
@@ -229,7 +235,7 @@ def test_rate_is_kept_and_overruns_told() -> None:
         for _ in range(2):
             time.sleep(0.03)
             late.step(np.zeros(2, np.float32))
-    assert late.overruns == 2 and late.unwrapped.stops == 1
+    assert late.overruns == 2 and cart(late).stops == 1
 
 
 @pytest.mark.parametrize(
@@ -261,19 +267,19 @@ class Sloppy(Cart):
         super().__init__()
         self.frame = np.zeros(2, np.float32)
 
-    def step(self, action):
+    def step(self, action) -> Any:
         action *= 2
         self.frame += 3.0
         return self.frame, np.nan, 0, False, {}
 
-    stop = None
+    stop: Any = None
 
 
 def test_robot_check() -> None:
     """A guarded robot passes; each fault of a sloppy one is named, once."""
     robot = Watchdog(gym.wrappers.TimeLimit(guarded(Cart()), 30), 1.0)
     assert check_robot_env(robot) == []
-    assert len(robot.unwrapped.sent) == 0 and np.abs(robot.unwrapped.at).max() == 0  # it was reset
+    assert len(cart(robot).sent) == 0 and np.abs(cart(robot).at).max() == 0  # it was reset
     robot.close()
     found = "\n".join(check_robot_env(Sloppy()))
     for fault in (
