@@ -19,7 +19,6 @@ Where we differ
 - Biases begin at zero; the code draws them, as the kernels, within 1 / sqrt(inputs).
 - The highest priority, which a new row gets, is that of the buffer now; the code looks every 250 updates.
 - Trials grow from 1 episode to 20 after 750,000 updates of the online phase; both are settings.
-- The targets keep to no share of old parameters: all are replaced every 250 updates, as in the code.
 """
 
 from dataclasses import dataclass, replace
