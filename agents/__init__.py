@@ -30,5 +30,6 @@ from o2o.agents.registry import AGENTS as AGENTS, register_agent as register_age
 from o2o.agents.residual import Residual as Residual, ResidualConfig as ResidualConfig
 from o2o.agents.sac import RLPD as RLPD, SAC as SAC, RLPDConfig as RLPDConfig, SACConfig as SACConfig
 from o2o.agents.td3bc import TD3BC as TD3BC, TD3BCConfig as TD3BCConfig
+from o2o.agents.td7 import TD7 as TD7, TD7Config as TD7Config
 from o2o.agents.uni_o4 import UniO4 as UniO4, UniO4Config as UniO4Config
 from o2o.agents.wsrl import WSRL as WSRL, WSRLConfig as WSRLConfig

@@ -10,7 +10,7 @@ Where we differ from the paper and its code (seohongpark/fql)
 | --- | --- | --- | --- |
 | optimiser | one Adam on the sum of the losses | one Adam for each network: the same steps | the same |
 | online buffer | max(2M, dataset + 1) rows, over the dataset | dataset and `loop.replay_capacity` rows | the same |
-| alpha | one for each dataset | one for each family; Adroit has the one for fine-tuning | 10 |
+| alpha | one for each dataset | one for each family, D4RL's large AntMaze 3; Adroit's is for fine-tuning | 10 |
 | locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 
@@ -175,7 +175,9 @@ class FQL(Agent):
             config = FQLConfig(alpha=1000.0, aggregate="min")
         reward = (1.0, -1.0) if maze else (1.0, 0.0) if family == "adroit" else None
         if size == "paper":
-            return Preset(config, 500_000 if family in ("antmaze", "adroit") else 1_000_000, 1_000_000, reward)
+            preset = Preset(config, 500_000 if family in ("antmaze", "adroit") else 1_000_000, 1_000_000, reward)
+            large = {"d4rl antmaze large": replace(preset, config=replace(config, alpha=3.0))}
+            return replace(preset, tasks=large) if family == "antmaze" else preset
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
         return Preset(small, 10_000, 10_000, reward)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from o2o.errors import ConfigError, DatasetError
-from o2o.types import Array, Batch, Info
+from o2o.types import PRIORITIES, Array, Batch, Info
 
 
 def check_flat(observations: Any, agent: str) -> None:
@@ -44,6 +44,7 @@ def each_minibatch(
 ) -> tuple[A, Info]:
     """Run `step(agent, rows)` once per leading row of the leaves `[utd, B, ...]`; metrics are means over them.
 
+    Priorities `[B]` among the metrics of a step are returned as `[utd, B]`.
     With `rng` it is `step(agent, rows, key)`, with a key of its own for each minibatch.
     Raises `DatasetError` if the batch lacks a key that the agent needs.
     """
@@ -51,4 +52,4 @@ def each_minibatch(
     check_keys(agent, batch)
     inputs = (batch,) if rng is None else (batch, jax.random.split(rng, utd))
     agent, infos = jax.lax.scan(lambda agent, each: step(agent, *each), agent, inputs)
-    return agent, jax.tree.map(lambda x: x.mean(axis=0), infos)
+    return agent, {name: x if name == PRIORITIES else x.mean(axis=0) for name, x in infos.items()}

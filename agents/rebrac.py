@@ -12,7 +12,7 @@ Where we differ from the paper and its code (tinkoff-ai/ReBRAC)
 | actor's target | averages the actor from before its step | averages the new one (`o2o.agents.td3`) | the same |
 | the actor's turns | calls 0, 2, 4, ... | calls 1, 3, 5, ...: as often | the same |
 | initial values | biases 0.1, outputs within 1e-3 (actor), 3e-3 (critics) | 0; as the other layers | the same |
-| weights of the penalties | one pair for each dataset | one for each family, the middle of the paper's | see settings |
+| weights of the penalties | one pair for each dataset | AntMaze, locomotion: `PENALTIES`, by its id; else one | 0.01 |
 | PointMaze, Kitchen | none | AntMaze's settings; the defaults | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 | online | none | same losses, one buffer, action noise 0.2 (seohongpark/fql) | the same |
@@ -56,6 +56,18 @@ class ReBRACConfig(TD3Config):
         return Needs(batch_keys=("next_actions", "next_valid"))
 
 
+PENALTIES: dict[str, dict[str, tuple[float, float]]] = {
+    "locomotion": {"halfcheetah medium": (0.001, 0.01), "walker2d medium": (0.05, 0.1)},
+    "antmaze": {
+        "umaze diverse": (0.003, 0.001),
+        "umaze": (0.003, 0.002),
+        "medium play": (0.001, 0.0005),
+        "medium diverse": (0.001, 0.0),
+        "large diverse": (0.002, 0.002),
+    },
+}
+"""The paper's `actor_penalty` and `critic_penalty` by words of a dataset's id, where not the family's. Those of
+Adroit are for dense rewards, and have no place beside -1/0."""
 _DEFAULT = ReBRACConfig()
 
 
@@ -110,7 +122,12 @@ class ReBRAC(TD3):
             config = replace(config, actor_penalty=0.002, critic_penalty=0.001, critic_lr=5e-5, discount=0.999)
         reward = (100.0, 0.0) if maze else (1.0, 0.0) if family == "adroit" else None
         if size == "paper":
-            return Preset(config, 1_000_000, 1_000_000, reward)
+            preset = Preset(config, 1_000_000, 1_000_000, reward)
+            tasks = {
+                words: replace(preset, config=replace(config, actor_penalty=actor, critic_penalty=critic))
+                for words, (actor, critic) in PENALTIES.get(family, {}).items()
+            }
+            return replace(preset, tasks=tasks)
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
         if family == "locomotion":

@@ -16,6 +16,7 @@ Where we differ
 - Actor and temperature step from the same pre-step parameters. RLPD's code steps the temperature second, but with the
   entropy and alpha of the actor step just done: the same numbers.
 - SAC's defaults are those of stable-baselines3, with Xavier initialisation.
+- No pixels (RLPD on V-D4RL: DrQ's encoder, one target member, UTD 10): these agents see flat states.
 - Kitchen is not in RLPD's paper: its preset takes UTD 10 and three layers of 256 from the DPPO port, no more of it.
   "pointmaze" follows AntMaze. The shift of -1 on mazes is applied before storage, not to each batch.
 

@@ -39,6 +39,7 @@ Where we differ
 - Candidates for the online phase play the resets of the last offline evaluation and are judged by success where there
   is one. Their steps do not count as environment steps. The release looks at its last offline evaluations.
 - Tasks and rewards are the toolkit's (Adroit binary, Kitchen minus 4), not D4RL's.
+- Adroit's rewards are not scaled; the scripts of pen and hammer scale its dense ones.
 - `reward_scale` holds in both phases, so V is not fitted again for scaled rewards. Left out are the release's "dynamic"
   scaling (x0.1 stands for it), its SARSA critic (medium-expert sets), filtered cloning (AntMaze) and KL term in the
   improvement.

@@ -32,6 +32,8 @@ Where we differ
 - `pretrain="iql"`, an ablation of the paper, takes the actor's rate, critic widths and steps in sequence of this
   config; there it has 3e-4 throughout, V of 2x256, dropout 0.1 on Adroit and Kitchen, and steps from the same
   parameters.
+- No preset for its robot variant (wsrl-robot: discount 0.98, batch 512, all rates 3e-4, temperature from 1e-2, tanh
+  networks, std up to 5): set those fields; tanh is left out.
 - Families without published settings: "pointmaze" follows AntMaze with smaller critics, "other" follows locomotion.
 """
 

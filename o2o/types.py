@@ -19,6 +19,8 @@ with a `window` W > 1 `[utd, B, W]`, and `ends` (1 at every episode end) and `va
 come with them."""
 Info = dict[str, Array]
 """Scalar metrics, keys such as `critic/loss`; they stay on the device until a logger reads them."""
+PRIORITIES = "priorities"
+"""What is no metric among those of `update`: new priorities `[utd, B]` of its rows (`Needs.priorities`)."""
 Params = Any
 Carry = Any
 """What a policy remembers between two steps of one episode; `None` for a memoryless one. What it still has to play of a
@@ -92,6 +94,13 @@ class Needs:
     """The agent standardises observations itself, so the run must not normalise them."""
     action_margin: float = 0.0
     """Room beyond the range of the dataset's actions, relative to its half width (with `action_range="data"`)."""
+    priorities: bool = False
+    """Online, rows of the run's own buffer are drawn in proportion to priorities, which `update` returns anew as
+    `PRIORITIES` among its metrics, above 0. A new row has the highest one. Their batches have `odds [B]`, how much
+    likelier a row was drawn than by an even draw, and `slots [B]`, its place. A window is drawn by its first row.
+    Draws from a dataset are even."""
+    episode_returns: bool = False
+    """`Agent.after_episodes` hears of every training episode that ends."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,14 @@ class Agent(struct.PyTreeNode):
         """Return the actions `[N, A]` of `online.random_steps` for observations `[N, D]`: uniform by default."""
         shape = jax.tree.leaves(observations)[0].shape[:1]
         return jax.random.uniform(rng, (*shape, action_dim), minval=-1.0, maxval=1.0)
+
+    def after_episodes(self, returns: Array, lengths: Array, over: Array) -> Self:
+        """Return the agent after training episodes with these raw returns and steps ended, all `[N]`, where `over`.
+
+        N is the number of environments of one seed. Called, with `Needs.episode_returns`, before the next actions are
+        chosen: the policy may change from one episode to the next.
+        """
+        return self
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
         """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None`: the policy has no memory."""

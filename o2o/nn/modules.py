@@ -20,7 +20,7 @@ from o2o.nn.kernels import add_row, centred, product, unit_rows
 from o2o.types import Array, Params
 
 Init = Literal["orthogonal", "xavier", "lecun", "linear", "truncated"]
-Activation = Literal["relu", "gelu", "tanh"]
+Activation = Literal["relu", "gelu", "elu", "tanh"]
 SQRT2 = float(np.sqrt(2.0))
 
 
@@ -45,7 +45,7 @@ def kernel_init(name: Init, gain: float = SQRT2) -> Callable[..., Array]:
 
 def activate(x: Array, name: Activation) -> Array:
     """Return the activation of `x [...]`; GELU is the tanh approximation."""
-    return {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh}[name](x)
+    return {"relu": nn.relu, "gelu": nn.gelu, "elu": nn.elu, "tanh": nn.tanh}[name](x)
 
 
 class MLP(nn.Module):

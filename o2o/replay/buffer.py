@@ -8,6 +8,8 @@ minibatch has exactly its share of dataset rows, for any UTD (RLPD interleaves t
 Both also give windows of rows in a row, cut at any offset. A window joins neither rows over the ring's cursor nor two
 sources; behind an episode's end its rows are marked invalid.
 
+A ring may have priorities, by which it draws. They are set anew for the rows that an update has learnt from.
+
 Both give the action of the next step to an agent that needs it, under the keys `FOLLOWING`. The dataset's are made once
 (`following_actions`); the ring looks at the row behind each drawn one and stores nothing.
 """
@@ -182,6 +184,27 @@ class OfflineData(struct.PyTreeNode):
         return self.sample(rng, shape) if window == 1 else self.sample_sequences(rng, shape, window)
 
 
+BLOCK = 1024
+"""Weights that are summed together."""
+
+
+def draw_by_weight(rng: Array, weights: Array, shape: tuple[int, ...]) -> Array:
+    """Draw indices `shape` of `weights [N]`, i with probability w_i / sum of w, and never one of weight 0.
+
+    A block of rows is drawn first and then a row of it: one float32 sum over all rows would be too coarse.
+    """
+    block_rng, row_rng = jax.random.split(rng)
+    blocks = jnp.pad(weights, (0, -weights.shape[0] % BLOCK)).reshape(-1, BLOCK)
+    block = _index_at(jax.random.uniform(block_rng, shape), blocks.sum(axis=1))
+    return block * BLOCK + _index_at(jax.random.uniform(row_rng, shape), blocks[block])
+
+
+def _index_at(share: Array, weights: Array) -> Array:
+    """Return the index `[...]` that the running sum of `weights [..., n]` passes a `share` `[...]` of its end at."""
+    sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -1.0)  # rounded ones need not rise from row to row
+    return jnp.argmax(sums > (share * sums.max(axis=-1))[..., None], axis=-1)
+
+
 SMALLEST_BUFFER = 10_000
 """Rows allocated for a shorter run, so that it can go on and hold whole episodes."""
 
@@ -209,12 +232,15 @@ class ReplayBuffer(struct.PyTreeNode):
     pending: Array
     following: tuple[str, ...] = struct.field(pytree_node=False, default=())
     """Which of `FOLLOWING` a draw gives."""
+    priorities: Array | None = None
+    """`[capacity]`, what rows are drawn in proportion to, 0 in empty slots; None: they are drawn evenly."""
 
     @classmethod
-    def create(cls, example: Batch, capacity: int) -> Self:
+    def create(cls, example: Batch, capacity: int, prioritised: bool = False) -> Self:
         """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis).
 
-        Of `FOLLOWING` those in the example are given by every draw; this takes `ends`.
+        Of `FOLLOWING` those in the example are given by every draw; this takes `ends`. If `prioritised`, draws give
+        `slots` and `odds` too (`o2o.types.Needs.priorities`).
         """
         if capacity < 1:
             raise ConfigError(f"replay capacity is {capacity}; it must be at least 1")
@@ -222,7 +248,8 @@ class ReplayBuffer(struct.PyTreeNode):
         rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *np.shape(leaf)), jnp.asarray(leaf).dtype), stored)
         zero = jnp.zeros((), jnp.int32)
         following = tuple(key for key in FOLLOWING if key in example)
-        return cls(rows=rows, cursor=zero, size=zero, pending=zero, following=following)
+        priorities = jnp.zeros(capacity) if prioritised else None
+        return cls(rows=rows, cursor=zero, size=zero, pending=zero, following=following, priorities=priorities)
 
     @property
     def capacity(self) -> int:
@@ -238,6 +265,7 @@ class ReplayBuffer(struct.PyTreeNode):
         )
         return self.replace(
             rows=rows,
+            priorities=self._with_new(self.cursor),
             cursor=(self.cursor + 1) % self.capacity,
             size=jnp.minimum(self.size + 1, self.capacity),
             pending=jnp.minimum(self.pending + 1, self.capacity) if pending else self.pending,
@@ -256,9 +284,26 @@ class ReplayBuffer(struct.PyTreeNode):
         )
         return self.replace(
             rows=stored,
+            priorities=self._with_new(slots),
             cursor=(self.cursor + count) % self.capacity,
             size=jnp.minimum(self.size + count, self.capacity),
         )
+
+    def _with_new(self, slots: Array) -> Array | None:
+        """Return the priorities once new rows, which get the highest of all, are in `slots`; 1 if there is none."""
+        if self.priorities is None:
+            return None
+        highest = jnp.max(self.priorities)
+        return self.priorities.at[slots].set(jnp.where(highest > 0, highest, 1.0))
+
+    def prioritise(self, slots: Array, priorities: Array) -> Self:
+        """Give rows in `slots` new `priorities`, `[...]` both; one that stands there twice gets the higher one.
+
+        Places behind the last slot are left out.
+        """
+        assert self.priorities is not None
+        cleared = self.priorities.at[slots].set(0.0, mode="drop")
+        return self.replace(priorities=cleared.at[slots].max(priorities, mode="drop"))
 
     def commit(self, mc_returns: Array, count: Array) -> Self:
         """Show the newest `count` rows and give them their returns-to-go `mc_returns [L]` (padded behind `count`).
@@ -279,7 +324,8 @@ class ReplayBuffer(struct.PyTreeNode):
         def wider(leaf: Array) -> Array:
             return jnp.pad(jnp.roll(leaf, shift, axis=1), [(0, 0), (0, more), *((0, 0) for _ in leaf.shape[2:])])
 
-        return self.replace(rows=jax.tree.map(wider, self.rows), cursor=jnp.copy(self.size) if full else self.cursor)
+        rows, priorities = jax.tree.map(wider, (self.rows, self.priorities))
+        return self.replace(rows=rows, priorities=priorities, cursor=jnp.copy(self.size) if full else self.cursor)
 
     def mark_ends(self, where: Any) -> Self:
         """Of buffers stacked `[S]`: make the newest row the last of its episode (`ends` = 1) where `where` `[S]` is."""
@@ -307,9 +353,19 @@ class ReplayBuffer(struct.PyTreeNode):
         made = {"next_actions": valid[..., None] * actions, "next_valid": valid}
         return {**batch, **{key: made[key] for key in self.following}}
 
+    def _draw_ages(self, rng: Array, shape: tuple[int, ...], count: Array) -> tuple[Array, Batch]:
+        """Draw positions in order of age below `count`, evenly or by priority, and what to say of such a draw."""
+        if self.priorities is None:
+            return jax.random.randint(rng, shape, 0, count), {}
+        ages = (jnp.arange(self.capacity) - self.cursor + self.size) % self.capacity
+        weights = jnp.where(ages < count, self.priorities, 0.0)
+        slots = draw_by_weight(rng, weights, shape)
+        return ages[slots], {"slots": slots, "odds": weights[slots] * count / jnp.sum(weights)}
+
     def sample(self, rng: Array, shape: tuple[int, ...]) -> Batch:
-        """Draw visible rows uniformly with replacement; leaves `[*shape, ...]`. There must be one."""
-        return self._take(jax.random.randint(rng, shape, 0, jnp.maximum(self.visible, 1)))
+        """Draw visible rows with replacement, evenly or by priority; leaves `[*shape, ...]`. There must be one."""
+        ages, told = self._draw_ages(rng, shape, jnp.maximum(self.visible, 1))
+        return {**self._take(ages), **told}
 
     def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
         """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
@@ -317,10 +373,9 @@ class ReplayBuffer(struct.PyTreeNode):
         `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 where
         fewer than `horizon` rows are visible.
         """
-        last_start = jnp.maximum(self.visible - horizon + 1, 1)
-        starts = jax.random.randint(rng, shape, 0, last_start)
+        starts, told = self._draw_ages(rng, shape, jnp.maximum(self.visible - horizon + 1, 1))
         positions = starts[..., None] + jnp.arange(horizon)
-        return _windows(self._take(positions), positions < self.visible)
+        return {**_windows(self._take(positions), positions < self.visible), **told}
 
     def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:
         """Draw what an agent with this `window` learns from: rows, or windows of them (`window` > 1)."""
@@ -338,15 +393,20 @@ def sample_minibatches(
 ) -> Batch:
     """Draw `[utd, B, ...]`; with `offline`, each minibatch begins with round(B * offline_ratio) dataset rows.
 
-    With `window` W > 1 the leaves are `[utd, B, W, ...]`, and `ends` and `valid` `[utd, B, W]` come with them.
+    With `window` W > 1 the leaves are `[utd, B, W, ...]`, and `ends` and `valid` `[utd, B, W]` come with them. Of a
+    buffer with priorities come `slots` and `odds` `[utd, B]`: behind the last slot, and 1, for dataset rows.
     """
     keys = [key for key in (*buffer.rows, *buffer.following) if key != "ends"]
     keys += ["ends", "valid"] if window > 1 else []
+    keys += [] if buffer.priorities is None else ["slots", "odds"]
     offline_rows = 0 if offline is None else round(batch_size * offline_ratio)
     offline_rng, online_rng = jax.random.split(rng)
     parts = []
     if offline is not None and offline_rows:
-        parts.append(offline.draw(offline_rng, (utd_ratio, offline_rows), window))
+        shape = (utd_ratio, offline_rows)
+        rows = offline.draw(offline_rng, shape, window)
+        even = {"slots": jnp.full(shape, buffer.capacity), "odds": jnp.ones(shape)}
+        parts.append(rows if buffer.priorities is None else {**rows, **even})
     if offline_rows < batch_size:
         parts.append(buffer.draw(online_rng, (utd_ratio, batch_size - offline_rows), window))
     return {

@@ -47,6 +47,12 @@ def commit(buffer: ReplayBuffer, mc_returns: Array, counts: Array) -> ReplayBuff
     return over_seeds(lambda b, g, n: b.commit(g, n), buffer.cursor.shape[0])(buffer, mc_returns, counts)
 
 
+@partial(jax.jit, donate_argnames="buffer")
+def prioritise(buffer: ReplayBuffer, slots: Array, priorities: Array) -> ReplayBuffer:
+    """Give the rows in `slots` `[S, utd, B]` new `priorities` of the same shape."""
+    return over_seeds(lambda b, s, p: b.prioritise(s, p), buffer.cursor.shape[0])(buffer, slots, priorities)
+
+
 class DeviceReplay:
     """A dataset, and from `begin` on one ring buffer per seed, on the device."""
 
@@ -71,16 +77,18 @@ class DeviceReplay:
         """Yield (source, updates to run with it) for `count` updates on dataset rows, from gradient step `at` on."""
         yield DatasetRows(self.data), count
 
-    def begin(self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None) -> None:
+    def begin(
+        self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None, prioritised: bool = False
+    ) -> None:
         """Allocate rings for `steps` environment steps per seed, with the batch keys `keys` beyond the usual five.
 
         `replay` "append": they begin with the dataset; "mixed": minibatches hold dataset rows too. `returns`: rows
-        are hidden until their episode ends and their `mc_returns` are known.
+        are hidden until their episode ends and their `mc_returns` are known. `prioritised`: rows are drawn by priority.
         """
         rows = {key: self.data.rows[key] for key in (*TRANSITION_KEYS, *keys, "ends")}
         self.appended = self.data.size if replay == "append" else 0
         capacity = capacity_for(steps, self.most) + self.appended
-        buffer = ReplayBuffer.create(take(rows, 0), capacity)
+        buffer = ReplayBuffer.create(take(rows, 0), capacity, prioritised)
         buffer = buffer.extend(take(rows, slice(None))) if self.appended else buffer
         self.buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.seeds, *leaf.shape)).copy(), buffer)
         self.planned, self.returns, self._mixed = steps, returns, replay == "mixed"
@@ -111,6 +119,11 @@ class DeviceReplay:
                 waiting.append((float(rows["rewards"][seed]), float(rows["masks"][seed])))
         self.buffer = insert(self.buffer, normalizer, rows, pending=self.returns is not None)
         self.added += 1
+
+    def prioritise(self, slots: Array, priorities: Array) -> None:
+        """Give the rows in `slots` `[S, utd, B]` of the last draw the `priorities` that an update found."""
+        assert self.buffer is not None
+        self.buffer = prioritise(self.buffer, slots, priorities)
 
     def reveal(self, ended: np.ndarray) -> None:
         """Let the waiting rows of seeds whose episode has `ended` `[S]` be drawn, with their returns-to-go.

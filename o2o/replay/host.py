@@ -163,9 +163,11 @@ class HostReplay:
                 ahead = self._pool.submit(fetched, light)
             yield Fetched(batch), 1
 
-    def begin(self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None) -> None:
+    def begin(
+        self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None, prioritised: bool = False
+    ) -> None:
         """Allocate rings for `steps` environment steps per seed, and the files (see `DeviceReplay.begin`)."""
-        self.handles.begin(keys, steps, replay, returns)
+        self.handles.begin(keys, steps, replay, returns, prioritised)
         assert self.handles.buffer is not None
         seeds, capacity = self.handles.seeds, self.handles.buffer.capacity
         example = jax.tree.map(lambda leaf: np.broadcast_to(leaf[0], (seeds, *leaf.shape[1:])), self.data.heavy)
@@ -201,13 +203,17 @@ class HostReplay:
             self._newest["mc_returns"] = np.zeros(self.handles.seeds, np.float32)
 
     def source(self, keys: Array, at: int, sampling: Sampling) -> Fetched:
-        """Return the batch of gradient step `at`; the rows of the next one are fetched meanwhile."""
+        """Return the batch of gradient step `at`; the rows of the next one are fetched meanwhile.
+
+        Not of a draw by priorities, which the update is still to give.
+        """
         assert self.store is not None
         ring, pending = self.handles.source(keys, at, sampling), self.handles.returns is not None
         newest = {key: self._newest[key] for key in ring.buffer.rows}
         batch, guess = _draw_and_guess(ring, keys, at, newest, sampling=sampling, pending=pending)
         batch = {**batch, **self._fetched(np.asarray(batch["observations"]))}
-        self._ahead = self._pool.submit(self._fetch_ahead, guess, self.store.total)
+        if ring.buffer.priorities is None:
+            self._ahead = self._pool.submit(self._fetch_ahead, guess, self.store.total)
         return Fetched(batch)
 
     def _read(self, handles: Handles, until: int | None = None) -> dict[str, Any]:
@@ -236,6 +242,10 @@ class HostReplay:
         for old, row in zip(jax.tree.leaves(rows), jax.tree.leaves(newest), strict=True):
             old[new] = row[seed, 0]
         return jax.device_put(rows)
+
+    def prioritise(self, slots: Array, priorities: Array) -> None:
+        """Give the rows in `slots` `[S, utd, B]` of the last draw the `priorities` that an update found."""
+        self.handles.prioritise(slots, priorities)
 
     def reveal(self, ended: np.ndarray) -> None:
         """Let the waiting rows of seeds whose episode has `ended` `[S]` be drawn (see `DeviceReplay.reveal`)."""

@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from o2o.data.normalizer import Normalizer, normalize
+from o2o.errors import ConfigError
 from o2o.keys import ACT, INIT, key_at
 from o2o.nn.kernels import over_seeds, seeds_in_turn
+from o2o.nn.modules import where_leading
 from o2o.replay.source import BatchSource, DatasetRows, Sampling
 from o2o.rl.chunks import planned_in_turn
 from o2o.train.acting import act, clear_carry
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Phase
+from o2o.types import PRIORITIES, Agent, AgentConfig, Array, Batch, Carry, Info, Phase
 
+Priorities = tuple[Array, Array] | None
+"""Slots of the rows that an update learnt from and their new priorities, `[S, utd, B]`; None: rows have none."""
 OWN = Sampling(0)
 """The sampling of a phase that draws its own rows."""
 
@@ -53,12 +57,16 @@ def zeros_of(program: Callable[..., Any], agent: Any, *args: Any, **static: Any)
     """Return zeros shaped like the metrics of `program(agent, *args)`, leaves `[S]`, for stacked agents `[S, ...]`."""
     seeds = jax.tree.leaves(agent)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), agent)
-    infos = jax.eval_shape(partial(program, **static), one, *args)[1]
+    infos = _metrics(jax.eval_shape(partial(program, **static), one, *args)[1])
     return jax.tree.map(lambda leaf: jnp.zeros((seeds, *leaf.shape), leaf.dtype), infos)
 
 
+def _metrics(info: Info) -> Info:
+    return {name: value for name, value in info.items() if name != PRIORITIES}
+
+
 def _add(totals: Info, info: Info) -> Info:
-    return jax.tree.map(jnp.add, totals, info)
+    return jax.tree.map(jnp.add, totals, _metrics(info))
 
 
 @partial(jax.jit, static_argnames=("sampling", "phase"), donate_argnames=("agent", "totals"))
@@ -82,7 +90,7 @@ def updates(
     if not source.shared:  # rows differ by seed: draw for all seeds, then update them
 
         def step(i: Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
-            return _learned(*state, source, keys, at + i * stride, sampling)
+            return _learned(*state, source, keys, at + i * stride, sampling)[:2]
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
     assert isinstance(source, DatasetRows)
@@ -104,12 +112,19 @@ def updates(
 
 def _learned(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, sampling: Sampling
-) -> tuple[Any, Info]:
-    """Run every seed's update call of gradient step `at`; its metrics join the totals."""
+) -> tuple[Any, Info, Priorities]:
+    """Run every seed's update call of gradient step `at`; its metrics join the totals. Its priorities come last."""
 
-    def one_seed(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info]:
+    def one_seed(agent: Any, totals: Info, batch: Batch) -> tuple[Any, Info, Priorities]:
         agent, info = update(agent, batch)
-        return agent, _add(totals, info)
+        if "slots" not in batch:
+            return agent, _add(totals, info), None
+        if PRIORITIES not in info or info[PRIORITIES].shape != batch["slots"].shape:
+            raise ConfigError(
+                f"{type(agent).__name__} needs priorities, and its update returns none of shape "
+                f"{batch['slots'].shape} as {PRIORITIES!r} among its metrics"
+            )
+        return agent, _add(totals, info), (batch["slots"], info[PRIORITIES])
 
     batches = source.minibatches(keys, at, sampling)
     return over_seeds(one_seed, keys.shape[0], in_turn=seeds_in_turn(agent))(agent, totals, batches)
@@ -131,7 +146,7 @@ def check_phase(agent: Any, data: Any, *, check: Callable[[Any, Any], Any]) -> A
 @partial(jax.jit, static_argnames="sampling", donate_argnames=("agent", "totals"))
 def learn(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, *, sampling: Sampling
-) -> tuple[Any, Info]:
+) -> tuple[Any, Info, Priorities]:
     """Run the update call of `learn_and_act` alone, on the same draw."""
     return _learned(agent, totals, source, keys, at, sampling)
 
@@ -152,18 +167,29 @@ def learn_and_act(
     sampling: Sampling,
     action_dim: int,
     random: bool,
-) -> tuple[Any, Info, Carry, Array]:
+) -> tuple[Any, Info, Carry, Array, Priorities]:
     """Run the update call of gradient step `at`, then choose the actions `[S, N, A]` of environment step `env_step`.
 
     `source` None: no update. `observations` are raw, `[S, N, D]`; `over` `[S, N]` clears the carry; `random`: the
     agent's random actions instead of its policy's.
     """
+    given = None
     if source is not None:
-        agent, totals = _learned(agent, totals, source, keys, at, sampling)
+        agent, totals, given = _learned(agent, totals, source, keys, at, sampling)
     choose = partial(_choose, normalizer=normalizer, env_step=env_step, action_dim=action_dim, random=random)
     each = over_seeds(choose, keys.shape[0], in_turn=planned_in_turn(carry))
     actions, carry = each(agent, carry, keys, observations, over)
-    return agent, totals, carry, actions
+    return agent, totals, carry, actions, given
+
+
+@partial(jax.jit, donate_argnames="agent")
+def after_episodes(agent: Any, returns: Array, lengths: Array, over: Array) -> Any:
+    """Let agents hear of the training episodes that ended where `over`, all `[S, N]`; the others stay as they are."""
+
+    def one_seed(agent: Any, returns: Array, lengths: Array, over: Array) -> Any:
+        return where_leading(over.any(), agent.after_episodes(returns, lengths, over), agent)
+
+    return over_seeds(one_seed, over.shape[0])(agent, returns, lengths, over)
 
 
 def _choose(

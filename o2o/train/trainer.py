@@ -80,6 +80,11 @@ class Trainer(Generic[A]):
             raise ConfigError(f"seeds is {seeds} and seed {seed}; expected seeds >= 1 and seed >= 0")
         if config.online.replay == "rollout":
             config.online.check_rollout()
+        if config.needs.priorities and (config.online.replay in ("rollout", "none") or config.online.initial_updates):
+            raise ConfigError(
+                f"online.replay is {config.online.replay!r} with {config.online.initial_updates} initial_updates; an "
+                "agent with priorities needs 'online', 'mixed' or 'append' and no initial_updates"
+            )
         self.config, self.data, self.env_fn, self.loop = config, data, env_fn, loop or LoopConfig()
         self.seed, self.seeds, self.hooks = seed, seeds, hooks or Hooks()
         self.keys = seed_keys(seed, seeds)
@@ -97,6 +102,8 @@ class Trainer(Generic[A]):
         self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.batch_keys, "ends"), sources, seeds)
         check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | None = None
+        self._finished: dict[int, dict[str, Any]] = {}
+        """Rows of the episodes that ended in the step under way, by index, where the agent is told of them."""
         if held is None:
             self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         else:
@@ -304,7 +311,7 @@ class Trainer(Generic[A]):
             waits = "mc_returns" in keys
             returns = Returns(self.config.discount, self.data.task.failure_reward) if waits else None
             self.replay = self.place.online(self.replay, steps, appended, kind)
-            self.replay.begin(keys, steps, wanted.replay, returns)
+            self.replay.begin(keys, steps, wanted.replay, returns, agent.needs.priorities)
         self.state.agent, self.state.totals = agent, {}
         self.state.carry = jax.vmap(lambda a: a.initial_carry((self.envs_per_seed,)))(agent)
         self.counters.phase, self.counters.logged_at, self.counters.unlogged_updates = "online", 0, 0
@@ -390,12 +397,23 @@ class Trainer(Generic[A]):
         self.replay.add(rows, self.normalizer)
         counters.env_steps += self.envs_per_seed
         state.action = None  # played; if choosing the next ones fails, a resume chooses them
+        if ended.any() and self.agent.needs.episode_returns:
+            self._tell_of_episodes(ended)
         self._learn_and_act(update, over)
         if update:
             counters.gradient_steps += self.agent.updates_per_call
             counters.online_updates += 1
             counters.unlogged_updates += 1
         self.replay.reveal(ended)
+
+    def _tell_of_episodes(self, ended: np.ndarray) -> None:
+        """Let the agents hear of the episodes that `ended` `[S * N]` in the environment step under way."""
+        results = np.zeros((2, len(ended)), np.float32)
+        for index, row in self._finished.items():
+            results[:, index] = row["return"], row["length"]
+        self._finished.clear()
+        returns, lengths, over = (x.reshape(self.seeds, self.envs_per_seed) for x in (*results, ended))
+        self.state.agent = programs.after_episodes(self.agent, returns, lengths, over)
 
     def _sampling(self, utd_ratio: int | None = None) -> Sampling:
         online = self.online_config
@@ -426,16 +444,19 @@ class Trainer(Generic[A]):
         state.totals = state.totals or self._zeros(None)
         source = self.replay.source(self.keys, counters.gradient_steps, sampling) if update else None
         at, overlap = counters.gradient_steps, self.loop.overlap and self.online_config.replay != "rollout"
-        state.agent, state.totals, state.carry, state.action = programs.learn_and_act(
+        state.agent, state.totals, state.carry, state.action, given = programs.learn_and_act(
             state.agent, state.totals, state.carry, None if overlap else source, state.normalizer, self.keys,
             at, jax.tree.map(lambda o: o.reshape(*places, *o.shape[1:]), self.fleet.observations), over.reshape(places),
             counters.env_steps, sampling=sampling, action_dim=self.replay.data.rows["actions"].shape[-1],
             random=counters.env_steps < self.online_config.random_steps,
         )  # fmt: skip
         if source is not None and overlap:  # the update runs while the environments step
-            state.agent, state.totals = programs.learn(
+            state.agent, state.totals, given = programs.learn(
                 state.agent, state.totals, source, self.keys, at, sampling=sampling
             )
+        if given is not None:
+            assert not isinstance(self.replay, Rollout)
+            self.replay.prioritise(*given)
 
     def choose_actions(self) -> None:
         """Choose the actions for the observations at which the environments stand."""
@@ -551,6 +572,8 @@ class Trainer(Generic[A]):
     def _episode_finished(self, index: int, row: dict[str, Any]) -> None:
         counters, seed = self.counters, index // self.envs_per_seed
         counters.episodes[seed] += 1
+        if self.agent.needs.episode_returns:
+            self._finished[index] = row
         numbers = {key: row[key] for key in ("return", "length", "success", "intervention") if row[key] is not None}
         self.hooks.metrics(
             {

@@ -118,6 +118,7 @@ EVERY_BLOCK |= {"ppo": ("actor", "value"), "uni_o4": ("policies", "value", "crit
 EVERY_BLOCK |= {"pex": ("actor", "critic", "value"), "ibrl": ("critic", "reference/actor")}
 EVERY_BLOCK |= {"jsrl": ("actor", "critic", "value")}
 EVERY_BLOCK |= {"fql": ("actor", "critic", "one_step")}
+EVERY_BLOCK |= {"td7": ("critic", "encoder")}
 EVERY_BLOCK |= {"famo2o": ("actor", "critic", "value", "balance_actor", "temperature")}
 """Networks that step once per minibatch; the others step once per call. Every agent not listed steps its critic so."""
 BEFORE_ONLINE = {"expo": ("base",), "uni_o4": ("value", "critic", "policies"), "ibrl": ("reference/actor",)}

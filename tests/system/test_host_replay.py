@@ -167,12 +167,12 @@ def play(
         replay.add(rows, normalizer)
         source = replay.source(keys, at, sampling) if update else None
         seen = jax.tree.map(lambda leaf: leaf[:, None], rows["next_observations"])
-        agent, totals, carry, action = programs.learn_and_act(
+        agent, totals, carry, action, _ = programs.learn_and_act(
             agent, totals, carry, None if overlap else source, normalizer, keys, at, seen, ended[:, None], step + 1,
             sampling=sampling, action_dim=2, random=not update,
         )  # fmt: skip
         if overlap and source is not None:
-            agent, totals = programs.learn(agent, totals, source, keys, at, sampling=sampling)
+            agent, totals, _ = programs.learn(agent, totals, source, keys, at, sampling=sampling)
         at += 2 * update
         replay.reveal(ended)
         states.append(jax.tree.map(np.asarray, (agent.memory, action, totals)))
