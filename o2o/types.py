@@ -9,7 +9,7 @@ import jax
 from flax import struct
 
 from o2o.errors import ConfigError
-from o2o.settings import Amount, Count, Range, Settings, Share
+from o2o.settings import Amount, Count, Range, Settings, Share, short
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -160,7 +160,7 @@ class Agent(struct.PyTreeNode):
 
     def __repr__(self) -> str:
         count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
-        return f"{type(self).__name__}({count:,} numbers, {getattr(self, 'config', None)})"
+        return f"{type(self).__name__}({count:,} numbers, {short(getattr(self, 'config', None))})"
 
     @property
     def needs(self) -> Needs:

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +276,19 @@ def _sync(folder: Path, step: int) -> None:
     if os.name != "posix":  # where a folder has no descriptor
         return
     whole = folder / str(step)
-    for path in (*whole.rglob("*"), whole, folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:  # of folders some file systems do not know it
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
+    with ThreadPoolExecutor(8) as pool:  # the disk takes together what is asked for together
+        list(pool.map(_sync_one, (*whole.rglob("*"), whole, folder)))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # of folders some file systems do not know it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def add_score(folder: Path, step: int, score: float) -> None:
