@@ -16,7 +16,6 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +274,8 @@ def _sync(folder: Path, step: int) -> None:
     """Wait until a checkpoint, its files and their names, is on the disk; orbax waits for the arrays only."""
     if os.name != "posix":  # where a folder has no descriptor
         return
+    from concurrent.futures import ThreadPoolExecutor  # not before orbax: that changes how a failed save ends
+
     whole = folder / str(step)
     with ThreadPoolExecutor(8) as pool:  # the disk takes together what is asked for together
         list(pool.map(_sync_one, (*whole.rglob("*"), whole, folder)))
