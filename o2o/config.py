@@ -23,6 +23,7 @@ from o2o.settings import (
     SettingError,
     Settings,
     read,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -209,6 +210,9 @@ class RunConfig(Settings):
             names = " and ".join(f"`{name}`" for name, given in several.items() if given)
             said = f" is 0, one environment for everything, and {names} asks for more; expected at least 1 with that"
             raise SettingError(said, ("loop", "eval_envs"), type(self).__name__)
+
+    def __repr__(self) -> str:
+        return short(self)
 
     def environment_arguments(self) -> dict[str, Any]:
         """Return `env_kwargs` by name. Raises `ConfigError` for an entry that is not NAME=VALUE."""

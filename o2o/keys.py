@@ -15,7 +15,7 @@ INIT, DATA, ACT = range(3)
 
 def seed_keys(seed: int, seeds: int) -> Array:
     """Return the keys `[S]` of seeds `seed`, `seed + 1`, ..."""
-    return jnp.stack([jax.random.key(seed + k) for k in range(seeds)])
+    return jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32) + jnp.uint32(seed))
 
 
 def key_at(key: Array, stream: int, index: Array | int = 0) -> Array:

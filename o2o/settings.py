@@ -133,6 +133,18 @@ class Settings:
         return SettingError(f" is {getattr(self, name)!r}; expected {expected}", (name,), type(self).__name__)
 
 
+def short(value: Any) -> str:
+    """Return a text of settings with what differs from their defaults alone; that of other values is their `repr`."""
+    if not isinstance(value, Settings) or not dataclasses.is_dataclass(value):
+        return repr(value)
+    parts = []
+    for field in dataclasses.fields(value):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if (own := getattr(value, field.name)) != made:
+            parts.append(f"{field.name}={short(own)}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function with its arguments read by their annotations, as `Settings` reads its fields."""
     signature = inspect.signature(function)

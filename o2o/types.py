@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import jax
 from flax import struct
 
 from o2o.errors import ConfigError
-from o2o.settings import Amount, Count, Range, Settings, Share
+from o2o.settings import Amount, Count, Range, Settings, Share, short
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -155,6 +155,9 @@ class Agent(struct.PyTreeNode):
 
     agent_class: Any = struct.field(pytree_node=False, default=None, kw_only=True, repr=False)
     """Set by the class itself."""
+    if TYPE_CHECKING:
+        config: Any = struct.field(pytree_node=False, kw_only=True)
+        """The agent's settings, an `AgentConfig`; each class has it as a field of its own type."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         if "__repr__" not in vars(cls):
@@ -166,12 +169,12 @@ class Agent(struct.PyTreeNode):
 
     def __repr__(self) -> str:
         count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
-        return f"{type(self).__name__}({count:,} numbers, {getattr(self, 'config', None)})"
+        return f"{type(self).__name__}({count:,} numbers, {short(getattr(self, 'config', None))})"
 
     @property
     def needs(self) -> Needs:
         """What the agent in its present form needs. The online form may need fewer keys than the config, never more."""
-        return self.config.needs  # pyright: ignore[reportAttributeAccessIssue]
+        return self.config.needs
 
     @classmethod
     def create(cls, rng: Array, observations: Any, actions: Array, config: Any) -> Self:
@@ -237,7 +240,7 @@ class Agent(struct.PyTreeNode):
     @property
     def updates_per_call(self) -> int:
         """Gradient steps that one online call of `update` is worth."""
-        return self.config.online.utd_ratio  # pyright: ignore[reportAttributeAccessIssue]
+        return self.config.online.utd_ratio
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> "Preset":

@@ -536,7 +536,8 @@ def _rehearse(trainer: Trainer, online_steps: int, make: EnvMaker, first: Any, h
     training, made = trainer.seeds * trainer.envs_per_seed if online_steps else 0, 0
     if not training:
         held.close()
-    began, wanted = memory.of_process(), training + trainer.seeds * trainer.evaluator.slots
+    beside = min(trainer.loop.eval_envs, trainer.loop.eval_episodes)
+    began, wanted = memory.of_process(), training + trainer.seeds * beside
     try:
         while made < training:
             env = make(False) if made else first

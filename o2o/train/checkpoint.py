@@ -274,16 +274,22 @@ def _sync(folder: Path, step: int) -> None:
     """Wait until a checkpoint, its files and their names, is on the disk; orbax waits for the arrays only."""
     if os.name != "posix":  # where a folder has no descriptor
         return
+    from concurrent.futures import ThreadPoolExecutor  # not before orbax: that changes how a failed save ends
+
     whole = folder / str(step)
-    for path in (*whole.rglob("*"), whole, folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:  # of folders some file systems do not know it
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
+    with ThreadPoolExecutor(8) as pool:  # the disk takes together what is asked for together
+        list(pool.map(_sync_one, (*whole.rglob("*"), whole, folder)))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # of folders some file systems do not know it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def add_score(folder: Path, step: int, score: float) -> None:

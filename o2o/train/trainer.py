@@ -87,14 +87,14 @@ class Trainer(Generic[A]):
             )
         self.config, self.data, self.env_fn, self.loop = config, data, env_fn, loop or LoopConfig()
         self.seed, self.seeds, self.hooks = seed, seeds, hooks or Hooks()
-        self.keys = seed_keys(seed, seeds)
         rows = normalized_rows(normalizer, data.arrays)
         observations, actions = jax.tree.map(lambda leaf: np.asarray(leaf[:1]), (rows["observations"], rows["actions"]))
         create = partial(programs.create_agent, agent_class=agent_class, config=config)
         shapes = programs.create_agent.eval_shape(
-            self.keys[0], observations, actions, agent_class=agent_class, config=config
+            jax.random.key(seed), observations, actions, agent_class=agent_class, config=config
         )
         memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
+        self.keys = seed_keys(seed, seeds)
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)

@@ -161,7 +161,7 @@ def test_bad_column_named(put: Put, tmp_path: Path, column: str, values: Any, me
     with pytest.raises(DatasetError, match=f"{NAME}: episode 1.*{message}.*skip_bad_episodes") as caught:
         put([episode(0), episode(1), episode(2)], column_as(column, values))
     assert "\n" not in str(caught.value)
-    assert len(datasets.check(NAME, tmp_path)) == 2  # this one, and that there is no environment
+    assert len(datasets.check(NAME, tmp_path)) == 1
     assert datasets.load(NAME, root=tmp_path, cache=False, skip_bad_episodes=True).size == 2 * T
 
 

@@ -406,7 +406,7 @@ def test_lerobot_round_trip(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="exists already"):
         to_lerobot("lab/set-v0", out, fps=20, root=tmp_path / "root")
     with pytest.raises(ConfigError, match="does not say its steps per second"):
-        to_lerobot("lab/set-v0", tmp_path / "b", root=tmp_path / "root")
+        to_lerobot("lab/set-v0", tmp_path / "b", fps=0, root=tmp_path / "root")
 
 
 def test_check_drop_bad(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Every number of every setting says what it may be."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from o2o.agents import AGENTS
 from o2o.config import RunConfig, TaskConfig
 from o2o.data.task import Task
 from o2o.errors import ConfigError
+from o2o.keys import seed_keys
 from o2o.runs.recording import RecordConfig
 from o2o.settings import Settings
 
@@ -92,3 +95,14 @@ def test_agents_floats(agent: str, values: dict[str, float]) -> None:
     config = AGENTS[agent].preset("other", "small").config
     with pytest.raises(ConfigError, match=next(iter(values))):
         dataclasses.replace(config, **values)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 3])
+def test_keys_of_seeds(seed: int) -> None:
+    """The keys of many seeds are those of each alone, and are made in no time."""
+    keys = seed_keys(seed, 3)
+    alone = [jax.random.key_data(jax.random.key(seed + k)) for k in range(3)]
+    np.testing.assert_array_equal(jax.random.key_data(keys), np.stack(alone))
+    began = time.perf_counter()
+    assert seed_keys(0, 100_000).shape == (100_000,)
+    assert time.perf_counter() - began < 10.0
