@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv demo docs check test slow lint format build clean
+.PHONY: help venv demo docs check check-only test test-only slow lint format build clean
 
 help:
 	@echo "make venv    create .venv and install o2o for development (once)"
@@ -12,7 +12,7 @@ help:
 	@echo "make docs    the documentation, in build/docs/index.html"
 	@echo "make check   lint, types, import contracts and the quick tests (tests/unit)"
 	@echo "make test    make check and all other tests"
-	@echo "make slow    what takes long: damaged files, kills (tests/slow)"
+	@echo "make slow    what takes long: damaged files, kills, learning a maze (tests/slow)"
 	@echo "make lint    ruff, pyright and import contracts only"
 	@echo "make format  let ruff mend imports and layout"
 	@echo "make build   wheel and sdist in dist/"
@@ -45,11 +45,14 @@ lint: venv
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 
-# One thread a worker: two workers fill two cores.
-check: lint
+# One thread a worker: two workers fill two cores. Lint, on one core for most of its time, runs beside them.
+check test: venv
+	@$(MAKE) --no-print-directory -j2 lint $@-only
+
+check-only:
 	$(PYTEST) tests/unit
 
-test: lint
+test-only:
 	$(PYTEST)
 
 slow: venv

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ import pytest
 if sys.platform == "linux" and not os.environ.get("DISPLAY") and ctypes.util.find_library("OSMesa"):
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when MuJoCo is imported
 
-# Toy programs take longer to compile than to run, in this process and in those that it starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # read when a back end starts
+# Toy programs take longer to compile than to run, in this process and in those that it starts. The second flag halves
+# the time to compile; a release that does not know it would end the process. They are read when a back end starts.
+if version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from o2o import envs
 from o2o.config import LoopConfig
 from o2o.data import datasets
 from o2o.data.datasets import Dataset
+from o2o.envs import pointmaze
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.errors import ConfigError
 from o2o.runs import session
@@ -32,11 +37,14 @@ from tests.helpers.toy_world import make_world
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share compiled programs between workers and tests: most of the suite's time is compilation."""
+    """Share compiled programs between workers, tests and processes that they start: they are most of the time."""
     os.environ["XDG_DATA_HOME"] = os.path.join(tempfile.gettempdir(), "o2o-test-data")  # the key of `o2o.trust`
     base = os.environ.get("O2O_TEST_COMPILATION_CACHE") or os.path.join(tempfile.gettempdir(), "o2o-test-jit")
-    jax.config.update("jax_compilation_cache_dir", base)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    for name, value in (("compilation_cache_dir", base), ("persistent_cache_min_compile_time_secs", 0.3)):
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)
+    EMBEDDED[envs.DEMO_DATASET] = dataclasses.replace(EMBEDDED[envs.DEMO_DATASET], steps=6_000)  # in this process
+    pointmaze.REFERENCE_EPISODES = 10
 
 
 @pytest.fixture(scope="module", autouse=True)

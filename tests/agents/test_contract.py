@@ -10,12 +10,10 @@ import pytest
 from o2o.agents import AGENTS
 from o2o.errors import ConfigError, DatasetError, O2OError
 from o2o.types import OnlineConfig, Preset
-from tests.helpers.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, Case, observed
+from tests.helpers.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM, ONLINE_CASES, Case, observed
 from tests.helpers.tiny import forget_many_programs
 
-CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
-CASES += [("pex", "online"), ("ibrl", "online"), ("jsrl", "online")]
-CASES += [("ppo", "online"), ("uni_o4", "online")]
+CASES = [(name, "offline") for name in AGENTS] + [(name, "online") for name in ONLINE_CASES]
 WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl")
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 

@@ -70,9 +70,8 @@ def test_learnt_dynamics_match_world(trained: tuple[Dynamics, World]) -> None:
     model, _ = trained
     states: Any = 10.0 + np.asarray([[0.5, -0.5], [0.0, 1.0], [-1.0, 0.3]], np.float32)
     actions: Any = np.asarray([[0.2], [-0.7], [0.5]], np.float32)
-    step = jax.jit(lambda key: model.step(key, states, actions))
-    many = [step(key) for key in jax.random.split(jax.random.key(2), 200)]
-    following, rewards = (np.stack([np.asarray(each[i]) for each in many]) for i in (0, 1))
+    steps = jax.jit(jax.vmap(lambda key: model.step(key, states, actions)))(jax.random.split(jax.random.key(2), 200))
+    following, rewards = (np.asarray(steps[i]) for i in (0, 1))
     expected = 10.0 + (states - 10.0) @ A.T + actions @ B.T
     np.testing.assert_allclose(following.mean(axis=0), expected, atol=0.08)
     np.testing.assert_allclose(rewards.mean(axis=0), states[:, 0] - 10.0 + actions[:, 0], atol=0.08)

@@ -12,6 +12,7 @@ from o2o.agents import FQL, FQLConfig
 from o2o.errors import ConfigError
 from o2o.types import Batch
 from tests.helpers.contract import QUICK
+from tests.helpers.probes import LONG
 from tests.helpers.tiny import constant_critic, create, largest_difference, make_batch, moved, set_config, steps, tiny
 
 KEY = jax.random.key(4)
@@ -154,10 +155,10 @@ def trained() -> dict[float, Any]:
 
     def train(agent: Any) -> Any:
         batch = jax.tree.map(lambda leaf: leaf[None], two_modes())
-        return jax.lax.fori_loop(0, 3000, lambda _, agent: agent.update(batch)[0], agent)
+        return jax.lax.fori_loop(0, 2000, lambda _, agent: agent.update(batch)[0], agent)
 
     make = lambda alpha: FQL.create(KEY, jnp.zeros((1, 1)), jnp.zeros((1, 1)), replace(config, alpha=alpha))  # noqa: E731
-    return {alpha: jax.jit(train)(make(alpha)) for alpha in (1e6, 0.3)}
+    return {alpha: jax.jit(train, compiler_options=LONG)(make(alpha)) for alpha in (1e6, 0.3)}
 
 
 @pytest.mark.learning

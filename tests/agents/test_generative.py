@@ -12,6 +12,7 @@ import pytest
 from o2o.agents import DiffusionBCConfig, FlowBCConfig
 from o2o.errors import ConfigError
 from o2o.nn.generative import Denoiser, Diffusion, Flow
+from tests.helpers.probes import LONG
 
 DDPM, DDIM = Diffusion(), Diffusion(sampler="ddim")
 CLEAN = [Diffusion(20, "cosine", sampler, clip="prediction") for sampler in ("ddpm", "ddim")]
@@ -54,7 +55,7 @@ def fitted(model: Any, style: str, share: float) -> jax.Array:
         noise = jax.random.normal(jax.random.key(1), (4000, 1))
         return model.sample(lambda x, t: module.apply(params, nothing, x, t), noise, jax.random.key(2))[:, 0]
 
-    return jax.jit(run)(params)
+    return jax.jit(run, compiler_options=LONG)(params)
 
 
 def test_vp_schedule() -> None:

@@ -20,6 +20,7 @@ from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import read_status
 from o2o.types import Batch
+from tests.helpers.probes import LONG
 from tests.system.test_runs import StopAt, untimed
 
 Maker = Callable[..., session.RunConfig]
@@ -168,7 +169,8 @@ def test_two_modes_cloned(config: Any) -> None:
         }
         return agent.update(jax.tree.map(lambda leaf: leaf[None], batch))[0], None
 
-    agent = jax.jit(lambda agent, keys: jax.lax.scan(step, agent, keys)[0])(create(config), jax.random.split(KEY, 2000))
+    train = jax.jit(lambda agent, keys: jax.lax.scan(step, agent, keys)[0], compiler_options=LONG)
+    agent = train(create(config), jax.random.split(KEY, 2000))
     sample = jax.jit(lambda agent, sign, deterministic: agent.sample_chunks(sign, KEY, deterministic), static_argnums=2)
     for sign in (-1.0, 1.0):
         chunks = np.asarray(sample(agent, jnp.full((2000, 3), sign), False)).reshape(2000, 4)

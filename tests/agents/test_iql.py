@@ -1,6 +1,7 @@
 """IQL: each loss by hand, order of the steps, limits of expectile and temperature (arXiv 2110.06169)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,10 +30,16 @@ def make_rows(rows: int = 64, seed: int = 0) -> Batch:
     }
 
 
+@functools.cache
+def fresh(config: IQLConfig, seed: int) -> IQL:
+    """Return a new agent for `make_rows`."""
+    create: Any = jax.jit(lambda key: IQL.create(key, jnp.zeros((1, 3)), jnp.zeros((1, 2)), config))
+    return create(jax.random.key(seed))
+
+
 def make_agent(seed: int = 0, **fields: Any) -> IQL:
     """Return a tiny agent for `make_rows` whose targets differ from its critics."""
-    config = dataclasses.replace(TINY, **fields)
-    agent = IQL.create(jax.random.key(seed), jnp.zeros((1, 3)), jnp.zeros((1, 2)), config)
+    agent = fresh(dataclasses.replace(TINY, **fields), seed)
     return agent.replace(target_critic=jax.tree.map(lambda leaf: 0.7 * leaf, agent.critic.params))
 
 

@@ -28,6 +28,7 @@ from o2o.agents import (
     WSRLConfig,
 )
 from o2o.agents.wsrl import online_sac
+from o2o.nn.generative import Diffusion
 from tests.helpers.probes import (
     BATCH,
     BEST_ACTION,
@@ -56,7 +57,7 @@ CONFIGS: dict[str, Any] = {
     "sac": replace(SACConfig(), **SOFT),
     "rlpd": replace(RLPDConfig(), **SOFT),
     "wsrl": WSRLConfig(cql=CQLConfig(**SOFT), finetune=online_sac(**SOFT), batch_size=BATCH, discount=DISCOUNT),
-    "qc": replace(QCConfig(), **CRITIC, chunk=1, num_samples=64),
+    "qc": replace(QCConfig(), **CRITIC, chunk=1, num_samples=32, flow_steps=3),
     "awac": replace(AWACConfig(), **CRITIC, temperature=0.1),
     "td3bc": replace(TD3BCConfig(), **CRITIC, alpha=100.0, target_noise=0.0),
     "rebrac": replace(ReBRACConfig(), **CRITIC, target_noise=0.0),
@@ -74,8 +75,9 @@ CONFIGS: dict[str, Any] = {
         base_blocks=1,
         base_lr=3e-3,
         base_ema=0.05,
-        n_samples=32,
-        n_edits=32,
+        diffusion=Diffusion(3),
+        n_samples=8,
+        n_edits=8,
         edit_scale=0.3,
         edit_hidden_dims=(32, 32),
         edit_lr=3e-3,

@@ -127,6 +127,8 @@ FROZEN_ONLINE = {"ibrl": ("reference/actor",)}
 """Networks that learn no more after it."""
 ALWAYS_SAMPLED = {"expo", "fql"}
 """Agents whose deterministic action is a sample like any other."""
+ONLINE_CASES = ("wsrl", "expo", "pex", "ibrl", "jsrl", "ppo", "uni_o4")
+"""Agents whose online form has the whole contract to itself; that of the others has the same update."""
 NEW_AT_THE_SWITCH = {"pex", "ibrl"}
 """Agents whose switch changes the policy by design."""
 
@@ -205,7 +207,14 @@ class Case:
         self.create = jax.jit(self.make, compiler_options=QUICK)
         traced = jax.jit(update, inline=True)  # traced once for both
         self.update = jax.jit(traced, compiler_options=QUICK)
-        self.update_side_by_side = jax.jit(jax.vmap(traced), compiler_options=QUICK)
+
+        def side_by_side(agents: Any, batches: Any) -> Any:
+            stacked = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for each in (agents, batches))
+            return [
+                [jax.tree.map(lambda leaf, i=i: leaf[i], part) for i in range(2)] for part in jax.vmap(traced)(*stacked)
+            ]
+
+        self.update_side_by_side = jax.jit(side_by_side, compiler_options=QUICK)
         self.act = act(lambda agent, obs, rng, det: agent.sample_actions(obs, fresh_carry(agent, obs), rng, det))
         self.go_on = act(lambda agent, obs, rng, det, carry: agent.sample_actions(obs, carry, rng, det))
 
@@ -341,12 +350,11 @@ def check_vmap_over_seeds(case: Case) -> None:
     keys = jax.random.split(jax.random.key(5), 2)
     alike = [case.create(key) for key in keys]
     batches = [case.batch(3, seed=seed) for seed in (0, 1)]
-    agents, stacked = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for each in (alike, batches))
-    together, infos = case.update_side_by_side(agents, stacked)
+    together, infos = case.update_side_by_side(tuple(alike), tuple(batches))
     for i in range(2):
         alone, info = case.update(alike[i], batches[i])
-        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, atol=1e-3)
-        assert_same({name: value[i] for name, value in infos.items()}, info, atol=1e-2)
+        assert_same(together[i], alone, atol=1e-3)
+        assert_same(infos[i], info, atol=1e-2)
 
 
 def check_reproducible(case: Case) -> None:
@@ -388,7 +396,9 @@ def check_online_keeps_the_policy(case: Case) -> None:
         np.testing.assert_allclose(after, before, atol=1e-6)
     assert isinstance(online, Agent)
     assert jax.tree.structure(online.online()) == jax.tree.structure(online)
-    agent, info = case.update(online, {**case.batch(1), "ends": jnp.zeros((1, ROWS))} if on_policy else case.batch(1))
+    if case.phase == "offline" and case.name in ONLINE_CASES:
+        return
+    _, info = case.update(online, {**case.batch(1), "ends": jnp.zeros((1, ROWS))} if on_policy else case.batch(1))
     assert all(np.isfinite(value) for value in info.values())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from o2o.types import Array, Batch
 
 ROWS, DISCOUNT, BATCH = 512, 0.5, 64
-LONG = {"xla_backend_optimization_level": 3}
+LONG = {"xla_backend_optimization_level": 1}
 """Compiler options: unlike other toy programs these run longer than they compile (see `tests/conftest.py`)."""
 BEST_ACTION = 0.5
 """The best action in state s of `best_action` is this times s."""

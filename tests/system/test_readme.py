@@ -1,6 +1,7 @@
 """The Python examples of README and docs run as printed (with fewer steps); README's is at most eight lines."""
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -35,8 +36,15 @@ BLOCKS = [
 ]
 
 
-def test_example_works(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's example works."""
+def test_example_works(embedded: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's example works (here with one episode for each evaluation)."""
+    preset_run = session.preset_run
+
+    def fewer(*args: Any, **kwargs: Any) -> session.RunConfig:
+        run = preset_run(*args, **kwargs)
+        return dataclasses.replace(run, loop=dataclasses.replace(run.loop, eval_episodes=1))
+
+    monkeypatch.setattr(session, "preset_run", fewer)
     code = BLOCKS[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 8
     shorter = code.replace("3_000", "30")

@@ -349,7 +349,7 @@ def test_embedded_dataset_deterministic(tmp_path, monkeypatch):
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    "name", ["hand_dapg/door/human-v0", "hand_dapg/pen/noisy-v0", "o2o/hopper/medium-v0", "o2o/pointmaze/umaze-v0"]
+    "name", ["hand_dapg/door/human-v0", "hand_dapg/pen/noisy-v0", "o2o/hopper/medium-v0", "o2o/pointmaze/large-v0"]
 )
 def test_recorded_dataset_environments(name):
     """The environments of the published datasets fit their rows and tasks."""

@@ -66,9 +66,8 @@ def test_expectile_loss_values() -> None:
 def test_expectile_minimiser(expectile: float) -> None:
     """The minimiser of the expectile loss solves its first-order condition."""
     samples = jnp.array([0.0, 1.0, 2.0, 7.0])
-    value = jnp.array(0.0)
-    for _ in range(500):
-        value = value - 0.5 * jax.grad(lambda v: losses.expectile_loss(samples - v, expectile))(value)
+    descend = lambda _, v: v - 0.5 * jax.grad(lambda v: losses.expectile_loss(samples - v, expectile))(v)  # noqa: E731
+    value = jax.jit(lambda v: jax.lax.fori_loop(0, 500, descend, v))(jnp.array(0.0))
     above = np.maximum(np.asarray(samples) - float(value), 0).sum()
     below = np.maximum(float(value) - np.asarray(samples), 0).sum()
     assert expectile * above == pytest.approx((1 - expectile) * below, rel=1e-3)
