@@ -89,8 +89,8 @@ def _left(made: int, missing: int, seconds: float) -> str:
         return ""
     left = missing * seconds / made
     hours, minutes = divmod(round(left / 60), 60)
-    words = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else "under a minute"
-    return f", {made / seconds:.0f} a second, about {words} left"
+    words = f"about {hours} h {minutes:02d} min" if hours else f"about {minutes} min" if minutes else "under a minute"
+    return f", {made / seconds:.0f} a second, {words} left"
 
 
 def _say(console: Console, text: str) -> None:
