@@ -190,12 +190,14 @@ def goals(play: Play) -> dict[str, tuple[EnvSpec, tuple[Part, ...]]]:
     `singletask` is the scene's default task.
     """
     wheel()
-    found = {}
-    for task in ("singletask", *(f"singletask-task{number}" for number in range(1, 6))):
-        env = gym.make(f"{play.env}-{task}-v0", disable_env_checker=True)
-        inner: Any = env.unwrapped
-        found[task] = gym.spec(f"{play.env}-{task}-v0"), _parts(inner.task_infos[inner._reward_task_id - 1])
-        env.close()
+    default = f"{play.env}-singletask"
+    env = gym.make(f"{default}-v0", disable_env_checker=True)
+    inner: Any = env.unwrapped
+    parts, chosen = [_parts(about) for about in inner.task_infos], inner._reward_task_id
+    env.close()
+    found = {"singletask": (gym.spec(f"{default}-v0"), parts[chosen - 1])}
+    for number, goal in enumerate(parts, start=1):
+        found[f"singletask-task{number}"] = gym.spec(f"{default}-task{number}-v0"), goal
     return found
 
 
@@ -331,11 +333,8 @@ class _Job:
         return [key for key in self.wanted if key not in done]
 
     def play_missing(self, player: Player, keys: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """Make episodes and yield after each; ends early when the process that asked for them is gone."""
-        parent = os.getppid()
+        """Make episodes and yield after each."""
         for part, index in keys:
-            if os.getppid() != parent:
-                return
             episode = player.episode(self.seed, part, index, self.steps)
             write_episode(self.file(part, index), player.env.observation_space, episode)
             yield
@@ -373,7 +372,7 @@ def _workers(job: _Job, shares: Sequence[Sequence[tuple[int, int]]]) -> Iterator
     with contextlib.ExitStack() as stack:
         workers = []
         for share in shares:
-            told = json.dumps({**asdict(job), "work": str(job.work), "wanted": share}).encode()
+            told = json.dumps({**asdict(job), "work": str(job.work), "wanted": share, "parent": os.getpid()}).encode()
             errors = stack.enter_context(tempfile.TemporaryFile())
             orders = stack.enter_context(tempfile.TemporaryFile())
             orders.write(told)
@@ -388,10 +387,13 @@ def _workers(job: _Job, shares: Sequence[Sequence[tuple[int, int]]]) -> Iterator
 def work() -> None:
     """Make the episodes that standard input asks for: what one of the processes of `make_play` does."""
     told = json.load(sys.stdin)
+    if os.getppid() != told["parent"]:
+        return
     play = Play(**{**told["play"], "p_stack": tuple(told["play"]["p_stack"])})
     job = _Job(play, told["seed"], told["steps"], [(part, i) for part, i in told["wanted"]], Path(told["work"]))
     for _ in job.play_missing(Player(play), job.missing()):
-        pass
+        if os.getppid() != told["parent"]:  # it was killed
+            return
 
 
 def _write(

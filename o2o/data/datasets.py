@@ -249,6 +249,13 @@ def _tell_versions(about: DatasetInfo) -> None:
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     """Log what was noticed while the rows were read."""
     _tell_versions(about)
+    if (known := views.tasks(about.metadata)) and "goal" not in about.metadata:
+        log.warning(
+            "dataset %s holds several tasks and none is named, so every reward is 0: name one, such as %s-%s",
+            about.name,
+            views.set_of(about.name),
+            next(iter(known)),
+        )
     skipped, digits, unseen = (rows[NOTES + key].tolist() for key in ("skipped", "digits", "unseen"))
     if skipped:
         log.warning("dataset %s: %d episodes are left out, the first since %s", about.name, len(skipped), skipped[0])
