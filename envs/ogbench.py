@@ -283,15 +283,16 @@ def _is_there(dataset_id: str, recipe: dict[str, Any], root: str | Path | None) 
 
 def _begin(work: Path, recipe: dict[str, Any], dataset_id: str) -> None:
     """Write what is being made, or raise `DatasetError` if what was begun here is something else."""
-    path, text = work / HEADER, json.dumps({key: value for key, value in recipe.items() if key != "episodes"}, indent=2)
-    if path.exists() and path.read_text() != text:
-        before = json.loads(path.read_text())
-        changed = [f"{key} {before.get(key)}, not {value}" for key, value in recipe.items() if before.get(key) != value]
+    path, header = work / HEADER, {key: value for key, value in recipe.items() if key != "episodes"}
+    before = json.loads(path.read_text()) if path.exists() and any(work.glob("*.npz")) else header
+    if changed := [
+        f"{key} {before.get(key)}, not {value}" for key, value in header.items() if before.get(key) != value
+    ]:
         raise DatasetError(
             f"{dataset_id} was begun with other settings ({', '.join(changed)}): give the command that began it, or "
             f"delete {work}"
         )
-    write_atomically(path, text)
+    write_atomically(path, json.dumps(header, indent=2))
 
 
 def _check_room(job: "_Job", player: Player) -> None:

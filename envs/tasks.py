@@ -123,7 +123,7 @@ def run_task(
     recorded with and the task replaces neither.
     """
     task = task_for(env or about, binary).judged(about.metadata)
-    if (env is None and not env_kwargs) or about.env_spec is None or task.binary:
+    if (env is None and not env_kwargs) or about.env_spec is None or (task.binary and not task.goal):
         return task
     theirs, ours = rewards_of(about), rewards_of(env or about) | _of_reward(env_kwargs or {})
     for key in sorted({*theirs, *ours}):

@@ -5,7 +5,6 @@ import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from o2o.errors import ConfigError, RunError
@@ -13,7 +12,7 @@ from o2o.report import scores
 from o2o.report.plots import plot_curves
 from o2o.report.published import COLUMNS, published_curves, read_published
 from o2o.report.scores import METRICS, FinishedCell
-from o2o.report.stats import curve
+from o2o.report.stats import curve, statistic_of
 from o2o.report.suite import BenchTask, Published, Suite, Variant
 from o2o.report.suite_report import write_report
 from o2o.user_code import run_file
@@ -90,7 +89,7 @@ def test_published_curves_drawn(suite, tmp_path):
         for step in (50_000, 60_000)
         for seed in (0, 1)
     ]
-    ours = {"fql": curve(rows, "success", np.mean), "bc": curve(rows, "success", np.mean)}
+    ours = {"fql": curve(rows, "success", statistic_of("mean")), "bc": curve(rows, "success", statistic_of("mean"))}
     theirs = published_curves(read_published(suite.published), TASK, ours)
     assert set(theirs) == {"fql"} and theirs["fql"].offline.steps.tolist() == [50_000] and theirs["fql"].seeds == 12
     assert theirs["fql"].offline.low == pytest.approx([0.08]) and theirs["fql"].offline.high == pytest.approx([0.24])
