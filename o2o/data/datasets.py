@@ -599,7 +599,7 @@ def describe(dataset: str | Path, root: str | Path | None = None, task: Task | N
         "return_min": float(returns.min()),
         "return_max": float(returns.max()),
         "success": None if success is None else float(success.mean()),
-        "terminated": float((data.arrays["masks"] == 0).sum() / about.episodes),
+        "terminated": float(((data.arrays["masks"] == 0) & data.arrays["ends"]).sum() / about.episodes),
         "ref_min_score": about.ref_min_score,
         "ref_max_score": about.ref_max_score,
         "fingerprint": data.fingerprint,

@@ -283,7 +283,7 @@ def info(dataset: str | Path, root: str | Path | None = None, download: bool = F
 
 def read_info(data: Path, name: str | Path | None = None) -> DatasetInfo:
     """Return the metadata in a `data` folder; of the task of the set, if `name` names one. Raises `DatasetError`."""
-    metadata = views.viewed(read_metadata(data), str(name or ""))
+    metadata = views.viewed(read_metadata(data), data.parent.name, str(name or ""))
     return info_of(metadata, data, lambda key: getattr(open_storage(data, metadata), key))
 
 

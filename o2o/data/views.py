@@ -55,20 +55,20 @@ def tasks(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def viewed(metadata: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the metadata of the task that `name` stands for, those of the set itself if it names none.
+def viewed(metadata: dict[str, Any], folder: str, name: str) -> dict[str, Any]:
+    """Return the metadata of the task that `name` (id or path) stands for, those of the set itself if it names none.
 
-    Raises `DatasetError` for a task that the set does not have.
+    `folder` is the name of the set's folder. Raises `DatasetError` for a task that the set does not have.
     """
-    (stem, version), (asked, _) = _split(metadata["dataset_id"]), _split(name)
-    known = tasks(metadata)
-    if not known or not asked.startswith(f"{stem}-"):
+    known, last = tasks(metadata), _split(name.rpartition("/")[2])[0]
+    before = f"{_split(folder)[0]}-"
+    if not known or not last.startswith(before):
         return metadata
-    full = asked.removeprefix(f"{stem}-")
+    (stem, version), full = _split(metadata["dataset_id"]), last.removeprefix(before)
     task = full.removesuffix(SPARSE)
     if task not in known:
         hint = suggest(full, [*known, *(f"{other}{SPARSE}" for other in known)])
         raise DatasetError(f"dataset {metadata['dataset_id']} has no task {full!r}; {hint}")
     spec = str(known[task]["env_spec"])
     goal = {"parts": known[task]["goal"], "sparse": full != task, "rows": known[task]["goal_rows"]}
-    return {**metadata, "dataset_id": f"{asked}{version}", "env_spec": spec, "eval_env_spec": spec, "goal": goal}
+    return {**metadata, "dataset_id": f"{stem}-{full}{version}", "env_spec": spec, "eval_env_spec": spec, "goal": goal}

@@ -119,7 +119,12 @@ def test_task_reads_same_rows(play):
         assert np.array_equal(dense["rewards"] == 0, dense["masks"] == 0)
         assert np.array_equal(dense["masks"], sparse["masks"])
         assert np.array_equal(sparse["rewards"], -dense["masks"])
-    assert datasets.info(f"{SCENE}-singletask-task1-sparse").name == f"{SCENE}-singletask-task1-sparse-v0"
+    wanted = f"{SCENE}-singletask-task1-sparse"
+    for name in (wanted, f"{wanted}-v0", play / wanted, f"{play / wanted}-v0"):
+        assert datasets.info(name).name == f"{wanted}-v0"
+    shutil.copytree(play / f"{SCENE}-v0", play.parent / "scene-play-copied-v0")
+    assert datasets.info(play.parent / "scene-play-copied-v0").name == f"{SCENE}-v0"
+    assert datasets.info(play.parent / "scene-play-copied-singletask").name == f"{SCENE}-singletask-v0"
 
 
 def changed(root: Path, into: Path, goal: list) -> Path:
@@ -331,6 +336,7 @@ def test_commands_know_tasks(play, capsys):
     described = json.loads(capsys.readouterr().out)
     masks = rows(f"{SCENE}-singletask-task4")["masks"]
     assert described["goal_rows"] == (masks == 0).sum() == described["tasks"][f"{SCENE}-singletask-task4"]
+    assert described["terminated"] == 0, "its episodes go on"
     assert described["env"] == "scene-singletask-task4-v0" and len(described["tasks"]) == 6
 
 
