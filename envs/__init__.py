@@ -18,6 +18,7 @@ from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.data.task import Task
 from o2o.envs import kitchen
 from o2o.envs.cameras import CameraObservation, add_cameras
+from o2o.envs.ogbench import PLAYS, make_play
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
 from o2o.envs.tasks import TASKS, known_code, register, run_task, task_for
 from o2o.envs.wrappers import (
@@ -28,7 +29,7 @@ from o2o.envs.wrappers import (
     StackHistory,
     TaskReward,
 )
-from o2o.errors import ConfigError, EnvironmentMismatchError, suggest
+from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError, suggest
 from o2o.user_code import import_module
 
 __all__ = [
@@ -44,7 +45,9 @@ __all__ = [
     "endless",
     "limit_for",
     "make",
+    "make_dataset",
     "make_embedded",
+    "make_play",
     "register",
     "run_task",
     "same_environment",
@@ -161,6 +164,29 @@ def _made(spec: EnvSpec, make: Callable[..., gym.Env] | None = None, **kwargs: A
 def bare(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
     """Make an environment in its own units, without o2o's wrappers. Raises `ConfigError`."""
     return _made(specification(env_id), **(env_kwargs or {}))
+
+
+def make_dataset(
+    name: str,
+    root: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> tuple[str, ...]:
+    """Make a dataset that o2o can make anywhere, if it is not there yet, and return its ids.
+
+    `name`: one of `EMBEDDED`, or `ogbench/NAME` with one of OGBench's scenes. `options`: `steps`, `seed` and
+    `processes` of the latter (`make_play`); None counts as not given. `progress(done, total)` is called with counts of
+    steps. Raises `ConfigError` for an option of an embedded dataset, else as `make_embedded` and `make_play`.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if name.startswith(files.OGBENCH_PREFIX):
+        return make_play(name, root, progress, **given)
+    if name not in EMBEDDED and not name.startswith(files.EMBEDDED_PREFIX):
+        names = [*EMBEDDED, *(f"{files.OGBENCH_PREFIX}{scene}" for scene in PLAYS)]
+        raise DatasetError(f"no dataset {name!r} that o2o can make; {suggest(name, names)}")
+    if given:
+        raise ConfigError(f"{name} is small and always made whole: leave out {', '.join(given)}")
+    return (make_embedded(name, root, progress),)
 
 
 def wrap(

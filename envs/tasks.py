@@ -11,6 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from o2o.data.datasets import DatasetInfo
 from o2o.data.task import Task
+from o2o.envs.ogbench import wheel
 from o2o.errors import ConfigError, O2OError, TrustError
 from o2o.trust import HOW
 from o2o.user_code import import_module, origin
@@ -56,6 +57,8 @@ TASKS: list[tuple[str, Task]] = [
         ),
     ),
     (LOCOMOTION, Task("locomotion", "locomotion", metric="return")),
+    # The environment itself ends an episode at the goal; before 1.2 it judged a step by where it leads.
+    (r"(cube|scene|puzzle)\S*-singletask(-task\d)?-v\d+", Task("ogbench", "ogbench", has_success=True)),
 ]
 """Pattern of the whole environment id, task; the first match wins. `register` adds to the front."""
 
@@ -89,8 +92,10 @@ def task_for(source: str | DatasetInfo, binary: bool | None = None) -> Task:
     if about is not None and task.metric == "return" and about.ref_max_score is not None:
         task = replace(task, metric="normalized")
     task = replace(task, name=bare or (about.name if about is not None else task.name), env_id=env_id)
-    if about is not None and isinstance(key := about.metadata.get("success_key"), str):
-        task = replace(task, success_key=key)
+    if about is not None:
+        task = task.judged(about.metadata)
+        if isinstance(key := about.metadata.get("success_key"), str):
+            task = replace(task, success_key=key)
     if not binary:
         return task
     if task.family not in ("adroit", "other"):
@@ -117,8 +122,8 @@ def run_task(
     `env_kwargs` change the environment's arguments. Raises `ConfigError` if it pays another reward than the dataset was
     recorded with and the task replaces neither.
     """
-    task = task_for(env or about, binary)
-    if (env is None and not env_kwargs) or about.env_spec is None or task.binary:
+    task = task_for(env or about, binary).judged(about.metadata)
+    if (env is None and not env_kwargs) or about.env_spec is None or (task.binary and not task.goal):
         return task
     theirs, ours = rewards_of(about), rewards_of(env or about) | _of_reward(env_kwargs or {})
     for key in sorted({*theirs, *ours}):
@@ -158,6 +163,8 @@ def _import_environment(about: DatasetInfo) -> None:
 
 def known_code(spec: EnvSpec, dataset: DatasetInfo) -> EnvSpec:
     """Return a dataset's specification with the code of the registry, or its own if it may run (`o2o.trust`)."""
+    if str(spec.entry_point).startswith("ogbench."):
+        wheel()
     registered = gym.registry.get(spec.id)  # gymnasium.spec would import what stands before a colon
     if registered is not None:
         return replace(spec, entry_point=registered.entry_point, vector_entry_point=registered.vector_entry_point)

@@ -349,16 +349,30 @@ def data_describe(dataset: Name[str], root: Path | None = None, json: bool = Fal
     return 0
 
 
-def data_make(name: Name[str], root: Path | None = None) -> int:
-    """Make one of the toolkit's own small datasets with its scripted controller.
+def data_make(
+    name: Name[str],
+    root: Path | None = None,
+    steps: Count | None = None,
+    seed: Seed | None = None,
+    processes: Count | None = None,
+) -> int:
+    """Make a dataset that can be made anywhere: a small one of the toolkit's own, or play data of OGBench.
+
+    An interrupted one goes on when the same command is given again.
 
     Args:
-        name: Name of the dataset, such as pointmaze-umaze; an unknown name lists them.
+        name: Name of the dataset, such as pointmaze-umaze or ogbench/scene-play; an unknown name lists them.
         root: Folder to write to; default: MINARI_DATASETS_PATH, else Minari's own.
+        steps: OGBench: transitions for training; default: the authors' number.
+        seed: OGBench: seed of the episodes; default: 0.
+        processes: OGBench: processes that make episodes side by side; default: one for each core.
     """
     from o2o import envs
+    from o2o.report.tables import making
 
-    print(f"made {envs.make_embedded(name, root)}")
+    with making(name, Console(stderr=True)) as progress:
+        made = envs.make_dataset(name, root, progress, steps=steps, seed=seed, processes=processes)
+    print(f"made {', '.join(made)}")
     return 0
 
 

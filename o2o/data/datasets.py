@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,13 +20,13 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from minari.serialization import serialize_space
 
-from o2o.data import files
+from o2o.data import files, views
 from o2o.data.cache import cached
 from o2o.data.demonstrations import record
 from o2o.data.files import EMBEDDED_PREFIX, DatasetInfo, Episode, check_new, default_root, info, write_dataset as write
 from o2o.data.rows import Columns, Rows, Watch, concatenated, contiguous
 from o2o.data.spaces import ACTION_LIMIT, STATE, ActionMap, Leaf, ObservationSpec
-from o2o.data.task import Task
+from o2o.data.task import Part, Task, judge
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError
 
 CACHE_VERSION = 4
@@ -34,6 +35,7 @@ ORIGIN = ("algorithm_name", "author", "description", "code_permalink", "license"
 RETURN_ROWS = 2**16
 """Rows whose returns-to-go are computed together: as Python numbers they take many times their bytes."""
 ActionRange = Literal["space", "data"]
+STATE_PREFIX = "state/"
 NOTES = "notes/"
 """Prefix of the rows' entries that say what was noticed while they were read."""
 PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config")
@@ -137,7 +139,7 @@ class Dataset:
             sources=(),
             observation_spec=ObservationSpec(tuple(leaves)),
             action_map=ActionMap(**{key: tuple(value) for key, value in values["action"].items()}),
-            task=Task(**task),
+            task=Task(**{**task, "goal": tuple(map(Part.from_json, task.get("goal", ())))}),
         )
 
 
@@ -176,15 +178,17 @@ class _Reading:
 def _read_rows(how: _Reading) -> Rows:
     """Read one dataset: `observation/<key>` `[N + episodes, ...]`, `lengths` `[episodes]`, all else `[N, ...]`.
 
-    The episodes' last observations are behind all others. Actions are flat, in the environment's units. `notes/*` are
-    texts: episodes that were left out, columns that lose digits, entries that are not seen.
+    The episodes' last observations are behind all others. `state/<key>` are the simulator's, by which tasks are judged.
+    Actions are flat, in the environment's units. `notes/*` are texts: episodes that were left out, columns that lose
+    digits, entries that are not seen.
     """
     about, spec = how.about, how.spec
     columns, watch = Columns(), Watch(spec, ObservationSpec.from_space(about.observation_space, True))
     skipped: list[str] = []
     rows, frames = about.steps, about.steps + about.episodes
     storage = files.open_storage(how.folder, about.metadata)
-    for i, raw in enumerate(files.read_episodes(storage, about.name, named=how.success_key)):
+    states = views.columns(about.metadata)
+    for i, raw in enumerate(files.read_episodes(storage, about.name, named=how.success_key, states=states)):
         if problem := next(files.problems(raw, i, spec, how.actions, how.clip), None):
             _refuse(about.name, problem, how.skip)
             skipped.append(problem)
@@ -205,6 +209,12 @@ def _read_rows(how: _Reading) -> Rows:
             "success": unknown if episode.success is None else episode.success.astype(np.int8),
         }.items():
             columns.add(key, value, rows)
+        for key in states:
+            if episode.states is None or key not in episode.states:
+                raise DatasetError(
+                    f"dataset {about.name}: episode {i} has no infos/{key}, which its tasks are judged by"
+                )
+            columns.add(f"{STATE_PREFIX}{key}", episode.states[key][:-1], rows)
         columns.add("lengths", np.asarray([steps]), about.episodes)
     if "lengths" not in columns:
         raise DatasetError(f"dataset {about.name}: no episode is sound; the first: {skipped[0]}")
@@ -233,8 +243,36 @@ def _refuse(name: str, problem: str, skip: bool) -> None:
         raise DatasetError(f"dataset {name}: {problem}; or set `skip_bad_episodes` to leave such episodes out")
 
 
+def _tell_versions(about: DatasetInfo) -> None:
+    """Log a warning if the packages that a dataset was made with are here in other versions."""
+    made = about.metadata.get("made_with")
+    changed = []
+    for package, number in (made if isinstance(made, dict) else {}).items():
+        try:
+            here = version(package)
+        except PackageNotFoundError:
+            here = "none"
+        if here != number:
+            changed.append(f"{package} {number} (here {here})")
+    if changed:
+        log.warning(
+            "dataset %s was made with %s: contacts, and when a step counts as a success, may differ between its rows "
+            "and the environment here; install those versions, or make it again, to compare figures",
+            about.name,
+            ", ".join(changed),
+        )
+
+
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     """Log what was noticed while the rows were read."""
+    _tell_versions(about)
+    if (known := views.tasks(about.metadata)) and "goal" not in about.metadata:
+        log.warning(
+            "dataset %s holds several tasks and none is named, so every reward is 0: name one, such as %s-%s",
+            about.name,
+            views.set_of(about.name),
+            next(iter(known)),
+        )
     skipped, digits, unseen = (rows[NOTES + key].tolist() for key in ("skipped", "digits", "unseen"))
     if skipped:
         log.warning("dataset %s: %d episodes are left out, the first since %s", about.name, len(skipped), skipped[0])
@@ -294,10 +332,25 @@ def monte_carlo_returns(
     return result
 
 
+def _judged(rows: Rows, task: Task, name: str) -> tuple[Rows, np.ndarray]:
+    """Return the rows with rewards and success by the task's goal, and where all of it holds `[N]`.
+
+    Without a goal they are the dataset's own, and it holds nowhere.
+    """
+    if not task.goal:
+        return rows, np.zeros(len(rows["rewards"]), bool)
+    states = {key.removeprefix(STATE_PREFIX): rows[key] for key in rows if key.startswith(STATE_PREFIX)}
+    if lacking := {part.column for part in task.goal} - states.keys():
+        raise DatasetError(f"dataset {name} has no states {sorted(lacking)}, by which its task is judged")
+    rewards, reached = judge(task.goal, states)
+    return {**rows, "rewards": rewards, "success": reached.astype(np.int8)}, reached
+
+
 def _transitions(
     rows: Rows, task: Task, discount: float | None, name: str
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Return the arrays of one dataset under a task, with raw returns and success of all its episodes."""
+    rows, reached = _judged(rows, task, name)
     lengths, flags = rows["lengths"], rows.get("success")
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     episode = np.repeat(np.arange(len(lengths)), lengths)
@@ -316,7 +369,7 @@ def _transitions(
         )
     returns = np.add.reduceat(rows["rewards"], first)
     solved = None if success is None else np.logical_or.reduceat(success, first)
-    terminated, ends = rows["terminated"].copy(), rows["terminated"] | rows["truncated"]
+    terminated, ends = rows["terminated"] | reached, rows["terminated"] | rows["truncated"]
     ends[first + lengths - 1] = True
     if task.terminate_on_success and success is not None and solved is not None:
         terminated, ends = terminated | success, ends | success
@@ -509,12 +562,12 @@ def load(
     if not names:
         raise DatasetError("no dataset given: name at least one")
     folders = [files.locate(name, root, download) for name in names]
-    infos = [files.read_info(folder) for folder in folders]
+    infos = [files.read_info(folder, name) for folder, name in zip(folders, names, strict=True)]
     if env is None:
         _check_one_environment(infos)
     if task is None:
         head = named_first(infos)
-        task = Task(head.env_id or head.name, has_success=True)
+        task = Task(head.env_id or head.name, has_success=True).judged(head.metadata)
     keep_goal, bounded = task.achieved_goal if achieved_goal is None else achieved_goal, action_range == "space"
     spec, actions = _converters(infos[0], keep_goal, bounded)
     parts, returns, solved, digests, conventions = [], [], [], [], []
@@ -598,12 +651,17 @@ def describe(dataset: str | Path, root: str | Path | None = None, task: Task | N
         "return_min": float(returns.min()),
         "return_max": float(returns.max()),
         "success": None if success is None else float(success.mean()),
-        "terminated": float((data.arrays["masks"] == 0).sum() / about.episodes),
+        "terminated": float(((data.arrays["masks"] == 0) & data.arrays["ends"]).sum() / about.episodes),
         "ref_min_score": about.ref_min_score,
         "ref_max_score": about.ref_max_score,
         "fingerprint": data.fingerprint,
     }
-    return row | {key: about.metadata.get(key) for key in ORIGIN}
+    row |= {key: about.metadata.get(key) for key in ORIGIN}
+    if known := views.tasks(about.metadata):
+        stem = views.set_of(about.name) if data.task.goal else about.name
+        row |= {"goal_rows": int((data.arrays["masks"] == 0).sum()) if data.task.goal else None}
+        row |= {"tasks": {f"{stem}-{name}": entry["goal_rows"] for name, entry in known.items()}}
+    return row
 
 
 def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
@@ -614,7 +672,7 @@ def check(dataset: str | Path, root: str | Path | None = None) -> list[str]:
     folder, found = files.locate(dataset, root), []
     episodes = steps = 0
     try:
-        about = files.read_info(folder)
+        about = files.read_info(folder, dataset)
         spec, actions = _converters(about, True)
         known = 0
         for episode in files.read_episodes(files.open_storage(folder, about.metadata), about.name):

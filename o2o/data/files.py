@@ -21,6 +21,7 @@ from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
 from minari.namespace import NAMESPACE_METADATA_FILENAME
 from minari.serialization import deserialize_space
 
+from o2o.data import views
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite
 from o2o.data.task import Task, as_flags, success_key
 from o2o.errors import DatasetError, EnvironmentMismatchError, suggest
@@ -29,6 +30,8 @@ from o2o.trust import trusted, vouched, voucher
 
 EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
+OGBENCH_PREFIX = "ogbench/"
+"""Ids of the datasets that o2o makes with OGBench's oracles."""
 NUMBERS = "fiub"
 """Kinds of NumPy types that hold real numbers or flags."""
 WATCHERS = ("HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics")
@@ -49,6 +52,8 @@ class Episode:
     seed: int | None = None
     intervened: np.ndarray | None = None
     """Whether a human acted in each step, `[T]`; written as `infos/intervened`. None if unknown."""
+    states: Mapping[str, np.ndarray] | None = None
+    """States of the simulator at each observation, `[T + 1, ...]` by name; written as `infos/<name>`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +115,7 @@ def local_ids(root: str | Path | None = None) -> list[str]:
 
 
 def locate(dataset: str | Path, root: str | Path | None = None, download: bool = False) -> Path:
-    """Return the `data` folder of a dataset given by id or by path.
+    """Return the `data` folder of a dataset given by id or by path, or that of a set whose task it names (`views`).
 
     Raises `DatasetError` if it is not there, with similar ids and how to get it.
     """
@@ -119,6 +124,10 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
         if (candidate / METADATA_FILE_NAME).is_file():
             return candidate
     name = str(dataset)
+    for stored in views.candidates(name):
+        data = base / stored / "data"
+        if (data / METADATA_FILE_NAME).is_file() and views.tasks(read_metadata(data)):
+            return data
     if (base / name / "data").is_dir() or (Path(name) / "data").is_dir():
         raise DatasetError(f"dataset {name}: its data folder has no {METADATA_FILE_NAME}; copy or download it again")
     if download:
@@ -126,6 +135,8 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
     get = f"`minari download {name}` (needs the network and o2o[hub])"
     if name.startswith(EMBEDDED_PREFIX):
         get = f"`o2o data make {name.removeprefix(EMBEDDED_PREFIX).rsplit('-v', 1)[0]}`"
+    if name.startswith(OGBENCH_PREFIX):
+        get = f"`o2o data make {views.set_of(name)}`"
     near = suggest(name, local_ids(base), "", count=3)
     hint = f"{near} Otherwise " if near else ""
     raise DatasetError(f"dataset {name!r} is not under {base}: {hint}get it with {get}, or set MINARI_DATASETS_PATH")
@@ -226,8 +237,8 @@ def storable(spec: EnvSpec | None) -> EnvSpec | None:
     return spec
 
 
-LIBRARIES = ("gymnasium", "gymnasium_robotics", "o2o")
-"""Packages whose environments are registered wherever o2o is."""
+LIBRARIES = ("gymnasium", "gymnasium_robotics", "o2o", "ogbench")
+"""Packages whose environments o2o knows."""
 
 
 def vouchers(*specs: EnvSpec | None) -> dict[str, list[str]]:
@@ -263,12 +274,12 @@ def open_storage(data: Path, metadata: Mapping[str, Any]) -> MinariStorage:
 
 def info(dataset: str | Path, root: str | Path | None = None, download: bool = False) -> DatasetInfo:
     """Return a dataset's metadata without reading its data. Raises `DatasetError`."""
-    return read_info(locate(dataset, root, download))
+    return read_info(locate(dataset, root, download), dataset)
 
 
-def read_info(data: Path) -> DatasetInfo:
-    """Return the metadata in a `data` folder. Raises `DatasetError`."""
-    metadata = read_metadata(data)
+def read_info(data: Path, name: str | Path | None = None) -> DatasetInfo:
+    """Return the metadata in a `data` folder; of the task of the set, if `name` names one. Raises `DatasetError`."""
+    metadata = views.viewed(read_metadata(data), data.parent.name, str(name or ""))
     return info_of(metadata, data, lambda key: getattr(open_storage(data, metadata), key))
 
 
@@ -330,10 +341,13 @@ def file_digest(data: Path) -> str:
     return digest.hexdigest()
 
 
-def read_episodes(storage: MinariStorage, name: str, start: int = 0, named: str | None = None) -> Iterator[Episode]:
+def read_episodes(
+    storage: MinariStorage, name: str, start: int = 0, named: str | None = None, states: Iterable[str] = ()
+) -> Iterator[Episode]:
     """Yield the episodes from number `start` on as they are stored: see `problems`, then `tidy`.
 
-    `named` is the entry of the infos that says whether a step succeeds, where it is there (`Task.success_key`).
+    `named` is the entry of the infos that says whether a step succeeds, where it is there (`Task.success_key`);
+    `states` are entries of the infos that are states of the simulator.
     Raises `DatasetError` with the number of an episode that cannot be read.
     """
     try:
@@ -361,6 +375,7 @@ def read_episodes(storage: MinariStorage, name: str, start: int = 0, named: str 
             terminations=np.asarray(episode["terminations"]),
             truncations=np.asarray(episode["truncations"]),
             success=None if success is None else np.asarray(infos[success]),
+            states={key: np.asarray(infos[key]) for key in states if key in infos} or None,
         )
         i += 1
 
@@ -446,6 +461,9 @@ def _numbers(episode: Episode, spec: ObservationSpec) -> dict[str, np.ndarray]:
         if len(getattr(episode, key)) != steps:
             raise ValueError(f" has {len(getattr(episode, key))} {key} for {steps} rewards")
     arrays = {"actions": episode.actions.reshape(steps, -1), "rewards": episode.rewards.reshape(steps, -1)}
+    for key, state in (episode.states or {}).items():
+        if state.ndim != 2 or len(state) != steps + 1:
+            raise ValueError(f" has infos/{key} of shape {state.shape} for {steps} steps, expected {steps + 1} rows")
     for leaf in spec.leaves:
         array = leaf.of(episode.observations)
         if len(array) != steps + 1:
@@ -570,7 +588,8 @@ def _buffer(episode: Episode) -> EpisodeBuffer:
     if len(episode.rewards) == 0:
         raise DatasetError("an episode to be written has no steps; leave it out")
     flags = {"success": episode.success, "intervened": episode.intervened}
-    infos = {key: np.concatenate([[False], steps]) for key, steps in flags.items() if steps is not None} or None
+    infos: dict[str, Any] = {key: np.concatenate([[False], steps]) for key, steps in flags.items() if steps is not None}
+    infos |= episode.states or {}
     return EpisodeBuffer(
         seed=episode.seed,
         observations=episode.observations,
@@ -578,5 +597,5 @@ def _buffer(episode: Episode) -> EpisodeBuffer:
         rewards=episode.rewards,  # pyright: ignore[reportArgumentType]
         terminations=episode.terminations,  # pyright: ignore[reportArgumentType]
         truncations=episode.truncations,  # pyright: ignore[reportArgumentType]
-        infos=infos,
+        infos=infos or None,
     )

@@ -25,6 +25,8 @@ from o2o.files import write_atomically
 
 EPISODES, HEADER, RECORDED = "episodes", "environment.json", "recorded"
 """In a run folder: the episodes, the description of their environment, the root of the exported dataset."""
+STATES = "states/"
+"""Prefix of the simulator's states among the arrays of an episode's file."""
 DISCARD = "discard"
 """Entry of the infos that is true where a human throws the episode away that has just ended: it is not recorded."""
 Name = tuple[int, ...]
@@ -199,8 +201,9 @@ def forget(run: Path, going_on: Mapping[Name, int]) -> None:
 def write_episode(path: Path, space: gym.Space, episode: Episode) -> None:
     """Write an episode with observations of `space` as one file, whole or not at all. Raises `OSError`."""
     arrays = {key: np.asarray(value) for key, value in _entries(space, episode.observations)}
-    rest = {key: value for key, value in vars(episode).items() if key != "observations" and value is not None}
-    arrays |= {key: np.asarray(value) for key, value in rest.items()}
+    arrays |= {f"{STATES}{key}": np.asarray(value) for key, value in (episode.states or {}).items()}
+    rest = {key: value for key, value in vars(episode).items() if key not in ("observations", "states")}
+    arrays |= {key: np.asarray(value) for key, value in rest.items() if value is not None}
     write_atomically(path, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
 
 
@@ -212,7 +215,8 @@ def read_episode(path: Path, space: gym.Space, actions: gym.Space) -> Episode:
         rest = {key: arrays[key] for key in ("actions", "rewards", "terminations", "truncations")}
         seed = int(arrays["seed"]) if "seed" in arrays else None
         rest |= {key: arrays.get(key) for key in ("success", "intervened")}
-        episode = Episode(observations=_nested(space, arrays), seed=seed, **rest)
+        states = {key.removeprefix(STATES): arrays[key] for key in arrays if key.startswith(STATES)}
+        episode = Episode(observations=_nested(space, arrays), seed=seed, states=states or None, **rest)
         steps = len(episode.rewards)
         wanted = {key: (steps, *(actions.shape or ())) if key == "actions" else (steps,) for key in rest}
         wanted |= {key: (steps + 1, *shape) for key, shape in _shapes(space)}

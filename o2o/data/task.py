@@ -1,15 +1,15 @@
 """A task: reward transform, success, termination on success and metric, for dataset and environment alike."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 
 from o2o.errors import ConfigError
-from o2o.settings import NotZero, Portion, Real, Settings
+from o2o.settings import Amount, NotNegative, NotZero, Portion, Real, Settings
 
-Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other"]
+Family = Literal["antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "ogbench", "other"]
 Metric = Literal["return", "success", "normalized", "kitchen"]
 
 
@@ -57,6 +57,37 @@ def success_of(infos: Mapping[str, Any], named: str | None = None) -> bool | Non
 
 
 @dataclass(frozen=True)
+class Part(Settings):
+    """A condition on the simulator's state in a row: some of its numbers lie within a distance of a target."""
+
+    column: str
+    """Name of the state in the dataset, such as `qpos`."""
+    entries: tuple[Amount, ...]
+    target: tuple[Real, ...]
+    within: NotNegative = 0.0
+    """Largest Euclidean distance at which the condition still holds."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the condition that `dataclasses.asdict` made a JSON object of."""
+        entries, target = (tuple(values[key]) for key in ("entries", "target"))
+        return cls(str(values["column"]), entries, target, float(values["within"]))
+
+
+def judge(parts: Sequence[Part], states: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return reward `[N]`, the number of conditions that hold less their number, and whether all hold `[N]`.
+
+    `states`: columns `[N, ...]` by name. Both are judged on the state in which the row's action is taken.
+    """
+    held = [
+        np.linalg.norm(states[part.column][:, list(part.entries)] - np.asarray(part.target), axis=-1) <= part.within
+        for part in parts
+    ]
+    count = np.sum(held, axis=0)
+    return count - float(len(parts)), count == len(parts)
+
+
+@dataclass(frozen=True)
 class Task(Settings):
     """A task's conventions. Hashable, comparable by value; the table of known ones is `o2o.envs.TASKS`."""
 
@@ -91,6 +122,17 @@ class Task(Settings):
     env_kwargs: tuple[tuple[str, Any], ...] = ()
     """Constructor arguments of the environment, over those of the dataset's specification."""
     env_id: str | None = None
+    goal: tuple[Part, ...] = ()
+    """What rows of a dataset are judged by (`judge`), in place of their stored rewards and success. A row where all of
+    it holds has mask 0. Its episode goes on, and so do windows of rows."""
+
+    def judged(self, metadata: Mapping[str, Any]) -> "Task":
+        """Return the task with the goal that a dataset's metadata name (`o2o.data.views`), this one if they do not."""
+        goal = metadata.get("goal")
+        if not isinstance(goal, Mapping):
+            return self
+        parts, sparse = tuple(map(Part.from_json, goal["parts"])), bool(goal["sparse"])
+        return replace(self, goal=parts, binary=sparse, sparse=sparse)
 
     def rewards(self, raw: Any, success: Any = None) -> np.ndarray:
         """Return the transformed float32 rewards for raw rewards and success flags of one shape.

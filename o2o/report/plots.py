@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,19 @@ def pool(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return [{**row, "seed": numbers[run, row["seed"]]} for run, row in rows]
 
 
-def _draw(axes: Axes, band: Band, index: int, label: str, spread: bool) -> None:
+def _draw(axes: Axes, band: Band, index: int, label: str, spread: bool, published: bool = False) -> None:
     if band.steps.size == 0:
         return
     color = COLORS[index % len(COLORS)]
     marker = MARKERS[index % len(MARKERS)]
     if spread:
-        axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.16, linewidth=0)
+        axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.07 if published else 0.16, linewidth=0)
     axes.plot(
         band.steps,
         band.centre,
         color=color,
-        linewidth=1.9,
+        linewidth=1.2 if published else 1.9,
+        linestyle=(0, (4, 2)) if published else "-",
         marker=marker,
         markersize=4.5,
         markevery=max(1, band.steps.size // 12),
@@ -76,6 +78,13 @@ def _draw(axes: Axes, band: Band, index: int, label: str, spread: bool) -> None:
         markeredgewidth=0.6,
         label=label,
     )
+
+
+def _draw_published(panels: Sequence[Axes | None], theirs: Curve, index: int, label: str) -> None:
+    text = f"{label}, published" + (f" (n={theirs.seeds})" if theirs.seeds else "")
+    for axes, band in zip(panels, (theirs.offline, theirs.online), strict=True):
+        if axes is not None:
+            _draw(axes, band, index, text, True, published=True)
 
 
 def _dress(axes: Axes, title: str, xlabel: str, bands: Sequence[Band]) -> None:
@@ -137,13 +146,15 @@ def plot_curves(
     title: str = "",
     statistic: str = "iqm",
     reference: tuple[str, float] | None = None,
+    published: Mapping[str, Curve] | None = None,
 ) -> Figure:
     """Draw `label -> Curve`: pre-training left on grey, fine-tuning right, one vertical scale; return the figure.
 
-    `path`: a file for the picture. `reference` is a labelled level, such as the mean of the dataset.
+    `path`: a file for the picture. `reference` is a labelled level, such as the mean of the dataset. `published` are
+    other people's curves of some of the labels: dashed, in the same colours, with their spread.
     """
     figure = _figure(1)
-    _draw_curves(figure, curves, metric, title, statistic, reference)
+    _draw_curves(figure, curves, metric, title, statistic, reference, published or {})
     if path is not None:
         save_picture(figure, Path(path))
     return figure
@@ -162,6 +173,7 @@ def _draw_curves(
     title: str,
     statistic: str,
     reference: tuple[str, float] | None = None,
+    published: Mapping[str, Curve] = MappingProxyType({}),
 ) -> None:
     items = list(curves.values())
     left, right = _panels(
@@ -175,6 +187,8 @@ def _draw_curves(
             _draw(left, item.offline, index, text, item.seeds > 1)
         if right is not None:
             _draw(right, item.online, index, text, item.seeds > 1)
+        if label in published:
+            _draw_published((left, right), published[label], index, label)
     if left is not None:
         left.set_facecolor(SHADE)
         _dress(left, "Pre-training, offline", "gradient steps", [item.offline for item in items])

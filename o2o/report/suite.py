@@ -29,6 +29,24 @@ class BenchTask:
 
 
 @dataclass(frozen=True)
+class Published:
+    """Other people's success rates of a suite's methods (`o2o.report.published`). Only for the same data."""
+
+    file: Path
+    """A csv file."""
+    same_data: bool = False
+    """Whether they were measured on data of the same distribution, in the same environments."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` unless the data are the same: a figure on other data stands beside none of ours."""
+        if not self.same_data:
+            raise ConfigError(
+                f"published figures {self.file} stand beside a suite's own only where the data are the same; say "
+                "`same_data=True`, or leave `published` out"
+            )
+
+
+@dataclass(frozen=True)
 class Variant:
     """A method: an agent with what differs from its preset."""
 
@@ -131,6 +149,8 @@ class Suite:
     eval_episodes: int = 20
     metrics: tuple[str, ...] = ("success", "return")
     statistic: Literal["iqm", "mean"] = "mean"
+    published: Published | None = None
+    """Figures to print and draw beside the suite's own."""
 
     def cells(self, agents: Sequence[str] = (), tasks: Sequence[str] = (), seeds: int | None = None) -> list[Cell]:
         """Return the planned cells with all their seeds: only `agents` (labels) and `tasks` (datasets) where given.

@@ -14,6 +14,7 @@ import numpy as np
 from o2o.errors import RunError
 from o2o.report.jobs import Job, folders, jobs
 from o2o.report.plots import LABELS, judged_by, plot_curves
+from o2o.report.published import HEAD, TEXT, beside, published_curves, read_published
 from o2o.report.scores import SCORES, FinishedCell, Row, read_cells, read_scores
 from o2o.report.stats import Floats, Point, aggregate, curve, interval, probability_of_improvement, statistic_of
 from o2o.report.suite import Cell, Suite, load_suite
@@ -294,10 +295,22 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
         curves = {label: item for label, item in found.items() if item is not None}
         level = _dataset_mean(here, metric)
         reference = None if level is None else ("dataset mean", level)
+        theirs = published_curves(read_published(suite.published), task.dataset, curves) if metric == "success" else {}
         name = f"{task.dataset.replace('/', '-')}.png"
-        plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference)
+        plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference, theirs)
         links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
     return links
+
+
+def _published(suite: Suite, methods: Sequence[Method]) -> list[str]:
+    """Return the table of our success rates beside published ones; empty if none is of a step of ours."""
+    references, lines = read_published(suite.published), []
+    for method in methods if references else ():
+        lines += beside(references, method.dataset, method.label, aggregate(method.rows, "success"))
+    if not lines:
+        return []
+    table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}", *lines]
+    return ["## Beside published figures", "", TEXT, "", *table, ""]
 
 
 def _planned(suite: Suite, finished: Sequence[FinishedCell]) -> list[Cell]:
@@ -328,7 +341,7 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None 
         table = _table(suite, methods, planned, metric)
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
-    lines += _improvement(suite, methods) + _pictures(suite, methods, folder)
+    lines += _published(suite, methods) + _improvement(suite, methods) + _pictures(suite, methods, folder)
     lines += _targets(suite, methods) + _unrun(planned)
     lines += [f"Made by `o2o bench report {suite.name}` from `{SCORES}` in this folder.", ""]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,16 @@
 """Tables and closing lines of the command line, printed with rich."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from o2o.data.files import DatasetInfo
@@ -50,6 +53,44 @@ def end(path: Path, finished: bool, console: Console) -> int:
     watch = f" Watch it: o2o play {path} --out play.mp4" if played else ""
     _say(console, f"finished: {path} (curve.png, episodes.jsonl).{watch}")
     return 0
+
+
+SAID_EVERY_S = 60.0
+
+
+@contextlib.contextmanager
+def making(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a dataset is; yields `progress(done, total)`, to be called with counts of steps.
+
+    Where no terminal is, a line a minute. The time left is by the steps since the first call, so it is not known before
+    some are made, and what an earlier call made does not count.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task, began, first, said = bar.add_task(escape(name), total=None, text=""), time.monotonic(), None, 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal first, began, said
+            now = time.monotonic()
+            if first is None:
+                first, began, said = done, now, now
+            text = f"{done:,} of {total:,} steps{_left(done - first, total - done, now - began)}"
+            bar.update(task, completed=done, total=total, text=text)
+            if not console.is_terminal and now - said >= SAID_EVERY_S:
+                said = now
+                _say(console, f"{name}: {text}")
+
+        yield progress
+
+
+def _left(made: int, missing: int, seconds: float) -> str:
+    """Return in words at which rate steps were made, and how long those that are missing take at this rate."""
+    if not made or not missing or seconds <= 0:
+        return ""
+    left = missing * seconds / made
+    hours, minutes = divmod(round(left / 60), 60)
+    words = f"about {hours} h {minutes:02d} min" if hours else f"about {minutes} min" if minutes else "under a minute"
+    return f", {made / seconds:.0f} a second, {words} left"
 
 
 def _say(console: Console, text: str) -> None:

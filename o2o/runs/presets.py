@@ -20,6 +20,12 @@ OWN_REWARDS = ("kitchen", "locomotion")
 """Families whose presets are for the environment's own rewards. Those of the others are for sparse rewards only."""
 
 
+PUBLISHED_LOOP = {
+    "ogbench": LoopConfig(eval_every=50_000, offline_eval_every=50_000, eval_episodes=50, deterministic_eval=False)
+}
+"""How often, and how, policies are judged in the papers on a family of tasks: the loop of the preset `paper`."""
+
+
 def agent_class(name: str) -> type[Agent]:
     """Return the agent class of a name of `AGENTS`, or of `module:Class`, which imports the module.
 
@@ -130,7 +136,8 @@ def preset_run(
     if getattr(preset.config, "termination", None) == "auto":
         rule = termination_of(env or about.env_id)
         preset = dataclasses.replace(preset, config=dataclasses.replace(preset.config, termination=rule))
-    loop = LoopConfig() if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
+    paper_loop = PUBLISHED_LOOP.get(family, LoopConfig())
+    loop = paper_loop if size == "paper" else LoopConfig(eval_every=2_500, log_every=500, checkpoint_every=5_000)
     defaults: dict[str, Any] = {
         "config": preset.config,
         "offline_steps": preset.offline_steps,
