@@ -1,6 +1,8 @@
 """Guidance (QGF): what Q's gradient does to a flow's samples, worked by hand, and that it changes acting alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from o2o.agents import IFQL, QC, IFQLConfig
 from o2o.errors import ConfigError
 from o2o.nn.generative import Apply, Flow, Guidance
+from o2o.runs import session
 from tests.helpers.tiny import OBSERVATION_DIM, constant_critic, create, moved, set_config
 from tests.helpers.toy_qc import BASE, DISTILLED, KEY, H, quick, random_windows, update
 
@@ -138,3 +141,22 @@ def test_guided_one_step_policy_refused() -> None:
     """The one-step policy has no steps to guide."""
     with pytest.raises(ConfigError, match="guidance .*distilled"):
         replace(DISTILLED, guidance=Guidance(weight=1.0))
+
+
+def test_weight_of_a_trained_run(tiny_run: Callable[..., session.RunConfig], tmp_path: Path) -> None:
+    """A trained run is evaluated, acts and is exported with another weight; agents without a flow refuse it."""
+    for agent, fields in (("ifql", [("num_samples", 1)]), ("bc", [])):
+        assert session.train(tiny_run(agent, fields, offline_steps=10, online_steps=0), tmp_path / agent)
+    plain, guided = (session.load_policy(tmp_path / "ifql", guidance=weight) for weight in (None, 5.0))
+    seen = session.open_agents(tmp_path / "ifql").data.info.observation_space.sample()
+    for policy in (plain, guided):
+        policy.reset(0)
+    actions = [np.asarray(policy.act(seen)) for policy in (plain, guided)]
+    assert np.abs(actions[0] - actions[1]).max() > 1e-4
+    assert len(session.evaluate_run(tmp_path / "ifql", 1, guidance=5.0)) == 1
+    session.export_run(tmp_path / "ifql", tmp_path / "guided.jax", guidance=5.0)  # which compares file and agent
+    for act in (session.evaluate_run, session.load_policy):
+        with pytest.raises(ConfigError, match="bc has no flow that Q could guide"):
+            act(tmp_path / "bc", guidance=1.0)
+    with pytest.raises(ConfigError, match="guidance"):
+        session.evaluate_run(tmp_path / "ifql", 1, guidance=-1.0)
