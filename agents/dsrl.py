@@ -378,7 +378,8 @@ def steered(agent: Any) -> tuple[SteeredBase, Params]:
     """Return what the flow or diffusion of a trained agent is, and its parameters; raises `ConfigError` without one."""
     config = agent.config
     if isinstance(agent, GenerativeBC):
-        model = {"kind": "diffusion" if isinstance(config.model, Diffusion) else "flow"}
+        kind = "diffusion" if isinstance(config.model, Diffusion) else "flow"
+        model: dict[str, Any] = {"kind": kind, kind: config.model}
         about = SteeredBase(
             horizon=config.horizon,
             network=config.network,
@@ -386,7 +387,6 @@ def steered(agent: Any) -> tuple[SteeredBase, Params]:
             width=config.width,
             blocks=config.blocks,
             **model,
-            **{model["kind"]: config.model},
         )
         return about, agent.average
     if isinstance(agent, ChunkedFlow | FQL):

@@ -35,7 +35,7 @@ Where we differ
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -183,9 +183,10 @@ class IFQL(ChunkedFlow):
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "small":
-            widths = {f"{name}_hidden_dims": (128, 128) for name in ("actor", "critic", "value")}
-            rates = {f"{name}_lr": 1e-3 for name in ("actor", "critic", "value")}
-            return Preset(IFQLConfig(**widths, **rates, batch_size=128, tau=0.01), 10_000, 10_000, reward)
+            parts = ("actor", "critic", "value")
+            sizes: dict[str, Any] = {f"{part}_hidden_dims": (128, 128) for part in parts}
+            sizes |= {f"{part}_lr": 1e-3 for part in parts}
+            return Preset(IFQLConfig(**sizes, batch_size=128, tau=0.01), 10_000, 10_000, reward)
         tasks = {words: Preset(config, 1_000_000, 500_000) for words, config in OGBENCH.items()}
         updates = 500_000 if family in ("antmaze", "adroit") else 1_000_000
         return Preset(IFQLConfig(), updates, 1_000_000, reward, tasks=tasks)
