@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from o2o.agents.minibatches import each_minibatch
+from o2o.agents.minibatches import each_minibatch, minibatches_in
 from o2o.nn.generative import Flow, Guidance
 from o2o.nn.modules import Model
 from o2o.rl.chunks import ActionQueue, empty_queue, next_action
@@ -34,7 +34,11 @@ class Chunked(Agent):
         raise NotImplementedError
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Take one step per minibatch of the leaves `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics."""
+        """Take one step per minibatch of the leaves `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics.
+
+        Raises `DatasetError` for leaves without their leading axis.
+        """
+        minibatches_in(batch)  # raises before an axis is put where the rows' should be
         if self.needs.window == 1:
             batch = {**batch, "valid": jnp.ones_like(batch["rewards"])}
             batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
