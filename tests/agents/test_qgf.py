@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o2o.agents import IFQL, QC, IFQLConfig
+from o2o.agents import BC, IFQL, QC, BCConfig, IFQLConfig
 from o2o.errors import ConfigError
 from o2o.nn.generative import Apply, Flow, Guidance
 from o2o.runs import session
@@ -144,19 +144,16 @@ def test_guided_one_step_policy_refused() -> None:
 
 
 def test_weight_of_a_trained_run(tiny_run: Callable[..., session.RunConfig], tmp_path: Path) -> None:
-    """A trained run is evaluated, acts and is exported with another weight; agents without a flow refuse it."""
-    for agent, fields in (("ifql", [("num_samples", 1)]), ("bc", [])):
-        assert session.train(tiny_run(agent, fields, offline_steps=10, online_steps=0), tmp_path / agent)
-    plain, guided = (session.load_policy(tmp_path / "ifql", guidance=weight) for weight in (None, 5.0))
-    seen = session.open_agents(tmp_path / "ifql").data.info.observation_space.sample()
-    for policy in (plain, guided):
-        policy.reset(0)
-    actions = [np.asarray(policy.act(seen)) for policy in (plain, guided)]
-    assert np.abs(actions[0] - actions[1]).max() > 1e-4
-    assert len(session.evaluate_run(tmp_path / "ifql", 1, guidance=5.0)) == 1
-    session.export_run(tmp_path / "ifql", tmp_path / "guided.jax", guidance=5.0)  # which compares file and agent
-    for act in (session.evaluate_run, session.load_policy):
-        with pytest.raises(ConfigError, match="bc has no flow that Q could guide"):
-            act(tmp_path / "bc", guidance=1.0)
+    """A trained run acts and is exported with another weight; agents without a flow refuse it."""
+    path = tmp_path / "ifql"
+    assert session.train(tiny_run("ifql", [("num_samples", 1)], offline_steps=10, online_steps=0), path)
+    opened = session.open_agents(path)
+    seen = opened.data.info.observation_space.sample()
+    actions = [session.load_policy(path, guidance=weight).act(seen) for weight in (None, 0.0, 5.0)]
+    np.testing.assert_array_equal(actions[0], actions[1])
+    assert np.abs(actions[0] - actions[2]).max() > 1e-4
+    session.export_run(path, tmp_path / "guided.jax", guidance=5.0)  # which compares file and agent
+    with pytest.raises(ConfigError, match="no flow that Q could guide"):
+        replace(opened, agent=create(BC, BCConfig(actor_hidden_dims=(8,)))).guided(1.0)
     with pytest.raises(ConfigError, match="guidance"):
-        session.evaluate_run(tmp_path / "ifql", 1, guidance=-1.0)
+        session.evaluate_run(path, 1, guidance=-1.0)
