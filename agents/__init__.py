@@ -9,6 +9,7 @@ from o2o.agents.cql import (
     Conservative as Conservative,
     CQLConfig as CQLConfig,
 )
+from o2o.agents.dsrl import DSRL as DSRL, DSRLConfig as DSRLConfig
 from o2o.agents.expo import EXPO as EXPO, EXPOConfig as EXPOConfig
 from o2o.agents.famo2o import FamO2O as FamO2O, FamO2OConfig as FamO2OConfig
 from o2o.agents.famo2o_cql import FamO2OCQL as FamO2OCQL, FamO2OCQLConfig as FamO2OCQLConfig
@@ -20,6 +21,7 @@ from o2o.agents.generative_bc import (
     FlowBCConfig as FlowBCConfig,
 )
 from o2o.agents.ibrl import IBRL as IBRL, IBRLConfig as IBRLConfig
+from o2o.agents.ifql import IFQL as IFQL, IFQLConfig as IFQLConfig
 from o2o.agents.iql import IQL as IQL, IQLConfig as IQLConfig
 from o2o.agents.jsrl import JSRL as JSRL, JSRLConfig as JSRLConfig
 from o2o.agents.pex import PEX as PEX, PEXConfig as PEXConfig

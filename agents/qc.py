@@ -38,15 +38,15 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.minibatches import check_flat, each_minibatch
+from o2o.agents.chunked import ChunkedFlow, chunk_noise
+from o2o.agents.minibatches import check_flat
 from o2o.agents.registry import register_agent
-from o2o.nn.generative import Denoiser, Flow
+from o2o.nn.generative import Denoiser, Guidance
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
-from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.losses import td_target
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import AgentConfig, Array, Batch, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class QCConfig(AgentConfig):
     """Critics in the ensemble."""
     flow_steps: Count = 10
     """Euler steps of the flow."""
+    guidance: Guidance = Guidance()
+    """Q's gradient in the flow's steps, when acting only; `best_of_n` has a flow that acts."""
     actor_hidden_dims: Widths = (512, 512, 512, 512)
     """Widths of the flow's and the one-step policy's hidden layers."""
     critic_hidden_dims: Widths = (512, 512, 512, 512)
@@ -81,6 +83,12 @@ class QCConfig(AgentConfig):
     """Weight of the new parameters in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.guidance.weight and self.policy == "distilled":
+            raise self.refuse("guidance", "weight 0 with policy 'distilled', which acts without the flow's steps")
 
     @property
     def needs(self) -> Needs:
@@ -106,16 +114,11 @@ _DEFAULT = QCConfig()
 
 
 @register_agent("qc")
-class QC(Agent):
+class QC(ChunkedFlow):
     """Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one."""
 
-    actor: Model
-    critic: Model
-    target_critic: Params
     one_step: Model | None
-    rng: Array
     config: QCConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: QCConfig = _DEFAULT) -> Self:
@@ -149,34 +152,23 @@ class QC(Agent):
         )
         return jax.tree.map(jnp.asarray, agent)
 
-    def flow_chunks(self, observations: Array, noise: Array) -> Array:
-        """Return the flow's chunks `[..., n]` from `noise [..., n]`; leading axes broadcast."""
-
-        def velocity(x: Array, t: Array) -> Array:
-            return self.actor(observations, x, t)
-
-        return Flow(self.config.flow_steps).sample(velocity, noise, self.rng)
-
     def reduced(self, q: Array) -> Array:
         """Return the mean or, with `aggregate="min"`, the minimum `[...]` over the critics' values `[E, ...]`."""
         return jnp.mean(q, axis=0) if self.config.aggregate == "mean" else jnp.min(q, axis=0)
 
-    def propose(self, observations: Array, rng: Array, deterministic: bool = False) -> Array:
-        """Return the chunks `[..., n]` in [-1, 1] that the policy plays at observations `[..., D]`."""
-        count = 1 if self.one_step is not None else self.config.num_samples
-        lead = observations.shape[:-1]
+    def score(self, observations: Array, chunks: Array) -> Array:
+        """Return the values `[...]` that chunks `[..., n]` are ranked by: those of the critics, not of the targets."""
+        return self.reduced(self.critic(observations, chunks))
+
+    def propose(
+        self, observations: Array, rng: Array, deterministic: bool = False, guidance: Guidance | None = None
+    ) -> Array:
+        """Return the chunks `[..., n]` in [-1, 1] of the best of N or of the one-step policy, at `[..., D]`."""
+        if self.one_step is None:
+            return super().propose(observations, rng, deterministic, guidance)
         size = self.config.chunk * self.action_dim
-        if deterministic:
-            fixed = jax.random.normal(jax.random.key(0), (count, size)).at[0].set(0.0)
-            noise = jnp.broadcast_to(fixed.reshape(count, *[1] * len(lead), size), (count, *lead, size))
-        else:
-            noise = jax.random.normal(rng, (count, *lead, size))
-        if self.one_step is not None:
-            return jnp.clip(self.one_step(observations, noise[0]), -1.0, 1.0)
-        candidates = self.flow_chunks(observations, noise)
-        scores = self.reduced(self.critic(observations, candidates))
-        best = jnp.argmax(scores, axis=0)[None, ..., None]
-        return jnp.take_along_axis(candidates, best, axis=0)[0]
+        noise = chunk_noise(rng, 1, observations.shape[:-1], size, deterministic)[0]
+        return jnp.clip(self.one_step(observations, noise), -1.0, 1.0)
 
     def targets(self, chunks: Chunks, rng: Array) -> Array:
         """Return y = R + discount^h m Q'(s_h, A') `[B]`; A' is the chunk that the policy plays at s_h."""
@@ -198,16 +190,6 @@ class QC(Agent):
             "critic/target": mean_of_valid(targets),
             "critic/valid": jnp.mean(chunks.valid),
         }
-
-    def flow_loss(self, params: Params, chunks: Chunks, rng: Array) -> tuple[Array, Info]:
-        """Return the mean over all entries of the flow's squared error; invalid entries count as zeros."""
-
-        def velocity(x: Array, t: Array) -> Array:
-            return self.actor(chunks.observations, x, t, params=params)
-
-        errors = Flow(self.config.flow_steps).loss(velocity, chunks.actions, rng)
-        loss = jnp.mean(chunks.entries * errors)
-        return loss, {"actor/loss": loss}
 
     def policy_loss(self, params: Params, chunks: Chunks, rng: Array) -> tuple[Array, Info]:
         """Return alpha * mean (mu(s, z) - Flow(s, z))^2 - mean Q(s, clip(mu(s, z))), the same z in both terms."""
@@ -240,33 +222,6 @@ class QC(Agent):
             agent = agent.replace(one_step=self.one_step.apply_gradients(grads))
             info |= policy_info
         return agent, info
-
-    def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Take one step per minibatch of the leaves `[utd, B, h, ...]`, with h = 1 `[utd, B, ...]`; mean metrics."""
-        if self.needs.window == 1:
-            batch = {**batch, "valid": jnp.ones_like(batch["rewards"])}
-            batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
-        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
-
-    def sample_actions(
-        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
-    ) -> tuple[Array, Carry]:
-        """Return the next actions `[..., A]` of the chunks being played, and the queues without them.
-
-        A new chunk is chosen where a queue is empty.
-        """
-        if self.needs.window == 1:
-            return self.propose(observations, rng, deterministic), carry
-
-        def chunks() -> Array:
-            flat = self.propose(observations, rng, deterministic)
-            return flat.reshape(*flat.shape[:-1], self.config.chunk, self.action_dim)
-
-        return next_action(carry, chunks, self.config.chunk)
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
-        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        return None if self.needs.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -200,6 +200,7 @@ def evaluate(
     checkpoint: str = "latest",
     seed: Seed = 1,
     sample: bool = False,
+    guidance: float | None = None,
     json: bool = False,
 ) -> int:
     """Evaluate the policies of all seeds of a run in fresh episodes.
@@ -210,12 +211,13 @@ def evaluate(
         checkpoint: `latest`, `best` or a checkpoint's number.
         seed: Seed of the evaluation environments.
         sample: Sample actions instead of taking the mode.
+        guidance: Weight of Q's gradient in the flow's steps, in place of the run's (agents with `config.guidance`).
         json: Print the rows, one per episode, as JSON.
     """
     from o2o.report.tables import print_json, print_rows
     from o2o.runs import session
 
-    rows = session.evaluate_run(run, episodes, checkpoint, seed, not sample)
+    rows = session.evaluate_run(run, episodes, checkpoint, seed, not sample, guidance)
     if json:
         return print_json(rows)
     print_rows(rows, f"{run} ({checkpoint})", Console())
@@ -250,7 +252,12 @@ def play(
 
 
 def export(
-    run: Name[Path], out: Name[Path], checkpoint: str = "latest", seed_index: int = 0, sample: bool = False
+    run: Name[Path],
+    out: Name[Path],
+    checkpoint: str = "latest",
+    seed_index: int = 0,
+    sample: bool = False,
+    guidance: float | None = None,
 ) -> int:
     """Write a run's policy to a file that acts without o2o, and its contract beside it (OUT.json).
 
@@ -260,10 +267,11 @@ def export(
         checkpoint: `latest`, `best` or a checkpoint's number.
         seed_index: Which of the run's seeds.
         sample: Sample actions instead of taking the mode.
+        guidance: Weight of Q's gradient in the flow's steps, in place of the run's (agents with `config.guidance`).
     """
     from o2o.runs import session
 
-    for name, taken in session.export_run(run, out, checkpoint, seed_index, sample).items():
+    for name, taken in session.export_run(run, out, checkpoint, seed_index, sample, guidance).items():
         print(f"{name}: an action takes {taken.p50:.3f} ms (p50), {taken.p99:.3f} ms (p99)")
     print(f"wrote {out} and {out}.json")
     return 0

@@ -175,8 +175,8 @@ class RunConfig(Settings):
     holdout: Annotated[float, Range(least=0, below=1)] = 0.1
     """Share of the episodes that an offline estimate keeps from training; 0: it looks at the training data."""
     init_from: str | None = None
-    """WSRL only: a pre-trained run (BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL) to start from in place of pre-training.
-    The policy keeps its `log_std_range`."""
+    """A pre-trained run to start from in place of pre-training. WSRL: a run of BC, IQL, CQL, Cal-QL, SAC, RLPD or WSRL;
+    the policy keeps its `log_std_range`. DSRL: a run whose flow or diffusion it steers, such as one of `flow_bc`."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How often to log, evaluate and checkpoint."""
     keep_checkpoints: Count = 2

@@ -187,7 +187,7 @@ class Agent(struct.PyTreeNode):
 
         Raises `ConfigError`: agents start from their own pre-training unless they override this.
         """
-        raise ConfigError(f"{cls.__name__} cannot start from another run; `init_from` is for wsrl")
+        raise ConfigError(f"{cls.__name__} cannot start from another run; `init_from` is for wsrl and dsrl")
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run the updates of one call on leaves `[utd, B, ...]`, on a rollout on leaves `[T, num_envs, ...]`."""

@@ -151,6 +151,59 @@ class Flow(Settings):
         return jnp.clip(jax.lax.scan(step, noise, times)[0], -1.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Guidance(Settings):
+    """Q's gradient, added to a flow's velocity while it samples (QGF, arXiv 2606.11087); nothing is trained for it.
+
+    v(x, t) becomes v + w q, with q = grad Q at x^ = clip(x + (1 - t) v, -1, 1), an estimate of the finished vector.
+    Neither the clip nor d x^ / d x is in q.
+    """
+
+    weight: NotNegative = 0.0
+    """Weight w of the gradient; 0 leaves the flow as it is, at no cost. It goes with the scale of Q.
+    With rewards of -1/0 begin with 0.01 to 1."""
+    at: Literal["clean", "noisy"] = "clean"
+    """Where Q is asked: `clean`, at x^ (QGF); `noisy`, at the unfinished x itself (its ablation QFQL)."""
+    jacobian: bool = False
+    """Multiply q by d x^ / d x, the clip included (QGF-Jacobian); the paper found it worse."""
+    critics: Literal["target", "online"] = "target"
+    """Whose gradient."""
+    aggregate: Literal["min", "mean"] = "min"
+    """How the critics are reduced; the mean is smoother."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.jacobian and self.at == "noisy":
+            raise self.refuse("jacobian", "False with at='noisy', where x^ is x")
+
+    def guided(self, apply: Apply, value: Callable[[Array], Array], weight: Array | None = None) -> Apply:
+        """Return the guided velocity; `value` maps vectors `[..., n]` to Q `[...]`, each row alone.
+
+        `weight` `[...]` takes the place of the setting; it broadcasts against the rows. With weight 0 of the setting
+        it is `apply` itself.
+        """
+        if weight is None and not self.weight:
+            return apply
+        scale = self.weight if weight is None else jnp.asarray(weight)[..., None]
+        slope = jax.grad(lambda x: jnp.sum(value(x)))
+
+        def velocity(x: Array, t: Array) -> Array:
+            def finished(x: Array) -> tuple[Array, Array]:
+                v = apply(x, t)
+                return jnp.clip(x + (1.0 - jnp.asarray(t)[..., None]) * v, -1.0, 1.0), v
+
+            if self.at == "noisy":
+                return apply(x, t) + scale * slope(x)
+            if not self.jacobian:
+                clean, v = finished(x)
+                return v + scale * slope(clean)
+            clean, pull, v = jax.vjp(finished, x, has_aux=True)
+            return v + scale * pull(slope(clean))[0]
+
+        return velocity
+
+
 class JointDense(nn.Module):
     """One Dense layer on the concatenation of its inputs, whose leading axes broadcast (`join_alike`)."""
 

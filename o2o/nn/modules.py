@@ -60,6 +60,8 @@ class MLP(nn.Module):
     activation: Activation = "relu"
     hidden_gain: float = SQRT2
     """Orthogonal gain of the other layers."""
+    norm_last: bool = False
+    """LayerNorm behind each activation (FQL) instead of before it."""
 
     @nn.compact
     def __call__(self, x: Array, training: bool = False) -> Array:
@@ -70,9 +72,10 @@ class MLP(nn.Module):
             x = nn.Dense(width, kernel_init=kernel_init(self.init_scheme, gain))(x)
             if self.dropout:
                 x = nn.Dropout(self.dropout)(x, deterministic=not training)
+            x = activate(x, self.activation) if self.norm_last else x
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
-            x = activate(x, self.activation)
+            x = x if self.norm_last else activate(x, self.activation)
         return x
 
 
@@ -98,11 +101,12 @@ class GaussianActor(nn.Module):
     """tanh of the mean, for a plain Gaussian around it (IQL as published)."""
     output_gain: float = SQRT2
     """Orthogonal gain of the heads."""
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
         """Return the action distribution at `observations`."""
-        trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain)
+        trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain, self.activation)
         x = trunk(observations, training)
         head_init = kernel_init(self.init_scheme, self.output_gain)
         mean = nn.Dense(self.action_dim, kernel_init=head_init, name="mean")(x)
@@ -293,11 +297,15 @@ class Value(nn.Module):
     init_scheme: Init = "orthogonal"
     relu_output: bool = False
     """ReLU on the output (Uni-O4's release, online with scaled rewards)."""
+    activation: Activation = "relu"
+    norm_last: bool = False
+    """LayerNorm behind each activation (FQL) instead of before it."""
 
     @nn.compact
     def __call__(self, observations: Array) -> Array:
         """Return V at `observations`."""
-        x = MLP(self.hidden_dims, self.layer_norm, init_scheme=self.init_scheme)(observations)
+        form: Any = {"activation": self.activation, "norm_last": self.norm_last}
+        x = MLP(self.hidden_dims, self.layer_norm, init_scheme=self.init_scheme, **form)(observations)
         v = jnp.squeeze(nn.Dense(1, kernel_init=kernel_init(self.init_scheme))(x), -1)
         return nn.relu(v) if self.relu_output else v
 

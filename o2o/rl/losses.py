@@ -31,6 +31,11 @@ def clipped_surrogate(ratio: Array, advantages: Array, clip: Array | float) -> A
     return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantages)
 
 
+def lower_bound(q: Array, rho: float) -> Array:
+    """Return mean - rho std over the members of `q [E, ...]`, the std of all E members (divided by E): `[...]`."""
+    return jnp.mean(q, axis=0) - rho * jnp.std(q, axis=0)
+
+
 def critic_loss(q: Array, targets: Array) -> Array:
     """Return the mean over members and batch of (Q_i - y)^2 for `q [E, B]` and `targets [B]`."""
     return jnp.mean(jnp.square(q - targets))

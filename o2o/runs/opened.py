@@ -1,10 +1,10 @@
 """A run that is looked at: its agents at a checkpoint and all that acting needs, without dataset and replay."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from o2o.data.datasets import Dataset
 from o2o.data.normalizer import Normalizer
 from o2o.data.spaces import STATE
 from o2o.errors import ConfigError, RunError
+from o2o.nn.generative import Guidance
 from o2o.runs.folder import DATASET, RunFolder
 from o2o.runs.presets import agent_class
 from o2o.train import checkpoint, programs
@@ -44,6 +45,19 @@ class Opened:
     def agent_of(self, index: int) -> Any:
         """Return the agent of one seed, without the leading seed axis."""
         return jax.tree.map(lambda leaf: leaf[index], self.agent)
+
+    def guided(self, weight: float | None) -> Self:
+        """Return the agents acting with Q's gradient of this weight (`Guidance`); None: as their settings say.
+
+        Raises `ConfigError` for agents without `guidance`, and for a weight that does not go with their settings.
+        """
+        if weight is None:
+            return self
+        config: Any = self.agent.config
+        if not isinstance(getattr(config, "guidance", None), Guidance):
+            raise ConfigError(f"{self.settings.agent} has no flow that Q could guide: leave out guidance")
+        config = replace(config, guidance=replace(config.guidance, weight=weight))
+        return replace(self, agent=self.agent.replace(config=config))
 
     def normalized(self, raw_return: float) -> float | None:
         """Return the dataset's normalised score of a raw return; None without one, or in another environment."""

@@ -37,7 +37,7 @@ from o2o.runs import init_from as warm_start, opened as opened_run
 from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config, tell_if_died
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
-from o2o.settings import Amount, Count, Seed, checked
+from o2o.settings import Amount, Count, NotNegative, Seed, checked
 from o2o.train import memory
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
@@ -631,23 +631,32 @@ def open_agents(path: str | Path, which: str | int = "latest") -> opened_run.Ope
 
 @checked
 def load_policy(
-    path: str | Path, which: str | int = "latest", seed_index: int = 0, sample: bool = False
+    path: str | Path,
+    which: str | int = "latest",
+    seed_index: int = 0,
+    sample: bool = False,
+    guidance: NotNegative | None = None,
 ) -> TrainedPolicy:
     """Return the policy of one seed of a run at a checkpoint, for any loop: `reset`, `act`, `interrupt`.
 
-    It acts by its mode, or with `sample` draws its actions. It is compiled here, not in its first step. The run's
-    dataset is not needed; its base policy, if it has one, must be where it was. Raises `ConfigError` if the run has no
-    such seed, `CheckpointError` if it has no such checkpoint.
+    It acts by its mode, or with `sample` draws its actions. `guidance` is the weight of `Opened.guided`. It is compiled
+    here, not in its first step. The run's dataset is not needed; its base policy, if it has one, must be where it was.
+    Raises `ConfigError` if the run has no such seed, `CheckpointError` if it has no such checkpoint.
     """
     path = Path(path)
     check_seed_index(path, seed_index)
-    opened = open_agents(path, which)
+    opened = open_agents(path, which).guided(guidance)
     return TrainedPolicy(policy_of(path, opened, seed_index, sample), opened.rate)
 
 
 @checked
 def export_run(
-    path: str | Path, out: str | Path, which: str | int = "latest", seed_index: int = 0, sample: bool = False
+    path: str | Path,
+    out: str | Path,
+    which: str | int = "latest",
+    seed_index: int = 0,
+    sample: bool = False,
+    guidance: float | None = None,
 ) -> dict[str, Latency]:
     """Write the policy of one seed of a run to `out` (`.onnx` or `.jax`) and its contract beside it.
 
@@ -656,7 +665,7 @@ def export_run(
     """
     path, out = Path(path), Path(out)
     check_seed_index(path, seed_index)
-    opened = open_agents(path, which)
+    opened = open_agents(path, which).guided(guidance)
     policy = policy_of(path, opened, seed_index, sample)
     export_policy(
         policy, out, opened.rate, {"run": path.name, "agent": opened.settings.agent, "step": opened.counters.point}
@@ -678,13 +687,15 @@ def evaluate_run(
     which: str | int = "latest",
     seed: Seed = 1,
     deterministic: bool = True,
+    guidance: NotNegative | None = None,
 ) -> list[dict[str, Any]]:
     """Play `episodes` new episodes with every seed of a run and return one row per episode.
 
-    `seed` is that of the resets. Raises `ConfigError` for a number out of range.
+    `seed` is that of the resets, `guidance` the weight of `Opened.guided`. Raises `ConfigError` for a number out of
+    range.
     """
     path = Path(path)
-    opened = open_agents(path, which)
+    opened = open_agents(path, which).guided(guidance)
     env_fn = env_maker(opened.settings, opened.data, base_unchanged(path, opened.settings))
     evaluator = Evaluator(env_fn, opened.settings.seeds, episodes, seed, opened.normalized)
     with Closing() as closing:

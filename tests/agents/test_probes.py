@@ -16,8 +16,10 @@ from o2o.agents import (
     CalQLConfig,
     Conservative,
     CQLConfig,
+    DSRLConfig,
     EXPOConfig,
     FQLConfig,
+    IFQLConfig,
     IQLConfig,
     PEXConfig,
     QCConfig,
@@ -27,6 +29,7 @@ from o2o.agents import (
     TD3BCConfig,
     WSRLConfig,
 )
+from o2o.agents.dsrl import SteeredBase
 from o2o.agents.wsrl import online_sac
 from o2o.nn.generative import Diffusion
 from tests.helpers.probes import (
@@ -62,6 +65,15 @@ CONFIGS: dict[str, Any] = {
     "td3bc": replace(TD3BCConfig(), **CRITIC, alpha=100.0, target_noise=0.0),
     "rebrac": replace(ReBRACConfig(), **CRITIC, target_noise=0.0),
     "fql": replace(FQLConfig(), **CRITIC, alpha=0.1),
+    "ifql": replace(IFQLConfig(), **CRITIC, value_hidden_dims=(32, 32), value_lr=3e-3, expectile=0.5, num_samples=64),
+    "dsrl": replace(
+        DSRLConfig(),
+        **CRITIC,
+        base=SteeredBase(actor_hidden_dims=(32, 32)),
+        base_lr=3e-3,
+        temperature_lr=3e-3,
+        noise_scale=2.0,
+    ),
     "pex": replace(PEXConfig(), **CRITIC, value_hidden_dims=(32, 32), value_lr=3e-3, evaluation_randomness=0.0),
     "expo": replace(
         EXPOConfig(),

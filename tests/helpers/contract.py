@@ -117,7 +117,8 @@ EVERY_BLOCK |= {"qc": ("actor", "critic", "one_step"), "awac": ("actor", "critic
 EVERY_BLOCK |= {"ppo": ("actor", "value"), "uni_o4": ("policies", "value", "critic", "actor")}
 EVERY_BLOCK |= {"pex": ("actor", "critic", "value"), "ibrl": ("critic", "reference/actor")}
 EVERY_BLOCK |= {"jsrl": ("actor", "critic", "value")}
-EVERY_BLOCK |= {"fql": ("actor", "critic", "one_step")}
+EVERY_BLOCK |= {"fql": ("actor", "critic", "one_step"), "ifql": ("actor", "critic", "value")}
+EVERY_BLOCK |= {"dsrl": ("actor", "critic", "noise_critic", "base", "temperature")}
 EVERY_BLOCK |= {"td7": ("critic", "encoder")}
 EVERY_BLOCK |= {"famo2o": ("actor", "critic", "value", "balance_actor", "temperature")}
 """Networks that step once per minibatch; the others step once per call. Every agent not listed steps its critic so."""
