@@ -248,6 +248,10 @@ class QC(Agent):
             batch = {key: jnp.expand_dims(value, 2) for key, value in batch.items()}
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the reduced critics' value `[...]` of actions `[..., A]`; None: the critics judge whole chunks."""
+        return self.reduced(self.critic(observations, actions)) if self.config.chunk == 1 else None
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

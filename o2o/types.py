@@ -192,6 +192,13 @@ class Agent(struct.PyTreeNode):
         shape = jax.tree.leaves(observations)[0].shape[:1]
         return jax.random.uniform(rng, (*shape, action_dim), minval=-1.0, maxval=1.0)
 
+    def q_value(self, observations: Any, actions: Array) -> Array | None:
+        """Return the value `[...]` of actions `[..., A]` at observations `[..., D]`, as the policy is judged by it.
+
+        None: the agent has no Q of single actions.
+        """
+        return None
+
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
         """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None`: the policy has no memory."""
         return None
