@@ -233,7 +233,7 @@ class WSRL(Agent):
             raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
         limits = source.config.log_std_range
         parts = {name: replace(getattr(config, name), log_std_range=limits) for name in PARTS}
-        if isinstance(source, SAC):
+        if isinstance(source, SAC) and source.online_steps is not None:
             source = source.replace(online_steps=None)  # its online phase is over, this one begins anew
         switched = cls(learner=source, config=replace(config, **parts))
         jax.eval_shape(switched.online)
