@@ -160,6 +160,10 @@ class AWAC(Agent):
         """Take one whole update per minibatch of the leaves `[utd, B, ...]`; metrics are means over them."""
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(observations, actions).min(axis=0)
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

@@ -77,6 +77,10 @@ class ChunkedFlow(Chunked):
         """Return the values `[...]` that chunks `[..., n]` are ranked by."""
         raise NotImplementedError
 
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return what actions `[..., A]` are ranked by, `[...]`; None: the critics judge whole chunks."""
+        return self.score(observations, actions) if self.config.chunk == 1 else None
+
     def flow_loss(self, params: Params, chunks: Chunks, rng: Array) -> tuple[Array, Info]:
         """Return the mean over all entries of the flow's squared error; invalid entries count as zeros."""
 

@@ -267,6 +267,10 @@ class DSRL(Chunked):
         loss = jnp.mean(chunks.valid * jnp.square(q - targets))
         return loss, {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
 
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the critics' mean `[...]` of actions `[..., A]`; None: they judge whole chunks."""
+        return jnp.mean(self.critic(observations, actions), axis=0) if self.config.chunk == 1 else None
+
     def noise_critic_loss(self, params: Params, chunks: Chunks, noise: Array) -> tuple[Array, Info]:
         """Return the mean of (Qz_k(s, z~) - Q_k(s, Base(s, z~)))^2, head by head, z~ `[B, d]`, and metrics."""
         goal = self.critic(chunks.observations, self.base_chunks(chunks.observations, noise))

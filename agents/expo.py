@@ -465,6 +465,10 @@ class EXPO(Agent):
             info |= edit_info
         return agent, info
 
+    def q_value(self, observations: Array | dict[str, Array], actions: Array) -> Array:
+        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(encode(self.encoder, observations), actions).mean(axis=0)
+
     def sample_actions(
         self, observations: Array | dict[str, Array], carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

@@ -197,7 +197,7 @@ class FamO2OCQL(CQL):
 
     def online(self) -> Self:
         """Return the agent whose actor is trained at the balance network's coefficients; the losses go on."""
-        return self.replace(fine_tuning=True)
+        return super().online().replace(fine_tuning=True)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -154,6 +154,10 @@ class FQL(Agent):
         """Run one step per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
         return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(observations, actions).mean(axis=0)
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

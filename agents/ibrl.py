@@ -193,6 +193,10 @@ class IBRL(TD3):
         agent = self.replace(reference=reference, rng=rng)
         return agent, {name.replace("actor/", "reference/"): value for name, value in info.items()}
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(observations, actions).min(axis=0)
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

@@ -103,6 +103,10 @@ class ReBRAC(TD3):
         loss = self.config.actor_penalty * distance - q.mean() / size
         return loss, {"actor/loss": loss, "actor/distance": distance, "actor/q_size": size}
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(observations, actions).min(axis=0)
+
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.

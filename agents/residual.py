@@ -393,6 +393,11 @@ class Residual(Agent):
         agent, info = branch(warmed_up, move, rest, agent)
         return agent, {**means, **info}
 
+    def q_value(self, observations: Any, actions: Array) -> Array:
+        """Return the critics' mean value `[...]` of combined actions `[..., A]` at observations `[..., D]`."""
+        trunk_params = None if self.trunk is None else self.trunk.params
+        return self.values(self.see(observations), actions, self.critic.params, trunk_params).mean(axis=0)
+
     def sample_actions(
         self, observations: Any, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

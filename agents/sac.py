@@ -27,6 +27,11 @@ Options that exist because a published code has them, and presets need them
 - `temperature_param`, `temperature_objective`: SAC and Cal-QL learn log alpha, RLPD alpha, WSRL alpha by softplus.
 - `std_mode="scaled"`, `output_gain`, `policy_output_gain`: the networks of Cal-QL's and FamO2O's codes.
 - `zero_grad_steps`: WSRL's published curves were made with it.
+
+Options for a switch from pre-training that loses less, all off
+- `critic_warmup` "td": a critic-only phase on the warm-up's rows, the policy resting (as in ResFiT, arXiv 2509.19301).
+- `critic_warmup` "mc": there the critics are refitted to the Monte-Carlo returns of the policy's own episodes.
+- `actor_lr_warmup`: the actor's first steps are small.
 """
 
 import math
@@ -42,10 +47,11 @@ from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
-from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members
+from o2o.nn.kernels import branch
+from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members, where_leading
 from o2o.rl import losses
-from o2o.settings import AboveZero, Average, Count, Interval, NotNegative, Rate, Real, Share, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.settings import AboveZero, Amount, Average, Count, Interval, NotNegative, Rate, Real, Share, Widths
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 ADROIT_DATA: dict[str, Any] = {"terminate_on_success": False, "data_share": 0.9}
 """Fields of a `Preset`: RLPD's code takes 90 % of each Adroit file, without terminals, and runs on after success."""
@@ -119,6 +125,12 @@ class SACConfig(AgentConfig):
     """Weight of the new parameters in the target's average, after every critic step."""
     zero_grad_steps: bool = False
     """As WSRL's code: networks whose loss did not run take an Adam step with gradients of zero."""
+    critic_warmup: Literal["off", "td", "mc"] = "off"
+    """What learns in the `online.initial_updates`. `off`: everything. `td`: the critics alone, which evaluate the
+    resting policy by their usual target. `mc`: the critics alone, refitted to the Monte-Carlo returns of the warm-up's
+    episodes (recalibration); online rows are then drawn from finished episodes only."""
+    actor_lr_warmup: Amount = 0
+    """Critic steps over which the actor's rate rises linearly from 0 to `actor_lr` once the actor learns online."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for values out of range, or that do not go together."""
@@ -128,6 +140,24 @@ class SACConfig(AgentConfig):
             raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}, or None")
         if self.temperature_objective == "log_alpha" and self.temperature_param != "exp":
             raise ConfigError("temperature_objective='log_alpha' needs temperature_param='exp'; set it, or use 'alpha'")
+
+    @property
+    def needs(self) -> Needs:
+        """What an agent with these settings needs of its data and its run."""
+        return Needs(batch_keys=("mc_returns",)) if self.critic_warmup == "mc" else Needs()
+
+    @property
+    def critic_only_steps(self) -> int:
+        """Critic steps at the beginning of the online phase in which actor and temperature rest."""
+        return 0 if self.critic_warmup == "off" else self.online.initial_updates
+
+    def check_switch(self, prefix: str = "config.") -> None:
+        """Raise `ConfigError` for a critic warm-up without updates; `prefix` is that of the names of the settings."""
+        if self.critic_warmup != "off" and not self.online.initial_updates:
+            raise ConfigError(
+                f"{prefix}critic_warmup is {self.critic_warmup!r} and config.online.initial_updates 0: set both, such "
+                "as 2000 updates, or leave both"
+            )
 
 
 @dataclass(frozen=True)
@@ -201,11 +231,14 @@ class SAC(Agent):
     temperature: Model
     rng: Array
     config: SACConfig = struct.field(pytree_node=False)
+    online_steps: Array | None = None
+    """Critic steps of the online phase, int32 `[]`; None offline, and where no setting asks for them."""
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = SACConfig()) -> Self:
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
         check_flat(observations, cls.__name__)
+        config.check_switch()
         rng, actor_rng, critic_rng, temperature_rng = jax.random.split(rng, 4)
         actor = Model.create(actor_rng, build_actor(actions.shape[-1], config), Adam(config.actor_lr), observations)
         critic = Model.create(critic_rng, build_critic(config), Adam(config.critic_lr), observations, actions)
@@ -268,6 +301,8 @@ class SAC(Agent):
         """Step the critics on one minibatch `[B, ...]`, then move the target critics towards them."""
         target_rng, loss_rng = jax.random.split(rng)
         targets = self.targets(batch, target_rng)
+        if self.resting is not None and self.config.critic_warmup == "mc":
+            targets = jnp.where(self.resting, batch["mc_returns"], targets)
         grads, info = jax.grad(self.critic_loss, has_aux=True)(self.critic.params, batch, targets, loss_rng)
         critic = self.critic.apply_gradients(grads)
         target_critic = optax.incremental_update(critic.params, self.target_critic, self.config.tau)
@@ -275,8 +310,15 @@ class SAC(Agent):
 
     def policy_value(self, batch: Batch, actions: Array, critic: Model) -> Array:
         """Return what the actor climbs `[B]`: minimum or mean of the critics at the batch's states and `actions`."""
-        q = critic(batch["observations"], actions)
+        return self.reduced(critic(batch["observations"], actions))
+
+    def reduced(self, q: Array) -> Array:
+        """Return the minimum or, with `actor_reduce="mean"`, the mean `[...]` over the critics' values `[E, ...]`."""
         return jnp.min(q, axis=0) if self.config.actor_reduce == "min" else jnp.mean(q, axis=0)
+
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the reduced critics' value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.reduced(self.critic(observations, actions))
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array, critic: Model) -> tuple[Array, Info]:
         """Return mean (alpha log pi(a|s) - Q(s, a)) `[]`, a ~ pi(.|s), and metrics (arXiv 1812.05905, eq. 7)."""
@@ -290,7 +332,22 @@ class SAC(Agent):
     def update_actor(self, batch: Batch, rng: Array, critic: Model) -> tuple[Model, Info]:
         """Return the actor after a step on rows `[B, ...]`, judged by `critic`, and metrics."""
         grads, info = jax.grad(self.actor_loss, has_aux=True)(self.actor.params, batch, rng, critic)
-        return self.actor.apply_gradients(grads), info
+        return self.actor.apply_gradients(grads, self.actor_rate), info
+
+    @property
+    def resting(self) -> Array | None:
+        """Whether actor and temperature rest in the present call, bool `[]`; None: they never do."""
+        if self.online_steps is None or not self.config.critic_only_steps:
+            return None
+        return self.online_steps < self.config.critic_only_steps
+
+    @property
+    def actor_rate(self) -> Array | None:
+        """Part of the actor's rate at which it learns now, `[]`; None: all of it."""
+        if self.online_steps is None or not self.config.actor_lr_warmup:
+            return None
+        learnt = self.online_steps - self.config.critic_only_steps
+        return jnp.clip((learnt + 1) / self.config.actor_lr_warmup, 0.0, 1.0)
 
     def update_temperature(self, entropy: Array, action_dim: int) -> tuple[Model, Info]:
         """Return the temperature after a step on alpha (H - target), H the `entropy` `[]`, and metrics."""
@@ -321,22 +378,42 @@ class SAC(Agent):
         rng, critic_rng, policy_rng = jax.random.split(self.rng, 3)
         together = config.joint_policy_step and utd == 1
         idle_steps = config.zero_grad_steps and not together
+        resting = self.resting
 
         def step(agent: Self, rows: Batch, rng: Array) -> tuple[Self, Info]:
             agent, info = agent.update_critic(rows, rng)
             if idle_steps:
-                agent = agent.replace(actor=zero_step(agent.actor), temperature=zero_step(agent.temperature))
+                moved = zero_step(agent.actor, self.actor_rate), zero_step(agent.temperature)
+                if resting is not None:
+                    moved = where_leading(resting, (agent.actor, agent.temperature), moved)
+                agent = agent.replace(actor=moved[0], temperature=moved[1])
             return agent, info
+
+        def learn(agent: Self) -> tuple[Self, Info]:
+            agent, info = agent.update_policy(rows, policy_rng, self.critic if together else agent.critic)
+            return agent.replace(critic=zero_step(agent.critic)) if idle_steps else agent, info
 
         agent, info = each_minibatch(step, self.replace(rng=rng), batch, critic_rng)
         if config.joint_policy_step:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
         else:
             rows = jax.tree.map(lambda leaf: leaf[-1], batch)
-        agent, policy_info = agent.update_policy(rows, policy_rng, self.critic if together else agent.critic)
-        if idle_steps:
-            agent = agent.replace(critic=zero_step(agent.critic))
+        if resting is None:
+            agent, policy_info = learn(agent)
+        else:
+            shapes = jax.eval_shape(lambda agent: learn(agent)[1], agent)
+            nothing = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+            agent, policy_info = branch(~resting, learn, lambda agent: (agent, nothing), agent)
+        if self.online_steps is not None:
+            agent = agent.replace(online_steps=self.online_steps + utd)
         return agent, {**info, **policy_info}
+
+    def online(self) -> Self:
+        """Return the agent for the online phase; where settings ask for it, it begins to count its critic steps."""
+        counts = self.config.critic_only_steps or self.config.actor_lr_warmup
+        if not counts or self.online_steps is not None:
+            return self
+        return self.replace(online_steps=jnp.zeros((), jnp.int32))
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
@@ -377,9 +454,9 @@ class RLPD(SAC):
         return Preset(config, 0, steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
 
 
-def zero_step(model: Model) -> Model:
-    """Return `model` after an optimiser step with zero gradients: stale momentum still moves it."""
-    return model.apply_gradients(jax.tree.map(jnp.zeros_like, model.params))
+def zero_step(model: Model, rate: Array | None = None) -> Model:
+    """Return `model` after an optimiser step with zero gradients, at `rate` times its own: stale momentum moves it."""
+    return model.apply_gradients(jax.tree.map(jnp.zeros_like, model.params), rate)
 
 
 def shrink(config: Any, utd_ratio: int, rate: float = 3e-4) -> Any:

@@ -196,6 +196,10 @@ class TD3(Agent):
         noise = self.config.exploration_noise * jax.random.normal(rng, actions.shape)
         return jnp.clip(actions + noise, -1.0, 1.0)
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the first critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(observations, actions)[0]
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

@@ -253,6 +253,11 @@ class TD7(TD3):
         q = self.critic(next_observations, actions, *seen, params=self.target_critic)
         return jnp.clip(q.min(axis=0), *self.bounds)
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the critics' mean `[...]` of actions `[..., A]`, on the fixed embeddings, as the actor sees it."""
+        seen = self.encoder(observations, actions, params=self.fixed_encoder)
+        return self.critic(observations, actions, *seen).mean(axis=0)
+
     def encoder_loss(self, params: Params, batch: Batch) -> Array:
         """Return the mean squared error `[]` of z(s, a) to z(s'), which gets no gradient."""
         _, pair = self.encoder(batch["observations"], batch["actions"], params=params)

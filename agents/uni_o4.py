@@ -621,6 +621,10 @@ class UniO4(Agent):
         member = jnp.where(self.chosen < 0, jnp.argmax(self.scores), self.chosen)
         return jax.tree.map(lambda leaf: leaf[member], self.policies.params)
 
+    def q_value(self, observations: Array, actions: Array) -> Array:
+        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
+        return self.critic(self.scaled(observations), actions).min(axis=0)
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:

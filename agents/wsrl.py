@@ -166,11 +166,15 @@ class WSRLConfig(AgentConfig):
                         f"WSRLConfig.{name}.{field} is {inside} and WSRLConfig.{field} is {outside}: the latter holds "
                         f"for both phases; set `config.{field}` and leave `config.{name}.{field}`"
                     )
+        for field in ("critic_warmup", "actor_lr_warmup"):
+            if getattr(self.cql, field) != getattr(CQLConfig, field):
+                raise ConfigError(f"WSRLConfig.cql.{field} is of the online phase: set `config.finetune.{field}`")
+        self.of_the_whole(self.finetune).check_switch("config.finetune.")
 
     @property
     def needs(self) -> Needs:
-        """What an agent with these settings needs of its data and its run."""
-        return Needs(batch_keys=("mc_returns",)) if self.pretrain == "calql" else Needs()
+        """What an agent with these settings needs of its data and its run: of both phases."""
+        return Needs(batch_keys=("mc_returns",)) if self.pretrain == "calql" else self.finetune.needs
 
     def pretrainer(self) -> tuple[type[Learner], Any]:
         """Return the pre-trainer's class and its config.
@@ -208,8 +212,9 @@ class WSRL(Agent):
 
     @property
     def needs(self) -> Needs:
-        """What the learner at work needs: online, plain SAC, nothing beyond transitions."""
-        return Needs() if type(self.learner) is SAC else self.learner.needs
+        """What the learner at work and the one online need: plain SAC nothing beyond transitions."""
+        keys = (*self.learner.needs.batch_keys, *self.config.finetune.needs.batch_keys)
+        return Needs(batch_keys=tuple(dict.fromkeys(keys)))
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: WSRLConfig = WSRLConfig()) -> Self:
@@ -224,12 +229,14 @@ class WSRL(Agent):
         Raises ConfigError for agents of other classes and where the policy is not tanh-squashed, CheckpointError if
         shapes are not those of `config`.
         """
-        source = agent.learner if isinstance(agent, WSRL) else agent
+        source: Any = agent.learner if isinstance(agent, WSRL) else agent
         if type(source) not in SOURCES:
             known = ", ".join(kind.__name__ for kind in SOURCES)
             raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
         limits = source.config.log_std_range
         parts = {name: replace(getattr(config, name), log_std_range=limits) for name in PARTS}
+        if isinstance(source, SAC) and source.online_steps is not None:
+            source = source.replace(online_steps=None)  # its online phase is over, this one begins anew
         switched = cls(learner=source, config=replace(config, **parts))
         jax.eval_shape(switched.online)
         return switched
@@ -268,6 +275,10 @@ class WSRL(Agent):
         learner, info = self.learner.update(batch)
         return self.replace(learner=learner), info
 
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the learner's value `[...]` of actions `[..., A]`; None: it is behaviour cloning."""
+        return self.learner.q_value(observations, actions)
+
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
@@ -278,7 +289,8 @@ class WSRL(Agent):
         """Return the agent whose learner is SAC with the pre-trained networks and Adam moments; the dual is dropped."""
         source, config = self.learner, self.config.of_the_whole(self.config.finetune)
         if type(source) is SAC and source.config == config:
-            return self
+            learner = source.online()
+            return self if learner is source else self.replace(learner=learner)
         if not source.actor.module.squash:
             raise ConfigError(
                 f"WSRL got a {type(source).__name__} whose policy is not tanh-squashed; pre-train it with squash=True"
@@ -297,7 +309,7 @@ class WSRL(Agent):
                     f"{source.config.temperature_param!r}: set it to that"
                 )
             parts["temperature"] = _carry_over(source.temperature, fresh.temperature, "temperature")
-        return self.replace(learner=fresh.replace(**parts, rng=rng))
+        return self.replace(learner=fresh.replace(**parts, rng=rng).online())
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from o2o.errors import O2OError
     from o2o.report.plots import plot_runs
     from o2o.runs import session
+    from o2o.runs.diagnosis import diagnose
     from o2o.runs.presets import preset_run
     from o2o.runs.session import (
         evaluate_run,
@@ -48,6 +49,7 @@ _PLACES = {
     "open_run": "o2o.runs.session:open_run",
     "evaluate_run": "o2o.runs.session:evaluate_run",
     "play_run": "o2o.runs.session:play_run",
+    "diagnose": "o2o.runs.diagnosis:diagnose",
     "load_config": "o2o.runs.session:load_config",
     "load_policy": "o2o.runs.session:load_policy",
     "plot_runs": "o2o.report.plots:plot_runs",
@@ -55,9 +57,9 @@ _PLACES = {
 """Where each name is defined. (`o2o.train` is a package; to train is `train_run`.)"""
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "AGENTS", "Agent", "AgentConfig", "LoopConfig", "O2OError", "RunConfig", "TaskConfig", "agents", "datasets", "envs",
-    "evaluate_run", "load_config", "load_policy", "open_run", "play_run", "plot_runs", "preset_run", "register_agent",
-    "resume_run", "session", "train_run", "with_fields",
+    "AGENTS", "Agent", "AgentConfig", "LoopConfig", "O2OError", "RunConfig", "TaskConfig", "agents", "datasets",
+    "diagnose", "envs", "evaluate_run", "load_config", "load_policy", "open_run", "play_run", "plot_runs", "preset_run",
+    "register_agent", "resume_run", "session", "train_run", "with_fields",
 ]  # fmt: skip
 
 

@@ -251,6 +251,37 @@ def play(
     return 0
 
 
+def diagnose(
+    run: Name[Path],
+    episodes: Count = 20,
+    checkpoint: str = "latest",
+    seed_index: Amount = 0,
+    seed: Seed = 1,
+    json: bool = False,
+) -> int:
+    """Look at a pre-trained run before it goes online: its policy, its Q, what to expect and what to do.
+
+    Writes a page with a picture to RUN/diagnosis.
+
+    Args:
+        run: The run folder.
+        episodes: Episodes of each form of the policy: as it is, sampled, and moved a little.
+        checkpoint: `latest`, `best` or a checkpoint's number.
+        seed_index: Which of the run's seeds.
+        seed: Seed of the evaluation environments.
+        json: Print all numbers as JSON instead of the page.
+    """
+    from o2o.report.diagnosis import PAGE, page
+    from o2o.report.tables import print_json
+    from o2o.runs.diagnosis import diagnose as look
+
+    found = look(run, episodes, checkpoint, seed_index, seed)
+    if json:
+        return print_json(found)
+    print(f"{page(found)}\nwrote {run / 'diagnosis' / PAGE}")
+    return 0
+
+
 def export(
     run: Name[Path],
     out: Name[Path],
@@ -704,6 +735,7 @@ COMMANDS: Commands = {
     "resume": resume,
     "eval": evaluate,
     "play": play,
+    "diagnose": diagnose,
     "export": export,
     "plot": plot,
     "balance": balance,

@@ -212,6 +212,13 @@ class Agent(struct.PyTreeNode):
         """
         return self
 
+    def q_value(self, observations: Any, actions: Array) -> Array | None:
+        """Return the value `[...]` of actions `[..., A]` at observations `[..., D]`, as the policy is judged by it.
+
+        None: the agent has no Q of single actions.
+        """
+        return None
+
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Carry:
         """Return the carry of fresh episodes, leaves `[*batch_shape, ...]`; `None`: the policy has no memory."""
         return None

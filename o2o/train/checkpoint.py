@@ -89,12 +89,16 @@ def _score(folder: Path, entry: Any) -> float | None:
 def _checkpointer(
     folder: Path, keep_last: int = 1, cleanup: bool = False, size: int = 0
 ) -> Iterator[ocp.training.Checkpointer]:
-    """Open the checkpoints of a folder; `size` bytes are about to be written, if any."""
+    """Open the checkpoints of a folder; `size` bytes are about to be written, if any.
+
+    Fields without arrays (None) need not be the same: an agent may have got one since. `load_arrays` compares the rest.
+    """
     policy: Any = _policies.AnyPreservationPolicy([_policies.LatestN(max(keep_last, 1)), _Best(folder)])
     limits = ocp.options.AsyncOptions(  # by default orbax waits 20 minutes for a folder that it could not make
         timeout_secs=PATIENCE_S + int(size / SLOWEST), create_directories_asynchronously=False
     )
-    with _silence(), _plain(folder.absolute()) as path, ocp.Context(async_options=limits):
+    leaves = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    with _silence(), _plain(folder.absolute()) as path, ocp.Context(async_options=limits, pytree_options=leaves):
         with ocp.training.Checkpointer(
             str(path), preservation_policy=policy, cleanup_tmp_directories=cleanup
         ) as checkpointer:
