@@ -38,19 +38,20 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents.chunked import ChunkedConfig, fresh_queue, play
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
-from o2o.rl.chunks import ActionQueue, empty_queue, next_action
+from o2o.rl.chunks import ActionQueue
 from o2o.rl.losses import td_target
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class QCConfig(AgentConfig):
+class QCConfig(ChunkedConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
     chunk: Count = 5
@@ -63,8 +64,6 @@ class QCConfig(AgentConfig):
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics, and the ranking of candidates over the critics."""
-    pad_terminal: bool = True
-    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 2
     """Critics in the ensemble."""
     flow_steps: Count = 10
@@ -81,11 +80,6 @@ class QCConfig(AgentConfig):
     """Weight of the new parameters in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
-
-    @property
-    def needs(self) -> Needs:
-        """Windows of one chunk."""
-        return Needs(window=self.chunk)
 
 
 class OneStep(nn.Module):
@@ -255,18 +249,11 @@ class QC(Agent):
 
         A new chunk is chosen where a queue is empty.
         """
-        if self.needs.window == 1:
-            return self.propose(observations, rng, deterministic), carry
-
-        def chunks() -> Array:
-            flat = self.propose(observations, rng, deterministic)
-            return flat.reshape(*flat.shape[:-1], self.config.chunk, self.action_dim)
-
-        return next_action(carry, chunks, self.config.chunk)
+        return play(self.config.chunk, carry, lambda: self.propose(observations, rng, deterministic))
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
         """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        return None if self.needs.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
+        return fresh_queue(self.config.chunk, batch_shape, self.action_dim)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

@@ -98,11 +98,12 @@ class GaussianActor(nn.Module):
     """tanh of the mean, for a plain Gaussian around it (IQL as published)."""
     output_gain: float = SQRT2
     """Orthogonal gain of the heads."""
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, observations: Array, training: bool = False) -> TanhNormal | Normal:
         """Return the action distribution at `observations`."""
-        trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain)
+        trunk = MLP(self.hidden_dims, self.layer_norm, self.dropout, self.init_scheme, self.last_gain, self.activation)
         x = trunk(observations, training)
         head_init = kernel_init(self.init_scheme, self.output_gain)
         mean = nn.Dense(self.action_dim, kernel_init=head_init, name="mean")(x)
