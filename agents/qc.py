@@ -38,20 +38,20 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from o2o.agents.chunked import ChunkedConfig, fresh_queue, play
+from o2o.agents import ogbench
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
-from o2o.rl.chunks import ActionQueue
+from o2o.rl.chunks import ActionQueue, empty_queue, next_action
 from o2o.rl.losses import td_target
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import Agent, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class QCConfig(ChunkedConfig):
+class QCConfig(AgentConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
     chunk: Count = 5
@@ -64,6 +64,8 @@ class QCConfig(ChunkedConfig):
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics, and the ranking of candidates over the critics."""
+    pad_terminal: bool = True
+    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 2
     """Critics in the ensemble."""
     flow_steps: Count = 10
@@ -80,6 +82,11 @@ class QCConfig(ChunkedConfig):
     """Weight of the new parameters in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(warmup_steps=5000, replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step after 5000 steps."""
+
+    @property
+    def needs(self) -> Needs:
+        """Windows of one chunk."""
+        return Needs(window=self.chunk)
 
 
 class OneStep(nn.Module):
@@ -249,23 +256,32 @@ class QC(Agent):
 
         A new chunk is chosen where a queue is empty.
         """
-        return play(self.config.chunk, carry, lambda: self.propose(observations, rng, deterministic))
+        if self.needs.window == 1:
+            return self.propose(observations, rng, deterministic), carry
+
+        def chunks() -> Array:
+            flat = self.propose(observations, rng, deterministic)
+            return flat.reshape(*flat.shape[:-1], self.config.chunk, self.action_dim)
+
+        return next_action(carry, chunks, self.config.chunk)
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
         """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        return fresh_queue(self.config.chunk, batch_shape, self.action_dim)
+        return None if self.needs.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; the paper has none of these
-        families. `small`: 2x128, batch 128, 8 samples, 10k updates and 10k environment steps, the first update at 1000.
-        Rewards are -1/0 on mazes and Adroit, as in the code's sparse tasks, else the task's own.
+        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; the paper has none of the
+        other families. On OGBench samples are evaluated, 50 episodes of them. `small`: 2x128, batch 128, 8 samples,
+        10k updates and 10k environment steps, the first update at 1000. Rewards are -1/0 on mazes and Adroit, as in the
+        code's sparse tasks, else the task's own.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            return Preset(QCConfig(pad_terminal=False), 1_000_000, 1_000_000, reward)
+            config = QCConfig(pad_terminal=False)
+            return Preset(config, 1_000_000, 1_000_000, reward, tasks=ogbench.presets(config, {}, steps=1_000_000))
         config = QCConfig(
             num_samples=8,
             actor_hidden_dims=(128, 128),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, ChunkedConfig
 
 Timeouts = Literal["terminal", "bootstrap"]
 """What a time limit means for an n-step target. `terminal`: no value behind it. `bootstrap`: the value counts."""
@@ -137,7 +137,7 @@ def chunk_rows(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
     )
 
 
-def chunk_transitions(batch: Batch, chunk: int, discount: float, pad_terminal: bool) -> Batch:
+def chunk_transitions(batch: Batch, config: ChunkedConfig) -> Batch:
     """Return windows `[..., h, *]` as transitions `[..., *]` whose action is the whole chunk (`chunk_rows`).
 
     `masks` is discount^(h-1) where the value behind the chunk counts, else 0, and `rewards` the return inside the
@@ -145,14 +145,14 @@ def chunk_transitions(batch: Batch, chunk: int, discount: float, pad_terminal: b
     `valid [...]` is 1 where the transition counts for the critic, `entries [..., h A]` where a number counts for
     imitation. With `chunk` 1 the rows are transitions already: nothing but these two is added, all ones.
     """
-    if chunk == 1:
+    if config.chunk == 1:
         return {**batch, "valid": jnp.ones_like(batch["rewards"]), "entries": jnp.ones_like(batch["actions"])}
-    chunks = chunk_rows(batch, discount, pad_terminal)
+    chunks = chunk_rows(batch, config.discount, config.pad_terminal)
     return {
         "observations": chunks.observations,
         "actions": chunks.actions,
         "rewards": chunks.returns,
-        "masks": discount ** (chunk - 1) * chunks.masks,
+        "masks": config.discount ** (config.chunk - 1) * chunks.masks,
         "next_observations": chunks.next_observations,
         "valid": chunks.valid,
         "entries": chunks.entries,

@@ -16,7 +16,7 @@ from tests.helpers.tiny import forget_many_programs
 CASES = [(name, "offline") for name in AGENTS] + [("iql", "online"), ("wsrl", "online"), ("expo", "online")]
 CASES += [("pex", "online"), ("ibrl", "online"), ("jsrl", "online")]
 CASES += [("ppo", "online"), ("uni_o4", "online")]
-WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl")
+WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl", "qam")
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 
 
