@@ -66,7 +66,12 @@ def still(x: jax.Array, t: jax.Array) -> jax.Array:
 
 def gaussian(variance: float) -> Any:
     """Return the exact velocity of a flow from N(0, 1) to N(0, variance)."""
-    return lambda x, t: x * (t * variance - (1 - t)) / ((1 - t) ** 2 + t**2 * variance)
+
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        t = jnp.asarray(t)[..., None]
+        return x * (t * variance - (1 - t)) / ((1 - t) ** 2 + t**2 * variance)
+
+    return velocity
 
 
 # ---------------------------------------------------------------- path, adjoint, loss
@@ -102,14 +107,21 @@ def test_network_adjoint() -> None:
     agent = make_agent()
     observations, path = make_batch()["observations"], 0.5 * jax.random.normal(KEY, (5, ROWS, SIZE))
     terminal = np.asarray(jax.random.normal(jax.random.key(7), (ROWS, SIZE)), np.float64)
-    adjoints = lean_adjoints(agent.slow(observations, agent.target_behaviour), path, jnp.asarray(terminal, jnp.float32))
+
+    @jax.jit
+    def jacobian(observation: jax.Array, x: jax.Array, late: jax.Array) -> jax.Array:
+        slow = agent.slow(observation, agent.target_behaviour)
+        return jax.jacfwd(lambda x: 2.0 * slow(x, late) - x / late)(x)
+
+    adjoints = jax.jit(
+        lambda terminal: lean_adjoints(agent.slow(observations, agent.target_behaviour), path, terminal),
+        compiler_options=QUICK,
+    )(jnp.asarray(terminal, jnp.float32))
     for row in range(2):
         a = terminal[row]
         for i in reversed(range(4)):
-            late = (i + 1) / 4
-            slow = agent.slow(observations[row], agent.target_behaviour)
-            jacobian = jax.jacfwd(lambda x, late=late, slow=slow: 2.0 * slow(x, late) - x / late)(path[i, row])
-            a = a + 0.25 * np.asarray(jacobian, np.float64).T @ a
+            matrix = jacobian(observations[row], path[i, row], jnp.asarray((i + 1) / 4))
+            a = a + 0.25 * np.asarray(matrix, np.float64).T @ a
             np.testing.assert_allclose(adjoints[i, row], a, atol=1e-5)
 
 
@@ -161,22 +173,22 @@ def test_path_fields() -> None:
 def test_trained_shift() -> None:
     """A network that learns on its own paths lands on the exact shift, 0.8792 lambda q, within 0.02."""
     slow, slope = gaussian(1.0), 0.5
-    nothing = jnp.zeros((256, 1))
-    model = Model.create(KEY, Denoiser("mlp", (32, 32)), Adam(3e-3, 1500), nothing, nothing, jnp.zeros(256))
+    nothing = jnp.zeros((64, 1))
+    model = Model.create(KEY, Denoiser("mlp", (16, 16)), Adam(1e-2, 700), nothing, nothing, jnp.zeros(64))
 
     def field(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
         return model.module.apply(params, jnp.zeros((1, 1)), x, t)  # pyright: ignore[reportReturnType]
 
     def loss(params: Any, fixed: Any, key: jax.Array) -> jax.Array:
-        path = memoryless_path(lambda x, t: field(fixed, x, t), slow, jax.random.normal(key, (10, 256, 1)))
-        adjoints = lean_adjoints(slow, path, jnp.full((256, 1), -slope))
+        path = memoryless_path(lambda x, t: field(fixed, x, t), slow, jax.random.normal(key, (10, 64, 1)))
+        adjoints = lean_adjoints(slow, path, jnp.full((64, 1), -slope))
         return matching_loss(lambda x, t: field(params, x, t), slow, path, adjoints).mean()
 
     def step(model: Any, key: jax.Array) -> tuple[Any, None]:
         return model.apply_gradients(jax.grad(loss)(model.params, model.params, key)), None
 
-    trained, _ = jax.jit(lambda model: jax.lax.scan(step, model, jax.random.split(KEY, 1500)))(model)
-    x = jax.random.normal(jax.random.key(9), (4000, 1))
+    trained, _ = jax.jit(lambda model: jax.lax.scan(step, model, jax.random.split(KEY, 700)))(model)
+    x = jax.random.normal(jax.random.key(9), (2000, 1))
     x = x - x.mean()
     for i in range(10):
         x = x + field(trained.params, x, jnp.asarray(i / 10)) / 10
@@ -262,11 +274,11 @@ def test_single_action_target() -> None:
     agent = create(QAM, replace(CONFIG, chunk=1, pessimism=0.0))
     assert agent.needs.window == 1 and agent.initial_carry((4,)) is None
     agent = agent.replace(target_critic=constant_critic(agent.target_critic, 2.0))
-    batch = make_batch(1)
-    q = np.asarray(agent.critic(batch["observations"][0], batch["actions"][0]))
-    y = np.asarray(batch["rewards"][0] + 0.99 * 2.0 * batch["masks"][0])
-    _, info = update(agent, batch)
-    assert float(info["critic/loss"]) == pytest.approx(np.mean((q - y) ** 2), rel=1e-5)
+    batch = chunk_transitions(make_batch(), agent.config)
+    q = np.asarray(agent.critic(batch["observations"], batch["actions"]))
+    y = np.asarray(batch["rewards"] + 0.99 * 2.0 * batch["masks"])
+    loss, _ = agent.critic_loss(agent.critic.params, batch, KEY)
+    assert float(loss) == pytest.approx(np.mean((q - y) ** 2), rel=1e-5)
 
 
 def test_edit_loss_by_hand() -> None:
@@ -336,8 +348,9 @@ def test_averages_lag_one_step() -> None:
 def test_clip_together() -> None:
     """Together all networks' gradients have norm 1 and their own proportions; else only the fast field's is limited."""
     batch = transitions(make_agent())
-    free, _ = make_agent(clip_norm=None).gradients(batch, KEY)
-    joint, _ = make_agent(clip_norm=0.5, clip_together=True).gradients(batch, KEY)
+    gradients = jax.jit(lambda agent: agent.gradients(batch, KEY)[0], compiler_options=QUICK)
+    free = gradients(make_agent(clip_norm=None))
+    joint = gradients(make_agent(clip_norm=0.5, clip_together=True))
     squares = lambda tree: sum(float(jnp.square(leaf).sum()) for leaf in jax.tree.leaves(tree))  # noqa: E731
     total = np.sqrt(squares(free))
     assert total > 0.5 and np.sqrt(squares(joint)) == pytest.approx(0.5, rel=1e-4)
@@ -390,10 +403,8 @@ def test_chunk_played_in_order(form: Any) -> None:
     assert moved(again, chunk[:, 0]) and float(jnp.abs(again).max()) <= 1.0
 
 
-@pytest.mark.parametrize("form", ["edit", "one_step"])
-def test_forms_learn(form: Any) -> None:
-    """The form's own network steps with the others, and metrics are finite."""
-    agent = create(QAM, replace(CONFIG, form=form))
+def test_one_step_learns() -> None:
+    """The one-step policy steps with the other networks, and metrics are finite."""
+    agent = create(QAM, replace(CONFIG, form="one_step"))
     learnt, info = update(agent, jax.tree.map(lambda leaf: leaf[None], rows()))
-    model = learnt.edit if form == "edit" else learnt.one_step
-    assert steps(model) == 1 and all(np.isfinite(value) for value in info.values())
+    assert steps(learnt.one_step) == 1 and all(np.isfinite(value) for value in info.values())
