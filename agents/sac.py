@@ -376,6 +376,8 @@ class SAC(Agent):
 class RLPD(SAC):
     """SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset."""
 
+    config: RLPDConfig = struct.field(pytree_node=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = RLPDConfig()) -> Self:
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""

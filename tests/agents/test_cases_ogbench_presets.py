@@ -1,14 +1,20 @@
 """The `paper` presets of OGBench's tasks: the published settings, chosen by the dataset's id."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from gymnasium import spaces
 
 from o2o.agents import AGENTS
 from o2o.agents.qam import OGBENCH_FORMS
 from o2o.config import with_fields
+from o2o.data import datasets
+from o2o.data.files import Episode
+from o2o.runs import session
 
 AGENTS_OF_THE_TABLE = ("fql", "rebrac", "rlpd", "expo", "qam")
 IDS = {
@@ -86,3 +92,25 @@ def test_qam_forms() -> None:
         for domain, own in domains.items():
             config = with_fields(preset("qam", domain).config, {"form": form, **own})
             assert config.form == form and config.inverse_temperature == own["inverse_temperature"]
+
+
+def test_runs_take_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`preset_run` chooses by the dataset's id, with the published times of evaluation; `small` has its own."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    episode = Episode(
+        observations=np.zeros((6, 3)),
+        actions=np.zeros((5, 2), np.float32),
+        rewards=np.zeros(5),
+        terminations=np.zeros(5, bool),
+        truncations=np.arange(5) == 4,
+    )
+    name, state = "ogbench/puzzle-3x3-play-singletask-task4-v0", spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    datasets.write(name, [episode], observation_space=state, action_space=action, spec=None)
+    run = session.preset_run("qam", name)
+    assert (run.config.inverse_temperature, run.config.chunk, run.online_steps) == (3.0, 5, 500_000)
+    assert (run.loop.eval_every, run.loop.offline_eval_every) == (50_000, 50_000)
+    changed = session.preset_run("qam", name, loop={"eval_episodes": 7})
+    assert (changed.loop.eval_episodes, changed.loop.eval_every) == (7, 50_000)
+    small = session.preset_run("qam", name, "small")
+    assert small.config.num_critics == 2 and small.loop.eval_every == 2_500
