@@ -26,6 +26,7 @@ from o2o.agents.iql import IQL as IQL, IQLConfig as IQLConfig
 from o2o.agents.jsrl import JSRL as JSRL, JSRLConfig as JSRLConfig
 from o2o.agents.pex import PEX as PEX, PEXConfig as PEXConfig
 from o2o.agents.ppo import PPO as PPO, PPOConfig as PPOConfig
+from o2o.agents.qam import QAM as QAM, QAMConfig as QAMConfig
 from o2o.agents.qc import QC as QC, QCConfig as QCConfig
 from o2o.agents.rebrac import ReBRAC as ReBRAC, ReBRACConfig as ReBRACConfig
 from o2o.agents.registry import AGENTS as AGENTS, register_agent as register_agent

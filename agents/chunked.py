@@ -13,7 +13,7 @@ from flax import struct
 from o2o.agents.minibatches import each_minibatch, minibatches_in
 from o2o.nn.generative import Flow, Guidance
 from o2o.nn.modules import Model
-from o2o.rl.chunks import ActionQueue, empty_queue, next_action
+from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.windows import Chunks
 from o2o.types import Agent, Array, Batch, Carry, Info, Params
 
@@ -51,18 +51,11 @@ class Chunked(Agent):
 
         A new chunk is chosen where a queue is empty.
         """
-        if self.needs.window == 1:
-            return self.play(observations, rng, deterministic), carry
-
-        def chunks() -> Array:
-            flat = self.play(observations, rng, deterministic)
-            return flat.reshape(*flat.shape[:-1], self.config.chunk, self.action_dim)
-
-        return next_action(carry, chunks, self.config.chunk)
+        return play(self.config.chunk, carry, lambda: self.play(observations, rng, deterministic))
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
         """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        return None if self.needs.window == 1 else empty_queue(batch_shape, self.config.chunk, self.action_dim)
+        return fresh_queue(self.config.chunk, batch_shape, self.action_dim)
 
 
 class ChunkedFlow(Chunked):

@@ -34,8 +34,20 @@ Where we differ
   H / inverse_temperature, so that backup and draw belong to one softmax.
 - Images (not in the paper): one encoder serves all networks. The critics train it, and before `online()` the base's
   loss. Targets use it without a slow copy, as in DrQ-v2.
-- Single actions only. A chunked EXPO would draw base samples and edits of H A numbers from windows
-  (`o2o.rl.windows`), with critics of whole chunks and a queue as in `o2o.agents.qc`, and d = H A in both entropies.
+
+Over chunks, as in the published OGBench curves ("FEdit", ColinQiyangLi/qam): with `chunk` h base samples, edits and
+critics are of h actions in a row, d = h A, played open loop. The presets of OGBench are FEdit's form, by settings:
+
+| what | FEdit's code | setting |
+| --- | --- | --- |
+| base | flow, 4x512 GELU, no average, no weight decay | `base`, `base_network`, `base_ema` 1, `base_weight_decay` 0 |
+| policy | one flow sample with one edit, no choice | `selection="edited"`, `n_samples` 1, `n_edits` 1 |
+| edit policy learns on | fresh flow samples, judged clipped | `edit_on="samples"` |
+| target | mean - rho std of ten critics | `pessimism` |
+| pre-training | all networks | `pretrain="all"` |
+| entropy | of the unscaled edit, target -d/2 | `entropy_target="reachable"`: the same |
+| order | all losses at the parameters before the step | critics first, their targets follow the new ones |
+| rows of the flow's loss | dropped if the window crosses an end | numbers behind the end count as zeros |
 """
 
 from collections.abc import Callable
@@ -48,24 +60,27 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.agents.registry import register_agent
 from o2o.agents.sac import ADROIT_DATA
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.encoders import EncoderConfig, augment, create_encoder, encode
 from o2o.nn.generative import Denoiser, Diffusion, Flow
-from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model, Scalar, draw_members
+from o2o.nn.modules import Activation, Adam, CriticEnsemble, GaussianActor, Model, Scalar, draw_members
 from o2o.rl import losses
+from o2o.rl.chunks import ActionQueue, fresh_queue, play
+from o2o.rl.windows import chunk_transitions
 from o2o.settings import AboveZero, Amount, Average, Count, Dropout, NotNegative, Rate, Real, Width, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 ALPHA_CAP = 1e6
 """Largest entropy temperature."""
-Selection = Literal["max", "soft"]
+Selection = Literal["max", "soft", "edited"]
 
 
 @dataclass(frozen=True)
-class EXPOConfig(AgentConfig):
+class EXPOConfig(ChunkedConfig):
     """Settings of EXPO; the defaults are the paper's for manipulation, online with prior data."""
 
     online: OnlineConfig = OnlineConfig(utd_ratio=20, random_steps=5000, replay="mixed", offline_ratio=0.5)
@@ -76,12 +91,16 @@ class EXPOConfig(AgentConfig):
     """Settings of a diffusion base."""
     flow: Flow = Flow()
     """Settings of a flow base."""
+    base_network: Literal["residual", "mlp"] = "residual"
+    """`residual`: EXPO's, time in Fourier features; `mlp`: FQL's, time as a number."""
     base_width: Width = 256
-    """Width of the base's residual network; its blocks are four times as wide inside."""
+    """Width of `residual`; its blocks are four times as wide inside."""
     base_blocks: Count = 3
-    """Residual blocks of the base's network."""
+    """Blocks of `residual`."""
+    base_hidden_dims: Widths = (512, 512, 512, 512)
+    """Widths of `mlp`."""
     base_dropout: Dropout = 0.0
-    """Dropout at the start of every block of the base, active in its loss only."""
+    """Dropout in the base, active in its loss only."""
     base_lr: Rate = 3e-4
     """First learning rate of the base, AdamW."""
     base_weight_decay: NotNegative = 1e-4
@@ -97,11 +116,16 @@ class EXPOConfig(AgentConfig):
     edit_scale: AboveZero = 0.05
     """Bound beta of an edit per action coordinate: 0.05 to 0.1 for precise tasks, 0.5 to 0.7 for exploration."""
     selection: Selection = "max"
-    """`max`: the best candidate. `soft`: a draw by exp(Q), with the draw's entropy in the backup, for narrow data."""
+    """`max`: the best candidate. `soft`: a draw by exp(Q), with the draw's entropy in the backup, for narrow data.
+    `edited`: no choice, the edited sample acts; for one sample and one edit."""
     inverse_temperature: AboveZero = 1.0
     """Of the soft selection: weights exp(inverse_temperature * Q), entropy bonus H / inverse_temperature."""
     backup: Literal["otf", "base"] = "otf"
     """Next action of the target: the on-the-fly policy's, or a plain sample of the base (the paper's ablation)."""
+    edit_on: Literal["data", "samples"] = "data"
+    """The edit policy learns to edit the minibatch's actions, or fresh samples of the base, then judged clipped."""
+    pretrain: Literal["base", "all"] = "base"
+    """What learns before `online()`: the base alone, or every network as it does online."""
     edit_hidden_dims: Widths = (256, 256, 256)
     """Widths of the edit policy's hidden layers."""
     edit_dropout: Dropout = 0.0
@@ -126,6 +150,12 @@ class EXPOConfig(AgentConfig):
     """Critics in the ensemble."""
     target_subset: Count = 2
     """Target critics drawn for the score of candidates, and again for the target's value: their minimum counts."""
+    pessimism: NotNegative | None = None
+    """Score and value are mean - pessimism * std (rho) of all target critics, in place of a subset's minimum."""
+    activation: Activation = "relu"
+    """Activation of edit policy and critics."""
+    norm_last: bool = False
+    """LayerNorm behind each activation of the critics instead of before it."""
     critic_lr: Rate = 3e-4
     """Learning rate of the critics, Adam."""
     encoder: EncoderConfig = EncoderConfig(kind="conv", latent_dim=50)
@@ -142,6 +172,8 @@ class EXPOConfig(AgentConfig):
             raise self.refuse("n_edits", f"0 to n_samples={self.n_samples}: lower it or raise n_samples")
         if self.target_subset > self.num_critics:
             raise self.refuse("target_subset", f"1 to num_critics={self.num_critics}")
+        if self.selection == "edited" and (self.n_samples, self.n_edits) != (1, 1):
+            raise self.refuse("selection", "edited only with n_samples=1 and n_edits=1")
 
     @property
     def generator(self) -> Diffusion | Flow:
@@ -150,8 +182,8 @@ class EXPOConfig(AgentConfig):
 
     @property
     def edits(self) -> int:
-        """Edits that are made: none of a single sample."""
-        return self.n_edits if self.n_samples > 1 else 0
+        """Edits that are made: none of a single sample, unless it is the edited one that acts."""
+        return self.n_edits if self.n_samples > 1 or self.selection == "edited" else 0
 
 
 class Choice(NamedTuple):
@@ -195,20 +227,44 @@ def on_the_fly(
     """Choose among base `samples [N, ..., A]` and clipped edits clip(a + scale * u) of the first `n_edits` of them.
 
     `edit(key, actions)` returns edits u in (-1, 1) of `actions [n, ..., A]`, same shape. `score(key, candidates)`
-    returns scores `[K, ...]` of `candidates [K, ..., A]`. A single sample is returned as it is.
+    returns scores `[K, ...]` of `candidates [K, ..., A]`. A single sample is returned as it is, with selection `edited`
+    its edit; nothing is scored then.
     """
     edit_rng, score_rng, select_rng = jax.random.split(rng, 3)
-    if samples.shape[0] == 1:
-        zero = jnp.zeros(samples.shape[1:-1])
+    zero = jnp.zeros(samples.shape[1:-1])
+    if samples.shape[0] == 1 and selection != "edited":
         return Choice(samples[0], zero.astype(jnp.int32), samples, scores=zero[None], entropy=zero)
     candidates = samples
     if n_edits:
         edited = samples[:n_edits] + scale * edit(edit_rng, samples[:n_edits])
         candidates = jnp.concatenate([samples, jnp.clip(edited, -1.0, 1.0)])
+    if selection == "edited":
+        return Choice(candidates[1], zero.astype(jnp.int32) + 1, candidates, jnp.stack([zero, zero]), zero)
     scores = score(score_rng, candidates)
     place, entropy = select(scores, select_rng, selection, inverse_temperature)
     chosen = jnp.take_along_axis(candidates, place[None, ..., None], axis=0)[0]
     return Choice(chosen, place, candidates, scores, entropy)
+
+
+def edit_actor(hidden_dims: Widths, size: int, dropout: float, activation: Activation) -> GaussianActor:
+    """Return the definition of an edit policy: concat(s, a) to a tanh-Gaussian of `size` numbers."""
+    return GaussianActor(
+        hidden_dims,
+        size,
+        dropout=dropout,
+        init_scheme="xavier",
+        log_std_min=-20.0,
+        log_std_max=2.0,
+        std_min=0.0,
+        std_max=float("inf"),
+        activation=activation,
+    )
+
+
+def edit_inputs(features: Array, actions: Array) -> Array:
+    """Return the inputs of an edit policy, concat(s, a), for features `[..., D]` that broadcast to actions' axes."""
+    features = jnp.broadcast_to(features, (*actions.shape[:-1], features.shape[-1]))
+    return jnp.concatenate([features, actions], axis=-1)
 
 
 _DEFAULT = EXPOConfig()
@@ -244,22 +300,27 @@ class EXPO(Agent):
         if encoder is None:
             check_flat(observations, cls.__name__)
         features = encode(encoder, observations)
-        denoiser = Denoiser(width=config.base_width, blocks=config.base_blocks, dropout=config.base_dropout)
-        adam_w = Adam(config.base_lr, config.decay_steps, config.base_weight_decay)
-        base = Model.create(base_rng, denoiser, adam_w, features, actions, jnp.zeros(actions.shape[:-1]))
-        editor = GaussianActor(
-            config.edit_hidden_dims,
-            actions.shape[-1],
-            dropout=config.edit_dropout,
-            init_scheme="xavier",
-            log_std_min=-20.0,
-            log_std_max=2.0,
-            std_min=0.0,
-            std_max=float("inf"),
+        chunks = jnp.tile(actions, config.chunk)
+        denoiser = Denoiser(
+            config.base_network,
+            config.base_hidden_dims,
+            blocks=config.base_blocks,
+            width=config.base_width,
+            dropout=config.base_dropout,
         )
-        pair = jnp.concatenate([features, actions], axis=-1)
-        ensemble = CriticEnsemble(config.critic_hidden_dims, config.num_critics, config.critic_layer_norm, "xavier")
-        critic = Model.create(critic_rng, ensemble, Adam(config.critic_lr), features, actions)
+        adam_w = Adam(config.base_lr, config.decay_steps, config.base_weight_decay)
+        base = Model.create(base_rng, denoiser, adam_w, features, chunks, jnp.zeros(actions.shape[:-1]))
+        editor = edit_actor(config.edit_hidden_dims, chunks.shape[-1], config.edit_dropout, config.activation)
+        pair = jnp.concatenate([features, chunks], axis=-1)
+        ensemble = CriticEnsemble(
+            config.critic_hidden_dims,
+            config.num_critics,
+            config.critic_layer_norm,
+            "xavier",
+            activation=config.activation,
+            norm_last=config.norm_last,
+        )
+        critic = Model.create(critic_rng, ensemble, Adam(config.critic_lr), features, chunks)
         log_alpha = Scalar(log(config.temperature_init))
         agent = cls(
             base=base,
@@ -275,6 +336,12 @@ class EXPO(Agent):
         )
         return jax.tree.map(jnp.asarray, agent)
 
+    @property
+    def size(self) -> int:
+        """Numbers of a chunk, h A."""
+        return self.config.chunk * self.action_dim
+
+    # Below, an action is a chunk of h actions, of `size` numbers; with `chunk` 1 it is one action.
     # The networks' outputs. `features [..., D]` are flat observations, or the encoder's output.
 
     def alpha(self, params: Params | None = None) -> Array:
@@ -284,7 +351,7 @@ class EXPO(Agent):
     def base_samples(self, base_params: Params, features: Array, count: int, rng: Array) -> Array:
         """Draw `count` base actions `[count, ..., A]` in [-1, 1] at `features [..., D]`."""
         noise_rng, chain_rng = jax.random.split(rng)
-        noise = jax.random.normal(noise_rng, (count, *features.shape[:-1], self.action_dim))
+        noise = jax.random.normal(noise_rng, (count, *features.shape[:-1], self.size))
 
         def denoise(x: Array, t: Array) -> Array:
             return self.base(features, x, t, params=base_params)
@@ -298,13 +365,17 @@ class EXPO(Agent):
 
         Dropout is on if `dropout_rng` is given.
         """
-        features = jnp.broadcast_to(features, (*actions.shape[:-1], features.shape[-1]))
-        pair = jnp.concatenate([features, actions], axis=-1)
         rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-        return self.edit(pair, params=params, training=dropout_rng is not None, rngs=rngs)
+        return self.edit(edit_inputs(features, actions), params=params, training=dropout_rng is not None, rngs=rngs)
 
     def subset_value(self, features: Array, actions: Array, rng: Array) -> Array:
-        """Return the minimum `[...]` over freshly drawn target critics, the same ones for all rows of the call."""
+        """Return the minimum `[...]` over freshly drawn target critics, the same ones for all rows of the call.
+
+        With `pessimism` it is mean - rho std of all of them, and nothing is drawn.
+        """
+        if self.config.pessimism is not None:
+            q = self.critic(features, actions, params=self.target_critic)
+            return losses.lower_bound(q, self.config.pessimism)
         assert isinstance(self.critic.module, CriticEnsemble)
         subset, params = draw_members(self.critic.module, self.target_critic, rng, self.config.target_subset)
         return jnp.min(jnp.asarray(subset.apply(params, features, actions)), axis=0)
@@ -344,14 +415,14 @@ class EXPO(Agent):
     def critic_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
         """Step critics and encoder on one minibatch `[B, ...]`, then move the target critics.
 
-        y = r + discount * m * v'(s'); the loss is the mean over critics and rows of (Q_i(s, a) - y)^2.
+        y = r + discount * m * v'(s'); the loss is the mean over critics and rows of valid (Q_i(s, a) - y)^2.
         """
         values, info = self.next_values(encode(self.encoder, batch["next_observations"]), rng)
         targets = losses.td_target(batch["rewards"], batch["masks"], values, self.config.discount)
 
         def loss_of(critic: Params, encoder: Params) -> tuple[Array, Array]:
             q = self.critic(encode(self.encoder, batch["observations"], encoder), batch["actions"], params=critic)
-            return losses.critic_loss(q, targets), jnp.mean(q)
+            return losses.critic_loss(q, targets, batch.get("valid")), jnp.mean(q)
 
         encoder_params = None if self.encoder is None else self.encoder.params
         (loss, q), (critic_grads, encoder_grads) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
@@ -372,7 +443,7 @@ class EXPO(Agent):
         critic trains the encoder, the encoder steps with the base.
         """
         loss_rng, dropout_rng = jax.random.split(rng)
-        trained_encoder = self.encoder if self.phase == "offline" else None
+        trained_encoder = self.encoder if self.imitates else None
 
         def loss_of(base: Params, encoder: Params) -> Array:
             features = encode(self.encoder, batch["observations"], encoder)
@@ -381,6 +452,7 @@ class EXPO(Agent):
                 return self.base(features, x, t, training=True, params=base, rngs={"dropout": dropout_rng})
 
             errors = self.config.generator.loss(denoise, batch["actions"], loss_rng)
+            errors = batch["entries"] * errors if "entries" in batch else errors
             return jnp.mean(jnp.sum(errors, axis=-1))
 
         encoder_params = None if trained_encoder is None else trained_encoder.params
@@ -396,7 +468,7 @@ class EXPO(Agent):
         return agent, {"base/loss": loss}
 
     def edit_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
-        """Step edit policy and temperature on edits of the stored actions of `[B, ...]`.
+        """Step edit policy and temperature on edits of the stored actions of `[B, ...]`, or of samples (`edit_on`).
 
         u ~ pi_e(. | s, a), and l = ln pi_e(u | s, a) - d ln(beta) is the log-density of the scaled edit. The policy's
         loss is mean[c alpha l - mean_i Q_i(s, a + beta u)], the temperature's alpha (H - target) with H = -mean l.
@@ -405,18 +477,22 @@ class EXPO(Agent):
         sample_rng, dropout_rng = jax.random.split(rng)
         features = encode(self.encoder, batch["observations"])
         actions = batch["actions"]
+        if config.edit_on == "samples":
+            actions = self.base_samples(self.base.params, features, 1, jax.random.fold_in(rng, 1))[0]
         alpha = self.alpha()
-        log_volume = self.action_dim * log(config.edit_scale)
+        log_volume = self.size * log(config.edit_scale)
 
         def edit_loss(params: Params) -> tuple[Array, tuple[Array, Array]]:
             edits, log_prob = self.edit_policy(features, actions, params, dropout_rng).sample_and_log_prob(sample_rng)
             log_prob = log_prob - log_volume
-            q = jnp.mean(self.critic(features, actions + config.edit_scale * edits), axis=0)
+            edited = actions + config.edit_scale * edits
+            edited = jnp.clip(edited, -1.0, 1.0) if config.edit_on == "samples" else edited
+            q = jnp.mean(self.critic(features, edited), axis=0)
             loss = losses.sac_actor_loss(log_prob, q, config.entropy_scale * alpha)
             return loss, (-jnp.mean(log_prob), jnp.mean(jnp.abs(edits)))
 
         (loss, (entropy, size)), edit_grads = jax.value_and_grad(edit_loss, has_aux=True)(self.edit.params)
-        target = -config.target_entropy * self.action_dim
+        target = -config.target_entropy * self.size
         if config.entropy_target == "reachable":
             target = target + log_volume
 
@@ -435,18 +511,25 @@ class EXPO(Agent):
             "temperature/loss": dual_loss,
         }
 
+    @property
+    def imitates(self) -> bool:
+        """Whether the base alone learns now."""
+        return self.phase == "offline" and self.config.pretrain == "base"
+
     def update(self, batch: Batch) -> tuple[Self, Info]:
         """Run `utd` critic steps on leaves `[utd, B, ...]`, then step base, edit policy and temperature on the last.
 
-        Before `online()`: one base step on the last minibatch, nothing else.
+        Chunks come as `[utd, B, h, ...]`. Before `online()`, unless `pretrain` is "all": one base step on the last
+        minibatch, nothing else.
         """
         config = self.config
+        batch = chunk_transitions(batch, config)
         rng, critic_rng, base_rng, edit_rng, share_rng, shift_rng = jax.random.split(self.rng, 6)
         minibatches_in(batch)  # refuses leaves [B, ...]
         pad = config.encoder.shift_pad
         last = augment(shift_rng, jax.tree.map(lambda leaf: leaf[-1], batch), pad)
         agent = self.replace(rng=rng)
-        if self.phase == "offline":
+        if self.imitates:
             return agent.base_step(last, base_rng)
 
         def critic_step(agent: Self, rows: Batch, key: Array) -> tuple[Self, Info]:
@@ -465,16 +548,27 @@ class EXPO(Agent):
             info |= edit_info
         return agent, info
 
-    def q_value(self, observations: Array | dict[str, Array], actions: Array) -> Array:
-        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`."""
-        return self.critic(encode(self.encoder, observations), actions).mean(axis=0)
+    def q_value(self, observations: Array | dict[str, Array], actions: Array) -> Array | None:
+        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`.
+
+        None: the critics judge whole chunks.
+        """
+        return None if self.config.chunk > 1 else self.critic(encode(self.encoder, observations), actions).mean(axis=0)
 
     def sample_actions(
         self, observations: Array | dict[str, Array], carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
         """Return on-the-fly actions `[..., A]` in [-1, 1] with the averaged base; `deterministic` changes nothing."""
-        choice = self.choose(encode(self.encoder, observations), self.target_base, rng)
-        return jnp.clip(choice.actions, -1.0, 1.0), carry
+
+        def propose() -> Array:
+            choice = self.choose(encode(self.encoder, observations), self.target_base, rng)
+            return jnp.clip(choice.actions, -1.0, 1.0)
+
+        return play(self.config.chunk, carry, propose)
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
+        return fresh_queue(self.config.chunk, batch_shape, self.action_dim)
 
     def online(self) -> Self:
         """Return the agent whose updates train everything; nothing is reset, and nothing else changes."""
@@ -487,7 +581,8 @@ class EXPO(Agent):
         `paper`: AntMaze takes the published offline-to-online command, Adroit pen's command with prior data. The other
         families are our choice: "pointmaze" follows AntMaze. Kitchen follows MimicGen threading, manipulation with the
         same arm (scale 0.05, 500k steps of pre-training). Locomotion follows RLPD's schedule with scale 0.5. "other"
-        follows robomimic square (scale 0.1, 200k steps). Rewards are r - 1 on mazes and -1/0 on Adroit.
+        follows robomimic square (scale 0.1, 200k steps). Rewards are r - 1 on mazes and -1/0 on Adroit. OGBench's tasks
+        have FEdit's settings, those of the published curves (`o2o.agents.ogbench`).
 
         `small`, for a laptop: always 10k steps of imitation and no random steps, smaller networks, 4 critics,
         4 samples, `utd_ratio` 4, 8k environment steps.
@@ -513,7 +608,8 @@ class EXPO(Agent):
             config = replace(config, edit_scale=0.1)
             offline_steps = 200_000
         if size == "paper":
-            return Preset(config, offline_steps, online_steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
+            own = ADROIT_DATA if family == "adroit" else {}
+            return Preset(config, offline_steps, online_steps, reward, tasks=_ogbench(), **own)
         config = replace(
             config,
             batch_size=128,
@@ -532,3 +628,28 @@ class EXPO(Agent):
             encoder=EncoderConfig.small(),
         )
         return Preset(config, 10_000, 8_000, reward)
+
+
+def _ogbench() -> dict[str, Preset]:
+    """Return FEdit's settings of OGBench's tasks (QAM's table): the scale of the edits."""
+    config = EXPOConfig(
+        **ogbench.CHUNKS,
+        base="flow",
+        base_network="mlp",
+        base_weight_decay=0.0,
+        base_ema=1.0,
+        decay_steps=None,
+        n_samples=1,
+        n_edits=1,
+        selection="edited",
+        edit_scale=0.2,
+        edit_on="samples",
+        pretrain="all",
+        edit_hidden_dims=ogbench.WIDTHS,
+        critic_hidden_dims=ogbench.WIDTHS,
+        activation="gelu",
+        norm_last=True,
+        pessimism=0.5,
+        online=ogbench.ONLINE,
+    )
+    return ogbench.presets(config, {"cube triple": {"edit_scale": 0.3}, "puzzle 4x4": {"edit_scale": 0.8}})

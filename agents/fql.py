@@ -14,7 +14,11 @@ Where we differ from the paper and its code (seohongpark/fql)
 | locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 
-Not here: chunks of actions and n-step returns (`qc` has them), and best of N over the one-step policy.
+| OGBench | single actions, 2 critics, alpha 300, puzzle 1000, dense | QAM's table: chunks of 5, 10 critics | - |
+
+QAM's table (arXiv 2601.14234) has raw curves, so OGBench's presets follow it. The paper's own settings there:
+`--config.chunk 1 --config.num-critics 2 --config.pessimism 0`, alpha as above, and the dense dataset.
+Not here: n-step returns, and best of N over the one-step policy.
 """
 
 from dataclasses import dataclass, replace
@@ -25,18 +29,21 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.qc import OneStep
 from o2o.agents.registry import register_agent
 from o2o.nn.generative import Denoiser, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, Model
-from o2o.rl.losses import critic_loss, td_target
+from o2o.rl.chunks import ActionQueue, fresh_queue, play
+from o2o.rl.losses import critic_loss, lower_bound, td_target
+from o2o.rl.windows import chunk_transitions
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params, Preset
+from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class FQLConfig(AgentConfig):
+class FQLConfig(ChunkedConfig):
     """Settings of FQL."""
 
     alpha: NotNegative = 10.0
@@ -45,6 +52,8 @@ class FQLConfig(AgentConfig):
     """Divide the climbed Q by its mean size."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics."""
+    pessimism: NotNegative = 0.0
+    """Standard deviations of the target critics that `mean` subtracts (rho)."""
     num_critics: Count = 2
     """Number of critics."""
     flow_steps: Count = 10
@@ -89,11 +98,11 @@ class FQL(Agent):
         judges = CriticEnsemble(
             config.critic_hidden_dims, config.num_critics, True, "xavier", activation="gelu", norm_last=True
         )
-        times = jnp.zeros(actions.shape[:-1])
-        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, actions)
+        times, chunks = jnp.zeros(actions.shape[:-1]), jnp.tile(actions, config.chunk)
+        critic = Model.create(critic_rng, judges, Adam(config.critic_lr), observations, chunks)
         agent = cls(
-            actor=Model.create(flow_rng, flow, Adam(config.actor_lr), observations, actions, times),
-            one_step=Model.create(policy_rng, policy, Adam(config.actor_lr), observations, actions),
+            actor=Model.create(flow_rng, flow, Adam(config.actor_lr), observations, chunks, times),
+            one_step=Model.create(policy_rng, policy, Adam(config.actor_lr), observations, chunks),
             critic=critic,
             target_critic=jax.tree.map(jnp.copy, critic.params),
             rng=rng,
@@ -103,19 +112,27 @@ class FQL(Agent):
         return jax.tree.map(jnp.asarray, agent)
 
     def critic_loss(self, params: Params, batch: Batch, noise: Array) -> tuple[Array, Info]:
-        """Return the mean of (Q_k(s, a) - y)^2, y = r + discount m agg_k Q'_k(s', clip(mu(s', z))), z `[B, A]`."""
+        """Return the mean of valid (Q_k(s, a) - y)^2, y = r + discount m agg_k Q'_k(s', clip(mu(s', z))), z `[B, A]`.
+
+        `agg` is the minimum, or mean - rho std.
+        """
+        config = self.config
         next_actions = jnp.clip(self.one_step(batch["next_observations"], noise), -1.0, 1.0)
         next_q = self.critic(batch["next_observations"], next_actions, params=self.target_critic)
-        next_values = next_q.min(axis=0) if self.config.aggregate == "min" else next_q.mean(axis=0)
-        targets = td_target(batch["rewards"], batch["masks"], next_values, self.config.discount)
+        next_values = next_q.min(axis=0) if config.aggregate == "min" else lower_bound(next_q, config.pessimism)
+        targets = td_target(batch["rewards"], batch["masks"], next_values, config.discount)
         q = self.critic(batch["observations"], batch["actions"], params=params)
-        loss = critic_loss(q, targets)
+        loss = critic_loss(q, targets, batch.get("valid"))
         return loss, {"critic/loss": loss, "critic/q": q.mean(), "critic/target": targets.mean()}
 
     def flow_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
-        """Return the flow's mean squared error on the actions of the data (`Flow.loss`), and metrics."""
+        """Return the flow's mean squared error on the actions of the data (`Flow.loss`), and metrics.
+
+        Numbers of a chunk behind its episode's end count as zeros.
+        """
         flow = Flow(self.config.flow_steps)
         errors = flow.loss(lambda x, t: self.actor(batch["observations"], x, t, params=params), batch["actions"], rng)
+        errors = batch["entries"] * errors if "entries" in batch else errors
         return errors.mean(), {"actor/loss": errors.mean()}
 
     def flow_actions(self, observations: Array, noise: Array) -> Array:
@@ -151,26 +168,38 @@ class FQL(Agent):
         return agent, {**critic_info, **flow_info, **policy_info}
 
     def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run one step per leading row of the leaves `[utd, B, ...]`; metrics are means over them."""
-        return each_minibatch(lambda agent, rows: agent._step(rows), self, batch)
+        """Run one step per minibatch of the leaves `[utd, B, ...]`, with chunks `[utd, B, h, ...]`; mean metrics."""
+        return each_minibatch(lambda agent, rows: agent._step(rows), self, chunk_transitions(batch, self.config))
 
-    def q_value(self, observations: Array, actions: Array) -> Array:
-        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`."""
-        return self.critic(observations, actions).mean(axis=0)
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the critics' mean value `[...]` of actions `[..., A]` at observations `[..., D]`.
+
+        None: the critics judge whole chunks.
+        """
+        return None if self.config.chunk > 1 else self.critic(observations, actions).mean(axis=0)
 
     def sample_actions(
         self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
     ) -> tuple[Array, Carry]:
-        """Return actions clip(mu(s, z)) `[..., A]` and the unused carry; z is drawn, `deterministic` or not."""
-        noise = jax.random.normal(rng, (*observations.shape[:-1], self.action_dim))
-        return jnp.clip(self.one_step(observations, noise), -1.0, 1.0), carry
+        """Return actions of clip(mu(s, z)) `[..., A]`, and the carry; z is drawn, `deterministic` or not."""
+
+        def propose() -> Array:
+            noise = jax.random.normal(rng, (*observations.shape[:-1], self.config.chunk * self.action_dim))
+            return jnp.clip(self.one_step(observations, noise), -1.0, 1.0)
+
+        return play(self.config.chunk, carry, propose)
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
+        return fresh_queue(self.config.chunk, batch_shape, self.action_dim)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
         `paper`: 1M updates (D4RL's AntMaze and Adroit 500k) and 1M environment steps; 4x512, batch 256. Mazes have
-        rewards of -1/0 and alpha 10, Adroit 1000 and the lower target critic. `small`: 2x128, batch 128, rates of
+        rewards of -1/0 and alpha 10, Adroit 1000 and the lower target critic. OGBench's tasks have the settings of the
+        published curves (`o2o.agents.ogbench`). `small`: 2x128, batch 128, rates of
         1e-3, 10k updates and 10k environment steps.
         """
         maze = family in ("antmaze", "pointmaze")
@@ -181,7 +210,13 @@ class FQL(Agent):
         if size == "paper":
             preset = Preset(config, 500_000 if family in ("antmaze", "adroit") else 1_000_000, 1_000_000, reward)
             large = {"d4rl antmaze large": replace(preset, config=replace(config, alpha=3.0))}
-            return replace(preset, tasks=large) if family == "antmaze" else preset
+            return replace(preset, tasks=_ogbench() | (large if family == "antmaze" else {}))
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
         return Preset(small, 10_000, 10_000, reward)
+
+
+def _ogbench() -> dict[str, Preset]:
+    """Return the settings of OGBench's tasks (QAM's table)."""
+    config = FQLConfig(**ogbench.CHUNKS, num_critics=10, pessimism=0.5, alpha=300.0, online=ogbench.ONLINE)
+    return ogbench.presets(config, {"cube triple": {"alpha": 30.0}, "puzzle 4x4": {"alpha": 1.0}})

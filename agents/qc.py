@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.chunked import ChunkedFlow, chunk_noise
 from o2o.agents.minibatches import check_flat
 from o2o.agents.registry import register_agent
@@ -227,13 +228,15 @@ class QC(ChunkedFlow):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; the paper has none of these
-        families. `small`: 2x128, batch 128, 8 samples, 10k updates and 10k environment steps, the first update at 1000.
-        Rewards are -1/0 on mazes and Adroit, as in the code's sparse tasks, else the task's own.
+        `paper`: the paper's for OGBench and robomimic, 1M updates and 1M environment steps; the paper has none of the
+        other families. On OGBench samples are evaluated, 50 episodes of them. `small`: 2x128, batch 128, 8 samples,
+        10k updates and 10k environment steps, the first update at 1000. Rewards are -1/0 on mazes and Adroit, as in the
+        code's sparse tasks, else the task's own.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            return Preset(QCConfig(pad_terminal=False), 1_000_000, 1_000_000, reward)
+            config = QCConfig(pad_terminal=False)
+            return Preset(config, 1_000_000, 1_000_000, reward, tasks=ogbench.presets(config, {}, steps=1_000_000))
         config = QCConfig(
             num_samples=8,
             actor_hidden_dims=(128, 128),

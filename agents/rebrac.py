@@ -15,30 +15,41 @@ Where we differ from the paper and its code (tinkoff-ai/ReBRAC)
 | weights of the penalties | one pair for each dataset | AntMaze, locomotion: `PENALTIES`, by its id; else one | 0.01 |
 | PointMaze, Kitchen | none | AntMaze's settings; the defaults | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
+| OGBench | none | QAM's table: chunks of 5, 10 critics, no penalty in the target | - |
+| OGBench: targets | by 0.005 every second step (QAM's code) | by 0.0025 every step | - |
+| OGBench: noise when acting | clipped at 0.5, in evaluation too (QAM's code) | not clipped, in evaluation too | - |
 | online | none | same losses, one buffer, action noise 0.2 (seohongpark/fql) | the same |
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 
+from o2o.agents import ogbench
 from o2o.agents.registry import register_agent
 from o2o.agents.td3 import TD3, TD3Config
-from o2o.rl.losses import td_target
+from o2o.nn.modules import Activation
+from o2o.rl.chunks import ActionQueue, fresh_queue, play
+from o2o.rl.losses import lower_bound, td_target
+from o2o.rl.windows import chunk_transitions
 from o2o.settings import NotNegative, Widths
-from o2o.types import Array, Batch, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Carry, ChunkedConfig, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class ReBRACConfig(TD3Config):
+class ReBRACConfig(TD3Config, ChunkedConfig):
     """Settings of ReBRAC."""
 
     actor_penalty: NotNegative = 0.01
     """Weight of |pi(s) - a|^2 in the actor's loss (beta_1), on a scale where Q has the mean size 1."""
     critic_penalty: NotNegative = 0.01
-    """Weight of |a' - a'_data|^2 in the target (beta_2), in units of the reward."""
+    """Weight of |a' - a'_data|^2 in the target (beta_2), in units of the reward; 0 with chunks."""
+    pessimism: NotNegative | None = None
+    """The critics' value is mean - pessimism * std over all of them (rho), for target and actor; `None`: the least."""
+    activation: Activation = "relu"
+    """Activation of actor and critics."""
     actor_hidden_dims: Widths = (256, 256, 256)
     """Widths of the actor's hidden layers."""
     critic_hidden_dims: Widths = (256, 256, 256)
@@ -50,10 +61,16 @@ class ReBRACConfig(TD3Config):
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.chunk > 1 and self.critic_penalty:
+            raise self.refuse("critic_penalty", f"0 with chunk={self.chunk}: the data's next chunk is not drawn")
+
     @property
     def needs(self) -> Needs:
-        """The next action of the data, and where there is one."""
-        return Needs(batch_keys=("next_actions", "next_valid"))
+        """The next action of the data, and where there is one; with chunks windows of one chunk."""
+        return Needs(window=self.chunk, batch_keys=() if self.chunk > 1 else ("next_actions", "next_valid"))
 
 
 PENALTIES: dict[str, dict[str, tuple[float, float]]] = {
@@ -78,9 +95,14 @@ class ReBRAC(TD3):
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: ReBRACConfig = _DEFAULT) -> Self:
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
-        agent = super().create(rng, observations, actions, config)
-        judges = agent.critic.module.clone(norm_last=True)  # LayerNorm behind the activation; the same parameters
-        return agent.replace(critic=agent.critic.replace(module=judges))
+        agent = super().create(rng, observations, jnp.tile(actions, config.chunk), config)
+        judges = agent.critic.module.clone(norm_last=True, activation=config.activation)  # the same parameters
+        policy = agent.actor.module.clone(activation=config.activation)
+        return agent.replace(actor=agent.actor.replace(module=policy), critic=agent.critic.replace(module=judges))
+
+    def value(self, q: Array) -> Array:
+        """Return the critics' common value `[...]` of `q [E, ...]`: the least, or mean - rho std."""
+        return q.min(axis=0) if self.config.pessimism is None else lower_bound(q, self.config.pessimism)
 
     def targets(self, batch: Batch, rng: Array) -> tuple[Array, Info]:
         """Return y = r + discount m (min_k Q'_k(s', a') - beta_2 |a' - a'_data|^2) `[B]`, and the mean distance.
@@ -88,31 +110,57 @@ class ReBRAC(TD3):
         a' is the target actor's action with clipped noise. Without a next action in the data there is no penalty.
         """
         actions = self.noisy_actions(batch["next_observations"], self.target_actor, rng)
-        q = self.critic(batch["next_observations"], actions, params=self.target_critic).min(axis=0)
+        q = self.value(self.critic(batch["next_observations"], actions, params=self.target_critic))
+        if self.config.chunk > 1:
+            return td_target(batch["rewards"], batch["masks"], q, self.config.discount), {}
         distance = batch["next_valid"] * jnp.sum(jnp.square(actions - batch["next_actions"]), axis=-1)
         values = q - self.config.critic_penalty * distance
         targets = td_target(batch["rewards"], batch["masks"], values, self.config.discount)
         return targets, {"critic/distance": distance.mean()}
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
-        """Return mean(beta_1 |pi(s) - a|^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|) `[]` on leaves `[B, ...]`."""
+        """Return mean(beta_1 |pi(s) - a|^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|) `[]` on leaves `[B, ...]`.
+
+        Chunks that their episode's end cuts short have no penalty.
+        """
         actions = self.actor(batch["observations"], training=True, params=params, rngs={"dropout": rng})
-        q = self.critic(batch["observations"], actions).min(axis=0)
+        q = self.value(self.critic(batch["observations"], actions))
         size = jnp.maximum(jax.lax.stop_gradient(jnp.abs(q).mean()), 1e-8)
-        distance = jnp.sum(jnp.square(actions - batch["actions"]), axis=-1).mean()
+        distance = jnp.sum(jnp.square(actions - batch["actions"]), axis=-1)
+        distance = jnp.mean(batch["valid"] * distance if "valid" in batch else distance)
         loss = self.config.actor_penalty * distance - q.mean() / size
         return loss, {"actor/loss": loss, "actor/distance": distance, "actor/q_size": size}
 
-    def q_value(self, observations: Array, actions: Array) -> Array:
-        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
-        return self.critic(observations, actions).min(axis=0)
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`.
+
+        None: the critics judge whole chunks.
+        """
+        return None if self.config.chunk > 1 else self.critic(observations, actions).min(axis=0)
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Take one critic step per minibatch of `[utd, B, ...]`, with chunks `[utd, B, h, ...]`, and actor steps."""
+        return super().update(chunk_transitions(batch, self.config))
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1], with exploration noise unless `deterministic`, and the carry."""
+        act = super().sample_actions
+        return play(self.config.chunk, carry, lambda: act(observations, None, rng, deterministic)[0])
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
+        policy: Any = self.actor.module
+        return fresh_queue(self.config.chunk, batch_shape, policy.action_dim // self.config.chunk)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
         `paper`: 1M updates (the paper's) and 1M environment steps. Batch 1024 and rates of 1e-3 on locomotion, else
-        256 and 3e-4; on mazes 5e-5 for the critics. `small`: 2x128, batch 128, rates of 1e-3, 10k updates and 10k
+        256 and 3e-4; on mazes 5e-5 for the critics. OGBench's tasks have the settings of the published curves
+        (`o2o.agents.ogbench`). `small`: 2x128, batch 128, rates of 1e-3, 10k updates and 10k
         environment steps. Its policy stays closer to the data on locomotion (0.4, TD3+BC's weight): the paper's 0.01
         is too little for so few updates.
         """
@@ -131,9 +179,32 @@ class ReBRAC(TD3):
                 words: replace(preset, config=replace(config, actor_penalty=actor, critic_penalty=critic))
                 for words, (actor, critic) in PENALTIES.get(family, {}).items()
             }
-            return replace(preset, tasks=tasks)
+            return replace(preset, tasks=_ogbench() | tasks)
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
         if family == "locomotion":
             small = replace(small, actor_penalty=0.4)
         return Preset(small, 10_000, 10_000, reward)
+
+
+def _ogbench() -> dict[str, Preset]:
+    """Return the settings of OGBench's tasks (QAM's table): weight of the actor's penalty, and noise."""
+    config = ReBRACConfig(
+        **ogbench.CHUNKS,
+        num_critics=10,
+        pessimism=0.5,
+        actor_penalty=0.01,
+        critic_penalty=0.0,
+        actor_hidden_dims=ogbench.WIDTHS,
+        critic_hidden_dims=ogbench.WIDTHS,
+        activation="gelu",
+        init_scheme="xavier",
+        policy_delay=1,
+        tau=0.0025,
+        target_noise=0.0,
+        exploration_noise=0.0,
+        online=ogbench.ONLINE,
+    )
+    noisy = {"target_noise": 0.2, "exploration_noise": 0.2}
+    own = {"scene": {"actor_penalty": 0.03}, "puzzle 3x3": {"actor_penalty": 0.1}}
+    return ogbench.presets(config, {**own, "cube triple": noisy, "puzzle 4x4": noisy})

@@ -10,6 +10,7 @@ environment step, and half of every minibatch from a dataset (the buffer mixes i
 | Adroit's data | - | 90 % of each file, no terminals | the same (`ADROIT_DATA`) | all; success is terminal |
 | Adroit's episodes | - | run on after success | the same | end at success |
 | entropy target | -dim(A) / 2 | the same | the same | RLPD the same, SAC -dim(A) |
+| OGBench | - | QAM's: chunks of 5, mean - rho std of all critics, one update a step | the same | - |
 | optimisers whose loss did not run | rest | rest | rest; WSRL's step | rest (`zero_grad_steps`) |
 
 Where we differ
@@ -43,15 +44,29 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError
 from o2o.nn.distributions import TanhNormal
 from o2o.nn.kernels import branch
-from o2o.nn.modules import SQRT2, Adam, CriticEnsemble, GaussianActor, Init, Model, Scalar, draw_members, where_leading
+from o2o.nn.modules import (
+    SQRT2,
+    Activation,
+    Adam,
+    CriticEnsemble,
+    GaussianActor,
+    Init,
+    Model,
+    Scalar,
+    draw_members,
+    where_leading,
+)  # fmt: skip
 from o2o.rl import losses
+from o2o.rl.chunks import ActionQueue, fresh_queue, play
+from o2o.rl.windows import chunk_transitions
 from o2o.settings import AboveZero, Amount, Average, Count, Interval, NotNegative, Rate, Real, Share, Widths
-from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Agent, AgentConfig, Array, Batch, Carry, ChunkedConfig, Info, Needs, OnlineConfig, Params, Preset
 
 ADROIT_DATA: dict[str, Any] = {"terminate_on_success": False, "data_share": 0.9}
 """Fields of a `Preset`: RLPD's code takes 90 % of each Adroit file, without terminals, and runs on after success."""
@@ -161,7 +176,7 @@ class SACConfig(AgentConfig):
 
 
 @dataclass(frozen=True)
-class RLPDConfig(SACConfig):
+class RLPDConfig(SACConfig, ChunkedConfig):
     """Settings of RLPD; the defaults are the paper's for D4RL locomotion."""
 
     online: OnlineConfig = OnlineConfig(utd_ratio=20, random_steps=5000, replay="mixed", offline_ratio=0.5)
@@ -178,6 +193,26 @@ class RLPDConfig(SACConfig):
     """Entropy target as a multiple of -dim(A)."""
     temperature_objective: Literal["alpha", "log_alpha"] = "alpha"
     """Whether the temperature loss multiplies the entropy gap by alpha or by its logarithm (needs `exp`)."""
+    pessimism: NotNegative | None = None
+    """Target and actor take mean - pessimism * std (rho) over the critics in place of `target_subset`'s minimum and of
+    `actor_reduce`; it needs `target_subset` None, for all critics."""
+    activation: Activation = "relu"
+    """Activation of actor and critics."""
+    norm_last: bool = False
+    """LayerNorm behind each activation of the critics instead of before it."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values out of range, or that do not go together."""
+        super().__post_init__()
+        if self.pessimism is not None and self.target_subset is not None:
+            raise self.refuse("target_subset", "None with a pessimism, which is for all critics")
+        if self.chunk > 1 and self.critic_warmup == "mc":
+            raise self.refuse("critic_warmup", "off or td with chunks: Monte-Carlo returns are those of single rows")
+
+    @property
+    def needs(self) -> Needs:
+        """SAC's, in windows of one chunk."""
+        return replace(super().needs, window=self.chunk)
 
 
 def positive(value: Array, param: Positive) -> Array:
@@ -283,7 +318,7 @@ class SAC(Agent):
             ensemble, self.target_critic, member_rng, config.target_subset, config.subset_replace
         )
         q: Any = critic.apply(drawn, batch["next_observations"], next_actions)
-        next_q = jnp.min(q, axis=0)
+        next_q = self.target_value(q)
         if samples:
             best = jnp.argmax(next_q, axis=0, keepdims=True)
             next_q, log_prob = (jnp.take_along_axis(each, best, axis=0)[0] for each in (next_q, log_prob))
@@ -291,10 +326,14 @@ class SAC(Agent):
             next_q = next_q - self.alpha() * log_prob
         return losses.td_target(batch["rewards"], batch["masks"], next_q, config.discount)
 
+    def target_value(self, q: Array) -> Array:
+        """Return the value `[...]` that targets take of the drawn target critics' `q [E, ...]`: the least."""
+        return jnp.min(q, axis=0)
+
     def critic_loss(self, params: Params, batch: Batch, targets: Array, rng: Array) -> tuple[Array, Info]:
         """Return mean (Q(s, a) - y)^2 over critics and rows `[]`, and metrics; `rng` is for agents that add terms."""
         q = self.critic(batch["observations"], batch["actions"], params=params)
-        loss = losses.critic_loss(q, targets)
+        loss = losses.critic_loss(q, targets, batch.get("valid"))
         return loss, {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/target": jnp.mean(targets)}
 
     def update_critic(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
@@ -316,7 +355,7 @@ class SAC(Agent):
         """Return the minimum or, with `actor_reduce="mean"`, the mean `[...]` over the critics' values `[E, ...]`."""
         return jnp.min(q, axis=0) if self.config.actor_reduce == "min" else jnp.mean(q, axis=0)
 
-    def q_value(self, observations: Array, actions: Array) -> Array:
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
         """Return the reduced critics' value `[...]` of actions `[..., A]` at observations `[..., D]`."""
         return self.reduced(self.critic(observations, actions))
 
@@ -433,14 +472,62 @@ class SAC(Agent):
 class RLPD(SAC):
     """SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset."""
 
+    config: RLPDConfig = struct.field(pytree_node=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: SACConfig = RLPDConfig()) -> Self:
         """Initialise from a key and example observations `[B, D]` and actions `[B, A]`."""
-        return super().create(rng, observations, actions, config)
+        own: Any = config
+        agent = super().create(rng, observations, jnp.tile(actions, own.chunk), config)
+        actor: Any = agent.actor.module
+        critic: Any = agent.critic.module
+        actor = actor.clone(activation=own.activation)  # the parameters are the same
+        critic = critic.clone(activation=own.activation, norm_last=own.norm_last)
+        return agent.replace(actor=agent.actor.replace(module=actor), critic=agent.critic.replace(module=critic))
+
+    def target_value(self, q: Array) -> Array:
+        """Return the value `[...]` of the target critics' `q [E, ...]`: the least, or mean - rho std."""
+        rho = self.config.pessimism
+        return super().target_value(q) if rho is None else losses.lower_bound(q, rho)
+
+    def policy_value(self, batch: Batch, actions: Array, critic: Model) -> Array:
+        """Return what the actor climbs `[B]`: the critics' mean (`actor_reduce`), or mean - rho std."""
+        rho = self.config.pessimism
+        if rho is None:
+            return super().policy_value(batch, actions, critic)
+        return losses.lower_bound(critic(batch["observations"], actions), rho)
+
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
+        """Return the reduced critics' value `[...]` of actions `[..., A]`; None: the critics judge whole chunks."""
+        rho, q = self.config.pessimism, self.critic
+        if self.config.chunk > 1:
+            return None
+        return (
+            super().q_value(observations, actions) if rho is None else losses.lower_bound(q(observations, actions), rho)
+        )
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run SAC's update on leaves `[utd, B, ...]`, with chunks `[utd, B, h, ...]`."""
+        return super().update(chunk_transitions(batch, self.config))
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`, samples or modes, and the carry."""
+        act = super().sample_actions
+        return play(self.config.chunk, carry, lambda: act(observations, None, rng, deterministic)[0])
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
+        policy: Any = self.actor.module
+        return fresh_queue(self.config.chunk, batch_shape, policy.action_dim // self.config.chunk)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
-        """Return RLPD's settings for a task family (arXiv 2302.02948); `small` for a laptop."""
+        """Return RLPD's settings for a task family (arXiv 2302.02948); `small` for a laptop.
+
+        OGBench's tasks have the settings of the published curves (`o2o.agents.ogbench`).
+        """
         config, steps, reward = RLPDConfig(), 250_000, None
         deep = {"actor_hidden_dims": (256, 256, 256), "critic_hidden_dims": (256, 256, 256), "backup_entropy": False}
         if family in ("antmaze", "pointmaze"):
@@ -451,7 +538,24 @@ class RLPD(SAC):
             config = replace(config, **deep, online=replace(config.online, utd_ratio=10))
         if size == "small":
             return Preset(shrink(config, utd_ratio=4), 0, 8_000, reward)
-        return Preset(config, 0, steps, reward, **(ADROIT_DATA if family == "adroit" else {}))
+        own = ADROIT_DATA if family == "adroit" else {}
+        return Preset(config, 0, steps, reward, tasks=_ogbench(), **own)
+
+
+def _ogbench() -> dict[str, Preset]:
+    """Return RLPD's settings of OGBench's tasks (QAM's table): no pre-training, one update a step."""
+    config = RLPDConfig(
+        **ogbench.CHUNKS,
+        actor_hidden_dims=ogbench.WIDTHS,
+        critic_hidden_dims=ogbench.WIDTHS,
+        activation="gelu",
+        norm_last=True,
+        target_subset=None,
+        pessimism=0.5,
+        backup_entropy=False,
+        online=replace(RLPDConfig().online, utd_ratio=1),
+    )
+    return ogbench.presets(config, {}, updates=0)
 
 
 def zero_step(model: Model, rate: Array | None = None) -> Model:

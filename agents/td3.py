@@ -19,7 +19,7 @@ from flax import struct
 
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.nn.kernels import branch
-from o2o.nn.modules import MLP, Adam, CriticEnsemble, Init, Model, kernel_init
+from o2o.nn.modules import MLP, Activation, Adam, CriticEnsemble, Init, Model, kernel_init
 from o2o.rl import losses
 from o2o.settings import Average, Count, Dropout, NotNegative, Rate, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, Info, OnlineConfig, Params
@@ -68,11 +68,13 @@ class DeterministicActor(nn.Module):
     action_dim: int
     dropout: float = 0.0
     init_scheme: Init = "linear"
+    activation: Activation = "relu"
 
     @nn.compact
     def __call__(self, observations: Array, training: bool = False) -> Array:
         """Return the actions; `training` switches dropout on (rng collection `dropout`)."""
-        x = MLP(self.hidden_dims, dropout=self.dropout, init_scheme=self.init_scheme)(observations, training)
+        trunk = MLP(self.hidden_dims, False, self.dropout, self.init_scheme, activation=self.activation)
+        x = trunk(observations, training)
         return jnp.tanh(nn.Dense(self.action_dim, kernel_init=kernel_init(self.init_scheme))(x))
 
 
@@ -141,7 +143,7 @@ class TD3(Agent):
 
         def loss_of(params: Params) -> tuple[Array, Info]:
             q = self.critic(batch["observations"], batch["actions"], params=params)
-            loss = config.num_critics * losses.critic_loss(q, targets)
+            loss = config.num_critics * losses.critic_loss(q, targets, batch.get("valid"))
             return loss, {"critic/loss": loss, "critic/q": q.mean(), "critic/target": targets.mean(), **made}
 
         grads, info = jax.grad(loss_of, has_aux=True)(self.critic.params)
@@ -196,7 +198,7 @@ class TD3(Agent):
         noise = self.config.exploration_noise * jax.random.normal(rng, actions.shape)
         return jnp.clip(actions + noise, -1.0, 1.0)
 
-    def q_value(self, observations: Array, actions: Array) -> Array:
+    def q_value(self, observations: Array, actions: Array) -> Array | None:
         """Return the first critic's value `[...]` of actions `[..., A]` at observations `[..., D]`."""
         return self.critic(observations, actions)[0]
 

@@ -233,6 +233,11 @@ class WSRL(Agent):
         if type(source) not in SOURCES:
             known = ", ".join(kind.__name__ for kind in SOURCES)
             raise ConfigError(f"WSRL cannot start from {type(source).__name__}; expected {known} or WSRL")
+        if isinstance(source, RLPD) and (source.config.chunk > 1 or source.config.activation != "relu"):
+            raise ConfigError(
+                "WSRL cannot start from an RLPD run with chunk above 1 or an activation other than relu; pre-train one "
+                "with chunk 1 and relu"
+            )
         limits = source.config.log_std_range
         parts = {name: replace(getattr(config, name), log_std_range=limits) for name in PARTS}
         if isinstance(source, SAC) and source.online_steps is not None:

@@ -121,6 +121,21 @@ class AgentConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ChunkedConfig(AgentConfig):
+    """The settings of agents whose action may be a chunk of actions (`o2o.rl.chunks`, `o2o.rl.windows`)."""
+
+    chunk: Count = 1
+    """Actions h in a row that are judged and played as one."""
+    pad_terminal: bool = True
+    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
+
+    @property
+    def needs(self) -> Needs:
+        """Windows of one chunk."""
+        return Needs(window=self.chunk)
+
+
+@dataclass(frozen=True)
 class Phase:
     """One part of an agent's pre-training on its dataset.
 

@@ -80,3 +80,23 @@ def next_action(queue: ActionQueue, propose: Callable[[], Array], execute: int) 
     ready = jax.lax.cond(any_seed(empty.any()), refill, lambda: queue)
     rest = jnp.concatenate([ready.actions[..., 1:, :], jnp.zeros_like(ready.actions[..., :1, :])], axis=-2)
     return ready.actions[..., 0, :], ActionQueue(actions=rest, left=ready.left - 1)
+
+
+def play(chunk: int, carry: Carry, propose: Callable[[], Array]) -> tuple[Array, Carry]:
+    """Return the next actions `[..., A]` of the chunks of `chunk` actions being played, and the queues without them.
+
+    `propose()` gives new chunks `[..., h A]`, which are taken where a queue is empty; with h = 1 at every step.
+    """
+    if chunk == 1:
+        return propose(), carry
+
+    def chunks() -> Array:
+        flat = propose()
+        return flat.reshape(*flat.shape[:-1], chunk, -1)
+
+    return next_action(carry, chunks, chunk)
+
+
+def fresh_queue(chunk: int, batch_shape: tuple[int, ...], action_dim: int) -> ActionQueue | None:
+    """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1, where nothing is remembered."""
+    return None if chunk == 1 else empty_queue(batch_shape, chunk, action_dim)

@@ -32,13 +32,21 @@ def clipped_surrogate(ratio: Array, advantages: Array, clip: Array | float) -> A
 
 
 def lower_bound(q: Array, rho: float) -> Array:
-    """Return mean - rho std over the members of `q [E, ...]`, the std of all E members (divided by E): `[...]`."""
-    return jnp.mean(q, axis=0) - rho * jnp.std(q, axis=0)
+    """Return mean - rho std over the members of `q [E, ...]`, the std of all E members (divided by E): `[...]`.
+
+    Where all members agree, as one alone does, the gradient of the std is taken as 0.
+    """
+    if not rho:
+        return jnp.mean(q, axis=0)
+    variance = jnp.var(q, axis=0)
+    agree = variance == 0.0
+    return jnp.mean(q, axis=0) - rho * jnp.where(agree, 0.0, jnp.sqrt(jnp.where(agree, 1.0, variance)))
 
 
-def critic_loss(q: Array, targets: Array) -> Array:
-    """Return the mean over members and batch of (Q_i - y)^2 for `q [E, B]` and `targets [B]`."""
-    return jnp.mean(jnp.square(q - targets))
+def critic_loss(q: Array, targets: Array, weights: Array | None = None) -> Array:
+    """Return the mean over members and batch of w (Q_i - y)^2 for `q [E, B]`, `targets` and weights w, 1 by default."""
+    errors = jnp.square(q - targets)
+    return jnp.mean(errors if weights is None else weights * errors)
 
 
 def sac_actor_loss(log_prob: Array, q: Array, alpha: Array) -> Array:

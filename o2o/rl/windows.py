@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, ChunkedConfig
 
 Timeouts = Literal["terminal", "bootstrap"]
 """What a time limit means for an n-step target. `terminal`: no value behind it. `bootstrap`: the value counts."""
@@ -87,8 +87,8 @@ def flat_chunk(actions: Array, valid: Array) -> tuple[Array, Array]:
 class Chunks(NamedTuple):
     """Transitions whose action is a chunk of h actions; n = h A numbers."""
 
-    observations: Array
-    """At the chunk's first action, `[..., D]`."""
+    observations: Any
+    """At the chunk's first action, `[..., D]`, or a dict of such arrays."""
     actions: Array
     """`[..., n]`."""
     entries: Array
@@ -99,8 +99,8 @@ class Chunks(NamedTuple):
     """0 where the episode terminates in the window, `[...]`."""
     valid: Array
     """1 where the whole window counts for the critic, `[...]`."""
-    next_observations: Array
-    """After the last action, `[..., D]`."""
+    next_observations: Any
+    """After the last action, like `observations`."""
 
 
 def chunk_rows(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
@@ -121,12 +121,39 @@ def chunk_rows(batch: Batch, discount: float, pad_terminal: bool) -> Chunks:
         whole = jnp.maximum(whole, 1.0 - masks)
         valid = jnp.maximum(valid, (1.0 - masks)[..., None])
     chunks, entries = flat_chunk(actions, valid)
+    rows, axis = valid.shape[-1], valid.ndim - 1
+
+    def row(tree: Any, index: int) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False), tree)
+
     return Chunks(
-        observations=batch["observations"][..., 0, :],
+        observations=row(batch["observations"], 0),
         actions=chunks,
         entries=entries,
         returns=returns,
         masks=masks,
         valid=whole,
-        next_observations=batch["next_observations"][..., -1, :],
+        next_observations=row(batch["next_observations"], rows - 1),
     )
+
+
+def chunk_transitions(batch: Batch, config: ChunkedConfig) -> Batch:
+    """Return windows `[..., h, *]` as transitions `[..., *]` whose action is the whole chunk (`chunk_rows`).
+
+    `masks` is discount^(h-1) where the value behind the chunk counts, else 0, and `rewards` the return inside the
+    window. So the target of a one-step method, rewards + discount * masks * v(next_observations), is that of h steps.
+    `valid [...]` is 1 where the transition counts for the critic, `entries [..., h A]` where a number counts for
+    imitation. With `chunk` 1 the rows are transitions already: nothing but these two is added, all ones.
+    """
+    if config.chunk == 1:
+        return {**batch, "valid": jnp.ones_like(batch["rewards"]), "entries": jnp.ones_like(batch["actions"])}
+    chunks = chunk_rows(batch, config.discount, config.pad_terminal)
+    return {
+        "observations": chunks.observations,
+        "actions": chunks.actions,
+        "rewards": chunks.returns,
+        "masks": config.discount ** (config.chunk - 1) * chunks.masks,
+        "next_observations": chunks.next_observations,
+        "valid": chunks.valid,
+        "entries": chunks.entries,
+    }

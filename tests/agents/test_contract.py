@@ -14,7 +14,7 @@ from tests.helpers.contract import ACTION_DIM, CHECKS, CONFIGS, OBSERVATION_DIM,
 from tests.helpers.tiny import forget_many_programs
 
 CASES = [(name, "offline") for name in AGENTS] + [(name, "online") for name in ONLINE_CASES]
-WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl")
+WINDOWED = ("diffusion_bc", "residual", "qc", "ibrl", "qam")
 FAMILIES = ("antmaze", "pointmaze", "adroit", "kitchen", "locomotion", "other")
 
 

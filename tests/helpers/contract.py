@@ -28,6 +28,7 @@ from o2o.agents import (
     JSRLConfig,
     PEXConfig,
     PPOConfig,
+    QAMConfig,
     QCConfig,
     ResidualConfig,
     RLPDConfig,
@@ -64,6 +65,7 @@ CONFIGS: dict[str, Any] = {
         model=Diffusion(3, clip="prediction"), horizon=3, execute=2, width=16, blocks=1, dropout=0.1, batch_size=ROWS
     ),
     "qc": replace(QCConfig(), **CRITICS, chunk=3, policy="distilled", flow_steps=2),
+    "qam": replace(QAMConfig(), **CRITICS, chunk=3, num_critics=3, form="edit", flow_steps=3),
     "flow_bc": replace(FlowBCConfig(model=Flow(2), network="mlp"), **HIDDEN),
     "expo": EXPOConfig(
         edit_hidden_dims=(16, 16),
@@ -117,6 +119,7 @@ EVERY_BLOCK |= {"qc": ("actor", "critic", "one_step"), "awac": ("actor", "critic
 EVERY_BLOCK |= {"ppo": ("actor", "value"), "uni_o4": ("policies", "value", "critic", "actor")}
 EVERY_BLOCK |= {"pex": ("actor", "critic", "value"), "ibrl": ("critic", "reference/actor")}
 EVERY_BLOCK |= {"jsrl": ("actor", "critic", "value")}
+EVERY_BLOCK |= {"qam": ("actor", "behaviour", "critic", "edit", "temperature")}
 EVERY_BLOCK |= {"fql": ("actor", "critic", "one_step"), "ifql": ("actor", "critic", "value")}
 EVERY_BLOCK |= {"dsrl": ("actor", "critic", "noise_critic", "base", "temperature")}
 EVERY_BLOCK |= {"td7": ("critic", "encoder")}
@@ -126,7 +129,7 @@ BEFORE_ONLINE = {"expo": ("base",), "uni_o4": ("value", "critic", "policies"), "
 """Networks that learn before `online()`, for agents where these are not all."""
 FROZEN_ONLINE = {"ibrl": ("reference/actor",)}
 """Networks that learn no more after it."""
-ALWAYS_SAMPLED = {"expo", "fql"}
+ALWAYS_SAMPLED = {"expo", "fql", "qam"}
 """Agents whose deterministic action is a sample like any other."""
 ONLINE_CASES = ("wsrl", "expo", "pex", "ibrl", "jsrl", "ppo", "uni_o4")
 """Agents whose online form has the whole contract to itself; that of the others has the same update."""
