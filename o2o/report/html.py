@@ -13,7 +13,7 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--ink:#e8e8e4;--soft:#a9a9a3;--ground:#17181a;--card:#212326;--rule:#3c3f43;
 --shade:#26282b;--c0:#56a8e0;--c1:#f08a4b;--c2:#2fbf93;--c3:#de93bd;--c4:#8fd0f5;--c5:#e6b34a;--c6:#fff}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink);
+body{margin:0 auto;padding:1.2rem;max-width:74rem;background:var(--ground);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.6rem;line-height:1.25;margin:.2rem 0;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2rem 0 .6rem;border-bottom:1px solid var(--rule);padding-bottom:.2rem}
@@ -60,7 +60,7 @@ border:1px solid var(--rule);border-radius:6px;padding:.35rem .6rem;font-size:.8
 max-width:90vw}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--card:#f6f6f3;--rule:#bbb;--shade:#efefea;
 --c0:#0072b2;--c1:#c04f00;--c2:#007a57;--c3:#b1578c;--c4:#2b87b8;--c5:#a97000;--c6:#000}
-body{max-width:none;padding:0;font-size:10pt}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
+body{max-width:none;padding:0;font-size:10pt}table{font-size:8pt}td.n,td code{white-space:normal}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
 .charts{grid-template-columns:1fr 1fr}video{display:none}}
 """
 """Colours are darker and lighter kin of the palette of Okabe and Ito: 3 : 1 at least on either ground."""
