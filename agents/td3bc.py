@@ -57,7 +57,7 @@ class TD3BC(TD3):
     r"""TD3 with a cloning term.
 
     Equations (method, and the settings that enter):
-    - `targets` (`policy_noise`, `noise_clip`):
+    - `targets` (`target_noise`, `noise_clip`):
       $a' = \mathrm{clip}(\bar\pi(s') + \mathrm{clip}(\epsilon, -c, c)),\quad y = r + \gamma m \min_i \bar
       Q_i(s', a')$
     - `critic_step` (`tau`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
