@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 2. Compare two agents, with intervals
 #
-# One run of each agent says little: seeds differ. Here both train three seeds side by side, and every claim has an interval.
+# One run of each agent says little: seeds differ. Here both train three seeds side by side, and every
+# claim has an interval.
 
 # %%
 AGENTS = ("awac", "td3bc")
@@ -10,8 +11,6 @@ EVERY, EPISODES = 1_000, 20
 CHANGES = {}  # settings of both agents that differ from their presets
 
 # %%
-import numpy as np
-
 import o2o
 from o2o import envs
 
@@ -45,9 +44,8 @@ for agent in AGENTS:
     points = aggregate(pool([Path("runs") / agent]), "success")
     for when, point in (("pre-trained", [p for p in points if p.phase == "offline"][-1]), ("end", points[-1])):
         low, high = interval(point.values)
-        print(
-            f"{agent:6} {when:12} {mean(point.values):5.1%}  [{low:.1%}, {high:.1%}]  seeds: {np.round(point.values, 2)}"
-        )
+        seeds = ", ".join(f"{value:.0%}" for value in point.values)
+        print(f"{agent:6} {when:12} {mean(point.values):4.0%} [{low:.0%}, {high:.0%}], seeds {seeds}")
     ends[agent] = points[-1].values
 
 # %% [markdown]

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 4. An agent of your own, from parts
 #
-# Advantage-weighted regression with one value network, in about fifty lines. Once it is registered it trains, resumes, exports and
-# plots as any other.
+# Advantage-weighted regression with one value network, in about fifty lines. Once it is registered it trains,
+# resumes, exports and plots as any other.
 
 # %%
 OFFLINE, ONLINE = 3_000, 0

@@ -49,8 +49,8 @@ print(f"{EPISODES} episodes, {ends[-1]} rows")
 # %% [markdown]
 # ## Import
 #
-# `plan_import` says what would become what, and writes nothing. The file has no rewards and does not say what succeeded; a
-# recorded drive ends at its goal, so `success="last"`.
+# `plan_import` says what would become what, and writes nothing. The file has no rewards and does not say
+# what succeeded; a recorded drive ends at its goal, so `success="last"`.
 
 # %%
 from o2o import datasets

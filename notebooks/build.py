@@ -4,8 +4,8 @@
     python notebooks/build.py notebooks/1_fine_tune.py
 
 A source is Python with `# %%` before every cell and `# %% [markdown]` before text. Its first code cell has the
-settings. Cells run in a new folder, where they may write. No kernel is needed, so the outputs are those of plain Python: what is
-printed, the last value, and figures as PNG.
+settings. Cells run in a new folder, where they may write. No kernel is needed, so the outputs are those of
+plain Python: what is printed, the last value, and figures as PNG.
 """
 
 import ast

@@ -60,7 +60,8 @@ border:1px solid var(--rule);border-radius:6px;padding:.35rem .6rem;font-size:.8
 max-width:90vw}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--card:#f6f6f3;--rule:#bbb;--shade:#efefea;
 --c0:#0072b2;--c1:#c04f00;--c2:#007a57;--c3:#b1578c;--c4:#2b87b8;--c5:#a97000;--c6:#000}
-body{max-width:none;padding:0;font-size:10pt}table{font-size:8pt}td.n,td code{white-space:normal}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
+body{max-width:none;padding:0;font-size:10pt}table{font-size:8pt}
+td.n,td code{white-space:normal}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
 .charts{grid-template-columns:1fr 1fr}video{display:none}}
 """
 """Colours are darker and lighter kin of the palette of Okabe and Ito: 3 : 1 at least on either ground."""
