@@ -4,8 +4,10 @@ A Sphinx extension (`setup`) that writes `docs/generated/` before every build. N
 """
 
 import ast
+import base64
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
@@ -405,9 +407,35 @@ def agents(reports: list[Path]) -> None:
     write(OUT / "agents" / "index.md", "\n".join(["# Agents\n", about, table(("name", "idea"), listed), tree]))
 
 
+def notebooks() -> None:
+    """Write a page for each notebook, as it is committed with its outputs, and an index."""
+    listed, folder = [], OUT / "notebooks"
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells, parts = json.loads(path.read_text())["cells"], []
+        for number, cell in enumerate(cells):
+            parts += [cell["source"] if cell["cell_type"] == "markdown" else f"```python\n{cell['source']}\n```"]
+            for place, output in enumerate(cell.get("outputs", [])):
+                data = output.get("data", {})
+                if "image/png" in data:
+                    name = f"{path.stem}-{number}-{place}.png"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(base64.b64decode(data["image/png"]))
+                    parts += [f"![what the cell above draws]({name})"]
+                else:
+                    parts += [f"```text\n{output.get('text', data.get('text/plain', '')).rstrip()}\n```"]
+        parts.insert(1, f"The notebook is `notebooks/{path.name}`.")
+        write(folder / f"{path.stem}.md", "\n\n".join(parts) + "\n")
+        listed.append((f"[{parts[0].splitlines()[0].removeprefix('# ')}]({path.stem}.md)", f"`notebooks/{path.name}`"))
+    names = "\n".join(path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
+    tree = f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n\n{names}\n```\n"
+    about = "Each runs in a minute or two on two CPU cores. `notebooks/build.py` makes them, outputs included.\n"
+    write(folder / "index.md", "\n".join(["# Notebooks\n", about, table(("notebook", "file"), listed), tree]))
+
+
 def generate() -> None:
     """Write all pages."""
     reports = results()
+    notebooks()
     for name, page in REPOSITORY.items():
         if page.startswith("generated/") and "results" not in name:
             write(DOCS / page, as_page(ROOT / name, DOCS / page))

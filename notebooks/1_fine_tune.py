@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import o2o
-from o2o import datasets, envs, session
+from o2o import datasets, envs
 
 dataset = envs.make_embedded(envs.DEMO_DATASET)  # made in seconds, unless it is there already
 about = envs.describe(dataset)
@@ -56,9 +56,11 @@ o2o.plot_runs("runs/first")
 # Every evaluation began in the same states, so the two columns compare.
 
 # %%
+from pathlib import Path
+
 from o2o.files import read_rows
 
-rows = read_rows(session.Path("runs/first/episodes.jsonl"))
+rows = read_rows(Path("runs/first/episodes.jsonl"))
 for name, phase in (("pre-trained", "offline"), ("fine-tuned", "online")):
     last = [row for row in rows if row["phase"] == phase][-EPISODES:]
     success, length = (np.mean([row[key] for row in last]) for key in ("success", "length"))
@@ -73,7 +75,7 @@ import gymnasium
 env = gymnasium.make(envs.specification(datasets.info(dataset)))
 policy = o2o.load_policy("runs/first")
 figure, axes = plt.subplots(figsize=(5, 4))
-for seed in range(8):
+for seed in range(min(8, EPISODES)):
     observation, _ = env.reset(seed=seed)
     policy.reset(seed)
     path, over = [observation["achieved_goal"]], False
@@ -83,7 +85,7 @@ for seed in range(8):
         over = terminated or truncated or info["success"]
     (line,) = axes.plot(*np.array(path).T, linewidth=1.2)
     axes.plot(*observation["desired_goal"], marker="*", markersize=12, color=line.get_color())
-axes.set(title="eight paths of the fine-tuned policy, stars are goals", xlabel="x", ylabel="y", aspect="equal")
+axes.set(title="paths of the fine-tuned policy, stars are goals", xlabel="x", ylabel="y", aspect="equal")
 env.close()
 plt.show()
 

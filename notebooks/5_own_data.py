@@ -102,7 +102,7 @@ o2o.session.export_run("runs/drive", FILE)
 policy = o2o.session.load_base(FILE)
 controller = policy.controller(datasets.load(str(done.folder)))
 controller.reset(0)
-paths = [drive(lambda seen: controller.act(seen), seed) for seed in range(1000, 1020)]
+paths = [drive(lambda seen: controller.act(seen), seed) for seed in range(1000, 1000 + min(20, EPISODES))]
 print(f"reached {sum(reached for *_, reached in paths)} of {len(paths)} goals")
 
 # %%
