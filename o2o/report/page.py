@@ -39,7 +39,12 @@ def write_page(run: str | Path, out: str | Path | None = None) -> Path:
     if not (run / "config.json").exists():
         raise RunError(f"{run} has no config.json; expected a run folder")
     path = Path(out) if out is not None else run / PAGE
-    text = run_page(run)
+    try:
+        text = run_page(run)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{run}: a file has other entries than a run writes ({error!r}); restore it from a copy"
+        ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
@@ -53,6 +58,7 @@ def run_page(run: Path) -> str:
     config = read_object(run / "config.json")
     rows = pool([run]) if (run / "episodes.jsonl").exists() else []
     metrics = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    metrics = [row for row in metrics if _is_number(row.get("gradient_steps"))]
     name = run.resolve().name
     parts = [f"<h1>{escape(name)}</h1>", _subject(config), _tiles(run, config, rows, metrics)]
     parts += _evaluations(config, rows)

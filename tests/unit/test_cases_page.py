@@ -170,6 +170,10 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             cli.main(["report", *args])
         assert ended.value.code == code
     assert Page(tmp_path / "new/page.html").charts and "no config.json" in capsys.readouterr().err
+    (run / "dataset.json").write_text('{"dataset": {"observation": 3}}')
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(run)])
+    assert ended.value.code == 2 and "other entries than a run writes" in capsys.readouterr().err
     (run / "preset.json").write_text("{")
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(run)])
