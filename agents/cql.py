@@ -151,7 +151,7 @@ class CQL(SAC):
     r"""Conservative Q-learning.
 
     Equations (method, and the settings that enter):
-    - `targets` (`max_target_actions`, `target_subset`): $y = r + \gamma m \max_{a'} \min_{i \in S} \bar Q_i(s', a')$
+    - `targets` (`max_target_actions`, `target_subset`): $y = r + \gamma m \max_{a'} \min_{i \in S} Q^-_i(s', a')$
     - `conservative_gap` (`conservative.n_actions`, `conservative.importance_sampling`):
       $g_i = \log \sum_{\tilde a} \exp(Q_i(s, \tilde a) - \log \mu(\tilde a)) - Q_i(s, a)$
     - `critic_loss` (`conservative.weight`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2 + w\, g$

@@ -77,11 +77,11 @@ class FamO2O(IQL):
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`weight_cap`, `released_weights`):
-      $L_\pi = -\min(e^{\beta A(s, a)}, w) \log \pi(a \mid s, \beta),\quad A = \bar Q(s, a) - V(s)$
+      $L_\pi = -\min(e^{\beta A(s, a)}, w) \log \pi(a \mid s, \beta),\quad A = Q^-(s, a) - V(s)$
     - `draw_betas` (`balance_range`):
       $\beta \sim U(\beta_0, \beta_1) \text{ offline, } \beta = b(x), x \sim \pi_b(\cdot \mid s) \text{ online}$
     - `balance_loss` (`balance_lr`, `balance_target_entropy`, `balance_every`):
-      $L_b = \alpha \log \pi_b(x \mid s) - \min_i \bar Q_i(s, a),\; a \sim \pi(\cdot \mid s, b(x))$
+      $L_b = \alpha \log \pi_b(x \mid s) - \min_i Q^-_i(s, a),\; a \sim \pi(\cdot \mid s, b(x))$
     """
 
     balance_actor: Model

@@ -221,7 +221,7 @@ class DiffusionBC(GenerativeBC):
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`model.steps`, `model.schedule`):
-      $x_t = \sqrt{\bar\alpha_t}\, A + \sqrt{1 - \bar\alpha_t}\, z,\quad L = \lVert \epsilon(s, x_t, t) - z
+      $x_t = \sqrt{c_t}\, A + \sqrt{1 - c_t}\, z,\quad L = \lVert \epsilon(s, x_t, t) - z
       \rVert^2$
     - `sample_chunks` (`model.sampler`, `model.temperature`): $x_{t-1} = \mu_t(x_t, \epsilon) + \sigma_t z$
     - `sample_actions` (`horizon`, `execute`): $A = (a_0, \ldots, a_{H-1}), \text{ the first } k \text{ are played}$

@@ -127,9 +127,9 @@ class IBRL(TD3):
 
     Equations (method, and the settings that enter):
     - `choose` (`choice`, `inverse_temperature`):
-      $a = \arg\max_{a \in \{\pi(s),\, \pi_{\mathrm{BC}}(s)\}} \min_{i \in S} \bar Q_i(s, a)$
+      $a = \arg\max_{a \in \{\pi(s),\, \pi_{\mathrm{BC}}(s)\}} \min_{i \in S} Q^-_i(s, a)$
     - `targets` (`n_step`, `target_subset`):
-      $y = R + \gamma^k m \min_{i \in S} \bar Q_i(s_k, a'), \text{ the same choice of } a'$
+      $y = R + \gamma^k m \min_{i \in S} Q^-_i(s_k, a'), \text{ the same choice of } a'$
     - `actor_loss` (`actor_dropout`): $L_\pi = -\min_j Q_j(s, \pi(s) + \epsilon)$
     """
 

@@ -128,7 +128,7 @@ class IQL(Agent):
     r"""Implicit Q-learning.
 
     Equations (method, and the settings that enter):
-    - `value_loss` (`expectile`): $u = \min_i \bar Q_i(s, a) - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert\, u^2$
+    - `value_loss` (`expectile`): $u = \min_i Q^-_i(s, a) - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert\, u^2$
     - `q_loss` (`discount`, `tau`): $y = r + \gamma m V(s'),\quad L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
     - `actor_loss` (`beta`, `weight_cap`): $L_\pi = -\min(e^{\beta u}, w) \log \pi(a \mid s)$
     """

@@ -86,7 +86,7 @@ class PEX(IQL):
       a_j)}$
     - `choose` (`evaluation_randomness`): $a = a_j,\; j \sim P$
     - `actor_loss` (`beta`, `weight_cap`):
-      $L_\pi = -\min(e^{\beta (\bar Q(s, \tilde a) - V(s))}, w) \log \pi(\tilde a \mid s),\; \tilde a \text{ of
+      $L_\pi = -\min(e^{\beta (Q^-(s, \tilde a) - V(s))}, w) \log \pi(\tilde a \mid s),\; \tilde a \text{ of
       the pair}$
     """
 

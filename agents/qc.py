@@ -111,7 +111,7 @@ class QC(Agent):
 
     Equations (method, and the settings that enter):
     - `update` (`chunk`, `pad_terminal`): $A = (a_0, \ldots, a_{h-1}),\quad R = \sum_{k < h} \gamma^k r_k$
-    - `targets` (`aggregate`, `discount`): $y = R + \gamma^h m\, \bar Q(s_h, A')$
+    - `targets` (`aggregate`, `discount`): $y = R + \gamma^h m\, Q^-(s_h, A')$
     - `propose` (`num_samples`): $A' = \arg\max_{A_n \sim \mathrm{Flow}(s_h, z_n)} Q(s_h, A_n)$
     - `flow_loss` (`flow_steps`): $L_v = \lVert v(s, x_t, t) - (A - z) \rVert^2$
     - `policy_loss` (`policy`, `alpha`): $L_\mu = \alpha (\mu(s, z) - \mathrm{Flow}(s, z))^2 - Q(s, \mu(s, z))$

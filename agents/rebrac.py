@@ -65,7 +65,7 @@ class ReBRAC(TD3):
 
     Equations (method, and the settings that enter):
     - `targets` (`critic_penalty`):
-      $y = r + \gamma m (\min_k \bar Q_k(s', a') - \beta_2 \lVert a' - a'_{\mathrm{data}} \rVert^2)$
+      $y = r + \gamma m (\min_k Q^-_k(s', a') - \beta_2 \lVert a' - a'_{\mathrm{data}} \rVert^2)$
     - `critic_step` (`critic_layer_norm`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
     - `actor_loss` (`actor_penalty`):
       $L_\pi = \beta_1 \lVert \pi(s) - a \rVert^2 - \frac{\min_k Q_k(s, \pi(s))}{\mathrm{mean} \lvert Q \rvert}$

@@ -196,7 +196,7 @@ class SAC(Agent):
 
     Equations (method, and the settings that enter):
     - `targets` (`target_subset`, `backup_entropy`, `max_target_actions`):
-      $y = r + \gamma m (\min_{i \in S} \bar Q_i(s', a') - \alpha \log \pi(a' \mid s')),\; a' \sim \pi(\cdot \mid
+      $y = r + \gamma m (\min_{i \in S} Q^-_i(s', a') - \alpha \log \pi(a' \mid s')),\; a' \sim \pi(\cdot \mid
       s')$
     - `critic_loss` (`num_critics`, `critic_layer_norm`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
     - `actor_loss` (`actor_reduce`):
@@ -367,7 +367,7 @@ class RLPD(SAC):
 
     Equations (method, and the settings that enter):
     - `targets` (`num_critics`, `target_subset`, `backup_entropy`):
-      $y = r + \gamma m (\min_{i \in S} \bar Q_i(s', a') - \alpha \log \pi(a' \mid s')),\; \lvert S \rvert = 2
+      $y = r + \gamma m (\min_{i \in S} Q^-_i(s', a') - \alpha \log \pi(a' \mid s')),\; \lvert S \rvert = 2
       \text{ of } 10$
     - `update` (`online.replay`, `online.offline_ratio`):
       $B = B_{\mathrm{data}} \cup B_{\mathrm{online}}, \text{ half each}$

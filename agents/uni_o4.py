@@ -269,7 +269,7 @@ class UniO4(Agent):
     - `improve_loss` (`improve_lr`, `improve_clip`):
       $L_i = -\min(\rho A, \mathrm{clip}(\rho, 1 - c, 1 + c) A),\; A = \min Q - V$
     - `amq` (`horizon`, `judge_rows`, `judge_sum`):
-      $\hat J(\pi) = \sum_{t < H} Q(\hat s_t, \pi(\hat s_t)),\; \hat s_{t+1} \sim \hat T; \text{ a better policy
+      $\hat J(\pi) = \sum_{t < H} Q(s_t, \pi(s_t)),\; s_{t+1} \sim \hat T; \text{ a better policy
       becomes its own reference}$
     """
 

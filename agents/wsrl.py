@@ -204,11 +204,11 @@ class WSRL(Agent):
     Equations (method, and the settings that enter):
     - `update` (`pretrain`, `cql.conservative.weight`): $\text{pre-training: } L_Q = \text{TD} + w\, g$
     - `online` (`online.replay`):
-      $\text{switch: } \pi, Q_i, \bar Q_i, \alpha \text{ and their moments are kept, the data are not}$
+      $\text{switch: } \pi, Q_i, Q^-_i, \alpha \text{ and their moments are kept, the data are not}$
     - `sample_actions` (`online.warmup_steps`):
       $\text{warm-up: } K \text{ steps of } a \sim \pi \text{ into an empty buffer}$
     - `update` (`finetune.target_subset`, `online.utd_ratio`):
-      $y = r + \gamma m \max_{a'} \min_{i \in S} \bar Q_i(s', a')$
+      $y = r + \gamma m \max_{a'} \min_{i \in S} Q^-_i(s', a')$
     """
 
     learner: Learner

@@ -345,8 +345,9 @@ def linked(text: str) -> str:
 
 EQUATION = re.compile(r"(?m)^- `(\w+)`(?: \(([^)]*)\))?:\s+\$([^$]+)\$")
 SYMBOLS = (
-    "$s, a, r, s'$ are a row of the batch, $m$ its mask (1 - terminated), $\\gamma$ the `discount`. A bar marks a slow "
-    "copy (`target_*`), $S$ critics drawn from all $E$, $z$ and $\\epsilon$ noise. Losses are means over the batch.\n"
+    "$s, a, r, s'$ are a row of the batch, $m$ its mask (1 - terminated), $\\gamma$ the `discount`. A raised minus "
+    "marks a slow copy (`target_*`). $S$ are critics drawn from all $E$, $z$ and $\\epsilon$ noise. Losses are means "
+    "over the batch.\n"
 )
 
 
