@@ -25,9 +25,13 @@ def train(agent, offline=OFFLINE, online=0, every=0, **changes):
     """Train an agent and open its run."""
     changes["config"] = {**changes.get("config", {}), **CHANGES.get(agent, {})}
     run = o2o.preset_run(agent, dataset, "small", offline_steps=offline, online_steps=online, **changes)
-    run = o2o.with_fields(run, {"loop": {"eval_every": every, "eval_episodes": EPISODES}, "base_timeout_s": None})
+    loop = {"eval_every": every, "eval_episodes": EPISODES, "log_every": max(1, OFFLINE // 20)}
+    run = o2o.with_fields(run, {"loop": loop, "base_timeout_s": None})
     o2o.train_run(run, f"runs/{agent}", quiet=True)
     return o2o.open_run(f"runs/{agent}")
+
+
+best = jax.jit(lambda agent, rows: agent.sample_actions(rows, None, jax.random.key(0), True)[0])
 
 
 def play(agent, env, seed):
@@ -35,9 +39,8 @@ def play(agent, env, seed):
     observation, _ = env.reset(seed=seed)
     seen, done, rewards = [], [], []
     while True:
-        action, _ = agent.sample_actions(observation[None], None, jax.random.key(0), True)
         seen.append(observation)
-        done.append(np.asarray(action[0]))
+        done.append(np.asarray(best(agent, observation[None])[0]))
         observation, reward, terminated, truncated, _ = env.step(done[-1])
         rewards.append(reward)
         if terminated or truncated:
@@ -123,16 +126,16 @@ from o2o.data.normalizer import normalize
 agent = trainer.agent_of(0)
 base = session.load_base("runs/bc")
 env = session.make_env(config, trainer.data, base, evaluation=True)
+correction = jax.jit(lambda agent, rows: agent.actor(agent.see(rows)))
 places, residuals = [], []
 for seed in range(EPISODES):
     observation, _ = env.reset(seed=seed)
     over = False
     while not over:
         rows = normalize(trainer.normalizer, jax.tree.map(lambda leaf: leaf[None], observation))
-        residuals.append(np.asarray(agent.actor(agent.see(rows))[0]))
+        residuals.append(np.asarray(correction(agent, rows)[0]))
         places.append(observation["state"][2:4])
-        action, _ = agent.sample_actions(rows, None, jax.random.key(0), True)
-        observation, _, terminated, truncated, _ = env.step(np.asarray(action[0]))
+        observation, _, terminated, truncated, _ = env.step(np.asarray(best(agent, rows)[0]))
         over = terminated or truncated
 places, residuals = np.array(places)[::4], np.array(residuals)[::4]
 figure, axes = plt.subplots(figsize=(5.6, 4))

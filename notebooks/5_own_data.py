@@ -64,7 +64,7 @@ for column, is_, becomes in plan.table():
 
 # %%
 done = import_dataset(Path("logs.npz"), "lab/drive-v0", options=options, root=Path("data"))
-print(f"imported {done.episodes} episodes, {done.steps} steps; problems: {datasets.check(str(done.folder)) or 'none'}")
+print(f"imported {done.episodes} episodes, {done.steps} steps")
 
 # %% [markdown]
 # ## LeRobot, there and back
@@ -99,10 +99,11 @@ o2o.plot_runs("runs/drive")
 
 # %%
 o2o.session.export_run("runs/drive", FILE)
-policy = o2o.session.load_base(FILE)
-controller = policy.controller(datasets.load(str(done.folder)))
+data = datasets.load(str(done.folder))
+controller = o2o.session.load_base(FILE).controller(data)
 controller.reset(0)
-paths = [drive(lambda seen: controller.act(seen), seed) for seed in range(1000, 1000 + min(20, EPISODES))]
+act = lambda seen: controller.act(data.observation_spec.flatten(seen))
+paths = [drive(act, seed) for seed in range(1000, 1000 + min(20, EPISODES))]
 print(f"reached {sum(reached for *_, reached in paths)} of {len(paths)} goals")
 
 # %%
