@@ -5,7 +5,7 @@
 # The ball starts somewhere in a U-shaped maze and has to reach a goal. The recorded controller often fails.
 
 # %%
-OFFLINE, ONLINE = 2_000, 6_000  # gradient steps on the dataset; steps in the environment
+OFFLINE, ONLINE = 2_000, 5_000  # gradient steps on the dataset; steps in the environment
 EVERY, EPISODES = 1_000, 20  # steps between two evaluations; episodes in each
 CHANGES = {}  # settings of the agent that differ from the preset
 
@@ -21,7 +21,8 @@ from o2o import datasets, envs
 
 dataset = envs.make_embedded(envs.DEMO_DATASET)  # made in seconds, unless it is there already
 about = envs.describe(dataset)
-{key: about[key] for key in ("episodes", "steps", "observation", "action") if key in about}
+for key in ("env", "episodes", "steps", "observations", "actions", "success"):
+    print(f"{key:13} {about[key]}")
 
 # %%
 data = datasets.load(dataset, task=envs.task_for(datasets.info(dataset)))
