@@ -428,7 +428,7 @@ def notebooks() -> None:
         write(folder / f"{path.stem}.md", "\n\n".join(parts) + "\n")
         listed.append((f"[{parts[0].splitlines()[0].removeprefix('# ')}]({path.stem}.md)", f"`notebooks/{path.name}`"))
     names = "\n".join(path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
-    tree = f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n\n{names}\n```\n"
+    tree = f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n\n{names}\n```\n" * bool(names)
     about = "Each runs in a minute or two on two CPU cores. `notebooks/build.py` makes them, outputs included.\n"
     write(folder / "index.md", "\n".join(["# Notebooks\n", about, table(("notebook", "file"), listed), tree]))
 
