@@ -71,7 +71,14 @@ _DEFAULT = AWACConfig()
 
 @register_agent("awac")
 class AWAC(Agent):
-    """Advantage-weighted actor-critic."""
+    r"""Advantage-weighted actor-critic.
+
+    Equations (method, and the settings that enter):
+    - `next_values` (`discount`, `tau`): $y = r + \gamma m \min_i Q^-_i(s', a'),\; a' \sim \pi(\cdot \mid s')$
+    - `critic_loss` (`num_critics`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_loss`: $A = \min_i Q_i(s, a) - \min_i Q_i(s, \tilde a),\; \tilde a \sim \pi(\cdot \mid s)$
+    - `actor_loss` (`temperature`, `weight_cap`): $L_\pi = -\min(e^{A / \lambda}, w) \log \pi(a \mid s)$
+    """
 
     actor: Model
     critic: Model

@@ -60,7 +60,12 @@ _DEFAULT = BCConfig()
 
 @register_agent("bc")
 class BC(Agent):
-    """Behaviour cloning."""
+    r"""Behaviour cloning.
+
+    Equations (method, and the settings that enter):
+    - `actor_loss` (`loss`, `squash`, `log_std_range`): $L = -\log \pi(a \mid s)$
+    - `actor_loss` (`loss`): $L = (\mu(s) - a)^2$
+    """
 
     actor: Model
     rng: Array

@@ -148,7 +148,16 @@ class CalQLConfig(CQLConfig):
 
 @register_agent("cql")
 class CQL(SAC):
-    """Conservative Q-learning."""
+    r"""Conservative Q-learning.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`max_target_actions`, `target_subset`): $y = r + \gamma m \max_{a'} \min_{i \in S} Q^-_i(s', a')$
+    - `conservative_gap` (`conservative.n_actions`, `conservative.importance_sampling`):
+      $g_i = \log \sum_{\tilde a} \exp(Q_i(s, \tilde a) - \log \mu(\tilde a)) - Q_i(s, a)$
+    - `critic_loss` (`conservative.weight`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2 + w\, g$
+    - `dual_loss` (`conservative.dual`, `conservative.target_gap`):
+      $w\, g \to w \lambda (g - g_0),\quad L_\lambda = -w \lambda (g - g_0)$
+    """
 
     dual: Model | None = None
     calibrated: ClassVar[bool] = False
@@ -261,7 +270,15 @@ class CQL(SAC):
 
 @register_agent("calql")
 class CalQL(CQL):
-    """Calibrated CQL; batches carry `mc_returns [utd, B]`."""
+    r"""Calibrated CQL; batches carry `mc_returns [utd, B]`.
+
+    Equations (method, and the settings that enter):
+    - `needs` (`discount`): $G = \sum_t \gamma^t r_t$
+    - `conservative_gap` (`conservative.n_actions`):
+      $g_i = \log \sum_{\tilde a} \exp(\max(Q_i(s, \tilde a), G) - \log \mu(\tilde a)) - Q_i(s, a),\; \tilde a
+      \sim \pi$
+    - `critic_loss` (`conservative.weight`, `conservative.dual`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2 + w\, g$
+    """
 
     calibrated: ClassVar[bool] = True
 

@@ -272,7 +272,18 @@ _DEFAULT = EXPOConfig()
 
 @register_agent("expo")
 class EXPO(Agent):
-    """Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns."""
+    r"""Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns.
+
+    Equations (method, and the settings that enter):
+    - `base_step` (`base`, `base_lr`, `base_ema`): $L_b = \lVert \epsilon(s, x_t, t) - z \rVert^2$
+    - `choose` (`n_samples`, `n_edits`, `edit_scale`):
+      $C = \{a_n \sim \pi_b(\cdot \mid s)\}_{n \le N} \cup \{\mathrm{clip}(a_n + \beta u_n)\},\; u_n \sim
+      \pi_e(\cdot \mid s, a_n)$
+    - `choose` (`selection`, `target_subset`): $a^* = \arg\max_{a \in C} \min_{i \in S} Q^-_i(s, a)$
+    - `critic_step` (`backup`, `num_critics`): $y = r + \gamma m \min_{i \in S} Q^-_i(s', a'^*)$
+    - `edit_step` (`entropy_scale`, `entropy_target`):
+      $L_e = c\, \alpha (\log \pi_e(u \mid s, a) - d \ln \beta) - \frac{1}{E} \sum_i Q_i(s, a + \beta u)$
+    """
 
     base: Model
     target_base: Params

@@ -73,7 +73,16 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
 
 @register_agent("famo2o")
 class FamO2O(IQL):
-    """Implicit Q-learning of a family of policies, with a balance network."""
+    r"""Implicit Q-learning of a family of policies, with a balance network.
+
+    Equations (method, and the settings that enter):
+    - `actor_loss` (`weight_cap`, `released_weights`):
+      $L_\pi = -\min(e^{\beta A(s, a)}, w) \log \pi(a \mid s, \beta),\quad A = Q^-(s, a) - V(s)$
+    - `draw_betas` (`balance_range`):
+      $\beta \sim U(\beta_0, \beta_1) \text{ offline, } \beta = b(x), x \sim \pi_b(\cdot \mid s) \text{ online}$
+    - `balance_loss` (`balance_lr`, `balance_target_entropy`, `balance_every`):
+      $L_b = \alpha \log \pi_b(x \mid s) - \min_i Q^-_i(s, a),\; a \sim \pi(\cdot \mid s, b(x))$
+    """
 
     balance_actor: Model
     temperature: Model

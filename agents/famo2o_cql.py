@@ -101,7 +101,16 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
 
 @register_agent("famo2o_cql")
 class FamO2OCQL(CQL):
-    """Conservative Q-learning of a family of policies, with a balance network."""
+    r"""Conservative Q-learning of a family of policies, with a balance network.
+
+    Equations (method, and the settings that enter):
+    - `policy_value` (`balance_range`):
+      $L_\pi = \alpha \log \pi(\tilde a \mid s, \beta) - \beta \min_i Q_i(s, \tilde a)$
+    - `with_betas` (`released_range`, `target_beta`):
+      $\beta \sim U(\beta_0, \beta_1) \text{ offline, } \beta = b(x), x \sim \pi_b(\cdot \mid s) \text{ online}$
+    - `balance_loss` (`balance_lr`): $L_b = -\min_i Q_i(s, a),\; a \sim \pi(\cdot \mid s, b(x))$
+    - `critic_loss` (`conservative.weight`): $L_Q = \text{TD} + w\, g \text{ of CQL}$
+    """
 
     balance_actor: Any = None
     """The balance network, a `Model`."""

@@ -77,7 +77,13 @@ _DEFAULT = FQLConfig()
 
 @register_agent("fql")
 class FQL(Agent):
-    """Flow Q-learning."""
+    r"""Flow Q-learning.
+
+    Equations (method, and the settings that enter):
+    - `flow_loss` (`flow_steps`): $x_t = (1 - t) z + t a,\quad L_v = \lVert v(s, x_t, t) - (a - z) \rVert^2$
+    - `critic_loss` (`aggregate`, `tau`): $y = r + \gamma m\, \mathrm{mean}_k Q^-_k(s', \mu(s', z))$
+    - `policy_loss` (`alpha`, `normalize_q`): $L_\mu = \alpha (\mu(s, z) - \mathrm{Flow}(s, z))^2 - Q(s, \mu(s, z))$
+    """
 
     actor: Model
     """The flow's velocity v(s, x, t)."""

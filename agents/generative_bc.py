@@ -217,7 +217,15 @@ class GenerativeBC(Agent):
 
 @register_agent("diffusion_bc")
 class DiffusionBC(GenerativeBC):
-    """Cloning by diffusion."""
+    r"""Cloning by diffusion.
+
+    Equations (method, and the settings that enter):
+    - `actor_loss` (`model.steps`, `model.schedule`):
+      $x_t = \sqrt{c_t}\, A + \sqrt{1 - c_t}\, z,\quad L = \lVert \epsilon(s, x_t, t) - z
+      \rVert^2$
+    - `sample_chunks` (`model.sampler`, `model.temperature`): $x_{t-1} = \mu_t(x_t, \epsilon) + \sigma_t z$
+    - `sample_actions` (`horizon`, `execute`): $A = (a_0, \ldots, a_{H-1}), \text{ the first } k \text{ are played}$
+    """
 
     @classmethod
     def create(
@@ -252,7 +260,13 @@ class DiffusionBC(GenerativeBC):
 
 @register_agent("flow_bc")
 class FlowBC(GenerativeBC):
-    """Cloning by flow matching."""
+    r"""Cloning by flow matching.
+
+    Equations (method, and the settings that enter):
+    - `actor_loss` (`model.steps`): $x_t = (1 - t) z + t A,\quad L = \lVert v(s, x_t, t) - (A - z) \rVert^2$
+    - `sample_chunks` (`model.steps`): $x_{t + 1/K} = x_t + v(s, x_t, t) / K$
+    - `sample_actions` (`horizon`, `execute`): $A = (a_0, \ldots, a_{H-1}), \text{ the first } k \text{ are played}$
+    """
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: FlowBCConfig = FlowBCConfig()) -> Self:

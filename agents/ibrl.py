@@ -123,7 +123,15 @@ class Choice(NamedTuple):
 
 @register_agent("ibrl")
 class IBRL(TD3):
-    """TD3 with a second proposal; `reference` is the cloned policy."""
+    r"""TD3 with a second proposal; `reference` is the cloned policy.
+
+    Equations (method, and the settings that enter):
+    - `choose` (`choice`, `inverse_temperature`):
+      $a = \arg\max_{a \in \{\pi(s),\, \pi_{\mathrm{BC}}(s)\}} \min_{i \in S} Q^-_i(s, a)$
+    - `targets` (`n_step`, `target_subset`):
+      $y = R + \gamma^k m \min_{i \in S} Q^-_i(s_k, a'), \text{ the same choice of } a'$
+    - `actor_loss` (`actor_dropout`): $L_\pi = -\min_j Q_j(s, \pi(s) + \epsilon)$
+    """
 
     reference: Any = None
     """A `BC` agent: learning offline, frozen online."""

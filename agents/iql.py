@@ -125,7 +125,13 @@ def build_actor(action_dim: int, config: IQLConfig, kind: type[Actor] = Gaussian
 
 @register_agent("iql")
 class IQL(Agent):
-    """Implicit Q-learning."""
+    r"""Implicit Q-learning.
+
+    Equations (method, and the settings that enter):
+    - `value_loss` (`expectile`): $u = \min_i Q^-_i(s, a) - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert\, u^2$
+    - `q_loss` (`discount`, `tau`): $y = r + \gamma m V(s'),\quad L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_loss` (`beta`, `weight_cap`): $L_\pi = -\min(e^{\beta u}, w) \log \pi(a \mid s)$
+    """
 
     actor: Model
     critic: Model

@@ -67,7 +67,14 @@ class Episode(NamedTuple):
 
 @register_agent("jsrl")
 class JSRL(IQL):
-    """IQL whose episodes a frozen copy of the offline policy begins; `actor` is the learner's policy."""
+    r"""IQL whose episodes a frozen copy of the offline policy begins; `actor` is the learner's policy.
+
+    Equations (method, and the settings that enter):
+    - `sample_actions`: $a_t = \pi_{\mathrm{guide}}(s_t) \text{ for } t < h, \text{ else } \pi(s_t)$
+    - `draw_guided` (`guide_steps`, `max_guide_steps`): $h \sim U\{0, \ldots, H - 1\}$
+    - `horizon` (`anneal_updates`): $H_n = H (1 - n / N)$
+    - `update` (`expectile`, `beta`, `learner`): $L_V, L_Q, L_\pi \text{ of IQL}$
+    """
 
     guide: Params = None
     """Parameters of the offline policy; `None` offline."""

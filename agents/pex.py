@@ -78,7 +78,17 @@ class Choice(NamedTuple):
 
 @register_agent("pex")
 class PEX(IQL):
-    """IQL whose online policy is a pair: the frozen offline one, `base`, and a new one, `actor`."""
+    r"""IQL whose online policy is a pair: the frozen offline one, `base`, and a new one, `actor`.
+
+    Equations (method, and the settings that enter):
+    - `probabilities` (`inverse_temperature`):
+      $a_1 = \mu_{\mathrm{off}}(s),\; a_2 \sim \pi(\cdot \mid s),\quad P(a_j) \propto e^{\kappa \min_i Q_i(s,
+      a_j)}$
+    - `choose` (`evaluation_randomness`): $a = a_j,\; j \sim P$
+    - `actor_loss` (`beta`, `weight_cap`):
+      $L_\pi = -\min(e^{\beta (Q^-(s, \tilde a) - V(s))}, w) \log \pi(\tilde a \mid s),\; \tilde a \text{ of
+      the pair}$
+    """
 
     base: Params = None
     """Parameters of the offline policy; `None` offline, where `actor` is that policy."""

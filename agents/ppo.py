@@ -122,7 +122,18 @@ def minibatch_orders(rng: Array, size: int, batch_size: int, epochs: int) -> tup
 
 @register_agent("ppo")
 class PPO(Agent):
-    """Proximal policy optimisation."""
+    r"""Proximal policy optimisation.
+
+    Equations (method, and the settings that enter):
+    - `advantages` (`gae_lambda`, `discount`):
+      $\delta = r + \gamma m V(s') - V(s),\quad A_t = \sum_k (\gamma \lambda)^k \delta_{t + k}$
+    - `actor_loss` (`clip`, `entropy_coef`, `epochs`):
+      $\rho = \frac{\pi(a \mid s)}{\pi_{\mathrm{old}}(a \mid s)},\quad L_\pi = -\min(\rho A, \mathrm{clip}(\rho,
+      1 - c, 1 + c) A) - k H$
+    - `value_loss` (`value_clip`):
+      $L_V = \max((V - R)^2, (V_{\mathrm{old}} + \mathrm{clip}(V - V_{\mathrm{old}}, -c_V, c_V) - R)^2)$
+    - `pretrain_step` (`pretrain_lr`): $\text{offline: } -\log \pi(a \mid s),\quad (V(s) - G)^2$
+    """
 
     actor: Model
     value: Model

@@ -116,7 +116,15 @@ _DEFAULT = QCConfig()
 
 @register_agent("qc")
 class QC(ChunkedFlow):
-    """Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one."""
+    r"""Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one.
+
+    Equations (method, and the settings that enter):
+    - `update` (`chunk`, `pad_terminal`): $A = (a_0, \ldots, a_{h-1}),\quad R = \sum_{k < h} \gamma^k r_k$
+    - `targets` (`aggregate`, `discount`): $y = R + \gamma^h m\, Q^-(s_h, A')$
+    - `propose` (`num_samples`): $A' = \arg\max_{A_n \sim \mathrm{Flow}(s_h, z_n)} Q(s_h, A_n)$
+    - `flow_loss` (`flow_steps`): $L_v = \lVert v(s, x_t, t) - (A - z) \rVert^2$
+    - `policy_loss` (`policy`, `alpha`): $L_\mu = \alpha (\mu(s, z) - \mathrm{Flow}(s, z))^2 - Q(s, \mu(s, z))$
+    """
 
     one_step: Model | None
     config: QCConfig = struct.field(pytree_node=False)

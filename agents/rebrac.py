@@ -90,7 +90,15 @@ _DEFAULT = ReBRACConfig()
 
 @register_agent("rebrac")
 class ReBRAC(TD3):
-    """TD3 with a penalty on the distance to the data in the actor's loss and in the critics' target."""
+    r"""TD3 with a penalty on the distance to the data in the actor's loss and in the critics' target.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`critic_penalty`):
+      $y = r + \gamma m (\min_k Q^-_k(s', a') - \beta_2 \lVert a' - a'_{\mathrm{data}} \rVert^2)$
+    - `critic_step` (`critic_layer_norm`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_loss` (`actor_penalty`):
+      $L_\pi = \beta_1 \lVert \pi(s) - a \rVert^2 - \frac{\min_k Q_k(s, \pi(s))}{\mathrm{mean} \lvert Q \rvert}$
+    """
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: ReBRACConfig = _DEFAULT) -> Self:

@@ -214,7 +214,17 @@ _DEFAULT = ResidualConfig()
 
 @register_agent("residual")
 class Residual(Agent):
-    """Residual policy and critics on top of a base policy, which acts outside."""
+    r"""Residual policy and critics on top of a base policy, which acts outside.
+
+    Equations (method, and the settings that enter):
+    - `combine` (`residual_scale`): $a = \mathrm{clip}(b + \rho),\quad \rho = \mathrm{scale} \tanh f(s, b)$
+    - `targets` (`n_step`, `target_subset`, `noise_std`):
+      $y = \sum_{j < k} \gamma^j r_j + \gamma^k m \min_{i \in S} Q^-_i(s_k, \mathrm{clip}(b_k + \mu^-(s_k,
+      b_k) + \epsilon))$
+    - `critic_step` (`num_critics`, `critic_loss`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_step` (`residual_penalty`, `online.initial_updates`):
+      $L_\mu = -\frac{1}{E} \sum_i Q_i(s, \mathrm{clip}(b + \mu(s, b))) + \lambda \lVert \mu \rVert^2$
+    """
 
     actor: Model
     target_actor: Params

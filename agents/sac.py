@@ -258,7 +258,17 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
 
 @register_agent("sac")
 class SAC(Agent):
-    """Soft actor-critic with a critic ensemble."""
+    r"""Soft actor-critic with a critic ensemble.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`target_subset`, `backup_entropy`, `max_target_actions`):
+      $y = r + \gamma m (\min_{i \in S} Q^-_i(s', a') - \alpha \log \pi(a' \mid s')),\; a' \sim \pi(\cdot \mid
+      s')$
+    - `critic_loss` (`num_critics`, `critic_layer_norm`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_loss` (`actor_reduce`):
+      $L_\pi = \alpha \log \pi(\tilde a \mid s) - Q(s, \tilde a),\; \tilde a \sim \pi(\cdot \mid s)$
+    - `update_temperature` (`target_entropy`): $L_\alpha = \alpha (H - \bar H),\; \bar H = -c \dim A$
+    """
 
     actor: Model
     critic: Model
@@ -470,7 +480,17 @@ class SAC(Agent):
 
 @register_agent("rlpd")
 class RLPD(SAC):
-    """SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset."""
+    r"""SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`num_critics`, `target_subset`, `backup_entropy`):
+      $y = r + \gamma m (\min_{i \in S} Q^-_i(s', a') - \alpha \log \pi(a' \mid s')),\; \lvert S \rvert = 2
+      \text{ of } 10$
+    - `update` (`online.replay`, `online.offline_ratio`):
+      $B = B_{\mathrm{data}} \cup B_{\mathrm{online}}, \text{ half each}$
+    - `update` (`online.utd_ratio`, `actor_reduce`):
+      $20 \text{ critic steps for one of } L_\pi = \alpha \log \pi - \frac{1}{E} \sum_i Q_i$
+    """
 
     config: RLPDConfig = struct.field(pytree_node=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -54,7 +54,16 @@ _DEFAULT = TD3BCConfig()
 
 @register_agent("td3bc")
 class TD3BC(TD3):
-    """TD3 with a cloning term."""
+    r"""TD3 with a cloning term.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`target_noise`, `noise_clip`):
+      $a' = \mathrm{clip}(\pi^-(s') + \mathrm{clip}(\epsilon, -c, c)),\quad y = r + \gamma m \min_i
+      Q^-_i(s', a')$
+    - `critic_step` (`tau`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `actor_loss` (`alpha`, `bc_decay_steps`, `bc_final`):
+      $L_\pi = -\frac{\alpha}{\mathrm{mean} \lvert Q_1 \rvert} Q_1(s, \pi(s)) + w (\pi(s) - a)^2$
+    """
 
     fine_tuning: bool = struct.field(pytree_node=False, default=False)
 

@@ -261,7 +261,18 @@ _DEFAULT = UniO4Config()
 
 @register_agent("uni_o4")
 class UniO4(Agent):
-    """Uni-O4 before the switch; `online()` returns a `PPO`."""
+    r"""Uni-O4 before the switch; `online()` returns a `PPO`.
+
+    Equations (method, and the settings that enter):
+    - `critic_step` (`expectile`, `critic_steps`): $L_V, L_Q \text{ of IQL}$
+    - `clone_step` (`num_policies`, `diversity`, `diversity_coef`):
+      $L_i = -\log \pi_i(a \mid s) - \alpha\, \mathrm{KL}(\pi_i \parallel \max_{j \ne i} \pi_j)$
+    - `improve_loss` (`improve_lr`, `improve_clip`):
+      $L_i = -\min(\rho A, \mathrm{clip}(\rho, 1 - c, 1 + c) A),\; A = \min Q - V$
+    - `amq` (`horizon`, `judge_rows`, `judge_sum`):
+      $\hat J(\pi) = \sum_{t < H} Q(s_t, \pi(s_t)),\; s_{t+1} \sim \hat T; \text{ a better policy
+      becomes its own reference}$
+    """
 
     value: Model
     critic: Model

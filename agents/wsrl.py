@@ -205,7 +205,17 @@ class WSRLConfig(AgentConfig):
 
 @register_agent("wsrl")
 class WSRL(Agent):
-    """An offline agent that becomes SAC at `online()`; `learner` is the one at work."""
+    r"""An offline agent that becomes SAC at `online()`; `learner` is the one at work.
+
+    Equations (method, and the settings that enter):
+    - `update` (`pretrain`, `cql.conservative.weight`): $\text{pre-training: } L_Q = \text{TD} + w\, g$
+    - `online` (`online.replay`):
+      $\text{switch: } \pi, Q_i, Q^-_i, \alpha \text{ and their moments are kept, the data are not}$
+    - `sample_actions` (`online.warmup_steps`):
+      $\text{warm-up: } K \text{ steps of } a \sim \pi \text{ into an empty buffer}$
+    - `update` (`finetune.target_subset`, `online.utd_ratio`):
+      $y = r + \gamma m \max_{a'} \min_{i \in S} Q^-_i(s', a')$
+    """
 
     learner: Learner
     config: WSRLConfig = struct.field(pytree_node=False)

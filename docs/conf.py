@@ -19,7 +19,8 @@ nitpicky = False
 
 # MyST
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+html_math_renderer = "mathml"  # of generate.py
 
 # autodoc: docstrings are Google style; `name` in single backquotes is code
 default_role = "code"

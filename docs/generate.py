@@ -4,8 +4,10 @@ A Sphinx extension (`setup`) that writes `docs/generated/` before every build. N
 """
 
 import ast
+import base64
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import docstring_parser
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 from o2o import cli
@@ -93,7 +97,11 @@ def results() -> list[Path]:
         REPOSITORY[report.relative_to(ROOT).as_posix()] = f"generated/results/{report.parent.name}.md"
     for report in reports:
         page = OUT / "results" / f"{report.parent.name}.md"
-        write(page, as_page(report, page))
+        text, interactive = as_page(report, page), report.with_name("report.html")
+        if interactive.exists():
+            shutil.copyfile(interactive, page.with_suffix(".report.html"))
+            text += f"\n[The same in one file, with values on hover]({page.stem}.report.html).\n"
+        write(page, text)
     lines = []
     for suites in (True, False):
         lines += ["## Suites\n" if suites else "## Measurements of speed and parts\n"]
@@ -335,6 +343,26 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
+EQUATION = re.compile(r"(?m)^- `(\w+)`(?: \(([^)]*)\))?:\s+\$([^$]+)\$")
+SYMBOLS = (
+    "$s, a, r, s'$ are a row of the batch, $m$ its mask (1 - terminated), $\\gamma$ the `discount`. A raised minus "
+    "marks a slow copy (`target_*`). $S$ are critics drawn from all $E$, $z$ and $\\epsilon$ noise. Losses are means "
+    "over the batch.\n"
+)
+
+
+def equations(kind: Any) -> list[tuple[str, str, str]]:
+    """Return the equations in a class's docstring: method, settings that enter, LaTeX."""
+    found = EQUATION.findall(inspect.getdoc(kind) or "")
+    return [(method, settings, " ".join(latex.split())) for method, settings, latex in found]
+
+
+def equation_table(kind: Any, page: str) -> str:
+    """Return the equations of an agent beside the names that they have in its code."""
+    rows = [(f"${latex}$", f"`{method}`", settings) for method, settings, latex in equations(kind)]
+    return f"{SYMBOLS}\n" + table(("equation", f"method in `agents/{page}.py`", "settings"), rows)
+
+
 def agents(reports: list[Path]) -> None:
     """Write a page for each module of agents, and an index."""
     modules: dict[str, list[str]] = {}
@@ -347,10 +375,10 @@ def agents(reports: list[Path]) -> None:
         head, _, body = (inspect.getdoc(sys.modules[module]) or "").partition("\n")
         listed.append((", ".join(f"[`{name}`]({page}.md)" for name in names), head))
         text = [f"# {', '.join(names)}\n", f"**{linked(head)}**\n", f"{linked(body).strip()}\n"]
-        text += [f"The code, equations in reading order: `agents/{page}.py`.\n"]
         for name in names:
             kind = AGENTS[name]
             own = f" of `{name}`"
+            text += [f"## Equations{own}\n", equation_table(kind, page)]
             config = type(kind.preset("other", "small").config)
             text += [
                 f"## Settings{own}\n",
@@ -380,9 +408,35 @@ def agents(reports: list[Path]) -> None:
     write(OUT / "agents" / "index.md", "\n".join(["# Agents\n", about, table(("name", "idea"), listed), tree]))
 
 
+def notebooks() -> None:
+    """Write a page for each notebook, as it is committed with its outputs, and an index."""
+    listed, folder = [], OUT / "notebooks"
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells, parts = json.loads(path.read_text())["cells"], []
+        for number, cell in enumerate(cells):
+            parts += [cell["source"] if cell["cell_type"] == "markdown" else f"```python\n{cell['source']}\n```"]
+            for place, output in enumerate(cell.get("outputs", [])):
+                data = output.get("data", {})
+                if "image/png" in data:
+                    name = f"{path.stem}-{number}-{place}.png"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(base64.b64decode(data["image/png"]))
+                    parts += [f"![what the cell above draws]({name})"]
+                else:
+                    parts += [f"```text\n{output.get('text', data.get('text/plain', '')).rstrip()}\n```"]
+        parts.insert(1, f"The notebook is `notebooks/{path.name}`.")
+        write(folder / f"{path.stem}.md", "\n\n".join(parts) + "\n")
+        listed.append((f"[{parts[0].splitlines()[0].removeprefix('# ')}]({path.stem}.md)", f"`notebooks/{path.name}`"))
+    names = "\n".join(path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
+    tree = f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n\n{names}\n```\n" * bool(names)
+    about = "Each runs in a minute or two on two CPU cores. `notebooks/build.py` makes them, outputs included.\n"
+    write(folder / "index.md", "\n".join(["# Notebooks\n", about, table(("notebook", "file"), listed), tree]))
+
+
 def generate() -> None:
     """Write all pages."""
     reports = results()
+    notebooks()
     for name, page in REPOSITORY.items():
         if page.startswith("generated/") and "results" not in name:
             write(DOCS / page, as_page(ROOT / name, DOCS / page))
@@ -403,9 +457,20 @@ def _plain(app: Any, what: str, name: str, obj: Any, options: Any, signature: st
     return re.sub(r"[~.\w]*Annotated\[([~.\w]+), [~.\w]+\([^()]*\)\]", r"\1", signature), returns
 
 
+def _mathml(as_block: bool) -> Callable[[Any, Any], None]:
+    """Return what writes a formula as MathML, which browsers show by themselves: nothing is loaded from elsewhere."""
+
+    def visit(translator: Any, node: Any) -> None:
+        translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+        raise SkipNode
+
+    return visit
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Connect to Sphinx."""
     setattr(GoogleDocstring, "_consume_inline_attribute", _whole)  # noqa: B010
+    app.add_html_math_renderer("mathml", (_mathml(False), None), (_mathml(True), None))
     app.connect("autodoc-process-signature", _plain)
     app.connect("builder-inited", lambda _: generate())
     return {"parallel_read_safe": True}

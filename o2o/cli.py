@@ -331,6 +331,19 @@ def plot(
     return 0
 
 
+def report(run: Name[Path], out: Path | None = None) -> int:
+    """Write a run's page, in one file: curves, evaluations, settings that differ from the preset, data, versions.
+
+    Args:
+        run: The run folder, which may still be going on.
+        out: File of the page; default: report.html in the run folder.
+    """
+    from o2o.report.page import write_page
+
+    print(f"wrote {write_page(run, out)}")
+    return 0
+
+
 def balance(run: Name[Path], out: Path = Path("balance.png")) -> int:
     """Draw the balance coefficient of a FamO2O run over the states of its dataset.
 
@@ -738,6 +751,7 @@ COMMANDS: Commands = {
     "diagnose": diagnose,
     "export": export,
     "plot": plot,
+    "report": report,
     "balance": balance,
     "record": record,
     "check-robot": check_robot,

@@ -4,7 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -83,6 +83,11 @@ class LoopConfig(Settings):
 
 FORMAT = 3
 """Format of a run folder's config.json. It is raised when folders of before can no longer be opened."""
+
+PRESET = "preset.json"
+"""File in a run folder: the settings of the preset that the run's settings are compared with."""
+ABOUT = ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "base_source", "vouched")
+"""Entries of a run folder's config.json that are no settings."""
 
 T = TypeVar("T")
 
@@ -268,6 +273,15 @@ def with_fields(config: T, changes: Mapping[str, Any] | Iterable[tuple[str, Any]
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config dataclass as plain JSON types: nested dataclasses become objects, tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings that `to_dict` wrote by dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:

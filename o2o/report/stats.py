@@ -188,6 +188,21 @@ class Band:
     high: Floats
 
 
+def performance_profile(scores: Any, thresholds: ArrayLike, confidence: float = 0.95, samples: int = 2000) -> Band:
+    """Return the share of seeds, of all tasks together, whose score is above each threshold, with its interval.
+
+    `scores` is `[tasks, seeds]`, `[seeds]`, or a list of rows of unequal length; the band's steps are the thresholds.
+    Section 4.2 of Agarwal et al. (arXiv 2108.13264).
+    """
+    strata, places = as_strata(scores), np.asarray(thresholds, np.float64)
+
+    def share(place: float) -> tuple[float, float, float]:
+        above = [np.asarray(row > place, np.float64) for row in strata]
+        return float(mean(np.concatenate(above))), *interval(above, mean, confidence, samples)
+
+    return Band(places, *np.asarray([share(place) for place in places], np.float64).reshape(-1, 3).T)
+
+
 @dataclass(frozen=True)
 class Curve:
     """A learning curve over seeds: the offline part by gradient steps, the online part by environment steps."""

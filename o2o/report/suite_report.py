@@ -1,4 +1,4 @@
-"""Markdown and pictures of a benchmark suite, from its kept results alone (`o2o.report.scores`).
+"""Markdown, pictures and page (`report.html`) of a benchmark suite, from its kept results alone (`o2o.report.scores`).
 
 There is one table per metric. It has each method's score after pre-training, at the end of the warm-up, after the first
 1000 updates online and at the end, with the bootstrap interval over seeds and the dataset's own mean beside them; then
@@ -12,11 +12,24 @@ from pathlib import Path
 import numpy as np
 
 from o2o.errors import RunError
+from o2o.files import write_atomically
+from o2o.report.charts import Line, chart, legend, limits
+from o2o.report.html import document, markdown
 from o2o.report.jobs import Job, folders, jobs
+from o2o.report.page import PAGE, curves as learning_curves
 from o2o.report.plots import LABELS, judged_by, plot_curves
 from o2o.report.published import HEAD, TEXT, beside, published_curves, read_published
 from o2o.report.scores import SCORES, FinishedCell, Row, read_cells, read_scores
-from o2o.report.stats import Floats, Point, aggregate, curve, interval, probability_of_improvement, statistic_of
+from o2o.report.stats import (
+    Floats,
+    Point,
+    aggregate,
+    curve,
+    interval,
+    performance_profile,
+    probability_of_improvement,
+    statistic_of,
+)
 from o2o.report.suite import Cell, Suite, load_suite
 
 FIRST_UPDATES, FEW = 1000, 20
@@ -283,9 +296,12 @@ def _unrun(planned: Sequence[Job]) -> list[str]:
     return ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
 
 
-def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str]:
-    """Draw one picture per dataset with the first metric that it has; return the Markdown links."""
-    links = []
+def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Draw one picture per dataset with the first metric that it has.
+
+    Return the Markdown links, and for the page the same curves: file to charts.
+    """
+    links, charts = [], {}
     for task in suite.tasks:
         here = [m for m in methods if m.dataset == task.dataset]
         metric = _metric_of(suite, here)
@@ -299,7 +315,44 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> list[str
         name = f"{task.dataset.replace('/', '-')}.png"
         plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference, theirs)
         links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
-    return links
+        title = f"{LABELS.get(metric, metric).capitalize()} on {task.dataset}"
+        charts[name] = learning_curves(title, curves, metric, reference, _order(suite))
+    return links, charts
+
+
+def _order(suite: Suite) -> list[str]:
+    return [variant.label for variant in suite.variants]
+
+
+def _profiles(suite: Suite, methods: Sequence[Method]) -> tuple[list[str], dict[str, str]]:
+    """Return the performance profiles of the methods that ran on all tasks; nothing without a unit in common."""
+    metric = next((m for m in suite.metrics if m.startswith("success") or m == "normalized"), None)
+    if metric is None:
+        return [], {}
+    ends, tasks = dict[str, list[Floats]](), set[str]()
+    for method in methods:
+        if points := aggregate(method.rows, metric):
+            ends.setdefault(method.label, []).append(points[-1].values)
+            tasks.add(method.dataset)
+    whole = {label: found for label, found in ends.items() if len(found) == len(tasks)}
+    if len(whole) < 2:
+        return [], {}
+    values = np.concatenate([scores for found in whole.values() for scores in found])
+    low, high = (0.0, 1.0) if metric.startswith("success") else (float(values.min()), float(values.max()))
+    places = np.linspace(low, high, 41)
+    order = _order(suite)
+    lines = [Line(label, performance_profile(found, places), order.index(label)) for label, found in whole.items()]
+    drawn = chart("performance profiles", lines, LABELS[metric], limits(lines, (0.0, 1.0)))
+    title = f"Share of seeds above a {LABELS[metric]}"
+    figure = f"<figure><figcaption>{title}</figcaption>{drawn}</figure>"
+    text = (
+        f"At the last evaluations, over {len(tasks)} task{'s' * (len(tasks) > 1)}: the share of seeds whose "
+        f"{LABELS[metric]} is above the value on the axis, with its 95 % bootstrap interval. Higher is better."
+    )
+    return (
+        ["## Performance profiles", "", text, "", "![profiles](profiles)", ""],
+        {"profiles": f'{legend(lines)}<div class="charts">{figure}</div>'},
+    )
 
 
 def _published(suite: Suite, methods: Sequence[Method]) -> list[str]:
@@ -324,7 +377,7 @@ def _planned(suite: Suite, finished: Sequence[FinishedCell]) -> list[Cell]:
 
 
 def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None = None) -> Path:
-    """Write the suite's Markdown and pictures into its folder of results `out/<suite>/`; return the Markdown's path.
+    """Write the suite's Markdown, pictures and page into its folder of results `out/<suite>/`; return the Markdown's.
 
     All seeds that were run are in it, also those beyond the suite's own; cells that were not run are listed. Raises
     `RunError` if the results are of other settings than the suite's.
@@ -341,10 +394,16 @@ def write_report(suite: Suite | str, out: Path | None = None, runs: Path | None 
         table = _table(suite, methods, planned, metric)
         if table:
             lines += [f"## {LABELS.get(metric, metric).capitalize()}", "", *table, ""]
-    lines += _published(suite, methods) + _improvement(suite, methods) + _pictures(suite, methods, folder)
-    lines += _targets(suite, methods) + _unrun(planned)
-    lines += [f"Made by `o2o bench report {suite.name}` from `{SCORES}` in this folder.", ""]
+    lines += _published(suite, methods) + _improvement(suite, methods)
+    links, charts = _pictures(suite, methods, folder)
+    rest = _targets(suite, methods) + _unrun(planned)
+    rest += [f"Made by `o2o bench report {suite.name}` from `{SCORES}` in this folder.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([*lines, *links, *rest]))
+    profiles, drawn = _profiles(suite, methods)
+    titled = ["## Learning curves", "", *links] if links else []
+    again = ["## Make it again", "", f"`o2o bench run {suite.name}`, then `o2o bench report {suite.name}`.", ""]
+    body = markdown([*lines, *profiles, *titled, *rest, *again], charts | drawn)
+    write_atomically(folder / PAGE, document(suite.name, body))
     return path

@@ -17,6 +17,7 @@ from o2o.data.files import DatasetInfo
 from o2o.data.importers.plan import Plan, spoken
 from o2o.data.importers.write import Imported
 from o2o.errors import DatasetError, O2OError
+from o2o.report.page import write_page
 from o2o.report.plots import judged_by, plot_runs, read_rows
 
 
@@ -40,18 +41,19 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
 
 
 def end(path: Path, finished: bool, console: Console) -> int:
-    """Draw the curve of a finished run, print how to continue or watch it, and return exit code 0."""
+    """Draw the curve of a finished run, write its page, print how to continue or watch it, and return exit code 0."""
     if not finished:
         _say(console, f"stopped; everything is saved. Continue with: o2o resume {path}")
         return 0
     played = True
     try:
+        write_page(path)
         plot_runs([path], path / "curve.png")
         played = judged_by(read_rows(path / "episodes.jsonl")) != "action_error"
     except (O2OError, OSError, ValueError) as error:  # the run itself is complete
         _say(console, f"no curve drawn: {error}")
     watch = f" Watch it: o2o play {path} --out play.mp4" if played else ""
-    _say(console, f"finished: {path} (curve.png, episodes.jsonl).{watch}")
+    _say(console, f"finished: {path} (report.html, curve.png, episodes.jsonl).{watch}")
     return 0
 
 
@@ -115,7 +117,7 @@ def before_after(path: Path, console: Console) -> None:
         table.add_row(key, *(f"{value:.2f}" for value in values))
     table.add_row("episodes", str(len(before)), str(len(after)))
     console.print(table)
-    _say(console, f"curve: {path / 'curve.png'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}")
+    _say(console, f"report: {path / 'report.html'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}")
 
 
 def dataset_rows(found: Sequence[tuple[str, DatasetInfo | DatasetError]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ The command line, the benchmarks and notebooks all come through here.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 from o2o import envs
 from o2o.agents import AGENTS
 from o2o.closing import Closing
-from o2o.config import RunConfig, TaskConfig, from_dict, to_dict, with_fields
+from o2o.config import ABOUT, PRESET, RunConfig, TaskConfig, from_dict, to_dict, with_fields
 from o2o.data import datasets
 from o2o.data.checks import check_data, returns_scale, summary
 from o2o.data.history import with_history
@@ -28,6 +29,7 @@ from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.envs.shared import OneSimulator
 from o2o.errors import ConfigError, O2OError, TrustError
+from o2o.files import write_atomically
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.export import Latency, export_policy, latency
 from o2o.policies.exported import FILES, load_file
@@ -333,7 +335,7 @@ def load_config(path: str | Path) -> RunConfig:
     path = Path(path)
     values = read_config(path)
     _check_code(path, values)
-    for name in ("format", "versions", "fingerprint", "dataset_summary", "base_fingerprint", "base_source", "vouched"):
+    for name in ABOUT:
         values.pop(name, None)
     agent_config = values.pop("config", {})
     if not isinstance(values.get("agent"), str):
@@ -463,7 +465,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     check_path(path)
     path, config = path.absolute(), _from_anywhere(config)
     base = base_of(config)
-    data = load_data(config, base)
+    data, preset = load_data(config, base), _preset_of(config)
     if config.task.normalize_returns is not None:  # said in config.json, so that a resume has the very same
         _check_scale(config)
         config = with_fields(config, [("task.reward_scale", data.task.reward_scale)])
@@ -484,6 +486,8 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
         run = RunFolder.create(path, {**to_dict(config), **about}, config.keep_checkpoints)
         try:
             run.describe(data, None if env is None else env.metadata.get("render_fps"))
+            if preset is not None:
+                write_atomically(run.path / PRESET, json.dumps(to_dict(preset), indent=2) + "\n")
             session = Session(config, run, data, screen, base)
             del data  # what is learnt from is in the trainer's replay
             with Closing() as closing:
@@ -525,6 +529,16 @@ def _check_environment(env: Any, make: EnvMaker, config: RunConfig, about: datas
             ) from error
         with Closing() as closing:
             closing.callback(second.close)
+
+
+def _preset_of(config: RunConfig) -> RunConfig | None:
+    """Return the run of the preset that a run's settings are compared with; None if its agent has none for the task."""
+    try:
+        size = config.preset if config.preset in ("paper", "small") else "paper"
+        return preset_run(config.agent, config.dataset, size, config.env)
+    except Exception as error:  # an agent of the user's own may raise anything; the run needs no comparison
+        _log.info("no preset of %s to compare with: %s", config.agent, error)
+        return None
 
 
 def _rehearse(trainer: Trainer, online_steps: int, make: EnvMaker, first: Any, held: Closing) -> None:
