@@ -59,7 +59,7 @@ from o2o.nn.generative import Denoiser, Diffusion, Flow
 from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model
 from o2o.rl import losses
 from o2o.rl.windows import Chunks, chunk_rows
-from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Settings, Width, Widths
+from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Real, Settings, Width, Widths
 from o2o.types import AgentConfig, Array, Batch, Info, Needs, OnlineConfig, Params, Phase, Preset
 
 
@@ -120,7 +120,7 @@ class DSRLConfig(AgentConfig):
     """Adam's rate of the noise policy."""
     critic_lr: Rate = 3e-4
     """Adam's rate of critics and noise critics."""
-    target_entropy: float = 0.5
+    target_entropy: Real = 0.5
     """Entropy target as a multiple of -d, d the number of noise numbers."""
     temperature_init: AboveZero = 1.0
     """Initial entropy temperature alpha."""
@@ -161,7 +161,15 @@ _DEFAULT = DSRLConfig()
 
 @register_agent("dsrl")
 class DSRL(Chunked):
-    """Steering of a base policy by its noise."""
+    r"""Steering of a base policy by its noise.
+
+    Equations (method, and the settings that enter):
+    - `targets` (`rho`, `noise_scale`): $y = R + \gamma^h m (\mathrm{mean}_k - \rho\, \mathrm{std}_k) Q^-_k(s_h, a')$
+    - `critic_loss` (`num_critics`): $L_Q = (Q_k(s, a) - y)^2$
+    - `noise_critic_loss` (`noise`): $L_z = (Q^z_k(s, \tilde z) - Q_k(s, \mathrm{Base}(s, \tilde z)))^2$
+    - `actor_loss` (`noise_scale`): $L_\pi = \alpha \log \pi(u \mid s) - \mathrm{mean}_k Q^z_k(s, b u)$
+    - `update_policy` (`target_entropy`): $L_\alpha = \alpha (H - \bar H)$
+    """
 
     actor: Model
     """The noise policy pi(u|s)."""

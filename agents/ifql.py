@@ -103,7 +103,15 @@ _DEFAULT = IFQLConfig()
 
 @register_agent("ifql")
 class IFQL(ChunkedFlow):
-    """Implicit flow Q-learning."""
+    r"""Implicit flow Q-learning.
+
+    Equations (method, and the settings that enter):
+    - `value_loss` (`expectile`, `aggregate`, `rho`): $u = Q^- - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert u^2$
+    - `targets` (`discount`, `chunk`): $y = R + \gamma^h m V(s_h)$
+    - `critic_loss` (`num_critics`): $L_Q = (Q_k(s, a) - y)^2$
+    - `flow_loss` (`flow_steps`): $L_v = \lVert v(s, x_t, t) - (a - x_0) \rVert^2$
+    - `propose` (`num_samples`): $\arg\max_i \min_k Q_k(s, a_i),\quad a_i = \mathrm{Flow}(s, z_i)$
+    """
 
     value: Model
     config: IFQLConfig = struct.field(pytree_node=False)

@@ -57,7 +57,7 @@ from o2o.nn.modules import Adam, CriticEnsemble, Model, Scalar
 from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.losses import critic_loss, lower_bound, sac_actor_loss, td_target, temperature_loss
 from o2o.rl.windows import chunk_transitions
-from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Widths
+from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Real, Widths
 from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
@@ -95,7 +95,7 @@ class QAMConfig(ChunkedConfig):
     """Gradients with a larger norm are scaled down to it: those of the fast field; `None`: never."""
     clip_together: bool = False
     """The norm is that of all networks' gradients together, and all are scaled, as published."""
-    target_entropy: float = 0.5
+    target_entropy: Real = 0.5
     """Entropy target of the unscaled edit as a multiple of -h A."""
     tau: Average = 0.005
     """Weight of critics and slow field in their averages, after every update."""
@@ -167,7 +167,16 @@ _DEFAULT = QAMConfig()
 
 @register_agent("qam")
 class QAM(Agent):
-    """Q-learning with adjoint matching."""
+    r"""Q-learning with adjoint matching.
+
+    Equations (method, and the settings that enter):
+    - `behaviour_loss` (`flow_steps`): $L_b = \lVert v_b(s, x_t, t) - (a - x_0) \rVert^2$
+    - `adjoints` (`inverse_temperature`): $a_T = -\lambda \nabla_x Q^-(s, x_T),\quad a_i = a_{i+1} + D J_i^T a_{i+1}$
+    - `actor_loss` (`flow_steps`): $L_f = \sum_i \lVert 2 \sigma_i^{-1} (v_f - v_b^-) + \sigma_i a_i \rVert^2$
+    - `critic_loss` (`pessimism`): $y = R + \gamma^h m (\mathrm{mean}_k - \rho\, \mathrm{std}_k) Q^-_k(s_h, a')$
+    - `edit_loss` (`edit_scale`): $L_e = \alpha \log \pi_e(e \mid s, a) - \mathrm{mean}_k Q_k(s, a + \beta e)$
+    - `policy_loss` (`alpha`): $L_\mu = \alpha (\mu(s, z) - \mathrm{Flow}(s, z))^2 - \mathrm{mean}_k Q_k(s, \mu(s, z))$
+    """
 
     actor: Model
     """The fast field v_f(s, x, t)."""

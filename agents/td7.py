@@ -186,7 +186,15 @@ _DEFAULT = TD7Config()
 
 @register_agent("td7")
 class TD7(TD3):
-    """TD3 with embeddings, priorities, clipped values and policy checkpoints."""
+    r"""TD3 with embeddings, priorities, clipped values and policy checkpoints.
+
+    Equations (method, and the settings that enter):
+    - `encoder_loss` (`embedding`): $L_z = \lVert z(s, a) - z(s') \rVert^2$
+    - `next_values` (`target_noise`, `noise_clip`): $v = \mathrm{clip}(\min_i Q^-_i(s', a', z(s', a'), z(s')))$
+    - `critic_step` (`discount`): $y = r + \gamma m v,\quad L_Q = \sum_i \mathrm{Huber}(Q_i(s, a) - y)$
+    - `critic_step` (`priority_power`): $p = \max(1, \max_i \lvert Q_i - y \rvert)^{\alpha}$
+    - `actor_loss` (`cloning`): $L_\pi = -Q(s, \pi(s, z(s))) + \lambda \overline{\lvert Q \rvert} (\pi(s, z(s)) - a)^2$
+    """
 
     encoder: Any = None
     """Learns; a `Model`."""
