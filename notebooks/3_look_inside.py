@@ -4,7 +4,7 @@
 # What do the networks of a trained agent say? Each part trains one agent for a minute at most, and draws one thing.
 
 # %%
-OFFLINE, ONLINE = 2_000, 2_000
+OFFLINE, ONLINE = 2_000, 3_000
 EPISODES = 10
 CHANGES = {}  # agent: settings that differ from its preset
 
