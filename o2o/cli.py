@@ -571,11 +571,15 @@ def bench_run(
     from o2o.report import jobs
     from o2o.report.suite import load_suite
 
-    planned = jobs.plan(load_suite(suite), agents, tasks, seeds, out)
-    return _run_cells(planned, where, ray, (cpus, gpus, memory_gb, retries))
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
+        return do(jobs.plan(load_suite(suite), agents, tasks, seeds, out))
 
 
-def _run_cells(planned: Sequence[Any], where: Where, ray: str | None, needs: tuple[float, float, float, int]) -> int:
+@contextlib.contextmanager
+def _cells(
+    where: Where, ray: str | None, needs: tuple[float, float, float, int]
+) -> Iterator[Callable[[Sequence[Any]], int]]:
+    """Give the function that does planned cells and returns the exit code. Raises `ConfigError` for a bad place."""
     from o2o.report import jobs
     from o2o.runs import session
     from o2o.runs.loggers import Screen
@@ -585,12 +589,15 @@ def _run_cells(planned: Sequence[Any], where: Where, ray: str | None, needs: tup
     if where == "ray":
         from o2o.runs.on_ray import Resources, on_ray
 
-        return jobs.run_jobs(planned, on_ray(ray, Resources(*needs), say, console), say)
-    if ray is not None:
+        work = on_ray(ray, Resources(*needs), say, console)
+        yield lambda planned: jobs.run_jobs(planned, work, say)
+    elif ray is not None:
         raise ConfigError("`ray` is the address of a cluster, and `where` is local; say `--where ray` too")
-    with Screen(console) as screen:
-        train = lambda cell, path: session.train(session.cell_run(cell, path), path, screen)  # noqa: E731
-        return jobs.run_jobs(planned, jobs.in_turn(train, lambda path: session.resume(path, screen), say), say)
+    else:
+        with Screen(console) as screen:
+            train = lambda cell, path: session.train(session.cell_run(cell, path), path, screen)  # noqa: E731
+            work = jobs.in_turn(train, lambda path: session.resume(path, screen), say)
+            yield lambda planned: jobs.run_jobs(planned, work, say)
 
 
 def sweep(
@@ -624,11 +631,12 @@ def sweep(
 
     found = load_sweep(file)
     suite = found.suite()
-    planned = jobs.plan(suite, out=out)
-    for job in planned:
-        if job.state != "finished":
-            session.cell_run(job.cell, job.run)  # what is wrong in the file is said before anything is trained
-    code = _run_cells(planned, where, ray, (cpus, gpus, memory_gb, retries))
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
+        planned = jobs.plan(suite, out=out)
+        for job in planned:
+            if job.state != "finished":
+                session.cell_run(job.cell, job.run)  # what is wrong in the file is said before anything is trained
+        code = do(planned)
     metric, lines = table(suite, out, found.metric)
     if json:
         print_json([{**vars(line), "metric": metric, "mean": line.mean, "interval": line.interval} for line in lines])

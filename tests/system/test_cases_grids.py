@@ -1,0 +1,114 @@
+"""Sweeps and suites from the command line: what they train, print and refuse, here and on a Ray of this machine."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from o2o.report.jobs import in_turn, plan, run_jobs
+from o2o.report.scores import read_cells
+from o2o.report.suite import load_suite
+from o2o.runs import session
+from o2o.runs.on_ray import Resources, on_ray
+from tests.helpers.command_line import run
+
+SWEEP = """
+agents = ["bc"]
+datasets = ["{dataset}"]
+seeds = {seeds}
+seeds_per_cell = 1
+offline_steps = 20
+eval_episodes = 1
+settings.config.actor_lr = {rates}
+[fixed]
+config.batch_size = 16
+config.actor_hidden_dims = [16]
+loop.updates_per_dispatch = 10
+"""
+
+
+def written(tmp_path: Path, dataset: str, rates: str = "[0.001, 0.01]", seeds: int = 2) -> str:
+    path = tmp_path / "rates.toml"
+    path.write_text(SWEEP.format(dataset=dataset, rates=rates, seeds=seeds))
+    return str(path)
+
+
+def test_local_sweep(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep trains each combination and seed once, with its settings, and prints a table sorted by the metric.
+
+    A value that is added later trains that value only.
+    """
+    out = tmp_path / "out"
+    assert run("sweep", written(tmp_path, embedded, "[0.001]"), "--out", str(out)) == 0
+    assert capsys.readouterr().err.count("starting") == 2
+    assert run("sweep", written(tmp_path, embedded), "--out", str(out), "--json") == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("finished already") == 2 and shown.err.count("starting") == 2
+    lines = json.loads(shown.out)
+    assert {line["label"] for line in lines} == {"bc actor_lr=0.001", "bc actor_lr=0.01"}
+    assert all(len(line["scores"]) == 2 and line["metric"] == "success" for line in lines)
+    assert lines[0]["mean"] >= lines[1]["mean"]
+    for config in (json.loads(path.read_text()) for path in (out / "runs/rates").glob("*/config.json")):
+        assert config["config"]["batch_size"] == 16 and config["seeds"] == 1 and config["offline_steps"] == 20
+    assert [(cell.seeds, cell.method[1]) for cell in read_cells(out / "rates")] == [
+        ((seed, seed), f"bc actor_lr={rate}") for rate in ("0.001", "0.01") for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [("[-1.0]", "actor_lr is -1.0; expected"), ("['fast']", "actor_lr is 'fast'; expected float")],
+)
+def test_bad_values_train_nothing(
+    rates: str, said: str, embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A value that the setting cannot have is refused before anything is trained."""
+    assert run("sweep", written(tmp_path, embedded, f"[0.1, {rates[1:]}"), "--out", str(tmp_path / "out")) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_bad_places(
+    embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address without Ray, a silent one, an unwritable folder and no Ray at all: a line each and exit code 2."""
+    file, out = written(tmp_path, embedded), str(tmp_path / "out")
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run("sweep", file, "--out", out, "--ray", "127.0.0.1:1") == 2
+    assert "--where ray" in capsys.readouterr().err
+    assert run("sweep", file, "--out", out, "--ray", "127.0.0.1:1", "--where", "ray") == 2
+    assert "nobody answers at the address of Ray, 127.0.0.1:1" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert run("sweep", file, "--out", out, "--where", "ray") == 2
+    assert "nobody answers" in capsys.readouterr().err
+    assert not Path(out).exists()
+    Path(out).write_text("a file")
+    assert run("sweep", file, "--out", out) == 2
+    assert "give another folder with --out" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run("sweep", file, "--where", "ray") == 2
+    assert "pip install 'o2o[ray]'" in capsys.readouterr().err
+
+
+def test_ray_of_this_machine(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Ray the cells give the numbers that they give here; a cell that fails spares the others and is not 0."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+    suite = load_suite(written(tmp_path, embedded, "[0.001, -1.0]", 1))
+    for out, work in {
+        "far": on_ray(None, Resources(cpus=0.5, retries=0), print),
+        "near": in_turn(
+            lambda cell, path: session.train(session.cell_run(cell, path), path),
+            lambda path: session.resume(path),
+            print,
+        ),
+    }.items():
+        planned = plan(suite, out=tmp_path / out)
+        assert run_jobs(planned, work) == 1, "one cell has a rate that none can have"
+        failures = [job.failure.read_text() for job in planned if job.failure.exists()]
+        assert len(failures) == 1 and all("actor_lr is -1.0" in text for text in failures)
+    far, near = ((tmp_path / out / "rates/scores.csv").read_text() for out in ("far", "near"))
+    assert far == near and len(far.splitlines()) == 2
