@@ -1,4 +1,4 @@
-"""A suite on a Ray cluster of which one node is killed in the middle, and to which another one is added."""
+"""Sweeps on Ray: here with a cell that fails, and on a cluster whose node is killed while another one is added."""
 
 import json
 import os
@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from o2o.report.jobs import in_turn, plan, run_jobs
 from o2o.report.scores import read_cells
+from o2o.report.suite import load_suite
+from o2o.runs import session
+from o2o.runs.on_ray import Resources, on_ray
 from tests.helpers.command_line import run
 from tests.system.test_runs import assert_same_runs
 
@@ -34,6 +38,17 @@ config.online.min_rows = 0
 loop.updates_per_dispatch = 10
 loop.log_every = 10
 loop.checkpoint_every = 100
+"""
+FAILING = """
+agents = ["bc"]
+datasets = ["{dataset}"]
+seeds = 1
+offline_steps = 20
+eval_episodes = 1
+settings.config.actor_lr = [0.001, -1.0]
+[fixed]
+config.batch_size = 16
+config.actor_hidden_dims = [16]
 """
 SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
 PATIENCE_S = 240
@@ -137,3 +152,27 @@ def test_killed_and_added_nodes(
 
     assert run("sweep", str(file), "--out", str(out), *command) == 0
     assert capsys.readouterr().err.count("finished already") == 3
+
+
+def test_ray_of_this_machine(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Ray the cells give the numbers that they give here; a cell that fails spares the others and is not 0."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    file = tmp_path / "rates.toml"
+    file.write_text(FAILING.format(dataset=embedded))
+    suite = load_suite(str(file))
+    for out, work in {
+        "far": on_ray(None, Resources(cpus=0.5, retries=0), print),
+        "near": in_turn(
+            lambda cell, path: session.train(session.cell_run(cell, path), path),
+            lambda path: session.resume(path),
+            print,
+        ),
+    }.items():
+        planned = plan(suite, out=tmp_path / out)
+        assert run_jobs(planned, work) == 1, "one cell has a rate that none can have"
+        failures = [job.failure.read_text() for job in planned if job.failure.exists()]
+        assert len(failures) == 1 and all("actor_lr is -1.0" in text for text in failures)
+    far, near = ((tmp_path / out / "rates/scores.csv").read_text() for out in ("far", "near"))
+    assert far == near and len(far.splitlines()) == 2

@@ -1,17 +1,12 @@
 """Sweeps and suites from the command line: what they train, print and refuse, here and on a Ray of this machine."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from o2o.report.jobs import in_turn, plan, run_jobs
 from o2o.report.scores import read_cells
-from o2o.report.suite import load_suite
-from o2o.runs import session
-from o2o.runs.on_ray import Resources, on_ray
 from tests.helpers.command_line import run
 
 SWEEP = """
@@ -90,25 +85,3 @@ def test_bad_places(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run("sweep", file, "--where", "ray") == 2
     assert "pip install 'o2o[ray]'" in capsys.readouterr().err
-
-
-def test_ray_of_this_machine(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Ray the cells give the numbers that they give here; a cell that fails spares the others and is not 0."""
-    pytest.importorskip("ray")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
-    suite = load_suite(written(tmp_path, embedded, "[0.001, -1.0]", 1))
-    for out, work in {
-        "far": on_ray(None, Resources(cpus=0.5, retries=0), print),
-        "near": in_turn(
-            lambda cell, path: session.train(session.cell_run(cell, path), path),
-            lambda path: session.resume(path),
-            print,
-        ),
-    }.items():
-        planned = plan(suite, out=tmp_path / out)
-        assert run_jobs(planned, work) == 1, "one cell has a rate that none can have"
-        failures = [job.failure.read_text() for job in planned if job.failure.exists()]
-        assert len(failures) == 1 and all("actor_lr is -1.0" in text for text in failures)
-    far, near = ((tmp_path / out / "rates/scores.csv").read_text() for out in ("far", "near"))
-    assert far == near and len(far.splitlines()) == 2
