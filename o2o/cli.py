@@ -640,8 +640,8 @@ def sweep(
     metric, lines = table(suite, out, found.metric)
     if json:
         print_json([{**vars(line), "metric": metric, "mean": line.mean, "interval": line.interval} for line in lines])
-        return code
-    print_scored(metric, lines, Console())
+    elif lines:
+        print_scored(metric, lines, Console())
     return code
 
 

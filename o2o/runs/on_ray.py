@@ -250,25 +250,28 @@ class Board:
         table, count = Table(), dict.fromkeys(("finished", "running", "failed"), 0)
         for column in ("cell", "node", "done"):
             table.add_column(column, overflow="fold")
-        shares = [share_done(job) for job in self.todo]
+        shares, missing = [share_done(job) for job in self.todo], 0.0
         for job, share in zip(self.todo, shares, strict=True):
             status = status_of(job.run) or {}
-            state = "failed" if job.failure.exists() else str(status.get("status"))
-            if state in count:
+            state = str(status.get("status"))
+            if job.failure.exists():
+                count["failed"] += 1
+                continue
+            missing += 1 - share
+            if state in count and state != "failed":  # one that failed before waits for its turn
                 count[state] += 1
             if state == "running":
                 table.add_row(job.cell.name, str(status.get("host", "")), f"{100 * share:.0f} %")
         rest = len(shares) - sum(count.values())
-        left = time_left(time.monotonic() - self.began, self.before, sum(shares), len(shares) - count["failed"])
+        left = time_left(time.monotonic() - self.began, sum(shares) - self.before, missing)
         words = ", ".join(f"{number} {state}" for state, number in {**count, "waiting": rest}.items())
         clock = "" if left is None else f"; about {timedelta(seconds=round(left))} left"
         return Group(table, Text(words + clock))
 
 
-def time_left(elapsed_s: float, before: float, now: float, whole: float) -> float | None:
-    """Return the seconds until `whole` cells are done, of which `before` were at the start; None if it is too early."""
-    gained = now - before
-    return elapsed_s * max(whole - now, 0.0) / gained if gained > 0 else None
+def time_left(elapsed_s: float, done: float, missing: float) -> float | None:
+    """Return the seconds for the `missing` cells if those `done` took `elapsed_s`; None if it is too early to say."""
+    return elapsed_s * missing / done if done > 0 else None
 
 
 def share_done(job: Job) -> float:

@@ -1,5 +1,6 @@
 """Sweeps as files, their combinations, and Ray's addresses, versions and times: nothing is trained."""
 
+import io
 import json
 import math
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from o2o.errors import ConfigError, RunError
 from o2o.report import jobs
@@ -17,7 +19,7 @@ from o2o.report.scores import COLUMNS
 from o2o.report.suite import BenchTask, Cell, Suite, Variant, load_suite
 from o2o.report.suite_report import write_report
 from o2o.report.sweep import Between, Sweep, label_of, load_sweep, table
-from o2o.runs.on_ray import Resources, check_answers, check_versions, on_ray, share_done, time_left
+from o2o.runs.on_ray import Board, Resources, check_answers, check_versions, on_ray, share_done, time_left
 
 TOML = """
 agents = ["iql", "bc"]
@@ -235,8 +237,8 @@ def test_resources() -> None:
 
 def test_time_left(tmp_path: Path) -> None:
     """The time left follows from the steps that were made since the start."""
-    assert time_left(10.0, 1.0, 1.0, 4.0) is None
-    assert time_left(10.0, 1.0, 1.5, 4.0) == 50.0
+    assert time_left(10.0, 0.0, 3.0) is None
+    assert time_left(10.0, 0.5, 2.5) == 50.0
     cell = replace(ONE, offline_steps=100, online_steps=300).suite().cells()[0]
     job = Job(cell, "missing", tmp_path / "run", tmp_path)
     assert share_done(job) == 0.0
@@ -245,6 +247,25 @@ def test_time_left(tmp_path: Path) -> None:
     assert share_done(job) == 0.5
     (job.run / "status.json").write_text('{"status": "finished"}')
     assert share_done(job) == 1.0
+
+
+def test_board(tmp_path: Path) -> None:
+    """The live table shows what is trained, where and how far it is, and counts the rest."""
+    cell = replace(ONE, offline_steps=100).suite().cells()[0]
+    todo = [Job(replace(cell, seed=i, seeds=1), "missing", tmp_path / str(i), tmp_path) for i in range(3)]
+    board = Board(todo)
+    board.began -= 100.0
+    for job, status, steps in zip(todo, ("running", "failed", ""), (50, 10, 0), strict=True):
+        if status:
+            job.run.mkdir()
+            (job.run / "status.json").write_text(json.dumps({"status": status, "host": "north"}))
+            (job.run / "metrics.jsonl").write_text(json.dumps({"gradient_steps": steps, "env_steps": 0}) + "\n")
+    todo[1].failure.write_text("Traceback")
+    console = Console(width=100, file=io.StringIO())
+    console.print(board())
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "north" in shown and "50 %" in shown and "10 %" not in shown
+    assert "0 finished, 1 running, 1 failed, 1 waiting; about 0:04:10 left" in shown
 
 
 def test_order_of_cells() -> None:
