@@ -13,7 +13,7 @@ import pytest
 
 from o2o.report.jobs import in_turn, plan, run_jobs
 from o2o.report.scores import read_cells
-from o2o.report.suite import load_suite
+from o2o.report.suite import BenchTask, Suite, Variant, load_suite
 from o2o.runs import session
 from o2o.runs.on_ray import Resources, on_ray
 from tests.helpers.command_line import run
@@ -176,3 +176,20 @@ def test_ray_of_this_machine(embedded: str, tmp_path: Path, monkeypatch: pytest.
         assert len(failures) == 1 and all("actor_lr is -1.0" in text for text in failures)
     far, near = ((tmp_path / out / "rates/scores.csv").read_text() for out in ("far", "near"))
     assert far == near and len(far.splitlines()) == 2
+
+
+def test_dead_worker(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell whose process dies is begun again as often as asked for, and then is a failed one."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    Path("dying_arm.py").write_text("import os\nopen('tries', 'a').write('x')\nos._exit(3)\n")
+    variant = Variant("dies", "bc", fields=(("env", "dying_arm:Arm-v0"),))
+    suite = Suite("s", "", (BenchTask(embedded),), (variant,), seeds=1, offline_steps=10)
+    (job,) = plan(suite, out=tmp_path / "out")
+    said: list[str] = []
+    assert run_jobs([job], on_ray(None, Resources(cpus=0.5, retries=1), said.append), said.append) == 1
+    assert Path("tries").read_text() == "xx"
+    assert "Ray gave the cell up (WorkerCrashedError" in job.failure.read_text()
+    assert len(said) == 1 and "failed: Ray gave" in said[0]

@@ -2,11 +2,18 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from o2o import __version__
+from o2o.errors import BusyError
+from o2o.report.jobs import plan
 from o2o.report.scores import read_cells
+from o2o.report.suite import load_suite
+from o2o.runs import on_ray, session
+from o2o.runs.folder import RunFolder, versions
 from tests.helpers.command_line import run
 
 SWEEP = """
@@ -85,3 +92,36 @@ def test_bad_places(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run("sweep", file, "--where", "ray") == 2
     assert "pip install 'o2o[ray]'" in capsys.readouterr().err
+
+
+def test_node_refuses(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node with another o2o, or without the shared folder, says so; one that is told to stop has the cell retried."""
+    here = str(Path.cwd())
+    job = plan(load_suite(written(tmp_path, embedded)), out=tmp_path / "out")[0]
+    old = on_ray._work(job, {**versions(), "o2o": "0.0.1"}, here)
+    assert f"other versions: o2o {__version__} for 0.0.1" in old.error and old.trace.startswith("Traceback")
+    blind = on_ray._work(job, versions(), here)
+    assert "does not see" in blind.error and str(job.run.parent) in blind.error and not job.run.exists()
+
+    def stopped(config: object, path: Path, quiet: bool) -> bool:
+        path.mkdir()
+        (path / "status.json").write_text('{"status": "stopped"}')
+        return False
+
+    monkeypatch.setattr(session, "train", stopped)
+    job.record.parent.mkdir(parents=True)
+    job.record.write_text("{}")
+    with pytest.raises(on_ray.Preempted):
+        on_ray._work(job, versions(), here)
+
+
+def test_waits_for_dead_nodes_process(embedded: str, tmp_path: Path) -> None:
+    """A cell that begins again waits until the process of the dead node has let go of the run, but not for ever."""
+    run_folder = RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(BusyError, match="trained by another process"):
+        on_ray.wait_until_free(tmp_path / "run", 0.0)
+    timer = threading.Timer(0.3, run_folder.close)
+    timer.start()
+    on_ray.wait_until_free(tmp_path / "run", 20.0)
+    timer.join()
+    RunFolder.open(tmp_path / "run").lock().close()
