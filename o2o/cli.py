@@ -629,7 +629,7 @@ def sweep(
     from o2o.report.tables import print_json, print_scored
     from o2o.runs import session
 
-    found = load_sweep(file)
+    found, out = load_sweep(file), out.absolute()  # an environment may change the working folder
     suite = found.suite()
     with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
         planned = jobs.plan(suite, out=out)

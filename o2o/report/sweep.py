@@ -26,8 +26,8 @@ from o2o.settings import Amount, Count, Seed, Settings
 from o2o.user_code import run_file
 
 Metric = Literal["auto", "score", "success", "return", "normalized"]
-LABEL_BYTES = 80
-"""Longest label of a method in characters; a longer one is cut, and ends with a digest of the whole."""
+LONGEST_LABEL = 80
+"""Longest label of a method; a longer one is cut, and ends with a digest of the whole."""
 ATTEMPTS = 1000
 """Draws per sample after which a sweep gives up finding another one."""
 
@@ -98,6 +98,8 @@ class Sweep(Settings):
         for name, value in (("agents", self.agents), ("datasets", self.datasets)):
             if not value or len(set(value)) < len(value):
                 raise self.refuse(name, "one or more, each of them once")
+        if not re.fullmatch(r"(\w[\w. -]*)?", self.name):
+            raise self.refuse("name", "the name of a folder: letters, digits, dots, dashes")
         object.__setattr__(self, "fixed", dict(_flat("fixed", self.fixed)))
         object.__setattr__(self, "settings", {k: _values(k, v) for k, v in _flat("settings", self.settings)})
         ranges = [name for name, values in self.settings.items() if isinstance(values, Between)]
@@ -197,9 +199,9 @@ def label_of(agent: str, values: Mapping[str, Any]) -> str:
     """
     parts = [f"{name.removeprefix('config.')}={_text(value)}" for name, value in values.items()]
     label = " ".join([agent, *parts])
-    if len(label) <= LABEL_BYTES and re.fullmatch(r"[\w.= ]+", label, re.ASCII):
+    if len(label) <= LONGEST_LABEL and re.fullmatch(r"[\w.= ]+", label, re.ASCII):
         return label
-    return f"{label[:LABEL_BYTES]} {hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return f"{label[:LONGEST_LABEL]} {hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def read_file(path: Path) -> Suite | Sweep:

@@ -126,6 +126,7 @@ def test_random_combinations() -> None:
         ),
         ("agents = ['iql']\ndatasets = ['a']\nsettings.seed = [1, 2]", "seed is a field of the sweep itself"),
         ("agents = ['iql']\ndatasets = ['a']\nfixed.config.b = 1\nsettings.config.b = [1, 2]", "give one of them"),
+        ("agents = ['iql']\ndatasets = ['a']\nname = '../b'", "name is '../b'; expected the name of a folder"),
         ("agents = ['iql']\ndatasets = ['a']\nsettings = 3", "expected settings by name"),
     ],
 )
