@@ -33,6 +33,8 @@ STORE_BYTES = 100_000_000
 """Object store of a Ray that is started here: cells pass files, not objects."""
 ANSWER_S = 5.0
 """Longest wait for an address to answer."""
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""An empty frame of settings: its length, its type (4), flags and stream."""
 FREE_S = 120.0
 """Longest wait for a process of a dead node to let go of its run."""
 STOP_S = 60.0
@@ -100,18 +102,28 @@ def _ray() -> Any:
         raise ConfigError(f"`where` is ray, and Ray cannot be imported ({error}): pip install 'o2o[ray]'") from error
 
 
-def check_answers(address: str) -> None:
-    """Raise `ConfigError` unless somebody listens at `address`, host:port or ray://host:port."""
+def check_answers(address: str, longest_s: float = ANSWER_S) -> None:
+    """Raise `ConfigError` unless a server of Ray's protocol is at `address`, host:port or ray://host:port.
+
+    Ray itself tries for minutes. It speaks HTTP/2 (RFC 9113), whose servers answer a client's first bytes with a frame
+    of settings.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"the address of Ray is {address!r}; expected host:port, such as 10.0.0.1:6379, or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), longest_s) as server:
+            server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+            speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or server.recv(len(SETTINGS))[3:4] == SETTINGS[3:4]
     except OSError as error:
         raise ConfigError(
             f"nobody answers at the address of Ray, {address} ({error}): begin a cluster there with "
             f"`ray start --head --port {port}`, or leave `ray` and RAY_ADDRESS out for this machine alone"
         ) from error
+    if not speaks:
+        raise ConfigError(
+            f"what answers at the address of Ray, {address}, is no Ray: give the address of its head node"
+        )
 
 
 def _connect(ray: Any, place: str) -> None:

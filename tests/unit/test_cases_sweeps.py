@@ -5,6 +5,8 @@ import json
 import math
 import socket
 import sys
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,14 +207,30 @@ def test_no_ray_says_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         on_ray(None, Resources(), print)
 
 
+def reply_once(server: socket.socket, reply: bytes) -> None:
+    """Answer the next caller once it has said something."""
+    caller, _ = server.accept()
+    with caller:
+        caller.recv(100)
+        caller.sendall(reply)
+
+
 def test_silent_address_refused() -> None:
-    """An address that nobody answers at, or that is none, is refused at once."""
+    """An address that nobody answers at, that another service answers at, or that is none, is refused at once."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
         with pytest.raises(ConfigError, match="nobody answers at the address of Ray, 127.0.0.1"):
             check_answers(f"127.0.0.1:{taken.getsockname()[1]}")
         taken.listen()
-        check_answers(f"ray://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"nobody answers .* \(timed out\)"):
+            check_answers(f"ray://127.0.0.1:{taken.getsockname()[1]}", 0.2)
+        taken.accept()[0].close()
+        for reply, fits in ((b"HTTP/1.1 400 Bad Request\r\n", False), (b"", False), (b"\0\0\x12\4" + bytes(23), True)):
+            speaker = threading.Thread(target=reply_once, args=(taken, reply))
+            with nullcontext() if fits else pytest.raises(ConfigError, match="is no Ray|reset"):
+                speaker.start()
+                check_answers(f"127.0.0.1:{taken.getsockname()[1]}")
+            speaker.join()
     for address in ("somewhere", "host:", "host:port", ":6379", "host:70000"):
         with pytest.raises(ConfigError, match="expected host:port"):
             check_answers(address)
