@@ -12,7 +12,7 @@ help:
 	@echo "make docs    the documentation, in build/docs/index.html"
 	@echo "make check   lint, types, import contracts and the quick tests (tests/unit)"
 	@echo "make test    make check and all other tests"
-	@echo "make slow    what takes long: damaged files, kills, learning a maze (tests/slow)"
+	@echo "make slow    what takes long: damaged files, kills, clusters (tests/slow)"
 	@echo "make lint    ruff, pyright and import contracts only"
 	@echo "make format  let ruff mend imports and layout"
 	@echo "make build   wheel and sdist in dist/"

@@ -1,36 +1,22 @@
-"""A sweep: each value of a setting with several seeds, and a table of their scores with intervals.
+"""A sweep: values of two settings, three seeds each. It is trained here, or on a cluster, and prints a sorted table.
 
-    python examples/sweep.py
-
-Runs that exist are resumed, so a sweep that was stopped goes on when it is started again.
+o2o sweep examples/sweep.py
+o2o sweep examples/sweep.py --where ray
 """
 
-from pathlib import Path
+from o2o.report.sweep import Between, Sweep
 
-import numpy as np
-
-from o2o import envs
-from o2o.report.stats import interval
-from o2o.runs import session
-
-AGENT, SETTING, VALUES = "iql", "beta", (1.0, 3.0, 10.0)
-
-
-def main(folder=Path("runs/sweep"), values=VALUES, seeds=3, episodes=20, **changes):
-    """Train all values, evaluate them in new episodes, print a row for each and return the means."""
-    dataset, means = envs.make_embedded(envs.DEMO_DATASET), {}
-    for value in values:
-        path = Path(folder) / f"{SETTING}-{value:g}"
-        run = session.preset_run(AGENT, dataset, "small", seeds=seeds, **changes)
-        run = session.with_fields(run, {"config": {SETTING: value}})
-        _ = session.resume(path) if path.exists() else session.train(run, path)
-        rows = session.evaluate_run(path, episodes)
-        scores = [np.mean([row["score"] for row in rows if row["seed"] == seed]) for seed in range(seeds)]
-        means[value] = float(np.mean(scores))
-        low, high = interval(scores)
-        print(f"{SETTING} {value:g}: {means[value]:.2f} [{low:.2f}, {high:.2f}] over {seeds} seeds")
-    return means
-
-
-if __name__ == "__main__":
-    main()
+SWEEP = Sweep(
+    agents=("iql",),
+    datasets=("o2o/embedded/pointmaze-umaze-v0",),
+    settings={
+        "config.beta": [1.0, 3.0, 10.0],
+        "config.expectile": Between(0.6, 0.95),
+    },
+    fixed={"loop.checkpoint_every": 2_000},
+    samples=6,
+    seeds=3,
+    offline_steps=6_000,
+    online_steps=4_000,
+    eval_every=2_000,
+)

@@ -22,11 +22,12 @@ from tyro.extras import SubcommandApp
 from o2o import trust
 from o2o.config import RunConfig, keyword_arguments
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
-from o2o.settings import AboveZero, Amount, Count, Seed, checked
+from o2o.settings import AboveZero, Amount, Count, NotNegative, Seed, checked
 from o2o.startup import prepare_process
 from o2o.usage import WORDS, as_options, booleans, in_options, one_line, spelled_out
 
 Name = tyro.conf.Positional
+Where = Literal["local", "ray"]
 TRUST = "--trust"
 ABOUT = (
     "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment. With --trust, "
@@ -611,6 +612,12 @@ def bench_run(
     tasks: tuple[str, ...] = (),
     seeds: Count | None = None,
     out: Path | None = None,
+    where: Where = "local",
+    ray: str | None = None,
+    cpus: AboveZero = 1.0,
+    gpus: NotNegative = 0.0,
+    memory_gb: NotNegative = 0.0,
+    retries: Amount = 3,
 ) -> int:
     """Run the cells of a suite that are missing and resume those that were interrupted.
 
@@ -620,30 +627,95 @@ def bench_run(
         tasks: Only these datasets.
         seeds: Number of seeds; default: the suite's own.
         out: Folder of results, with the runs in OUT/runs; default: benchmarks/results, with the runs in runs/bench.
+        where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
+        ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
+        cpus: CPU cores of a cell, with Ray.
+        gpus: GPUs of a cell, with Ray; 0.5: two cells share one.
+        memory_gb: Memory in GiB that a node must have free for a cell, with Ray; 0: not looked at.
+        retries: How often a cell goes on from its last checkpoint after its worker or node died, with Ray.
     """
-    from o2o.report import jobs as bench_jobs
+    from o2o.report import jobs
+    from o2o.report.suite import load_suite
+
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
+        return do(jobs.plan(load_suite(suite), agents, tasks, seeds, out))
+
+
+@contextlib.contextmanager
+def _cells(
+    where: Where, ray: str | None, needs: tuple[float, float, float, int]
+) -> Iterator[Callable[[Sequence[Any]], int]]:
+    """Give the function that does planned cells and returns the exit code. Raises `ConfigError` for a bad place."""
+    from o2o.report import jobs
     from o2o.runs import session
     from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
-    with Screen(console) as screen:
-        return bench_jobs.run_suite(
-            suite,
-            lambda cell, path: session.train(session.cell_run(cell, path), path, screen),
-            lambda path: session.resume(path, screen),
-            agents=agents,
-            tasks=tasks,
-            seeds=seeds,
-            out=out,
-            say=lambda text: console.print(text, highlight=False),
-        )
+    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    if where == "ray":
+        from o2o.runs.on_ray import Resources, on_ray
+
+        work = on_ray(ray, Resources(*needs), say, console)
+        yield lambda planned: jobs.run_jobs(planned, work, say)
+    elif ray is not None:
+        raise ConfigError("`ray` is the address of a cluster, and `where` is local; say `--where ray` too")
+    else:
+        with Screen(console) as screen:
+            train = lambda cell, path: session.train(session.cell_run(cell, path), path, screen)  # noqa: E731
+            work = jobs.in_turn(train, lambda path: session.resume(path, screen), say)
+            yield lambda planned: jobs.run_jobs(planned, work, say)
+
+
+def sweep(
+    file: Name[Path],
+    out: Path = Path("runs/sweeps"),
+    where: Where = "local",
+    ray: str | None = None,
+    cpus: AboveZero = 1.0,
+    gpus: NotNegative = 0.0,
+    memory_gb: NotNegative = 0.0,
+    retries: Amount = 3,
+    json: bool = False,
+) -> int:
+    """Train all combinations of settings, datasets and seeds of a file, and print their scores, the best first.
+
+    Args:
+        file: TOML file, or Python file that defines SWEEP (o2o.report.sweep.Sweep).
+        out: Folder of results, with the runs in OUT/runs. A finished cell is never run again.
+        where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
+        ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
+        cpus: CPU cores of a cell, with Ray.
+        gpus: GPUs of a cell, with Ray; 0.5: two cells share one.
+        memory_gb: Memory in GiB that a node must have free for a cell, with Ray; 0: not looked at.
+        retries: How often a cell goes on from its last checkpoint after its worker or node died, with Ray.
+        json: Print the table as JSON.
+    """
+    from o2o.report import jobs
+    from o2o.report.sweep import load_sweep, table
+    from o2o.report.tables import print_json, print_scored
+    from o2o.runs import session
+
+    found, out = load_sweep(file), out.absolute()  # an environment may change the working folder
+    suite = found.suite()
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
+        planned = jobs.plan(suite, out=out)
+        for job in planned:
+            if job.state != "finished":
+                session.cell_run(job.cell, job.run)  # what is wrong in the file is said before anything is trained
+        code = do(planned)
+    metric, lines = table(suite, out, found.metric)
+    if json:
+        print_json([{**vars(line), "metric": metric, "mean": line.mean, "interval": line.interval} for line in lines])
+    elif lines:
+        print_scored(metric, lines, Console())
+    return code
 
 
 def bench_report(suite: Name[str], out: Path | None = None) -> int:
     """Write a suite's Markdown table and curves from its raw rows.
 
     Args:
-        suite: Name of a suite in benchmarks/suites.py, or a Python file that defines SUITE.
+        suite: Name of a suite in benchmarks/suites.py, or a file of a suite or sweep.
         out: Folder of results; default: benchmarks/results.
     """
     from o2o.report.suite_report import write_report
@@ -758,6 +830,7 @@ COMMANDS: Commands = {
     "reward": reward,
     "data": DATA,
     "bench": BENCH,
+    "sweep": sweep,
     "demo": demo,
 }
 GROUPS = {

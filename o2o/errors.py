@@ -35,6 +35,10 @@ class RunError(O2OError, RuntimeError):
     """A run folder that exists already, is missing, is of another format, or cannot be written."""
 
 
+class BusyError(RunError):
+    """A run that another process trains now."""
+
+
 class CheckpointError(O2OError, RuntimeError):
     """A checkpoint that is missing or unreadable, or belongs to an agent of another class or shape."""
 

@@ -2,14 +2,15 @@
 
 The run folder of a cell, with the checkpoints, stands under `runs/bench/<suite>/`. With another folder of results `out`
 than the committed one it stands under `<out>/runs/<suite>/`, so that nothing that ran before counts. Beside the run
-folder `<cell>.json` says with which settings the run began. The results of a finished run go to `<results>/<suite>/`
-(`o2o.report.scores`).
+folder `<cell>.json` says with which settings the run began, and `<cell>.failed.txt` why it failed. The results of a
+finished run go to `<results>/<suite>/` (`o2o.report.scores`).
 """
 
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from o2o.errors import O2OError, RunError
 from o2o.files import alive, write_atomically
 from o2o.report.scores import CELLS, keep, read_cells
-from o2o.report.suite import Cell, Suite, covered, load_suite, split, status_of
+from o2o.report.suite import Cell, Suite, covered, load_suite, pieces, split, status_of
 
 State = Literal["missing", "interrupted", "active", "finished"]
 RESULTS = Path("benchmarks/results")
@@ -39,6 +40,11 @@ class Job:
     def record(self) -> Path:
         """File beside the run folder with the cell as it was when its run began."""
         return self.run.with_name(f"{self.run.name}.json")
+
+    @property
+    def failure(self) -> Path:
+        """File beside the run folder with the traceback of a run that failed."""
+        return self.run.with_name(f"{self.run.name}.failed.txt")
 
 
 def folders(out: Path | None = None, runs: Path | None = None) -> tuple[Path, Path]:
@@ -77,7 +83,11 @@ def jobs(suite: Suite, cells: Sequence[Cell], results_dir: Path, runs_dir: Path)
     finished = read_cells(results)
     for planned in cells:
         own = {cell.seeds: cell for cell in finished if cell.method == (planned.dataset, planned.label)}
-        for cell in split(planned, own.keys() | covered(runs, planned.stem)):
+        begun = own.keys() | covered(runs, planned.stem)
+        stretches = split(planned, begun)
+        whole = [(cell.seed, cell.seed + cell.seeds - 1) in begun for cell in stretches]
+        sizes = [None if kept else suite.seeds_per_cell for kept in whole]
+        for cell in (part for item, size in zip(stretches, sizes, strict=True) for part in pieces(item, size)):
             run, kept = runs / cell.name, own.get((cell.seed, cell.seed + cell.seeds - 1))
             changed = changed_settings(cell, kept.cell) if kept is not None else ""
             if changed:
@@ -120,10 +130,121 @@ def collect(job: Job) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How the work on a cell ended: its `status.json` says how far it came."""
+
+    job: Job
+    error: str = ""
+    """What failed, in a line; empty if nothing did."""
+    trace: str = ""
+    """The traceback of it."""
+
+
+BackEnd = Callable[[Sequence[Job]], Iterable[Ended]]
+"""Works on cells, given in the order of the suite, and yields each when it has ended."""
+
+
+def attempt(job: Job, train: Callable[[Cell, Path], object], resume: Callable[[Path], object]) -> Ended:
+    """Work on a cell from where it stands now, as far as it goes; whatever fails is returned."""
+    try:
+        state = state_of(job.run)
+        if state != "active" and (status_of(job.run) or {}).get("status") != "finished":
+            _ = train(job.cell, job.run) if state == "missing" else resume(job.run)
+    except Exception as error:
+        return failed(job, error)
+    return Ended(job)
+
+
+def failed(job: Job, error: BaseException) -> Ended:
+    """Return the end of a cell that raised `error`."""
+    name = "" if isinstance(error, O2OError) else f"{type(error).__name__}: "
+    lines = traceback.format_exception(error)
+    return Ended(job, " ".join(f"{name}{error}".split()), "".join(lines))
+
+
+def in_turn(
+    train: Callable[[Cell, Path], object], resume: Callable[[Path], object], say: Callable[[str], None]
+) -> BackEnd:
+    """Return the back end that works on one cell after the other in this process.
+
+    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there.
+    """
+
+    def work(todo: Sequence[Job]) -> Iterator[Ended]:
+        for job in todo:
+            say(f"{job.cell.name}: {'resuming' if job.state == 'interrupted' else 'starting'}")
+            yield attempt(job, train, resume)
+
+    return work
+
+
+def plan(
+    suite: Suite,
+    agents: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    seeds: int | None = None,
+    out: Path | None = None,
+    runs: Path | None = None,
+) -> list[Job]:
+    """Return where the chosen cells of a suite stand.
+
+    Raises `RunError` if one has results, or a run to go on with, of other settings.
+    """
+    planned = jobs(suite, suite.cells(agents, tasks, seeds), *folders(out, runs))
+    for job in planned:
+        check_run(job)
+    return planned
+
+
+def run_jobs(planned: Sequence[Job], work: BackEnd, say: Callable[[str], None] = print) -> int:
+    """Let `work` do the cells that are not finished and keep their results; return 0 if all have finished, else 1.
+
+    Nothing is done for a finished cell. A cell that fails leaves its traceback beside its run, and the others still
+    run; one whose status is "stopped" stops the rest. Raises `RunError` for a folder that cannot be written.
+    """
+    unfinished, todo = 0, []
+    for job in planned:
+        if job.state == "finished":
+            say(f"{job.cell.name}: finished already")
+        elif job.state == "active":
+            unfinished += 1
+            say(f"{job.cell.name}: running in another process")
+        elif collect(job):
+            say(f"{job.cell.name}: results taken from {job.run}, which has the same settings")
+        else:
+            _begin(job)
+            todo.append(job)
+    left = len(todo)
+    for ended in work(todo) if todo else ():
+        job, status = ended.job, (status_of(ended.job.run) or {}).get("status")
+        if ended.error:
+            write_atomically(job.failure, ended.trace)
+            say(f"{job.cell.name}: failed: {ended.error}")
+        elif collect(job):
+            left -= 1
+            say(f"{job.cell.name}: finished, {left} left")
+        elif status == "stopped":
+            say(f"{job.cell.name}: stopped; the same command goes on from here")
+            break
+    return int(bool(left + unfinished))
+
+
+def _begin(job: Job) -> None:
+    """Write down as what a cell begins; what an earlier attempt said of its failure is void."""
+    try:
+        job.record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.record, json.dumps(asdict(job.cell), indent=2) + "\n")
+        job.failure.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the runs cannot be written to {job.record.parent}: {error.strerror}; give another folder with `out`"
+        ) from error
+
+
 def run_suite(
     suite: Suite | str,
-    train: Callable[[Cell, Path], object],
-    resume: Callable[[Path], object],
+    work: BackEnd,
     *,
     agents: Sequence[str] = (),
     tasks: Sequence[str] = (),
@@ -132,45 +253,6 @@ def run_suite(
     runs: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run the missing cells, resume the interrupted ones, leave the finished ones; return 0 if all finished, else 1.
-
-    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there. A cell that
-    fails with an `O2OError` is reported and the others still run; one whose status is "stopped" stops the suite.
-    Raises `RunError` before the first one if a cell has results, or a run to go on with, of other settings.
-    """
+    """Run the chosen cells of a suite: `plan`, then `run_jobs`."""
     suite = load_suite(suite) if isinstance(suite, str) else suite
-    cells = suite.cells(agents, tasks, seeds)
-    places = folders(out, runs)
-    planned = jobs(suite, cells, *places)
-    for job in planned:
-        check_run(job)
-    for number, job in enumerate(planned, start=1):
-        place = f"[{number}/{len(planned)}] {job.cell.name}"
-        if job.state in ("finished", "active"):
-            say(f"{place}: {'finished already' if job.state == 'finished' else 'running in another process'}")
-            continue
-        if collect(job):
-            say(f"{place}: results taken from {job.run}, which has the same settings")
-        else:
-            say(f"{place}: {'resuming' if job.state == 'interrupted' else 'starting'}")
-            _run(job, train, resume, lambda text, place=place: say(f"{place}: {text}"))
-        if (status_of(job.run) or {}).get("status") == "stopped":
-            say(f"{place}: stopped; the same command goes on from here")
-            break
-    return int(any(job.state != "finished" for job in jobs(suite, cells, *places)))
-
-
-def _run(
-    job: Job, train: Callable[[Cell, Path], object], resume: Callable[[Path], object], say: Callable[[str], None]
-) -> None:
-    """Run one cell as far as it goes and keep its results if it finished."""
-    job.record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.record, json.dumps(asdict(job.cell), indent=2) + "\n")
-    try:
-        if job.state == "interrupted":
-            resume(job.run)
-        else:
-            train(job.cell, job.run)
-    except O2OError as error:
-        say(f"failed: {error}")
-    collect(job)
+    return run_jobs(plan(suite, agents, tasks, seeds, out, runs), work, say)

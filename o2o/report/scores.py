@@ -117,14 +117,14 @@ def write(folder: Path, cells: Iterable[FinishedCell], scores: Iterable[Row]) ->
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for row in sorted(scores, key=lambda row: (row["dataset"], row["method"], row["seed"], *_place(row))):
+    for row in sorted(scores, key=lambda row: (row["dataset"], row["method"], row["seed"], *place(row))):
         writer.writerow([row[name] for name in COLUMNS])
     write_atomically(folder / SCORES, text.getvalue())
     lines = [json.dumps(asdict(cell)) + "\n" for cell in sorted(cells, key=lambda cell: (cell.method, cell.seeds))]
     write_atomically(folder / CELLS, "".join(lines))
 
 
-def _place(row: Row) -> tuple[int, int]:
+def place(row: Row) -> tuple[int, int]:
     """Return which phase, and which step in it: evaluations offline differ in gradient steps, later ones in env steps.
 
     It is the key by which `o2o.report.stats.aggregate` tells evaluations apart.
@@ -143,7 +143,7 @@ def evaluations(episodes: Sequence[Row], cell: Cell, run: Path) -> list[Row]:
         raise RunError(f"{run}: {len(members)} seeds in episodes.jsonl, expected {cell.seeds}; run it again")
     groups: dict[tuple[int, tuple[int, int]], list[Row]] = {}
     for row in episodes:
-        groups.setdefault((cell.seed + members.index(row["seed"]), _place(row)), []).append(row)
+        groups.setdefault((cell.seed + members.index(row["seed"]), place(row)), []).append(row)
     return [
         {
             "dataset": cell.dataset,

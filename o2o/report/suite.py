@@ -54,6 +54,8 @@ class Variant:
     agent: str
     overrides: tuple[tuple[str, Any], ...] = ()
     """Config fields by dotted name, such as `("online.warmup_steps", 0)`."""
+    fields: tuple[tuple[str, Any], ...] | None = None
+    """Settings of the run by dotted name, such as `("loop.overlap", True)`, over all others."""
     offline_steps: int | None = None
     """Gradient steps of pre-training; None for the suite's."""
     online_steps: int | None = None
@@ -84,10 +86,19 @@ class Cell:
     """First seed."""
     seeds: int = 1
     """How many, side by side."""
+    fields: tuple[tuple[str, Any], ...] | None = None
+    """Settings of the run by dotted name, such as `("loop.overlap", True)`, over all others."""
     starts_from: str | None = None
     """Variant (`label` or `suite/label`) whose run folder holds the agents to start from."""
     base: str | None = None
     """Variant whose run holds the base policies, or a base of its own (`Variant.base`)."""
+
+    def needs(self, other: "Cell") -> bool:
+        """Whether this cell can only begin when `other` has finished: it starts from it, or corrects it."""
+        named = {text.rpartition("/") for text in (self.starts_from, self.base) if text and _is_variant(text)}
+        suites = {(suite or self.suite, label) for suite, _, label in named}
+        overlap = other.seed < self.seed + self.seeds and self.seed < other.seed + other.seeds
+        return (other.suite, other.label) in suites and other.dataset == self.dataset and overlap
 
     def source(self, run: Path) -> Path | None:
         """Return the run folder to start from, beside this cell's own `run` or in its suite's folder."""
@@ -137,6 +148,8 @@ class Suite:
     tasks: tuple[BenchTask, ...]
     variants: tuple[Variant, ...]
     seeds: int = 3
+    seeds_per_cell: int | None = None
+    """How many seeds learn side by side in one run; None: all of them."""
     preset: str = "small"
     offline_steps: int = 20_000
     """Gradient steps of pre-training."""
@@ -187,6 +200,7 @@ class Suite:
             eval_episodes=self.eval_episodes,
             options=task.options,
             overrides=variant.overrides,
+            fields=variant.fields,
             starts_from=variant.starts_from,
             base=variant.base,
             seeds=seeds,
@@ -232,16 +246,22 @@ def split(cell: Cell, blocks: Iterable[tuple[int, int]]) -> list[Cell]:
     return cells
 
 
+def pieces(cell: Cell, size: int | None) -> list[Cell]:
+    """Cut a cell into cells of `size` seeds, the last of what is left; None leaves it whole."""
+    ends = range(cell.seed, cell.seed + cell.seeds, size or cell.seeds)
+    return [replace(cell, seed=i, seeds=min(ends.step, cell.seed + cell.seeds - i)) for i in ends]
+
+
 def load_suite(name: str, folder: Path = Path("benchmarks")) -> Suite:
-    """Return the suite `name` of `folder/suites.py`, or `SUITE` of the Python file `name`.
+    """Return the suite `name` of `folder/suites.py`, or `SUITE` or `SWEEP` of the file `name` (.py, .toml).
 
     Raises `ConfigError` if there is no such suite.
     """
-    if name.endswith(".py"):
-        suite = getattr(run_file(Path(name)), "SUITE", None)
-        if not isinstance(suite, Suite):
-            raise ConfigError(f"{name} defines no `SUITE` of type o2o.report.suite.Suite")
-        return suite
+    if name.endswith((".py", ".toml")):
+        from o2o.report.sweep import Sweep, read_file
+
+        found = read_file(Path(name))
+        return found.suite() if isinstance(found, Sweep) else found
     path = folder / "suites.py"
     if not path.is_file():
         raise ConfigError(

@@ -293,7 +293,12 @@ def _unrun(planned: Sequence[Job]) -> list[str]:
     missing = [job for job in planned if job.state != "finished"]
     if not missing:
         return []
-    return ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
+    lines = ["## Not run", "", *(f"- `{job.cell.name}` ({job.state})" for job in missing), ""]
+    for job in missing:
+        if job.failure.exists():
+            trace = job.failure.read_text().rstrip().splitlines()
+            lines += [f"`{job.cell.name}` failed:", "", *(f"    {line}" for line in trace), ""]
+    return lines
 
 
 def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> tuple[list[str], dict[str, str]]:

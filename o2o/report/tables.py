@@ -19,6 +19,7 @@ from o2o.data.importers.write import Imported
 from o2o.errors import DatasetError, O2OError
 from o2o.report.page import write_page
 from o2o.report.plots import judged_by, plot_runs, read_rows
+from o2o.report.sweep import Scored
 
 
 def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
@@ -176,3 +177,15 @@ def print_episodes(rows: list[dict[str, Any]]) -> None:
     """Print one line per played episode."""
     for row in rows:
         print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")
+
+
+def print_scored(metric: str, lines: Sequence[Scored], console: Console) -> None:
+    """Print the scores of a sweep, in the order given, with bootstrap intervals over seeds."""
+    table = Table()
+    for column in ("dataset", "settings", "seeds", metric):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        low, high = line.interval
+        spread = f" [{low:.3g}, {high:.3g}]" if len(line.scores) > 1 else ""
+        table.add_row(escape(line.dataset), escape(line.label), str(len(line.scores)), f"{line.mean:.3g}{spread}")
+    console.print(table)

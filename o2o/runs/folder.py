@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from o2o import __version__
 from o2o.config import FORMAT
 from o2o.data.datasets import Dataset
-from o2o.errors import CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
+from o2o.errors import BusyError, CheckpointError, ConfigError, DivergenceError, EnvironmentFaultError, RunError
 from o2o.files import JsonLines, read_object, write_atomically
 from o2o.replay.buffer import capacity_for
 from o2o.train import checkpoint
@@ -128,7 +129,7 @@ class RunFolder:
         """Descriptor of the folder, which is locked as well: whoever deletes the lock's file unlocks nothing."""
 
     def lock(self) -> Self:
-        """Keep other processes from training this run until `close`; raises `RunError` if one trains it now.
+        """Keep other processes from training this run until `close`; raises `BusyError` if one trains it now.
 
         On a file system without locks this does nothing. A second call changes nothing.
         """
@@ -140,7 +141,7 @@ class RunFolder:
                 self._hold()
         except (Timeout, BlockingIOError) as error:
             self.close()
-            raise RunError(
+            raise BusyError(
                 f"run {self.path} is being trained by another process; wait for its end, or stop it with Ctrl-C there"
             ) from error
         except PermissionError as error:
@@ -399,7 +400,7 @@ def guarded(
     process that an environment asks for (`sys.exit`) is such a failure, raised as `EnvironmentFaultError`; a
     KeyboardInterrupt is a stop, unless it is `forced`, which saves nothing. A full disk raises `RunError`.
     """
-    run.status("running", pid=os.getpid())
+    run.status("running", pid=os.getpid(), host=socket.gethostname())
     try:
         finished = work()
     except KeyboardInterrupt:

@@ -161,7 +161,7 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
         checkpoint_every=20_000,
     )
     source, (base, seed_index) = cell.source(path), cell.base_of(path) or (None, 0)
-    return dataclasses.replace(
+    run = dataclasses.replace(
         run,
         config=with_fields(run.config, cell.overrides),
         loop=loop,
@@ -171,3 +171,4 @@ def cell_run(cell: Cell, path: Path) -> RunConfig:
         base=base,
         base_seed_index=seed_index,
     )
+    return with_fields(run, cell.fields or ())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from o2o.errors import CheckpointError, ConfigError, RunError
-from o2o.report.jobs import jobs, pending, run_suite
+from o2o.report.jobs import in_turn, jobs, pending, run_suite
 from o2o.report.scores import keep, read_cells, read_scores
 from o2o.report.suite import BenchTask, Suite, Variant, load_suite
 from o2o.report.suite_report import write_report
@@ -98,7 +98,8 @@ class Runner:
         self.calls.clear()
         self.suite = suite
         out, runs = self.dirs["results_dir"], self.dirs["runs_dir"]
-        run_suite(suite, train or self.train, self.resume, out=out, runs=runs, say=self.said.append, **kwargs)
+        work = in_turn(train or self.train, self.resume, self.said.append)
+        run_suite(suite, work, out=out, runs=runs, say=self.said.append, **kwargs)
         return [job.state for job in jobs(suite, suite.cells(), **self.dirs)]
 
     def report(self, suite):
@@ -117,7 +118,8 @@ def test_cell_runs_once(suite, tmp_path):
     """A cell runs once."""
     runner = Runner(tmp_path)
     assert len(pending(suite, **runner.dirs)) == 4
-    assert run_suite(suite, lambda *_: None, lambda *_: None, out=tmp_path, runs=tmp_path, say=lambda _: None) == 1
+    nothing = in_turn(lambda *_: None, lambda *_: None, lambda _: None)
+    assert run_suite(suite, nothing, out=tmp_path, runs=tmp_path, say=lambda _: None) == 1
     done = runner(suite)
     assert runner.calls == [("train", name) for name in ALL]
     assert done == ["finished"] * 4
@@ -128,7 +130,8 @@ def test_cell_runs_once(suite, tmp_path):
     assert len(read_scores(folder)) == 4 * 3 * 4, "cells x seeds x evaluations"
     assert pending(suite, **runner.dirs) == []
     out, runs = runner.dirs["results_dir"], runner.dirs["runs_dir"]
-    assert run_suite(suite, runner.train, runner.resume, out=out, runs=runs, say=runner.said.append) == 0
+    work = in_turn(runner.train, runner.resume, runner.said.append)
+    assert run_suite(suite, work, out=out, runs=runs, say=runner.said.append) == 0
     assert len(runner.calls) == 4, "no further call"
     assert runner.said[-1].endswith("finished already")
 
@@ -154,7 +157,7 @@ def test_interrupted_cell_resumed(suite, tmp_path):
     assert runner.calls == [("resume", name) for name in ALL[:3]]
     assert done == ["finished"] * 4
     copied = runs / ALL[3]
-    assert runner.said[-1] == f"[4/4] {ALL[3]}: results taken from {copied}, which has the same settings"
+    assert runner.said[0] == f"{ALL[3]}: results taken from {copied}, which has the same settings"
     kept = [c.cell for c in read_cells(tmp_path / "results/tiny") if c.method == (DOOR, "sac")]
     assert kept == [json.loads(json.dumps(asdict(cells[3])))]
 
@@ -264,7 +267,8 @@ def test_new_folder_trains_again(suite, tmp_path, monkeypatch):
     runner = Runner(tmp_path)
     for out, root in ((None, "runs/bench"), (Path("benchmarks/results/"), None), (Path("again"), "again/runs")):
         runner.calls.clear()
-        assert run_suite(suite, runner.train, runner.resume, out=out, say=runner.said.append) == 0
+        work = in_turn(runner.train, runner.resume, runner.said.append)
+        assert run_suite(suite, work, out=out, say=runner.said.append) == 0
         assert runner.calls == ([("train", name) for name in ALL] if root else [])
         assert root is None or Path(root, "tiny", ALL[0], "status.json").exists()
     assert Path("benchmarks/results/tiny/scores.csv").exists()

@@ -38,7 +38,7 @@ PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 FENCE = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 STEPS = {"3_000": "20", "2_000": "100"}
-ONLY_READ = (["demo"], ["play"], ["bench", "run"], ["bench", "report", "--out"])
+ONLY_READ = (["demo"], ["play"], ["bench", "run"], ["bench", "report", "--out"], ["sweep"])
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -280,16 +280,15 @@ def test_docs_build(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_sweep_example(embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The sweep trains each value once, prints an interval for each, and goes on when it is started again."""
-    sweep = runpy.run_path(str(ROOT / "examples/sweep.py"))["main"]
-    config = {"actor_hidden_dims": (8,), "critic_hidden_dims": (8,), "value_hidden_dims": (8,), "batch_size": 8}
-    loop = {"eval_every": 0, "eval_episodes": 1, "updates_per_dispatch": 5}
-    changes = {"config": config, "loop": loop, "offline_steps": 5, "online_steps": 0}
-    means = sweep(tmp_path / "sweep", (1.0,), seeds=2, episodes=1, **changes)
-    assert list(means) == [1.0] and 0 <= means[1.0] <= 1
-    assert len(re.findall(r"beta \S+: \S+ \[\S+, \S+\] over 2 seeds", capsys.readouterr().out)) == 1
-    assert sweep(tmp_path / "sweep", (1.0,), seeds=2, episodes=1, **changes) == means
+def test_sweep_example(embedded: str, tmp_path: Path) -> None:
+    """The sweep is read as `o2o sweep` reads it, its settings exist, and its page has the same one in TOML."""
+    from o2o.report.sweep import load_sweep
+
+    sweep = load_sweep(ROOT / "examples/sweep.py")
+    (tmp_path / "sweep.toml").write_text(re.findall(r"(?s)```text\n(.*?)```", (ROOT / "docs/grids.md").read_text())[0])
+    assert load_sweep(tmp_path / "sweep.toml") == sweep
+    cells = sweep.suite().cells()
+    assert len(cells) == 6 and len({session.cell_run(cell, tmp_path).config.expectile for cell in cells}) == 6
 
 
 def test_suite_example() -> None:
