@@ -14,6 +14,7 @@ Nothing here needs JAX.
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -26,12 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from o2o import __version__
-from o2o.errors import ConfigError, RunError
+from o2o import __version__, trust
+from o2o.errors import ConfigError, O2OError, RunError
 from o2o.train.spool import Spool
 
 log = logging.getLogger("o2o")
 
+KEY = "O2O_LEARNER_KEY"
+"""Environment variable: what learner and actors on several machines know and nobody else."""
 ANSWER_S = 60.0
 """Seconds without a word from the other side after which it is taken for dead."""
 CONNECT_S = 5.0
@@ -42,6 +45,8 @@ AT_ONCE = 64
 """Transitions in one message."""
 QUEUE = 1024
 """Transitions of one actor that wait in the learner's memory; the rest waits on the actor's disk."""
+TELL_S = 3.0
+"""Seconds that a learner which has finished waits for its actors to hear of it."""
 SILENT_S = 10.0
 """Seconds without a transition after which an episode counts as broken off, so that another robot's is learnt from."""
 WRONG = (OSError, EOFError, ValueError, KeyError, TypeError, AuthenticationError)
@@ -86,6 +91,19 @@ def address_of(text: str) -> tuple[str, int]:
     if not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{text!r} is no address; expected HOST:PORT, such as 127.0.0.1:7077")
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def shared_key(host: str) -> bytes:
+    """Return the key that learner and actors share: `O2O_LEARNER_KEY`, or on one machine one of this user's own.
+
+    Raises `ConfigError` if there is none.
+    """
+    if given := os.environ.get(KEY):
+        return given.encode()
+    own = trust.secret("learner") if host in ("127.0.0.1", "::1", "localhost") else None
+    if own is None:
+        raise ConfigError(f"{host} is another machine: set {KEY} to the same long random word on both")
+    return own
 
 
 def _connection(sock: socket.socket) -> Connection:
@@ -152,6 +170,7 @@ class Hub:
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self._key, self._silent_s, self._closed = key, silent_s, False
         self._thread: threading.Thread | None = None
+        self._open: set[Connection] = set()
         self._change = threading.Condition()
         self._queues: dict[str, deque[Row]] = {}
         self._since: dict[str, float] = {}
@@ -188,7 +207,7 @@ class Hub:
 
     def _serve(self, connection: Connection) -> None:
         """Answer one actor until its connection breaks; a stranger gets no answer."""
-        with connection, contextlib.suppress(*WRONG):
+        with connection, contextlib.suppress(*WRONG), contextlib.ExitStack() as leaving:
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
             hello = json.loads(_heard(connection))
@@ -200,6 +219,8 @@ class Hub:
                         log.warning("actor %s has lost rows %d to %d", actor, have + 1, hello["first"] - 1)
                         self.received[actor] = int(hello["first"]) - 1
             connection.send_bytes(json.dumps({**self._welcome, "refused": refusal, **self._known(actor)}).encode())
+            self._open.add(connection)
+            leaving.callback(self._open.discard, connection)
             while refusal is None and not self._closed:
                 asked = json.loads(_heard(connection))
                 rows = [connection.recv_bytes() for _ in range(int(asked["count"]))]
@@ -273,8 +294,15 @@ class Hub:
                 return row, True
         return None
 
+    def finish(self, stored: Mapping[str, int]) -> None:
+        """Take no more rows; of those that were received, robots need not keep the ones up to `stored`."""
+        self.durable, self.finished = dict(stored), True
+
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Answer nobody any more. Actors that are connected hear first that the learner has finished, if it has."""
+        until = time.monotonic() + (TELL_S if self.finished else 0.0)
+        while self._open and time.monotonic() < until:
+            time.sleep(0.01)
         self._closed = True
         if self._thread is not None:
             self._thread.join()
@@ -292,8 +320,10 @@ class Link:
         """Whether the learner takes no more."""
         self.refused: str | None = None
         """Why the learner will have nothing to do with this actor."""
-        self.parameters: bytes | None = None
-        """The newest parameters; whoever takes them puts None in their place."""
+        self.read: Callable[[bytes], Any] = bytes
+        """Makes parameters of their bytes, in the thread of the link."""
+        self.parameters: Any = None
+        """The newest parameters that were not `taken`."""
         self.received = 0
         """The number up to which the learner has the rows."""
         self._version = -1
@@ -338,6 +368,11 @@ class Link:
         self.received, self.finished, self.refused = answer["received"], answer["finished"], answer["refused"]
         self.spool.drop(answer["durable"])
 
+    def taken(self) -> Any:
+        """Return the newest parameters, and forget them."""
+        found, self.parameters = self.parameters, None
+        return found
+
     def start(self) -> None:
         """Begin to send."""
         self._thread.start()
@@ -369,7 +404,11 @@ class Link:
             connection.send_bytes(row)
         answer = json.loads(_heard(connection))
         if answer["version"] is not None:
-            self.parameters, self._version = _heard(connection), answer["version"]
+            message = _heard(connection)
+            try:
+                self.parameters, self._version = self.read(message), answer["version"]
+            except O2OError as error:
+                answer["refused"] = str(error)
         self._noted(answer)
         return self.received > before
 
