@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from o2o import envs
 from o2o.closing import Closing
 from o2o.config import RunConfig
 from o2o.data.datasets import Dataset
@@ -133,6 +134,9 @@ def act(
             raise TrustError(f"the learner's agent is code ({settings.agent}), which an actor does not run")
         data = Dataset.from_json(welcome["dataset"]["dataset"], spool)
         here = replace(settings, env=env, env_kwargs=env_kwargs, episode_limit=episode_limit or settings.episode_limit)
+        _ = envs.specification(env)  # which imports the module that registers it
+        task = envs.run_task(data.info, env, settings.task.binary, here.environment_arguments())
+        data = replace(data, task=replace(data.task, env_kwargs=task.env_kwargs))
         robot = env_maker(here, data)(False)
         closing.callback(robot.close)
         newest = Row.unpacked("", kept.last, kept.read(kept.last - 1, 1)[0]) if kept.last else None

@@ -16,9 +16,9 @@ import pytest
 
 from o2o.config import LoopConfig, to_dict
 from o2o.errors import ConfigError, EnvironmentMismatchError, RunError
+from o2o.replay.device import DeviceReplay
 from o2o.runs import actor, session
 from o2o.runs.session import RunConfig
-from o2o.train import link as links
 from o2o.train.link import Hub, Row, shared_key
 from o2o.train.spool import Spool
 
@@ -31,11 +31,7 @@ from o2o.runs.session import settings_of
 from o2o.train.link import Hub, shared_key
 port, path = int(sys.argv[1]), Path(sys.argv[2])
 hub = Hub(("127.0.0.1", port), shared_key("127.0.0.1"), silent_s=2.0)
-if len(sys.argv) > 3:
-    done = session.train(settings_of(json.loads(Path(sys.argv[3]).read_text()), "test"), path, quiet=True, hub=hub)
-else:
-    done = session.resume(path, quiet=True, hub=hub)
-sys.exit(0 if done else 3)
+session.train(settings_of(json.loads(Path(sys.argv[3]).read_text()), "test"), path, quiet=True, hub=hub)
 """
 LOOP = LoopConfig(
     eval_every=0, eval_episodes=1, eval_envs=1, log_every=50, checkpoint_every=40, updates_per_dispatch=10
@@ -52,6 +48,7 @@ def stored(path: Path) -> Any:
     """Return the rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters."""
     _, trainer = session.open_run(path)
     steps = trainer.counters.env_steps
+    assert isinstance(trainer.replay, DeviceReplay) and trainer.replay.buffer is not None
     rows = {key: np.asarray(value)[0, :steps] for key, value in trainer.replay.buffer.rows.items()}
     counters = trainer.counters
     trainer.close()
@@ -67,10 +64,29 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     def noting(self: Spool, entry: bytes) -> int:
         number = append(self, entry)
         found.append(Row.unpacked(self.about["actor"], number, entry))
+        time.sleep(0.005)
         return number
 
     monkeypatch.setattr(Spool, "append", noting)
     return found
+
+
+def playing(noted: list[Row], port: int, spool: Path, **options: Any) -> tuple[threading.Thread, list[actor.Acted]]:
+    """Return a thread that acts for the learner at `port`, and what it has done."""
+    found = list[actor.Acted]()
+
+    def play() -> None:
+        while True:  # until the learner is there
+            try:
+                found.append(actor.act("PointMaze_UMaze-v3", f"127.0.0.1:{port}", spool, **options))
+                return
+            except RunError as error:
+                assert "no learner answers" in str(error)
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=play, daemon=True)
+    thread.start()
+    return thread, found
 
 
 def test_learner_killed(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
@@ -78,34 +94,67 @@ def test_learner_killed(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> No
     run = tiny_run("rlpd", offline_steps=0, online_steps=160, loop=LOOP)
     (tmp_path / "settings.json").write_text(json.dumps(to_dict(run)))
     port, path = free_port(), tmp_path / "run"
-
-    def learner(*args: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", LEARNER, str(port), str(path), *args])
-
-    first = learner(str(tmp_path / "settings.json"))
-    second: list[subprocess.Popen] = []
-
-    def kill() -> None:
-        while len(noted) < 100:
-            time.sleep(0.01)
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-        second.append(learner())
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    while True:
-        try:
-            done = actor.act("PointMaze_UMaze-v3", f"127.0.0.1:{port}", tmp_path / "spool", lost="go-on")
-            break
-        except RunError as error:  # the learner still starts
-            assert "no learner answers" in str(error) and first.poll() is None
-            time.sleep(0.1)
-    killer.join()
-    assert second[0].wait(20) == 0
+    first = subprocess.Popen([sys.executable, "-c", LEARNER, str(port), str(path), str(tmp_path / "settings.json")])
+    thread, done = playing(noted, port, tmp_path / "spool", lost="go-on")
+    while len(noted) < 90 or not (path / "checkpoints" / "40").exists():
+        assert first.poll() is None
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    at = len(noted)
+    with pytest.raises(ConfigError, match="learns from robots elsewhere: go on with `o2o learner"):
+        session.resume(path, quiet=True)
+    assert session.resume(path, quiet=True, hub=Hub(("127.0.0.1", port), shared_key("127.0.0.1"), silent_s=2.0))
+    thread.join(20)
     rows, counters = stored(path)
     assert counters.env_steps == 160 and counters.online_updates > 0
-    assert [row.number for row in noted] == list(range(1, len(noted) + 1)) and len(noted) >= 160
-    assert done.transitions == len(noted)
+    assert [row.number for row in noted] == list(range(1, len(noted) + 1)) and len(noted) > max(at, 160)
+    assert done[0].transitions == len(noted) and done[0].waiting <= len(noted) - 160
     for key in ("observations", "actions", "next_observations", "rewards"):
         np.testing.assert_array_equal(rows[key], np.concatenate([row.values[key] for row in noted[:160]]), key)
+
+
+def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
+    """Two robots feed one learner.
+
+    Whole stretches of their episodes are stored, each row once. One of another environment is refused. Random actions
+    come first, then the policy's, whose parameters are those of the learner.
+    """
+    run = tiny_run(
+        "rlpd", [("online.random_steps", 40)], offline_steps=0, online_steps=150, loop=LOOP, episode_limit=25
+    )
+    hub = Hub(("127.0.0.1", 0), shared_key("127.0.0.1"), silent_s=2.0)
+    port, path = hub.address[1], tmp_path / "run"
+    learner = threading.Thread(target=lambda: session.train(run, path, quiet=True, hub=hub), daemon=True)
+    learner.start()
+    robots = [playing(noted, port, tmp_path / name) for name in "ab"]
+    with pytest.raises(EnvironmentMismatchError, match="environment Pendulum-v1 has"):
+        actor.act("Pendulum-v1", f"127.0.0.1:{port}", tmp_path / "c")
+    learner.join(60)
+    for thread, done in robots:
+        thread.join(20)
+        assert done[0].transitions > 0
+    rows, counters = stored(path)
+    by_id = {row.values["observations"].tobytes() + row.values["next_observations"].tobytes(): row for row in noted}
+    found = [
+        by_id[a.tobytes() + b.tobytes()] for a, b in zip(rows["observations"], rows["next_observations"], strict=True)
+    ]
+    numbers = {who: [row.number for row in found if row.actor == who] for who in {row.actor for row in noted}}
+    assert len(numbers) == 2 and all(of == list(range(1, len(of) + 1)) for of in numbers.values())
+    assert counters.env_steps == sum(map(len, numbers.values())) == 150 and all(numbers.values())
+    for ended, before, after in zip(rows["ends"], found, found[1:], strict=False):
+        follows = (before.actor, before.episode, before.step + 1) == (after.actor, after.episode, after.step)
+        assert follows == (not ended)
+
+
+@pytest.mark.parametrize(("change", "wrong"), [
+    ({"seeds": 2}, "seeds is 2"), ({"online_steps": 0}, "online_steps is 0"), ({"record": True}, "record is True"),
+])  # fmt: skip
+def test_learner_settings_refused(change: dict[str, Any], wrong: str, tiny_run: Maker, tmp_path: Path) -> None:
+    """What cannot be done for robots elsewhere is refused before anything is written."""
+    with pytest.raises(ConfigError, match=wrong + ", and the run is a learner's"):
+        session.check_learner(tiny_run("rlpd", **change))
+    with pytest.raises(ConfigError, match="agent is 'bc'"):
+        session.check_learner(tiny_run("bc"))
+    with pytest.raises(ConfigError, match="another machine: set O2O_LEARNER_KEY"):
+        shared_key("10.0.0.1")

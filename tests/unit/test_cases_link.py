@@ -26,7 +26,7 @@ WELCOME = {"run": "one"}
 def row(episode: int, step: int, ends: bool = False) -> Row:
     """Return a transition that says who it is."""
     seen = np.asarray([[episode, step]], np.float32)
-    return Row("", 0, episode, step, {"observations": seen, "ends": np.float32([ends])})
+    return Row("", 0, episode, step, {"observations": seen, "ends": np.asarray([ends], np.float32)})
 
 
 def ids(rows: list[tuple[Row, bool]]) -> list[tuple[int, int]]:
@@ -59,7 +59,10 @@ def joined(hub: Hub, folder: Path) -> tuple[Link, Spool]:
 
 def test_pack_round_trip() -> None:
     """Nested arrays of any type come back; other bytes are refused."""
-    tree = {"observations": {"state": np.arange(3.0), "cam": np.zeros((1, 2, 2), np.uint8)}, "flag": np.float32([1])}
+    tree = {
+        "observations": {"state": np.arange(3.0), "cam": np.zeros((1, 2, 2), np.uint8)},
+        "flag": np.ones(1, np.float32),
+    }
     about, back = unpack(pack({"a": [1, None]}, tree))
     assert about == {"a": [1, None]} and back["observations"]["cam"].dtype == np.uint8
     np.testing.assert_array_equal(back["observations"]["state"], [0, 1, 2])
