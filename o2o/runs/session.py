@@ -61,6 +61,8 @@ __all__ += ["evaluate_run", "export_run", "load_base", "load_config", "load_data
 __all__ += ["open_run", "play_run", "resume", "train", "with_fields"]
 
 
+LEARNER = "learner.json"
+"""The file of a run folder by which robots know the run; only runs that learn from robots elsewhere have it."""
 JOINING = 3
 """How often `with_history` holds the joined observations at once."""
 TRIED = 8
@@ -236,12 +238,12 @@ def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: 
     return envs.BaseAction(env, Base(policy, data, timeout_s))
 
 
-def without_environment(config: RunConfig, about: datasets.DatasetInfo) -> bool:
+def without_environment(config: RunConfig, about: datasets.DatasetInfo, learner: bool = False) -> bool:
     """Whether a run makes no environment and is judged by offline estimates.
 
-    Raises `ConfigError` if that is asked for together with an online phase.
+    Raises `ConfigError` if that is asked for together with an online phase, unless robots play it for a `learner`.
     """
-    if config.online_steps:
+    if config.online_steps and not learner:
         if config.offline_estimate:
             raise ConfigError("offline_estimate is for runs without an online phase: set `online_steps` to 0 too")
         return False
@@ -272,7 +274,7 @@ def build(
         recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
     env_fn = env_maker(config, found, base, recorder)
     held = None
-    if without_environment(config, found.info):
+    if without_environment(config, found.info, folder is not None and (folder / LEARNER).exists()):
         found, held = split(found, config.holdout)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = Trainer(
@@ -490,10 +492,6 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
     )
 
 
-LEARNER = "learner.json"
-"""The file of a run folder by which robots know the run."""
-
-
 def check_learner(config: RunConfig) -> None:
     """Raise `ConfigError` unless robots can act for a run elsewhere (`o2o.runs.actor`)."""
     off_policy = config.config.online.replay not in ("rollout", "none")
@@ -534,7 +532,7 @@ def train(
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     with Closing() as held:  # environments that are made before anything is learnt
         make, env = env_maker(config, data, base), None
-        if without_environment(config, data.info):
+        if without_environment(config, data.info, hub is not None):
             _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
         else:
             env = make(False)
@@ -649,7 +647,7 @@ def resume(
             else f"run {path} learns from robots elsewhere: go on with `o2o learner {path}`"
         )
     data, base = unchanged(path, config)
-    if online_steps and without_environment(config, data.info):
+    if online_steps and hub is None and without_environment(config, data.info):
         raise ConfigError(
             f"run {path} was trained without an environment; to fine-tune, begin another run with its data and `env`"
         )

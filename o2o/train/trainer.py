@@ -117,8 +117,10 @@ class Trainer(Generic[A]):
             self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         else:
             self.evaluator = Estimator(held, self.agent, seeds, config.batch_size, normalizer)
-            self.evaluator.phase = lambda: phase_at(
-                self.agent, self.counters.offline_total, self.counters.offline_steps
+            self.evaluator.phase = lambda: (
+                None
+                if self.counters.phase == "online"
+                else phase_at(self.agent, self.counters.offline_total, self.counters.offline_steps)
             )
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
