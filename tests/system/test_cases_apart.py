@@ -1,5 +1,6 @@
 """Learner and robots apart: the same run as in one process, and no stored transition lost or there twice."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,10 +17,14 @@ import pytest
 
 from o2o.config import LoopConfig, to_dict
 from o2o.errors import ConfigError, EnvironmentMismatchError, RunError
+from o2o.nn.kernels import each_seed
 from o2o.replay.device import DeviceReplay
+from o2o.report.plots import read_rows
 from o2o.runs import actor, session
 from o2o.runs.session import RunConfig
+from o2o.train.feed import packed_agents
 from o2o.train.link import Hub, Row, shared_key
+from o2o.train.programs import to_online
 from o2o.train.spool import Spool
 
 Maker = Callable[..., RunConfig]
@@ -118,10 +123,16 @@ def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
     """Two robots feed one learner.
 
     Whole stretches of their episodes are stored, each row once. One of another environment is refused. Random actions
-    come first, then the policy's, whose parameters are those of the learner.
+    come first, then the policy's. The learner makes no environment: held-out episodes judge it.
     """
     run = tiny_run(
-        "rlpd", [("online.random_steps", 40)], offline_steps=0, online_steps=150, loop=LOOP, episode_limit=25
+        "rlpd",
+        [("online.random_steps", 40)],
+        offline_steps=10,
+        online_steps=150,
+        loop=LOOP,
+        episode_limit=25,
+        offline_estimate=True,
     )
     hub = Hub(("127.0.0.1", 0), shared_key("127.0.0.1"), silent_s=2.0)
     port, path = hub.address[1], tmp_path / "run"
@@ -135,6 +146,8 @@ def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
         thread.join(20)
         assert done[0].transitions > 0
     rows, counters = stored(path)
+    judged = read_rows(path / "episodes.jsonl")
+    assert {row["phase"] for row in judged} >= {"offline", "online"} and all(row["action_error"] > 0 for row in judged)
     by_id = {row.values["observations"].tobytes() + row.values["next_observations"].tobytes(): row for row in noted}
     found = [
         by_id[a.tobytes() + b.tobytes()] for a, b in zip(rows["observations"], rows["next_observations"], strict=True)
@@ -145,6 +158,51 @@ def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
     for ended, before, after in zip(rows["ends"], found, found[1:], strict=False):
         follows = (before.actor, before.episode, before.step + 1) == (after.actor, after.episode, after.step)
         assert follows == (not ended)
+
+
+@pytest.mark.parametrize("lost", ["finish", "stop", "go-on"])
+def test_learner_away(lost: actor.Lost, tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
+    """While no learner answers, a robot finishes its episode, or stops at once, or goes on; then it is sent all.
+
+    The learner here is a hub alone, which goes away in an episode of at most 100 steps and comes back.
+    """
+    run = tiny_run("rlpd", offline_estimate=True, episode_limit=100)
+    data = session.load_data(run)
+    welcome = {"run": "one", "settings": to_dict(run), "dataset": {"dataset": json.loads(json.dumps(data.to_json()))}}
+    agents = session.build(dataclasses.replace(run, online_steps=0), data).agent
+    message = packed_agents(each_seed(to_online, agents), None, env_steps=0, random=0)
+
+    def begin(port: int, received: dict[str, int]) -> Hub:
+        hub = Hub(("127.0.0.1", port), shared_key("127.0.0.1"))
+        hub.publish(0, message)
+        hub.start(welcome, received)
+        return hub
+
+    hub = begin(0, {})
+    port = hub.address[1]
+    thread, done = playing(noted, port, tmp_path / "spool", lost=lost, episodes=3)
+    while sum(hub.received.values()) < 20:
+        time.sleep(0.005)
+    hub.close()
+    while hub._open:
+        time.sleep(0.005)
+    before, at = dict(hub.received), len(noted)
+    ends = lambda: sum(row.result is not None for row in noted[at:])  # noqa: E731
+    while lost != "stop" and not (ends() if lost == "finish" else any(row.result for row in noted[at:-1])):
+        time.sleep(0.005)
+    time.sleep(0.2)
+    away = len(noted)
+    hub = begin(port, before)
+    thread.join(20)
+    assert done[0].episodes == 3 and done[0].waiting == 0 and sum(hub.received.values()) == len(noted)
+    hub.close()
+    lasts = [after.step == 0 for after in noted[1:]] + [True]
+    unfinished = [row for row, last in zip(noted, lasts, strict=True) if last and row.result is None]
+    assert unfinished == ([noted[away - 1]] if lost == "stop" else [])
+    if lost == "stop":
+        assert away - at <= 2
+    else:
+        assert (noted[away - 1].result is not None) == (lost == "finish")
 
 
 @pytest.mark.parametrize(("change", "wrong"), [
