@@ -132,11 +132,13 @@ class Spool:
 
     def drop(self, until: int) -> None:
         """Forget entries up to number `until`, as far as they fill whole segments. The last segment stays."""
+        done: list[_Segment] = []
         with self._mutex:
             while len(self._segments) > 1 and self._segments[0].last <= until:
-                segment = self._segments.pop(0)
-                os.close(segment.file)
-                segment.path.unlink()
+                done.append(self._segments.pop(0))
+        for segment in done:
+            os.close(segment.file)
+            segment.path.unlink()
 
     def belong(self, run: str) -> None:
         """Note whose entries these are. Raises `RunError` if they are another run's."""

@@ -21,11 +21,13 @@ from o2o.nn.kernels import each_seed
 from o2o.replay.device import DeviceReplay
 from o2o.report.plots import read_rows
 from o2o.runs import actor, session
+from o2o.runs.folder import read_status
 from o2o.runs.session import RunConfig
 from o2o.train.feed import packed_agents
 from o2o.train.link import Hub, Row, shared_key
 from o2o.train.programs import to_online
 from o2o.train.spool import Spool
+from tests.helpers.command_line import run
 
 Maker = Callable[..., RunConfig]
 LEARNER = """
@@ -96,8 +98,8 @@ def playing(noted: list[Row], port: int, spool: Path, **options: Any) -> tuple[t
 
 def test_learner_killed(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
     """A learner is killed in the middle and resumed: all that the robot played is stored, in its order, once."""
-    run = tiny_run("rlpd", offline_steps=0, online_steps=160, loop=LOOP)
-    (tmp_path / "settings.json").write_text(json.dumps(to_dict(run)))
+    config = tiny_run("rlpd", offline_steps=0, online_steps=160, loop=LOOP)
+    (tmp_path / "settings.json").write_text(json.dumps(to_dict(config)))
     port, path = free_port(), tmp_path / "run"
     first = subprocess.Popen([sys.executable, "-c", LEARNER, str(port), str(path), str(tmp_path / "settings.json")])
     thread, done = playing(noted, port, tmp_path / "spool", lost="go-on")
@@ -125,7 +127,7 @@ def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
     Whole stretches of their episodes are stored, each row once. One of another environment is refused. Random actions
     come first, then the policy's. The learner makes no environment: held-out episodes judge it.
     """
-    run = tiny_run(
+    config = tiny_run(
         "rlpd",
         [("online.random_steps", 40)],
         offline_steps=10,
@@ -136,7 +138,7 @@ def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
     )
     hub = Hub(("127.0.0.1", 0), shared_key("127.0.0.1"), silent_s=2.0)
     port, path = hub.address[1], tmp_path / "run"
-    learner = threading.Thread(target=lambda: session.train(run, path, quiet=True, hub=hub), daemon=True)
+    learner = threading.Thread(target=lambda: session.train(config, path, quiet=True, hub=hub), daemon=True)
     learner.start()
     robots = [playing(noted, port, tmp_path / name) for name in "ab"]
     with pytest.raises(EnvironmentMismatchError, match="environment Pendulum-v1 has"):
@@ -166,10 +168,14 @@ def test_learner_away(lost: actor.Lost, tiny_run: Maker, noted: list[Row], tmp_p
 
     The learner here is a hub alone, which goes away in an episode of at most 100 steps and comes back.
     """
-    run = tiny_run("rlpd", offline_estimate=True, episode_limit=100)
-    data = session.load_data(run)
-    welcome = {"run": "one", "settings": to_dict(run), "dataset": {"dataset": json.loads(json.dumps(data.to_json()))}}
-    agents = session.build(dataclasses.replace(run, online_steps=0), data).agent
+    config = tiny_run("rlpd", offline_estimate=True, episode_limit=100)
+    data = session.load_data(config)
+    welcome = {
+        "run": "one",
+        "settings": to_dict(config),
+        "dataset": {"dataset": json.loads(json.dumps(data.to_json()))},
+    }
+    agents = session.build(dataclasses.replace(config, online_steps=0), data).agent
     message = packed_agents(each_seed(to_online, agents), None, env_steps=0, random=0)
 
     def begin(port: int, received: dict[str, int]) -> Hub:
@@ -180,7 +186,7 @@ def test_learner_away(lost: actor.Lost, tiny_run: Maker, noted: list[Row], tmp_p
 
     hub = begin(0, {})
     port = hub.address[1]
-    thread, done = playing(noted, port, tmp_path / "spool", lost=lost, episodes=3)
+    thread, done = playing(noted, port, tmp_path / "spool", lost=lost, episodes=4)
     while sum(hub.received.values()) < 20:
         time.sleep(0.005)
     hub.close()
@@ -194,15 +200,44 @@ def test_learner_away(lost: actor.Lost, tiny_run: Maker, noted: list[Row], tmp_p
     away = len(noted)
     hub = begin(port, before)
     thread.join(20)
-    assert done[0].episodes == 3 and done[0].waiting == 0 and sum(hub.received.values()) == len(noted)
+    assert done[0].episodes == 4 and done[0].waiting == 0 and sum(hub.received.values()) == len(noted)
     hub.close()
     lasts = [after.step == 0 for after in noted[1:]] + [True]
     unfinished = [row for row, last in zip(noted, lasts, strict=True) if last and row.result is None]
-    assert unfinished == ([noted[away - 1]] if lost == "stop" else [])
     if lost == "stop":
-        assert away - at <= 2
+        assert away - at <= 2 and unfinished == [row for row in noted[away - 1 : away] if row.result is None]
+    elif lost == "finish":
+        assert noted[away - 1].result is not None and unfinished == [] and ends() >= 1
     else:
-        assert (noted[away - 1].result is not None) == (lost == "finish")
+        assert any(row.result for row in noted[at : away - 1]) and unfinished == []
+
+
+def test_commands(tiny_run: Maker, noted: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`o2o learner` stops by a signal while it waits for robots, goes on with its folder, and ends with its steps."""
+    (dataset,), port = tiny_run("rlpd").dataset, free_port()
+    listen = ("--listen", f"127.0.0.1:{port}")
+    begin = ["learner", "rlpd", "--dataset", dataset, "--offline-estimate", "--runs", str(tmp_path), "--name", "run"]
+    begin += ["--preset", "small", "--offline-steps", "10", "--online-steps", "60", "--config.batch-size", "16"]
+    begin += ["--config.online.random-steps", "20", "--config.online.min-rows", "0"]
+    for network in ("actor", "critic"):
+        begin += [f"--config.{network}-hidden-dims", "16", "16"]
+
+    def stop_waiting() -> None:
+        while not (tmp_path / "run" / "checkpoints" / "10").exists():
+            time.sleep(0.05)
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_waiting, daemon=True).start()
+    assert run(*begin, *listen) == 0 and read_status(tmp_path / "run") == "stopped"
+    assert run("resume", str(tmp_path / "run")) == 2 and "go on with `o2o learner" in capsys.readouterr().err
+    thread, done = playing(noted, port, tmp_path / "spool")
+    assert run("learner", str(tmp_path / "run"), *listen, "--online-steps", "80") == 0
+    thread.join(20)
+    assert read_status(tmp_path / "run") == "finished" and stored(tmp_path / "run")[1].env_steps == 80
+    assert done[0].transitions == len(noted) >= 80
+    assert run("actor", "--env", "PointMaze_UMaze-v3", "--learner", listen[1], "--spool", str(tmp_path / "spool")) == 2
+    assert f"no learner answers at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "wrong"), [
