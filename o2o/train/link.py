@@ -162,7 +162,8 @@ class Hub:
     def __init__(self, address: tuple[str, int], key: bytes, silent_s: float = SILENT_S) -> None:
         """Bind `address`; port 0 takes a free one. Nobody is answered before `start`. Raises `ConfigError`."""
         try:
-            self._socket = socket.create_server(address)
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            self._socket = socket.create_server(address, family=family)
         except OSError as error:
             why = (error.strerror or str(error)).partition(" (while")[0]
             raise ConfigError(f"cannot listen on {address[0]}:{address[1]} ({why}); give another port") from error
