@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,8 +23,9 @@ from o2o.replay.device import DeviceReplay
 from o2o.report.plots import read_rows
 from o2o.runs import actor, session
 from o2o.runs.folder import read_status
+from o2o.runs.opened import shapes_of
 from o2o.runs.session import RunConfig
-from o2o.train.feed import packed_agents
+from o2o.train.feed import misfit, packed_agents, unpacked_agents
 from o2o.train.link import Hub, Row, shared_key
 from o2o.train.programs import to_online
 from o2o.train.spool import Spool
@@ -238,6 +240,37 @@ def test_commands(tiny_run: Maker, noted: list[Row], tmp_path: Path, capsys: pyt
     assert done[0].transitions == len(noted) >= 80
     assert run("actor", "--env", "PointMaze_UMaze-v3", "--learner", listen[1], "--spool", str(tmp_path / "spool")) == 2
     assert f"no learner answers at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_parameters_arrive(tiny_run: Maker) -> None:
+    """What acts arrives bit for bit; parameters of other settings are refused."""
+    config = tiny_run("rlpd", normalize=True)
+    trainer = session.build(config)
+    agents, normalizer = each_seed(to_online, trainer.agent), trainer.normalizer
+    shapes = shapes_of(config, trainer.data, online=True)
+    found, norm, about = unpacked_agents(packed_agents(agents, normalizer, random=3), shapes)
+    assert about == {"random": 3} and norm is not None and normalizer is not None
+    np.testing.assert_array_equal(norm.std, normalizer.std)
+    for ours, theirs in zip(jax.tree.leaves(agents.actor.params), jax.tree.leaves(found.actor.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    wider = tiny_run("rlpd", [("actor_hidden_dims", (8, 16))], normalize=True)
+    with pytest.raises(ConfigError, match="other parameters than this o2o makes of its settings"):
+        unpacked_agents(packed_agents(agents, normalizer), shapes_of(wider, trainer.data, online=True))
+    trainer.close()
+
+
+def test_bad_rows_refused() -> None:
+    """A row of other shapes, or with a number that is not finite, is named before it is stored."""
+    example = {"observations": np.zeros(3), "actions": np.zeros(2), "rewards": np.zeros(()), "masks": np.zeros(())}
+    example["next_observations"] = np.zeros(3)
+    values = {key: np.zeros((1, *value.shape)) for key, value in {**example, "ends": np.zeros(())}.items()}
+    assert misfit(Row("a", 1, 0, 0, values), example) is None
+    wrong = misfit(Row("a", 1, 0, 0, {**values, "actions": np.zeros((1, 4))}), example)
+    assert wrong is not None and "other spaces than the learner's: actions (4,), the learner's are (2,)" in wrong
+    nan = misfit(Row("a", 1, 0, 0, {**values, "rewards": np.full(1, np.nan)}), example)
+    assert nan is not None and "not finite" in nan
+    few = misfit(Row("a", 1, 0, 0, {"actions": values["actions"]}), example)
+    assert few is not None and "install one version on both" in few
 
 
 @pytest.mark.parametrize(("change", "wrong"), [
