@@ -129,9 +129,9 @@ def act(
         link = Link(address, shared_key(address[0]), kept)
         closing.callback(link.close)
         welcome = link.connect()
+        if ":" in str(agent := welcome["settings"].get("agent")):  # before it is imported
+            raise TrustError(f"the learner's agent is code ({agent}), which an actor does not run")
         settings = settings_of(welcome["settings"], f"the learner at {learner}")
-        if ":" in settings.agent:
-            raise TrustError(f"the learner's agent is code ({settings.agent}), which an actor does not run")
         data = Dataset.from_json(welcome["dataset"]["dataset"], spool)
         here = replace(settings, env=env, env_kwargs=env_kwargs, episode_limit=episode_limit or settings.episode_limit)
         _ = envs.specification(env)  # which imports the module that registers it

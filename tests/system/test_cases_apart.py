@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from o2o.config import LoopConfig, to_dict
-from o2o.errors import ConfigError, EnvironmentMismatchError, RunError
+from o2o.errors import ConfigError, EnvironmentMismatchError, RunError, TrustError
 from o2o.nn.kernels import each_seed
 from o2o.replay.device import DeviceReplay
 from o2o.report.plots import read_rows
@@ -257,6 +257,18 @@ def test_parameters_arrive(tiny_run: Maker) -> None:
     with pytest.raises(ConfigError, match="other parameters than this o2o makes of its settings"):
         unpacked_agents(packed_agents(agents, normalizer), shapes_of(wider, trainer.data, online=True))
     trainer.close()
+
+
+def test_learner_names_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that names an agent of its own makes no actor import it."""
+    (tmp_path / "evil_agent.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hub = Hub(("127.0.0.1", 0), shared_key("127.0.0.1"))
+    hub.start({"run": "one", "settings": {"agent": "evil_agent:Evil"}, "dataset": {}}, {})
+    with pytest.raises(TrustError, match="is code .evil_agent:Evil., which an actor does not run"):
+        actor.act("PointMaze_UMaze-v3", f"127.0.0.1:{hub.address[1]}", tmp_path / "spool")
+    assert "evil_agent" not in sys.modules
+    hub.close()
 
 
 def test_bad_rows_refused() -> None:
