@@ -166,15 +166,106 @@ def _part(cls: type, shown: Iterable[str]) -> Any:
     )
 
 
-def _run_training(path: Path, config: Any) -> int:
+def _run_training(path: Path, config: Any, hub: Any = None) -> int:
     from o2o.report.tables import end
     from o2o.runs import session
     from o2o.runs.loggers import Screen
 
     console = Console(stderr=True)
     with Screen(console) as screen:
-        finished = session.train(config, path, screen)
+        finished = session.train(config, path, screen, hub=hub)
     return end(path, finished, console)
+
+
+LISTEN = "127.0.0.1:7077"
+LEARNER_HELP = f"""usage: o2o learner AGENT --dataset ID [options of o2o train] [--listen HOST:PORT]
+       o2o learner RUN [--online-steps N] [--listen HOST:PORT]
+
+Train as `o2o train` does, but for the transitions of the online phase: robots send them (`o2o actor`). The environment
+of the run, the dataset's or --env, only evaluates. With a run folder a stopped or killed learner goes on.
+
+  --listen HOST:PORT      where robots find the learner (default: {LISTEN}, this machine only)
+
+Beyond one machine set O2O_LEARNER_KEY to the same long random word on all of them."""
+
+
+def learner(args: Name[tuple[str, ...]] = (), listen: str = LISTEN) -> int:
+    """Train a run whose transitions robots send (`o2o actor`), or go on with one.
+
+    Args:
+        args: An agent and the options of `o2o train`; or the run folder of a learner, to go on.
+        listen: HOST:PORT where robots find it.
+    """
+    from o2o.train.link import Hub, address_of, shared_key
+
+    agent, rest = _agent_of(list(args))
+    if not agent:
+        print(LEARNER_HELP)
+        if set(rest) <= {"-h", "--help"}:
+            return 0 if rest else 2
+        raise ConfigError("o2o learner: no agent; name one first, such as `o2o learner wsrl --dataset ID`")
+    address = address_of(listen)
+    if os.sep in agent or os.path.exists(os.path.join(agent, "config.json")):
+        with one_line(f"o2o learner {agent}"):
+            more = tyro.cli(_more_steps, prog=f"o2o learner {agent}", args=spelled_out(rest, {}), registry=WORDS)
+        begin = functools.partial(_resumed, Path(agent), more)
+    else:
+        begin = functools.partial(_run_training, *parse_train(agent, rest))
+    hub = Hub(address, shared_key(address[0]))
+    try:
+        return begin(hub=hub)
+    finally:
+        hub.close()
+
+
+def _more_steps(online_steps: Amount | None = None) -> int | None:
+    """Go on with a learner's run.
+
+    Args:
+        online_steps: Environment steps in total; default: as many as the run began with.
+    """
+    return online_steps
+
+
+def listening(args: Sequence[str]) -> tuple[list[str], str]:
+    """Return the arguments of `o2o learner` without --listen, and its value."""
+    for index, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option == "--listen":
+            end = index + (1 if equals else 2)
+            return [*args[:index], *args[end:]], value or "".join(args[index + 1 : end])
+    return list(args), LISTEN
+
+
+def actor(
+    env: str,
+    learner: str = LISTEN,
+    spool: Path = Path("spool"),
+    lost: Literal["finish", "stop", "go-on"] = "finish",
+    episodes: Count | None = None,
+    env_kwargs: tuple[str, ...] = (),
+    episode_limit: Count | None = None,
+) -> int:
+    """Act in an environment here, such as a robot, for a learner elsewhere (`o2o learner`).
+
+    Args:
+        env: Gymnasium id of the environment, or module:ID.
+        learner: HOST:PORT of the learner.
+        spool: Folder of transitions that the learner has not saved yet; the same one again sends them.
+        lost: While no learner answers: `finish` the episode and wait, `stop` at once and wait, or `go-on`.
+        episodes: Episodes to play; default: until the learner has finished.
+        env_kwargs: Arguments of the environment, NAME=VALUE each.
+        episode_limit: Steps after which an episode is cut; default: the learner's setting.
+    """
+    from o2o.runs.actor import act
+
+    with Console(stderr=True).status("acting") as status:
+        done = act(
+            env, learner, spool.absolute(), lost, episodes, env_kwargs, episode_limit,
+            lambda episode, row: status.update(f"episode {episode}: return {row['return']:.4g}"),
+        )  # fmt: skip
+    print(f"played {done.episodes} episodes, {done.transitions} transitions; {done.waiting} wait in {spool}")
+    return 0
 
 
 def resume(run: Name[Path], online_steps: Amount | None = None) -> int:
@@ -184,6 +275,10 @@ def resume(run: Name[Path], online_steps: Amount | None = None) -> int:
         run: The run folder.
         online_steps: Environment steps in total; default: as many as the run began with.
     """
+    return _resumed(run, online_steps)
+
+
+def _resumed(run: Path, online_steps: int | None, hub: Any = None) -> int:
     from o2o.report.tables import end
     from o2o.runs import session
     from o2o.runs.loggers import Screen
@@ -191,7 +286,7 @@ def resume(run: Name[Path], online_steps: Amount | None = None) -> int:
     console = Console(stderr=True)
     run = run.absolute()  # an environment may change the working folder
     with Screen(console) as screen:
-        finished = session.resume(run, screen, online_steps)
+        finished = session.resume(run, screen, online_steps, hub=hub)
     return end(run, finished, console)
 
 
@@ -826,6 +921,8 @@ COMMANDS: Commands = {
     "report": report,
     "balance": balance,
     "record": record,
+    "learner": learner,
+    "actor": actor,
     "check-robot": check_robot,
     "reward": reward,
     "data": DATA,
@@ -910,6 +1007,9 @@ def _dispatch(args: list[str]) -> int:
         args = [*args[1:], "--help"]
     if args[:1] == ["train"]:  # its options depend on the agent, so tyro reads them later
         return train(tuple(args[1:]))
+    if args[:1] == ["learner"]:
+        words, listen = listening(args[1:])
+        return learner(tuple(words), listen)
     prog, command = _named(args)
     if not callable(command) and (args[-1:] in (["-h"], ["--help"]) or prog == " ".join(["o2o", *args])):
         return overview(prog, command)

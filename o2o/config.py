@@ -175,8 +175,9 @@ class RunConfig(Settings):
     online_steps: Amount = 10_000
     """Environment steps of the online phase per seed, warm-up included."""
     offline_estimate: bool = False
-    """Judge pre-training by estimates on held-out episodes and make no environment; needs `online_steps` 0. With
-    `online_steps` 0 it is always so where neither the dataset nor `env` names an environment."""
+    """Judge pre-training by estimates on held-out episodes and make no environment; needs `online_steps` 0, or
+    robots elsewhere that play the online phase (`o2o learner`). It is always so there, and with `online_steps` 0, where
+    neither the dataset nor `env` names an environment."""
     holdout: Annotated[float, Range(least=0, below=1)] = 0.1
     """Share of the episodes that an offline estimate keeps from training; 0: it looks at the training data."""
     init_from: str | None = None

@@ -54,6 +54,12 @@ def vouched(proof: Any, code: list[str], about: Any = None) -> bool:
     )
 
 
+def secret(purpose: str) -> bytes | None:
+    """Return a key for a purpose that only this user has on this machine; None if none can be kept."""
+    key = _key(make=True)
+    return None if key is None else hmac.digest(key, f"o2o {purpose}".encode(), "sha256")
+
+
 def _sign(key: bytes, code: list[str], about: Any) -> str:
     text = json.dumps([code, [origin(name) for name in code], about], sort_keys=True, default=str)
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()

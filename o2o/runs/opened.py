@@ -91,22 +91,28 @@ def load(path: Path, settings: RunConfig, data: Dataset, rate: float | None, whi
     folder = RunFolder.open(path).checkpoints
     step, state, _ = checkpoint.load_state(folder, step_of(folder, which))
     counters = Counters(**state["counters"])
+    agent, normalizer = shapes_of(settings, data, counters.phase == "online")
+    targets = {"agent": agent} | ({} if normalizer is None else {"normalizer": normalizer})
+    arrays = checkpoint.load_arrays(folder, step, targets)
+    return Opened(settings, data, arrays["agent"], arrays.get("normalizer"), counters, rate)
+
+
+def shapes_of(settings: RunConfig, data: Dataset, online: bool) -> tuple[Any, Normalizer | None]:
+    """Return the shapes and types of a run's agents `[S, ...]`, in their online form or before, and its normaliser."""
     example = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), data.arrays)
     create = partial(programs.create_agent, agent_class=agent_class(settings.agent), config=settings.config)
 
     def form(key: jax.Array) -> Any:
         agent = create(key, example["observations"], example["actions"])
-        return programs.to_online(agent) if counters.phase == "online" else agent
+        return programs.to_online(agent) if online else agent
 
     one = jax.eval_shape(form, jax.random.key(0))
     stack = lambda leaf: jax.ShapeDtypeStruct((settings.seeds, *leaf.shape), leaf.dtype)  # noqa: E731
-    targets = {"agent": jax.tree.map(stack, one)}
-    if settings.normalize:
-        seen = example["observations"]
-        flat = jax.ShapeDtypeStruct((seen[STATE] if isinstance(seen, dict) else seen).shape[1:], jnp.float32)
-        targets["normalizer"] = Normalizer(mean=flat, std=flat)  # pyright: ignore[reportArgumentType]
-    arrays = checkpoint.load_arrays(folder, step, targets)
-    return Opened(settings, data, arrays["agent"], arrays.get("normalizer"), counters, rate)
+    if not settings.normalize:
+        return jax.tree.map(stack, one), None
+    seen = example["observations"]
+    flat = jax.ShapeDtypeStruct((seen[STATE] if isinstance(seen, dict) else seen).shape[1:], jnp.float32)
+    return jax.tree.map(stack, one), Normalizer(mean=flat, std=flat)  # pyright: ignore[reportArgumentType]
 
 
 def step_of(folder: Path, which: str) -> int | None:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -29,14 +30,15 @@ from o2o.data.task import Task
 from o2o.envs.maker import EnvMaker
 from o2o.envs.shared import OneSimulator
 from o2o.errors import ConfigError, O2OError, TrustError
-from o2o.files import write_atomically
+from o2o.files import read_object, write_atomically
 from o2o.policies.base import Base, BasePolicy, base_labels, with_base_labels
 from o2o.policies.export import Latency, export_policy, latency
 from o2o.policies.exported import FILES, load_file
 from o2o.policies.python import PythonPolicy, python_policy
 from o2o.policies.run import RunPolicy, TrainedPolicy
+from o2o.replay.buffer import one_row
 from o2o.runs import init_from as warm_start, opened as opened_run
-from o2o.runs.folder import REPLAY, RunFolder, StopFlag, check_path, guarded, read_config, tell_if_died
+from o2o.runs.folder import DATASET, REPLAY, RunFolder, StopFlag, check_path, guarded, read_config, tell_if_died
 from o2o.runs.loggers import Logger, Screen, evaluation_rows, make_loggers, notebook_screen, sent_before
 from o2o.runs.presets import agent_class, cell_run, config_class, config_needs, preset_run
 from o2o.settings import Amount, Count, NotNegative, Seed, checked
@@ -44,6 +46,8 @@ from o2o.train import memory
 from o2o.train.collect import BESIDE
 from o2o.train.episode import EVAL_STREAM, EnvSlot
 from o2o.train.evaluation import Evaluator
+from o2o.train.feed import Feed, misfit
+from o2o.train.link import Hub
 from o2o.train.state import Hooks
 from o2o.train.trainer import Trainer
 from o2o.trust import HOW, trusted, vouched, voucher
@@ -57,6 +61,8 @@ __all__ += ["evaluate_run", "export_run", "load_base", "load_config", "load_data
 __all__ += ["open_run", "play_run", "resume", "train", "with_fields"]
 
 
+LEARNER = "learner.json"
+"""The file of a run folder by which robots know the run; only runs that learn from robots elsewhere have it."""
 JOINING = 3
 """How often `with_history` holds the joined observations at once."""
 TRIED = 8
@@ -232,12 +238,12 @@ def _with_base(env: Any, policy: BasePolicy, data: datasets.Dataset, timeout_s: 
     return envs.BaseAction(env, Base(policy, data, timeout_s))
 
 
-def without_environment(config: RunConfig, about: datasets.DatasetInfo) -> bool:
+def without_environment(config: RunConfig, about: datasets.DatasetInfo, learner: bool = False) -> bool:
     """Whether a run makes no environment and is judged by offline estimates.
 
-    Raises `ConfigError` if that is asked for together with an online phase.
+    Raises `ConfigError` if that is asked for together with an online phase, unless robots play it for a `learner`.
     """
-    if config.online_steps:
+    if config.online_steps and not learner:
         if config.offline_estimate:
             raise ConfigError("offline_estimate is for runs without an online phase: set `online_steps` to 0 too")
         return False
@@ -251,11 +257,12 @@ def build(
     folder: Path | None = None,
     base: BasePolicy | None = None,
     begins: bool = True,
+    hub: Hub | None = None,
 ) -> Trainer[Agent]:
     """Return the trainer of a run, nothing done yet; `folder` is for what it records and for replay on disk.
 
     `data` and `base` spare loading what the settings name once more. Only where the run `begins`, and does not go on
-    from a checkpoint of its online phase, are agents taken from its `init_from`.
+    from a checkpoint of its online phase, are agents taken from its `init_from`. `hub`: where robots send transitions.
     """
     base = base or base_of(config)
     found = data or load_data(config, base)
@@ -267,12 +274,13 @@ def build(
         recorder = partial(Recorder, folder=folder / EPISODES, task=found.task, metadata=about)
     env_fn = env_maker(config, found, base, recorder)
     held = None
-    if without_environment(config, found.info):
+    if without_environment(config, found.info, folder is not None and (folder / LEARNER).exists()):
         found, held = split(found, config.holdout)
     normalizer = Normalizer.fit(found.arrays["observations"], floor=config.std_floor) if config.normalize else None
     trainer = Trainer(
         agent_class(config.agent), config.config, found, env_fn, seed=config.seed, seeds=config.seeds, loop=config.loop,
         normalizer=normalizer, hooks=hooks, storage=None if folder is None else folder / REPLAY, held=held,
+        hub=hub,
     )  # fmt: skip
     check_data(trainer.agent, found, config.normalize)
     if not comparable:
@@ -335,13 +343,19 @@ def load_config(path: str | Path) -> RunConfig:
     path = Path(path)
     values = read_config(path)
     _check_code(path, values)
+    return settings_of(values, f"{path}/config.json")
+
+
+def settings_of(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Return the settings that a config.json holds as `values`; errors begin with `where`."""
+    values = dict(values)
     for name in ABOUT:
         values.pop(name, None)
     agent_config = values.pop("config", {})
     if not isinstance(values.get("agent"), str):
-        raise ConfigError(f"{path}/config.json agent: got {values.get('agent')!r}; expected the name of an agent")
-    config = from_dict(config_class(values["agent"]), agent_config, f"{path}/config.json config")
-    return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, f"{path}/config.json"), config=config)
+        raise ConfigError(f"{where} agent: got {values.get('agent')!r}; expected the name of an agent")
+    config = from_dict(config_class(values["agent"]), agent_config, f"{where} config")
+    return dataclasses.replace(from_dict(RunConfig, {**values, "config": None}, where), config=config)
 
 
 def _code_of(values: Mapping[str, Any]) -> list[str]:
@@ -375,17 +389,18 @@ class Session:
         data: datasets.Dataset,
         screen: Screen | None = None,
         base: BasePolicy | None = None,
+        hub: Hub | None = None,
     ) -> None:
-        """Build the trainer and connect it to the run folder."""
-        self.config, self.run, self.screen = config, run, screen
+        """Build the trainer and connect it to the run folder; `hub` is where robots send transitions."""
+        self.config, self.run, self.screen, self.hub = config, run, screen, hub
         self.loggers: list[Logger] = []
         self.stop = StopFlag()
-        saving = {"checkpoint": run.save, "scored": run.scored}
+        saving = {"checkpoint": self._save, "scored": run.scored}
         hooks = Hooks(metrics=self._metrics, episodes=self._episodes, should_stop=self.stop, **saving)
         if screen is not None:
             hooks.progress = screen.progress
         begins = not run.online  # reads the latest checkpoint
-        self.trainer = build(config, data, hooks, run.path, base, begins)
+        self.trainer = build(config, data, hooks, run.path, base, begins, hub)
         try:
             self._needed = self.trainer.check_memory(config.online_steps)
         except BaseException:
@@ -401,6 +416,11 @@ class Session:
         except BaseException:
             self.trainer.close()
             raise
+
+    def _save(self, trainer: Trainer) -> None:
+        self.run.save(trainer)
+        if trainer.feed is not None:
+            trainer.feed.saved()
 
     def _metrics(self, row: dict[str, Any]) -> None:
         self.run.metrics.write(row)
@@ -437,11 +457,27 @@ class Session:
             for logger in self.loggers:
                 closing.callback(logger.close)
             closing.callback(self.trainer.close)
+            if self.hub is not None and self.trainer.feed is not None:
+                self._listen(self.hub, self.trainer.feed)
+                closing.callback(self.hub.close)
             with self.stop, self.screen or nullcontext():
                 finished = guarded(self.run, self.trainer, phases, lambda: self.stop.forced)
+            if finished and self.trainer.feed is not None:
+                self.trainer.feed.finish()
         if finished and self.config.record and recorded(self.run.path):
             export(self.run.path)
         return finished
+
+    def _listen(self, hub: Hub, feed: Feed) -> None:
+        """Answer robots from now on: the run goes on behind the rows that it has stored."""
+        example = one_row(self.trainer.replay.data.rows)
+        about = {
+            "run": read_object(self.run.path / LEARNER)["run"],
+            "settings": to_dict(self.config),
+            "dataset": read_object(self.run.path / DATASET),
+        }
+        hub.start(about, feed.stored, lambda row: misfit(row, example))
+        _log.info("robots: `o2o actor --learner %s:%d`", *hub.address)
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
@@ -456,13 +492,34 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
     )
 
 
-def train(config: RunConfig, path: str | Path, screen: Screen | None = None, quiet: bool = False) -> bool:
+def check_learner(config: RunConfig) -> None:
+    """Raise `ConfigError` unless robots can act for a run elsewhere (`o2o.runs.actor`)."""
+    off_policy = config.config.online.replay not in ("rollout", "none")
+    for name, wrong, expected in (
+        ("agent", ":" in config.agent, "an agent of the toolkit's own: actors run no code that a learner names"),
+        ("agent", not off_policy, "an agent that learns online from a replay, such as wsrl, rlpd or sac"),
+        ("agent", config.config.needs.episode_returns, "an agent that does not schedule itself by whole episodes"),
+        ("seeds", config.seeds != 1, "1: all robots act for one agent"),
+        ("online_steps", config.online_steps == 0, "more than 0: the transitions that robots send"),
+        ("base", config.base is not None, "none: a base policy acts in the learner's process only"),
+        ("record", config.record, "False: the environment is elsewhere; `o2o record` there writes datasets"),
+    ):
+        if wrong:
+            raise ConfigError(f"{name} is {getattr(config, name)!r}, and the run is a learner's; expected {expected}")
+
+
+def train(
+    config: RunConfig, path: str | Path, screen: Screen | None = None, quiet: bool = False, hub: Hub | None = None
+) -> bool:
     """Train a new run in folder `path`; False if a signal stopped it. Raises `RunError` if the folder exists.
 
-    Progress goes to `screen`; without one, in a notebook, below the cell, unless `quiet`.
+    Progress goes to `screen`; without one, in a notebook, below the cell, unless `quiet`. With a `hub`, robots send the
+    transitions of the online phase (`o2o.runs.actor`), and the run's own environment only evaluates.
     """
     path, screen = Path(path), screen or notebook_screen(quiet)
     check_path(path)
+    if hub is not None:
+        check_learner(config)
     path, config = path.absolute(), _from_anywhere(config)
     base = base_of(config)
     data, preset = load_data(config, base), _preset_of(config)
@@ -475,7 +532,7 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
     about |= {"vouched": voucher(code)} if (code := _code_of(to_dict(config))) else {}
     with Closing() as held:  # environments that are made before anything is learnt
         make, env = env_maker(config, data, base), None
-        if without_environment(config, data.info):
+        if without_environment(config, data.info, hub is not None):
             _log.info("no environment: the run is judged by the error of its actions on held-out episodes (`holdout`)")
         else:
             env = make(False)
@@ -488,12 +545,14 @@ def train(config: RunConfig, path: str | Path, screen: Screen | None = None, qui
             run.describe(data, None if env is None else env.metadata.get("render_fps"))
             if preset is not None:
                 write_atomically(run.path / PRESET, json.dumps(to_dict(preset), indent=2) + "\n")
-            session = Session(config, run, data, screen, base)
+            if hub is not None:
+                write_atomically(run.path / LEARNER, json.dumps({"run": uuid.uuid4().hex}) + "\n")
+            session = Session(config, run, data, screen, base, hub)
             del data  # what is learnt from is in the trainer's replay
             with Closing() as closing:
                 closing.callback(session.trainer.close)
                 if env is not None and env.metadata.get("replayable", True):
-                    _rehearse(session.trainer, config.online_steps, make, env, held)
+                    _rehearse(session.trainer, 0 if hub else config.online_steps, make, env, held)
                 closing.pop_all()
         except BaseException:
             run.close()
@@ -578,18 +637,29 @@ def _rehearse(trainer: Trainer, online_steps: int, make: EnvMaker, first: Any, h
 
 @checked
 def resume(
-    path: str | Path, screen: Screen | None = None, online_steps: Amount | None = None, quiet: bool = False
+    path: str | Path,
+    screen: Screen | None = None,
+    online_steps: Amount | None = None,
+    quiet: bool = False,
+    hub: Any = None,
 ) -> bool:
     """Continue a run from its last checkpoint, as if it had never stopped; True at once if it had finished.
 
     Without any checkpoint it begins again. `online_steps`: until so many environment steps instead of those in its
     config.json, which is changed. Raises `ConfigError` if the run has made more of them, or has its replay on disk,
-    which cannot grow: nothing has been moved or written then. Progress is shown as by `train`.
+    which cannot grow: nothing has been moved or written then. Progress is shown as by `train`. A learner's run needs a
+    `hub`, as `train` does, and no other run takes one (`ConfigError`).
     """
     path, screen = Path(path).absolute(), screen or notebook_screen(quiet)
     config = load_config(path)
+    if (path / LEARNER).exists() != (hub is not None):
+        raise ConfigError(
+            f"run {path} learns from its own environment: go on with `o2o resume {path}`"
+            if hub is not None
+            else f"run {path} learns from robots elsewhere: go on with `o2o learner {path}`"
+        )
     data, base = unchanged(path, config)
-    if online_steps and without_environment(config, data.info):
+    if online_steps and hub is None and without_environment(config, data.info):
         raise ConfigError(
             f"run {path} was trained without an environment; to fine-tune, begin another run with its data and `env`"
         )
@@ -599,7 +669,7 @@ def resume(
         closing.callback(run.close)
         if online_steps is not None:
             run.check_steps(online_steps, config.loop.replay_capacity)
-        session = Session(config, run, data, screen, base)
+        session = Session(config, run, data, screen, base, hub)
         del data
         closing.callback(session.trainer.close)
         run.load(session.trainer, config.online_steps)

@@ -37,6 +37,8 @@ from o2o.train import memory, programs
 from o2o.train.collect import Fleet
 from o2o.train.estimates import Estimator
 from o2o.train.evaluation import EnvFn, Evaluator
+from o2o.train.feed import Feed
+from o2o.train.link import Hub
 from o2o.train.remote_evaluation import evaluator_of
 from o2o.train.state import Counters, Hooks, RunState, evaluation_steps
 from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
@@ -67,13 +69,14 @@ class Trainer(Generic[A]):
         hooks: Hooks | None = None,
         storage: Path | None = None,
         held: Dataset | None = None,
+        hub: Hub | None = None,
     ) -> None:
         """Create the agents from `data`'s shapes; `env_fn(evaluation)` makes one environment.
 
         `data` and environments are raw: `normalizer` stands between them and the agents.
         Replay that is too large for the device is kept in the folder `storage`; None: in a temporary one.
         With `held`, episodes that are not in `data`, the agents are judged by estimates on those (`Estimator`), and
-        pre-training makes no environment.
+        pre-training makes no environment. With a `hub`, robots that step elsewhere send the online phase's transitions.
         Raises `ConfigError` for settings out of range and `DatasetError` if `data` lacks what the agent needs.
         """
         if seeds < 1 or seed < 0:
@@ -102,14 +105,22 @@ class Trainer(Generic[A]):
         self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.batch_keys, "ends"), sources, seeds)
         check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | None = None
+        self.feed = hub and Feed(
+            hub,
+            lambda: (self.agent, self.normalizer, self.counters.env_steps, self.online_config),
+            lambda: self.hooks.should_stop(),
+        )
+        """Stands in place of environments of the run's own, where robots send transitions."""
         self._finished: dict[int, dict[str, Any]] = {}
         """Rows of the episodes that ended in the step under way, by index, where the agent is told of them."""
         if held is None:
             self.evaluator = evaluator_of(self.loop, env_fn, seeds, seed, self._normalized)
         else:
             self.evaluator = Estimator(held, self.agent, seeds, config.batch_size, normalizer)
-            self.evaluator.phase = lambda: phase_at(
-                self.agent, self.counters.offline_total, self.counters.offline_steps
+            self.evaluator.phase = lambda: (
+                None
+                if self.counters.phase == "online"
+                else phase_at(self.agent, self.counters.offline_total, self.counters.offline_steps)
             )
         self.evaluator.should_stop = lambda: self.hooks.should_stop()
 
@@ -336,7 +347,7 @@ class Trainer(Generic[A]):
 
     def _make_fleet(self) -> Fleet:
         """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
-        fleet = Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
+        fleet = self.feed or Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
         self.fleet = fleet.must_fit(one_row(self.replay.data.rows), self.loop.eval_process)
         return self.fleet
 

@@ -38,7 +38,7 @@ PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 FENCE = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 STEPS = {"3_000": "20", "2_000": "100"}
-ONLY_READ = (["demo"], ["play"], ["bench", "run"], ["bench", "report", "--out"], ["sweep"])
+ONLY_READ = (["demo"], ["play"], ["bench", "run"], ["bench", "report", "--out"], ["sweep"], ["actor"])
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -115,6 +115,9 @@ class Sandbox:
         elif args[0] == "train" and "--help" not in args:
             name = args[args.index("--name") + 1] if "--name" in args else None
             _ = self.trained(name) if name else cli.parse_train(args[1], args[2:])
+        elif args[0] == "learner":
+            words, listen = cli.listening(args[1:])
+            assert listen == cli.LISTEN and cli.parse_train(words[0], words[1:])
         elif any(set(words) <= set(args) for words in ONLY_READ):
             cli._app(cli.COMMANDS).cli(prog="o2o", args=args, registry=WORDS, config=cli.WHOLE)
         elif args[:2] == ["data", "check"] and "--drop-bad" not in args:
