@@ -18,7 +18,7 @@ OBSERVATION_DIM, ACTION_DIM, ROWS = 3, 2, 8
 def forget_many_programs() -> None:
     """Drop compiled programs before they are too many: each maps memory, and Linux allows some 65,000 of them."""
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
