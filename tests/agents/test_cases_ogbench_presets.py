@@ -69,7 +69,7 @@ def test_general_preset_elsewhere(agent: str) -> None:
     """Other datasets, and families, have the general preset."""
     for family in ("other", "antmaze"):
         general = AGENTS[agent].preset(family, "paper")
-        for name in ("o2o/embedded/pointmaze-umaze-v0", "robot/scene-v0", "puzzle/box-v3"):
+        for name in ("lab/arm-v0", "robot/scene-v0", "puzzle/box-v3"):
             assert general.of_task(name) is general
 
 
@@ -106,10 +106,11 @@ def test_runs_take_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     name, state = "ogbench/puzzle-3x3-play-singletask-task4-v0", spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action = spaces.Box(-1.0, 1.0, (2,), np.float32)
     datasets.write(name, [episode], observation_space=state, action_space=action, spec=None)
-    run = session.preset_run("qam", name)
+    env = "puzzle-3x3-play-singletask-task4-v0"
+    run = session.preset_run("qam", name, env=env)
     assert (run.config.inverse_temperature, run.config.chunk, run.online_steps) == (3.0, 5, 500_000)
     assert (run.loop.eval_every, run.loop.offline_eval_every) == (50_000, 50_000)
-    changed = session.preset_run("qam", name, loop={"eval_episodes": 7})
+    changed = session.preset_run("qam", name, env=env, loop={"eval_episodes": 7})
     assert (changed.loop.eval_episodes, changed.loop.eval_every) == (7, 50_000)
     small = session.preset_run("qam", name, "small")
     assert small.config.num_critics == 2 and small.loop.eval_every == 2_500

@@ -12,7 +12,7 @@ from o2o.agents.sac import RLPD, SAC, RLPDConfig, SACConfig
 from tests.helpers.contract import ACTION_DIM, CONFIGS, OBSERVATION_DIM, ROWS, observed
 from tests.helpers.tiny import constant_critic, create, tiny
 
-WITHOUT = {"bc", "flow_bc", "diffusion_bc", "ppo", "qc"}
+WITHOUT = {"bc", "flow_bc", "diffusion_bc", "ppo", "qc", "qam"}
 
 
 @pytest.mark.parametrize("name", sorted(AGENTS))
