@@ -174,3 +174,5 @@ right.plot(
 right.axvline(OFFLINE, color="black", linewidth=1, linestyle="--")
 right.set(title="mean Q of the minibatches (dashed: switch)", xlabel="gradient steps")
 plt.show()
+for step, point in online:
+    print(f"{step:5} steps in the environment: success {point.values.mean():.0%}")
