@@ -14,8 +14,30 @@ from o2o.agents.minibatches import each_minibatch, minibatches_in
 from o2o.nn.generative import Flow, Guidance
 from o2o.nn.modules import Model
 from o2o.rl.chunks import ActionQueue, fresh_queue, play
-from o2o.rl.windows import Chunks
+from o2o.rl.windows import Chunks, chunk_transitions
 from o2o.types import Agent, Array, Batch, Carry, Info, Params
+
+
+class ByChunks(Agent):
+    """Put before a class of one-step agents: its action may be a chunk, its transitions those from chunk to chunk."""
+
+    actor: Any
+    config: Any = struct.field(pytree_node=False)
+
+    def update(self, batch: Batch) -> tuple[Self, Info]:
+        """Run the class's update on leaves `[utd, B, ...]`, with chunks `[utd, B, h, ...]`."""
+        return super().update(chunk_transitions(batch, self.config))
+
+    def sample_actions(
+        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
+    ) -> tuple[Array, Carry]:
+        """Return the class's actions `[..., A]`, one by one where they are chunks, and the queues without them."""
+        act = super().sample_actions
+        return play(self.config.chunk, carry, lambda: act(observations, None, rng, deterministic)[0])
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
+        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
+        return fresh_queue(self.config.chunk, batch_shape, self.actor.module.action_dim // self.config.chunk)
 
 
 class Chunked(Agent):

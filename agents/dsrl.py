@@ -60,7 +60,7 @@ from o2o.nn.modules import Adam, CriticEnsemble, GaussianActor, Model
 from o2o.rl import losses
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Real, Settings, Width, Widths
-from o2o.types import AgentConfig, Array, Batch, Info, Needs, OnlineConfig, Params, Phase, Preset
+from o2o.types import Array, Batch, ChunkedConfig, Info, OnlineConfig, Params, Phase, Preset
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,9 @@ class SteeredBase(Settings):
 
 
 @dataclass(frozen=True)
-class DSRLConfig(AgentConfig):
+class DSRLConfig(ChunkedConfig):
     """Settings of DSRL; the defaults are those of QAM's code on OGBench's mazes."""
 
-    chunk: Count = 1
-    """Actions h of a chunk."""
     noise_scale: NotNegative = 1.0
     """Bound b of each noise number: 0.4 to 1.4 in the published runs; 0 plays Base(s, 0)."""
     noise: Literal["per_step", "shared"] = "per_step"
@@ -108,8 +106,6 @@ class DSRLConfig(AgentConfig):
     """Adam's rate of a base that is cloned."""
     rho: NotNegative = 0.5
     """Standard deviations below the critics' mean in the target."""
-    pad_terminal: bool = True
-    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 10
     """Number K of critics, and of noise critics."""
     actor_hidden_dims: Widths = (512, 512, 512, 512)
@@ -139,11 +135,6 @@ class DSRLConfig(AgentConfig):
             raise self.refuse("chunk", f"1 to {self.horizon}, the horizon of the base")
         if self.clones and self.horizon > self.chunk:
             raise self.refuse("chunk", f"{self.horizon}, the horizon of the base, where the base is cloned")
-
-    @property
-    def needs(self) -> Needs:
-        """Windows of one chunk."""
-        return Needs(window=self.chunk)
 
     @property
     def horizon(self) -> int:

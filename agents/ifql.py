@@ -50,15 +50,13 @@ from o2o.nn.modules import Adam, CriticEnsemble, Model, Value
 from o2o.rl.losses import expectile_loss, lower_bound, td_target
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import Average, Between, Count, NotNegative, Rate, Widths
-from o2o.types import AgentConfig, Array, Batch, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class IFQLConfig(AgentConfig):
+class IFQLConfig(ChunkedConfig):
     """Settings of IFQL; the defaults are those of FQL's code."""
 
-    chunk: Count = 1
-    """Actions h of a chunk."""
     expectile: Between = 0.9
     """Expectile of the value loss, in (0, 1); 0.5 is a plain mean."""
     num_samples: Count = 32
@@ -69,8 +67,6 @@ class IFQLConfig(AgentConfig):
     """How L_V reduces over the target critics: `min`, or `lower_bound`, mean - rho std."""
     rho: NotNegative = 0.5
     """Standard deviations below the mean with `lower_bound`."""
-    pad_terminal: bool = True
-    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 2
     """Number of critics."""
     flow_steps: Count = 10
@@ -91,11 +87,6 @@ class IFQLConfig(AgentConfig):
     """Weight of the critics in the target's average, after every update."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
-
-    @property
-    def needs(self) -> Needs:
-        """Windows of one chunk."""
-        return Needs(window=self.chunk)
 
 
 _DEFAULT = IFQLConfig()

@@ -47,11 +47,11 @@ from o2o.nn.modules import MLP, Adam, CriticEnsemble, Model, kernel_init
 from o2o.rl.losses import td_target
 from o2o.rl.windows import Chunks, chunk_rows
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import AgentConfig, Array, Batch, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
-class QCConfig(AgentConfig):
+class QCConfig(ChunkedConfig):
     """Settings of Q-chunking; the defaults are the paper's."""
 
     chunk: Count = 5
@@ -64,8 +64,6 @@ class QCConfig(AgentConfig):
     """Weight of `distilled`'s distance to the flow, on the scale of Q."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the target reduces over the target critics, and the ranking of candidates over the critics."""
-    pad_terminal: bool = True
-    """True: windows that a true terminal cuts short count, with the last action repeated. False: they are dropped."""
     num_critics: Count = 2
     """Critics in the ensemble."""
     flow_steps: Count = 10
@@ -90,11 +88,6 @@ class QCConfig(AgentConfig):
         super().__post_init__()
         if self.guidance.weight and self.policy == "distilled":
             raise self.refuse("guidance", "weight 0 with policy 'distilled', which acts without the flow's steps")
-
-    @property
-    def needs(self) -> Needs:
-        """Windows of one chunk."""
-        return Needs(window=self.chunk)
 
 
 class OneStep(nn.Module):

@@ -22,20 +22,19 @@ Where we differ from the paper and its code (tinkoff-ai/ReBRAC)
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 
 from o2o.agents import ogbench
+from o2o.agents.chunked import ByChunks
 from o2o.agents.registry import register_agent
 from o2o.agents.td3 import TD3, TD3Config
 from o2o.nn.modules import Activation
-from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.losses import lower_bound, td_target
-from o2o.rl.windows import chunk_transitions
 from o2o.settings import NotNegative, Widths
-from o2o.types import Array, Batch, Carry, ChunkedConfig, Info, Needs, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, ChunkedConfig, Info, Needs, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ _DEFAULT = ReBRACConfig()
 
 
 @register_agent("rebrac")
-class ReBRAC(TD3):
+class ReBRAC(ByChunks, TD3):
     r"""TD3 with a penalty on the distance to the data in the actor's loss and in the critics' target.
 
     Equations (method, and the settings that enter):
@@ -145,22 +144,6 @@ class ReBRAC(TD3):
         None: the critics judge whole chunks.
         """
         return None if self.config.chunk > 1 else self.critic(observations, actions).min(axis=0)
-
-    def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Take one critic step per minibatch of `[utd, B, ...]`, with chunks `[utd, B, h, ...]`, and actor steps."""
-        return super().update(chunk_transitions(batch, self.config))
-
-    def sample_actions(
-        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
-    ) -> tuple[Array, Carry]:
-        """Return actions `[..., A]` in [-1, 1], with exploration noise unless `deterministic`, and the carry."""
-        act = super().sample_actions
-        return play(self.config.chunk, carry, lambda: act(observations, None, rng, deterministic)[0])
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
-        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        policy: Any = self.actor.module
-        return fresh_queue(self.config.chunk, batch_shape, policy.action_dim // self.config.chunk)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

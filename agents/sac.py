@@ -45,6 +45,7 @@ import optax
 from flax import struct
 
 from o2o.agents import ogbench
+from o2o.agents.chunked import ByChunks
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.agents.registry import register_agent
 from o2o.errors import ConfigError
@@ -63,8 +64,6 @@ from o2o.nn.modules import (
     where_leading,
 )  # fmt: skip
 from o2o.rl import losses
-from o2o.rl.chunks import ActionQueue, fresh_queue, play
-from o2o.rl.windows import chunk_transitions
 from o2o.settings import AboveZero, Amount, Average, Count, Interval, NotNegative, Rate, Real, Share, Widths
 from o2o.types import Agent, AgentConfig, Array, Batch, Carry, ChunkedConfig, Info, Needs, OnlineConfig, Params, Preset
 
@@ -479,7 +478,7 @@ class SAC(Agent):
 
 
 @register_agent("rlpd")
-class RLPD(SAC):
+class RLPD(ByChunks, SAC):
     r"""SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset.
 
     Equations (method, and the settings that enter):
@@ -519,28 +518,11 @@ class RLPD(SAC):
 
     def q_value(self, observations: Array, actions: Array) -> Array | None:
         """Return the reduced critics' value `[...]` of actions `[..., A]`; None: the critics judge whole chunks."""
-        rho, q = self.config.pessimism, self.critic
         if self.config.chunk > 1:
             return None
-        return (
-            super().q_value(observations, actions) if rho is None else losses.lower_bound(q(observations, actions), rho)
-        )
-
-    def update(self, batch: Batch) -> tuple[Self, Info]:
-        """Run SAC's update on leaves `[utd, B, ...]`, with chunks `[utd, B, h, ...]`."""
-        return super().update(chunk_transitions(batch, self.config))
-
-    def sample_actions(
-        self, observations: Array, carry: Carry, rng: Array, deterministic: bool = False
-    ) -> tuple[Array, Carry]:
-        """Return actions `[..., A]` in [-1, 1] for observations `[..., D]`, samples or modes, and the carry."""
-        act = super().sample_actions
-        return play(self.config.chunk, carry, lambda: act(observations, None, rng, deterministic)[0])
-
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> ActionQueue | None:
-        """Return empty queues `[*batch_shape, h, A]`; `None` with h = 1."""
-        policy: Any = self.actor.module
-        return fresh_queue(self.config.chunk, batch_shape, policy.action_dim // self.config.chunk)
+        if self.config.pessimism is None:
+            return super().q_value(observations, actions)
+        return losses.lower_bound(self.critic(observations, actions), self.config.pessimism)
 
     @classmethod
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:

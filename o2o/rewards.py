@@ -142,7 +142,7 @@ class _Head(nn.Module):
         return (state - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FrameModel:
     """A trained network on single frames."""
 
@@ -376,13 +376,12 @@ class ProgressModel(FrameModel):
 
     def reset(self, observation: Any) -> None:
         """Begin an episode."""
-        object.__setattr__(self, "_last", self.of(observation))
+        self._last = self.of(observation)
 
     def progress(self, observation: Any, goal: Any = None) -> tuple[float, bool]:
         """Return the progress since the observation before, and whether the goal is reached."""
         now = self.of(observation)
-        delta = now - self.__dict__["_last"]
-        object.__setattr__(self, "_last", now)
+        delta, self._last = now - self._last, now
         return delta, now >= self.threshold
 
 
