@@ -19,7 +19,10 @@ from o2o.types import Agent, Array, Batch, Carry, Info, Params
 
 
 class ByChunks(Agent):
-    """Put before a class of one-step agents: its action may be a chunk, its transitions those from chunk to chunk."""
+    """Lets an agent of single actions act by chunks. It stands first among the bases: `class RLPD(ByChunks, SAC)`.
+
+    To the agent a chunk is one action, and a transition leads from the start of one chunk to the start of the next.
+    """
 
     actor: Any
     config: Any = struct.field(pytree_node=False)

@@ -200,7 +200,7 @@ def draw_by_weight(rng: Array, weights: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _index_at(share: Array, weights: Array) -> Array:
-    """Return the index `[...]` that the running sum of `weights [..., n]` passes a `share` `[...]` of its end at."""
+    """Return the first index `[...]` at which the running sum of `weights [..., n]` exceeds `share` of its total."""
     sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -1.0)  # rounded ones need not rise from row to row
     return jnp.argmax(sums > (share * sums.max(axis=-1))[..., None], axis=-1)
 
