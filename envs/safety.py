@@ -278,8 +278,8 @@ class DeadMan(Guard):
 class FreshObservation(Guard):
     """An observation that does not change, or is too old, is a sensor that hangs: the robot is stopped.
 
-    While a frame repeats, the robot gets `stay`. After `max_repeats` such frames the fault is raised. It is also raised as
-    soon as an observation is older than `max_age_s`.
+    While a frame repeats, the robot gets `stay`. After `max_repeats` such frames the fault is raised. It is also raised
+    as soon as an observation is older than `max_age_s`.
     """
 
     concern = "stale"
@@ -502,8 +502,8 @@ def guarded(
 
     From the robot outwards: workspace, bounds, velocity, slew, dead man, stale observations, rate, watchdog. A command
     passes them from the outside in. So the box has the last word; what it sends lies between `stay` and a command that
-    the others have allowed. At its edge a command may therefore change faster than `max_change`. Settings are those of the
-    wrappers; `box` is (low, high), for `forward`.
+    the others have allowed. At its edge a command may therefore change faster than `max_change`. Settings are those of
+    the wrappers; `box` is (low, high), for `forward`.
     """
     if forward is not None or box is not None:
         if forward is None or box is None:
