@@ -80,6 +80,21 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     return found
 
 
+@pytest.fixture
+def abreast(noted: list[Row], monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """Return what two actors record; neither gets 10 transitions ahead of the other in their first 150."""
+    append = Spool.append
+
+    def appending(self: Spool, entry: bytes) -> int:
+        ahead = lambda: sum(1 if row.actor == self.about["actor"] else -1 for row in list(noted))  # noqa: E731
+        while len(noted) < 150 and ahead() >= 10:
+            time.sleep(0.005)
+        return append(self, entry)
+
+    monkeypatch.setattr(Spool, "append", appending)
+    return noted
+
+
 def playing(noted: list[Row], port: int, spool: Path, **options: Any) -> tuple[threading.Thread, list[actor.Acted]]:
     """Return a thread that acts for the learner at `port`, and what it has done."""
     found = list[actor.Acted]()
@@ -123,12 +138,13 @@ def test_learner_killed(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> No
         np.testing.assert_array_equal(rows[key], np.concatenate([row.values[key] for row in noted[:160]]), key)
 
 
-def test_two_robots(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> None:
+def test_two_robots(tiny_run: Maker, abreast: list[Row], tmp_path: Path) -> None:
     """Two robots feed one learner.
 
     Whole stretches of their episodes are stored, each row once. One of another environment is refused. Random actions
     come first, then the policy's. The learner makes no environment: held-out episodes judge it.
     """
+    noted = abreast
     config = tiny_run(
         "rlpd",
         [("online.random_steps", 40)],
