@@ -4,6 +4,8 @@ A key is a function of (seed, stream, index): the index is a counter that a chec
 splits has to be stored, and the key of a later draw is known before the earlier ones were made.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,3 +23,8 @@ def seed_keys(seed: int, seeds: int) -> Array:
 def key_at(key: Array, stream: int, index: Array | int = 0) -> Array:
     """Return the key of draw number `index` in a stream, for one seed's `key`."""
     return jax.random.fold_in(jax.random.fold_in(key, stream), index)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or a shape and type, is one of random keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

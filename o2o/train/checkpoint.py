@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from o2o.errors import CheckpointError
 from o2o.files import write_atomically
+from o2o.keys import is_key
 
 _log = logging.getLogger(__name__)
 _policies = ocp.training.preservation_policies
@@ -398,20 +399,28 @@ def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str
     abstract = {name: jax.tree.map(_abstract, target) for name, target in targets.items()}
     try:
         with _checkpointer(folder) as checkpointer:
-            return dict(checkpointer.load_checkpointables(step, abstract))
+            loaded = checkpointer.load_checkpointables(step, abstract)
     except Exception as error:
         raise _unreadable(folder, step, error) from error
+    return {name: jax.tree.map(_as_target, target, loaded[name]) for name, target in targets.items()}
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Describe a leaf to load: onto the device where `leaf` is, whichever device wrote it.
+def _abstract(leaf: Any) -> Any:
+    """Describe a leaf to load: onto the devices that `leaf` is committed to, whichever device wrote it.
 
-    A random key is described by its numbers. For a key orbax would trace a function anew, and JAX keeps each trace.
+    Any other leaf is loaded as one that was just computed. Orbax would commit it to a device, and JAX compiles a
+    program again for committed arguments. A random key is described by its numbers: for a key orbax would trace a
+    function anew, and JAX keeps each trace.
     """
-    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    here = leaf.sharding if isinstance(leaf, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
+    numbers = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=leaf.sharding)
+    return np.empty(np.shape(numbers), numbers.dtype)
+
+
+def _as_target(target: Any, loaded: Any) -> jax.Array:
+    """Return a `loaded` leaf as an array of JAX, and as a random key where `target` is one."""
+    return jax.random.wrap_key_data(loaded) if is_key(target) else jax.numpy.asarray(loaded)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from o2o.data.normalizer import Normalizer
 from o2o.errors import ConfigError
+from o2o.keys import is_key
 from o2o.train.collect import Fleet
 from o2o.train.link import Hub, Row, pack, unpack
 from o2o.types import Agent, OnlineConfig
@@ -22,15 +23,11 @@ def _sent(tree: Any) -> list[bool]:
     return ["opt_state" not in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def packed_agents(agents: Any, normalizer: Normalizer | None, **about: Any) -> bytes:
     """Return the parameters that agents `[S]` act with, and `about` (JSON-able), as bytes."""
     tree = (agents, normalizer)
     leaves = [leaf for leaf, sent in zip(jax.tree.leaves(tree), _sent(tree), strict=True) if sent]
-    host = jax.device_get([jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves])
+    host = jax.device_get([jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in leaves])
     return pack(about, {str(index): leaf for index, leaf in enumerate(host)})
 
 
@@ -47,7 +44,7 @@ def unpacked_agents(message: bytes, shapes: Any) -> tuple[Any, Normalizer | None
             leaves.append(jnp.zeros(shape.shape, shape.dtype))
             continue
         values = next(taken, None)
-        leaf = None if values is None else jax.random.wrap_key_data(values) if _is_key(shape) else jnp.asarray(values)
+        leaf = None if values is None else jax.random.wrap_key_data(values) if is_key(shape) else jnp.asarray(values)
         if leaf is None or leaf.shape != shape.shape or leaf.dtype != shape.dtype:
             raise ConfigError("the learner's agent has other parameters than this o2o makes of its settings")
         leaves.append(leaf)
