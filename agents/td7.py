@@ -11,7 +11,6 @@ added to the actor's loss.
 | a run | online, or offline | offline, then online on one buffer | online, 25,000 random steps |
 | offline draws | by priority | evenly | - |
 | updates | between two trials, as many as its steps | at every step; the policy on trial stands still | the same |
-| first 250 updates | values in targets are 0 | not clipped | the same |
 | cloning online | - | none | none |
 | rewards | the task's | -1/0 on mazes and Adroit, else the task's | the task's |
 
@@ -203,7 +202,7 @@ class TD7(TD3):
     target_encoder: Params = None
     """What their targets see."""
     bounds: Any = None
-    """Lowest and highest value in targets, `[2]`."""
+    """Lowest and highest value in targets, `[2]`; both 0 until targets are first renewed."""
     reached: Any = None
     """Lowest and highest target so far, `[2]`."""
     tried: Any = None
@@ -236,7 +235,7 @@ class TD7(TD3):
             encoder=encoder,
             fixed_encoder=_copy(encoder.params),
             target_encoder=_copy(encoder.params),
-            bounds=jnp.asarray([-HUGE, HUGE], jnp.float32),
+            bounds=jnp.zeros(2),
             reached=jnp.asarray([HUGE, -HUGE], jnp.float32),
             tried=Fixed(_copy(actor.params), _copy(encoder.params)),
             kept=Fixed(_copy(actor.params), _copy(encoder.params)),
