@@ -71,6 +71,8 @@ class TD7Config(AgentConfig):
     """A row's priority is max(largest TD error, 1) to this power; 0 draws evenly."""
     cloning: NotNegative = 0.1
     """Weight of the squared distance to the data in the actor's loss before `online()`, in units of mean |Q|."""
+    online_cloning: NotNegative = 0.0
+    """That weight after `online()`."""
     actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
     critic_lr: Rate = 3e-4
@@ -300,14 +302,15 @@ class TD7(TD3):
         return agent, info
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
-        """Return -mean Q_i(s, pi(s)) `[]` over all critics, before `online()` plus cloning, and metrics."""
+        """Return -mean Q_i(s, pi(s)) `[]` over all critics, plus cloning, and metrics."""
         observations = batch["observations"]
         actions = self.actor(observations, self._states(observations, self.fixed_encoder), params=params)
         seen = self.encoder(observations, actions, params=self.fixed_encoder)
         q = self.critic(observations, actions, *seen)
         loss, distance = -q.mean(), jnp.mean(jnp.square(actions - batch["actions"]))
-        if not self.fine_tuning:
-            loss = loss + self.config.cloning * jax.lax.stop_gradient(jnp.abs(q).mean()) * distance
+        weight = self.config.online_cloning if self.fine_tuning else self.config.cloning
+        if weight:
+            loss = loss + weight * jax.lax.stop_gradient(jnp.abs(q).mean()) * distance
         return loss, {"actor/loss": loss, "actor/distance": distance}
 
     def actor_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
