@@ -15,7 +15,7 @@ Where we differ from the paper and its code (seohongpark/fql)
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 | updates before | 1M; for figures that are offline only D4RL 500k, with other alphas on Adroit | 1M | - |
 | OGBench | single actions, 2 critics, alpha 300, puzzle 1000, dense | QAM's table: chunks of 5, 10 critics | - |
-| windows cut by an episode's end | left out (QAM's code) | left out, but the flow clones what is before | `pad_terminal` |
+| windows cut by an end | left out (QAM's code) | left out, but the flow clones what is before | `pad_terminal` |
 
 QAM's table (arXiv 2601.14234) has raw curves, so OGBench's presets follow it. The paper's own settings there:
 `--config.chunk 1 --config.num-critics 2 --config.pessimism 0`, alpha as above, and the dense dataset.

@@ -164,17 +164,21 @@ def failed(job: Job, error: BaseException) -> Ended:
 
 
 def in_turn(
-    train: Callable[[Cell, Path], object], resume: Callable[[Path], object], say: Callable[[str], None]
+    train: Callable[[Cell, Path], object],
+    resume: Callable[[Path], object],
+    say: Callable[[str], None],
+    do: Callable[..., Ended] = attempt,
 ) -> BackEnd:
     """Return the back end that works on one cell after the other in this process.
 
-    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there.
+    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there. `do(job,
+    train, resume)` works on one cell.
     """
 
     def work(todo: Sequence[Job]) -> Iterator[Ended]:
         for job in todo:
             say(f"{job.cell.name}: {'resuming' if job.state == 'interrupted' else 'starting'}")
-            yield attempt(job, train, resume)
+            yield do(job, train, resume)
 
     return work
 
