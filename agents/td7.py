@@ -11,7 +11,7 @@ added to the actor's loss.
 | a run | online, or offline | offline, then online on one buffer | online, 25,000 random steps |
 | offline draws | by priority | evenly | - |
 | updates | between two trials, as many as its steps | at every step; the policy on trial stands still | the same |
-| cloning online | - | none | none |
+| cloning online | - | none (`online_cloning`) | none |
 | rewards | the task's | -1/0 on mazes and Adroit, else the task's | the task's |
 
 Where we differ
@@ -384,7 +384,9 @@ class TD7(TD3):
 
         `paper`: 1M updates, as the paper's offline runs, then 1M environment steps on one buffer that begins with the
         dataset, without random steps. `small`: 2x128, batch 128, rates of 1e-3, targets every 100 updates, trials of
-        two episodes from update 2000 on, 10k updates and 10k environment steps.
+        two episodes from update 2000 on, 10k updates and 10k environment steps. It normalises states and clones with
+        TD3+BC's weight, a quarter of it online: on Hopper 6000 updates gave returns of 1045 with that, 635 on states as
+        they are (means of two seeds), and without cloning the policies on trial fell within 200 environment steps.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         config = TD7Config(online=OnlineConfig(replay="append"))
@@ -400,11 +402,13 @@ class TD7(TD3):
             target_every=100,
             trial_episodes=2,
             trials_from=2_000,
+            cloning=0.4,
+            online_cloning=0.1,
             actor_lr=1e-3,
             critic_lr=1e-3,
             encoder_lr=1e-3,
         )
-        return Preset(small, 10_000, 10_000, reward)
+        return Preset(small, 10_000, 10_000, reward, run={"normalize": True})
 
 
 def _copy(params: Params) -> Params:

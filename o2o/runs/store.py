@@ -96,14 +96,19 @@ class Store:
 
     def put(self, path: Path, key: str) -> None:
         """Copy a file to the address, where it appears whole. Raises `RunError`, or `FileNotFoundError` without it."""
-        with self._at() as (files, root):
-            if "file" not in files.protocol:
-                files.put_file(str(path), f"{root}/{key}")
-                return
-            target = Path(root, key)
-            with path.open("rb") as source:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, lambda file: shutil.copyfileobj(source, file))
+        try:
+            with self._at() as (files, root):
+                if "file" not in files.protocol:
+                    files.put_file(str(path), f"{root}/{key}")
+                    return
+                target = Path(root, key)
+                with path.open("rb") as source:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(target, lambda file: shutil.copyfileobj(source, file))
+        except FileNotFoundError as error:
+            if path.exists():  # then what is missing is at the address, such as the bucket
+                raise RunError(f"the store {self.address} cannot be used ({error})") from error
+            raise
 
     def get(self, key: str, path: Path) -> bool:
         """Copy a file from the address, and return whether there is one. Raises `RunError`."""
