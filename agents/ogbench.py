@@ -47,7 +47,9 @@ def presets(
     for domain in MANIPULATION:
         own = domains.get(domain, domains.get("cube double", {}) if domain == "cube single" else {})
         found[f"{domain} play"] = Preset(replace(config, **own), updates, steps)
-    for domain, shared in MAZES.items() if rho else ():
+    if rho is None:
+        return found
+    for domain, shared in MAZES.items():
         own = {rho if name == "rho" else name: value for name, value in shared.items()}
         found[f"{domain} navigate"] = Preset(replace(config, **own, **domains.get(domain, {})), updates, steps)
     return found
