@@ -9,12 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o2o.agents import AGENTS, DSRL, FQL, QAM, TD3BC, DSRLConfig, QAMConfig, ReBRAC, ReBRACConfig, TD3BCConfig
+from o2o.agents import (
+    AGENTS,
+    DSRL,
+    FQL,
+    QAM,
+    TD3BC,
+    DSRLConfig,
+    QAMConfig,
+    ReBRAC,
+    ReBRACConfig,
+    TD3BCConfig,
+    TD7Config,
+)
 from o2o.agents.dsrl import SteeredBase
 from o2o.agents.qam import OGBENCH_FORMS
 from o2o.nn.generative import Flow
 from o2o.rl import losses
 from o2o.rl.windows import chunk_rows, chunk_transitions
+from tests.agents.test_cases_td7 import constant, made
 from tests.helpers.contract import QUICK
 from tests.helpers.tiny import constant_critic, create, make_batch, set_config, tiny
 from tests.helpers.toy_qc import windows
@@ -187,3 +200,18 @@ def test_qam_forms_leave_fields(form: str, moving: str) -> None:
     for name in ("behaviour", "actor"):
         for one, other in zip(jax.tree.leaves(plain[name]), jax.tree.leaves(own[name]), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+# ---------------------------------------------------------------- TD7
+
+
+def test_td7_clones_online() -> None:
+    """After the switch `online_cloning` is the weight: Q of 4, weight 0.25 and squared distance d make -4 + d."""
+    batch, agent = make_batch(), set_config(made(online=True), online_cloning=0.25)
+    agent = agent.replace(critic=agent.critic.replace(params=constant(agent.critic.params, (4.0, 4.0))))
+    loss, info = agent.actor_loss(agent.actor.params, batch, KEY)
+    assert float(info["actor/distance"]) > 0.1
+    assert float(loss) == pytest.approx(-4.0 + float(info["actor/distance"]), rel=1e-5)
+    small = AGENTS["td7"].preset("locomotion", "small")
+    assert (small.run, small.config.cloning, small.config.online_cloning) == ({"normalize": True}, 0.4, 0.1)
+    assert (AGENTS["td7"].preset("locomotion").config.online_cloning, TD7Config().cloning) == (0.0, 0.1)
