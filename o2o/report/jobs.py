@@ -8,6 +8,7 @@ finished run go to `<results>/<suite>/` (`o2o.report.scores`).
 
 import json
 import os
+import re
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from o2o.errors import O2OError, RunError
+from o2o.errors import ConfigError, O2OError, RunError
 from o2o.files import alive, write_atomically
 from o2o.report.scores import CELLS, keep, read_cells
 from o2o.report.suite import Cell, Suite, covered, load_suite, pieces, split, status_of
@@ -50,8 +51,13 @@ class Job:
 def folders(out: Path | None = None, runs: Path | None = None) -> tuple[Path, Path]:
     """Return the folders of results and of runs: those given, else the committed results, and the runs that go there.
 
-    Results in another folder have their own runs, `out/runs`.
+    Results in another folder have their own runs, `out/runs`. Raises `ConfigError` for an address instead of a folder.
     """
+    if out is not None and (found := re.search(r"(?:^|/)([a-z][a-z0-9+]+):/(.*)", out.as_posix())):
+        raise ConfigError(
+            f"`out` is the address {found[1]}://{found[2]}; expected a folder of this machine: give the address with "
+            "`store`"
+        )
     results = (out or RESULTS).absolute()  # an environment may change the working folder
     return results, runs or (RUNS.absolute() if results.resolve() == RESULTS.resolve() else results / "runs")
 

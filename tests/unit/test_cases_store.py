@@ -154,6 +154,11 @@ def test_bad_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         shown = " ".join(capsys.readouterr().err.split())
         assert said in shown, shown
     assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    for command in (("sweep", str(file)), ("bench", "run", str(file))):
+        assert run(*command, "--out", "s3://bucket/x") == 2
+        assert "s3://bucket/x; expected a folder" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("s3*"))
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ConfigError, match=r"pip install 'o2o\[cloud\]'"):
         Store.checked("memory://x")
