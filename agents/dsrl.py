@@ -47,6 +47,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.chunked import Chunked, ChunkedFlow
 from o2o.agents.fql import FQL
 from o2o.agents.generative_bc import GenerativeBC
@@ -353,14 +354,13 @@ class DSRL(Chunked):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: QAM's on OGBench (`OGBENCH`), 1M updates and 500k environment steps, 4x512, batch 256; none of the
-        other families is in the paper. Mazes and Adroit have rewards of -1/0. `small`: 2x128, 2 critics, batch 128,
-        rates of 1e-3, 10k updates and 10k environment steps, the first update at 1000.
+        `paper`: QAM's on OGBench (`o2o.agents.ogbench`), 1M updates and 500k environment steps, 4x512, batch 256; none
+        of the other families is in the paper. Mazes and Adroit have rewards of -1/0. `small`: 2x128, 2 critics, batch
+        128, rates of 1e-3, 10k updates and 10k environment steps, the first update at 1000.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
-            tasks = {words: Preset(config, 1_000_000, 500_000) for words, config in OGBENCH.items()}
-            return Preset(DSRLConfig(), 1_000_000, 500_000, reward, tasks=tasks)
+            return Preset(DSRLConfig(), 1_000_000, 500_000, reward, tasks=_ogbench())
         config = DSRLConfig(
             base=SteeredBase(actor_hidden_dims=(128, 128)),
             base_lr=1e-3,
@@ -402,19 +402,9 @@ def steered(agent: Any) -> tuple[SteeredBase, Params]:
     raise ConfigError(f"DSRL cannot steer {type(agent).__name__}, which has no noise to steer by; expected {known}")
 
 
-_MANIPULATION = DSRLConfig(chunk=5, pad_terminal=False)
-_MAZE = replace(_MANIPULATION, chunk=1)
-OGBENCH = {
-    "cube double play": _MANIPULATION,
-    "cube triple play": replace(_MANIPULATION, noise_scale=1.4),
-    "cube quadruple play": replace(_MANIPULATION, noise_scale=1.4),
-    "cube single play": _MANIPULATION,
-    "scene play": replace(_MANIPULATION, noise_scale=0.4),
-    "puzzle 3x3 play": _MANIPULATION,
-    "puzzle 4x4 play": _MANIPULATION,
-    "antmaze large navigate": replace(_MAZE, noise_scale=0.8),
-    "antmaze giant navigate": replace(_MAZE, noise_scale=1.2, discount=0.995),
-    "humanoidmaze medium navigate": replace(_MAZE, noise_scale=0.6, discount=0.995, rho=0.0),
-    "humanoidmaze large navigate": replace(_MAZE, noise_scale=0.8, discount=0.995, rho=0.0),
-}
-"""QAM's settings of OGBench's tasks, by words of a dataset's id; cube-single, which QAM leaves out, has the rest's."""
+def _ogbench() -> dict[str, Preset]:
+    """Return the settings of OGBench's tasks (QAM's table): the bound b of the noise."""
+    bounds = {"cube triple": 1.4, "cube quadruple": 1.4, "scene": 0.4}
+    bounds |= {"antmaze large": 0.8, "antmaze giant": 1.2, "humanoidmaze medium": 0.6, "humanoidmaze large": 0.8}
+    own = {domain: {"noise_scale": bound} for domain, bound in bounds.items()}
+    return ogbench.presets(DSRLConfig(**ogbench.CHUNKS), own, rho="rho")

@@ -663,4 +663,6 @@ def _ogbench() -> dict[str, Preset]:
         pessimism=0.5,
         online=ogbench.ONLINE,
     )
-    return ogbench.presets(config, {"cube triple": {"edit_scale": 0.3}, "puzzle 4x4": {"edit_scale": 0.8}})
+    scales = {"cube triple": 0.3, "cube quadruple": 0.4, "puzzle 4x4": 0.8}
+    scales |= {"antmaze giant": 0.3, "humanoidmaze medium": 0.5, "humanoidmaze large": 0.1}
+    return ogbench.presets(config, {domain: {"edit_scale": scale} for domain, scale in scales.items()})

@@ -10,11 +10,12 @@ Where we differ from the paper and its code (seohongpark/fql)
 | --- | --- | --- | --- |
 | optimiser | one Adam on the sum of the losses | one Adam for each network: the same steps | the same |
 | online buffer | max(2M, dataset + 1) rows, over the dataset | dataset and `loop.replay_capacity` rows | the same |
-| alpha | one for each dataset | one for each family, D4RL's large AntMaze 3; Adroit's is for fine-tuning | 10 |
+| alpha | one for each dataset | those of fine-tuning: AntMaze 10, large 3; Adroit 1000, relocate 10,000 | 10 |
 | locomotion, Kitchen | none | the authors' advice for new tasks: `normalize_q`, alpha 1 | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
-
+| updates before | 1M; for figures that are offline only D4RL 500k, with other alphas on Adroit | 1M | - |
 | OGBench | single actions, 2 critics, alpha 300, puzzle 1000, dense | QAM's table: chunks of 5, 10 critics | - |
+| windows cut by an end | left out (QAM's code) | left out, but the flow clones what is before | `pad_terminal` |
 
 QAM's table (arXiv 2601.14234) has raw curves, so OGBench's presets follow it. The paper's own settings there:
 `--config.chunk 1 --config.num-critics 2 --config.pessimism 0`, alpha as above, and the dense dataset.
@@ -203,8 +204,8 @@ class FQL(Agent):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: 1M updates (D4RL's AntMaze and Adroit 500k) and 1M environment steps; 4x512, batch 256. Mazes have
-        rewards of -1/0 and alpha 10, Adroit 1000 and the lower target critic. OGBench's tasks have the settings of the
+        `paper`: 1M updates and 1M environment steps; 4x512, batch 256. Mazes have rewards of -1/0 and alpha 10, Adroit
+        1000 and the lower target critic. OGBench's tasks have the settings of the
         published curves (`o2o.agents.ogbench`). `small`: 2x128, batch 128, rates of
         1e-3, 10k updates and 10k environment steps.
         """
@@ -214,9 +215,13 @@ class FQL(Agent):
             config = FQLConfig(alpha=1000.0, aggregate="min")
         reward = (1.0, -1.0) if maze else (1.0, 0.0) if family == "adroit" else None
         if size == "paper":
-            preset = Preset(config, 500_000 if family in ("antmaze", "adroit") else 1_000_000, 1_000_000, reward)
-            large = {"d4rl antmaze large": replace(preset, config=replace(config, alpha=3.0))}
-            return replace(preset, tasks=_ogbench() | (large if family == "antmaze" else {}))
+            preset = Preset(config, 1_000_000, 1_000_000, reward)
+            weights = {"antmaze": ("d4rl antmaze large", 3.0), "adroit": ("relocate", 10_000.0)}
+            tasks = _ogbench()
+            if family in weights:
+                words, alpha = weights[family]
+                tasks[words] = replace(preset, config=replace(config, alpha=alpha))
+            return replace(preset, tasks=tasks)
         widths = {"actor_hidden_dims": (128, 128), "critic_hidden_dims": (128, 128)}
         small = replace(config, **widths, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, tau=0.01)
         return Preset(small, 10_000, 10_000, reward)
@@ -225,4 +230,6 @@ class FQL(Agent):
 def _ogbench() -> dict[str, Preset]:
     """Return the settings of OGBench's tasks (QAM's table)."""
     config = FQLConfig(**ogbench.CHUNKS, num_critics=10, pessimism=0.5, alpha=300.0, online=ogbench.ONLINE)
-    return ogbench.presets(config, {"cube triple": {"alpha": 30.0}, "puzzle 4x4": {"alpha": 1.0}})
+    weights = {"cube triple": 30.0, "cube quadruple": 100.0, "puzzle 4x4": 1.0}
+    weights |= {"antmaze large": 3.0, "antmaze giant": 3.0, "humanoidmaze medium": 30.0, "humanoidmaze large": 30.0}
+    return ogbench.presets(config, {domain: {"alpha": weight} for domain, weight in weights.items()})

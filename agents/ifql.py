@@ -13,7 +13,9 @@ flow form of IDQL (2304.10573). With `chunk` h > 1 all of it is on chunks of h a
     act  : argmax_i min_k Q_k(s, a_i),  a_i = Flow(s, z_i)       `propose`, `score`
 
 With `num_samples` 1 and `guidance` it acts by Q's gradient in place of selection: QGF (2606.11087), whose training is
-this one. QGF's own networks have LayerNorm before GELU, in the flow too, and sinusoids of time.
+this one, but for times of the flow's loss on the grid of its steps, t = 1 among them, and windows that an episode's end
+cuts, which count for flow and V there. QGF's own networks have LayerNorm before GELU, in the flow too, and sinusoids of
+time.
 
 Deterministic acting starts from fixed noise, the same for every observation. The paper evaluates samples: set
 `deterministic_eval` of the run's loop to False.
@@ -34,7 +36,7 @@ Where we differ
 - D4RL's settings are not published for IFQL. The presets have FQL's budgets and rewards, and the default expectile.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import jax
@@ -42,6 +44,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from o2o.agents import ogbench
 from o2o.agents.chunked import ChunkedFlow
 from o2o.agents.minibatches import check_flat
 from o2o.agents.registry import register_agent
@@ -176,9 +179,9 @@ class IFQL(ChunkedFlow):
     def preset(cls, family: str, size: Literal["paper", "small"] = "paper") -> Preset:
         """Return the settings for a family of tasks.
 
-        `paper`: 4x512, batch 256. OGBench's tasks have QAM's settings (`OGBENCH`), 1M updates and 500k environment
-        steps; the others FQL's budgets. Mazes and Adroit have rewards of -1/0. `small`: 2x128, batch 128, rates of
-        1e-3, 10k updates and 10k environment steps.
+        `paper`: 4x512, batch 256. OGBench's tasks have QAM's settings (`o2o.agents.ogbench`), 1M updates and 500k
+        environment steps; the others FQL's budgets. Mazes and Adroit have rewards of -1/0. `small`: 2x128, batch 128,
+        rates of 1e-3, 10k updates and 10k environment steps.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "small":
@@ -186,31 +189,12 @@ class IFQL(ChunkedFlow):
             sizes: dict[str, Any] = {f"{part}_hidden_dims": (128, 128) for part in parts}
             sizes |= {f"{part}_lr": 1e-3 for part in parts}
             return Preset(IFQLConfig(**sizes, batch_size=128, tau=0.01), 10_000, 10_000, reward)
-        tasks = {words: Preset(config, 1_000_000, 500_000) for words, config in OGBENCH.items()}
-        updates = 500_000 if family in ("antmaze", "adroit") else 1_000_000
-        return Preset(IFQLConfig(), updates, 1_000_000, reward, tasks=tasks)
+        return Preset(IFQLConfig(), 1_000_000, 1_000_000, reward, tasks=_ogbench())
 
 
-_MANIPULATION = IFQLConfig(
-    chunk=5,
-    aggregate="lower_bound",
-    num_critics=10,
-    pad_terminal=False,
-    online=OnlineConfig(warmup_steps=5000, replay="append"),
-)
-_MAZE = replace(_MANIPULATION, chunk=1)
-_FAR = replace(_MAZE, discount=0.995, expectile=0.8)
-OGBENCH = {
-    "cube single play": _MANIPULATION,
-    "cube double play": _MANIPULATION,
-    "cube triple play": replace(_MANIPULATION, expectile=0.95),
-    "cube quadruple play": replace(_MANIPULATION, expectile=0.95),
-    "scene play": _MANIPULATION,
-    "puzzle 3x3 play": replace(_MANIPULATION, expectile=0.95),
-    "puzzle 4x4 play": _MANIPULATION,
-    "antmaze large navigate": _MAZE,
-    "antmaze giant navigate": _FAR,
-    "humanoidmaze medium navigate": replace(_FAR, rho=0.0, expectile=0.7),
-    "humanoidmaze large navigate": replace(_FAR, rho=0.0),
-}
-"""QAM's settings of OGBench's tasks, by words of a dataset's id; cube-single, which QAM leaves out, has the rest's."""
+def _ogbench() -> dict[str, Preset]:
+    """Return the settings of OGBench's tasks (QAM's table): the expectile."""
+    config = IFQLConfig(**ogbench.CHUNKS, aggregate="lower_bound", num_critics=10, online=ogbench.ONLINE)
+    expectiles = {"cube triple": 0.95, "cube quadruple": 0.95, "puzzle 3x3": 0.95}
+    expectiles |= {"antmaze giant": 0.8, "humanoidmaze medium": 0.7, "humanoidmaze large": 0.8}
+    return ogbench.presets(config, {domain: {"expectile": each} for domain, each in expectiles.items()}, rho="rho")

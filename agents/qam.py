@@ -31,7 +31,8 @@ lambda 0 is cloning: v_b acts. The policy always acts on a sample: `deterministi
 | online buffer | - | dataset and all own steps | dataset and `loop.replay_capacity` rows | the same |
 
 Not here: the options of the code that no published run used (a residual policy v_f + v_b', the online critics or the
-slow field itself in the adjoint, no clip there). The published preset of puzzle-4x4 is for a set 100 times as large.
+slow field itself in the adjoint, no clip there). The presets of cube-quadruple and puzzle-4x4 are for sets 100 times as
+large.
 lambda is on the scale of Q: other rewards need another one. The presets are those of the form `flow`; QAM-E and QAM-F
 have `OGBENCH_FORMS` (`--config.form edit --config.edit-scale 0.1`). Where these have the scale or weight 0, the
 published rows of these forms are QAM itself.
@@ -443,7 +444,8 @@ class QAM(Agent):
 
 def _ogbench() -> dict[str, Preset]:
     """Return QAM's settings of OGBench's tasks: lambda."""
-    weights = {"cube triple": 3.0, "puzzle 3x3": 3.0, "puzzle 4x4": 30.0}
+    weights = {"cube triple": 3.0, "puzzle 3x3": 3.0, "puzzle 4x4": 30.0, "antmaze large": 10.0, "antmaze giant": 3.0}
+    weights |= {"humanoidmaze medium": 3.0, "humanoidmaze large": 3.0}
     own = {domain: {"inverse_temperature": weight} for domain, weight in weights.items()}
     return ogbench.presets(QAMConfig(pad_terminal=False, clip_together=True), own)
 
@@ -455,6 +457,11 @@ OGBENCH_FORMS: dict[str, dict[str, dict[str, Any]]] = {
         "scene": {"inverse_temperature": 1.0, "edit_scale": 0.0},
         "puzzle 3x3": {"inverse_temperature": 1.0, "edit_scale": 0.1},
         "puzzle 4x4": {"inverse_temperature": 0.1, "edit_scale": 0.9},
+        "cube quadruple": {"inverse_temperature": 3.0, "edit_scale": 0.1},
+        "antmaze large": {"inverse_temperature": 1.0, "edit_scale": 0.1},
+        "antmaze giant": {"inverse_temperature": 10.0, "edit_scale": 0.1},
+        "humanoidmaze medium": {"inverse_temperature": 3.0, "edit_scale": 0.1},
+        "humanoidmaze large": {"inverse_temperature": 3.0, "edit_scale": 0.1},
     },
     "one_step": {
         "cube double": {"inverse_temperature": 1.0, "alpha": 0.0},
@@ -462,6 +469,11 @@ OGBENCH_FORMS: dict[str, dict[str, dict[str, Any]]] = {
         "scene": {"inverse_temperature": 1.0, "alpha": 300.0},
         "puzzle 3x3": {"inverse_temperature": 3.0, "alpha": 0.0},
         "puzzle 4x4": {"inverse_temperature": 3.0, "alpha": 3.0},
+        "cube quadruple": {"inverse_temperature": 0.3, "alpha": 30.0},
+        "antmaze large": {"inverse_temperature": 3.0, "alpha": 30.0},
+        "antmaze giant": {"inverse_temperature": 3.0, "alpha": 30.0},
+        "humanoidmaze medium": {"inverse_temperature": 1.0, "alpha": 30.0},
+        "humanoidmaze large": {"inverse_temperature": 0.3, "alpha": 30.0},
     },
 }
 """Published settings of QAM-E and QAM-F on OGBench. An edit scale or alpha of 0 stands for the form `flow`."""

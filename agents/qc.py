@@ -237,7 +237,8 @@ class QC(ChunkedFlow):
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         if size == "paper":
             config = QCConfig(pad_terminal=False)
-            return Preset(config, 1_000_000, 1_000_000, reward, tasks=ogbench.presets(config, {}, steps=1_000_000))
+            tasks = ogbench.presets(config, {}, steps=1_000_000, rho=None)
+            return Preset(config, 1_000_000, 1_000_000, reward, tasks=tasks)
         config = QCConfig(
             num_samples=8,
             actor_hidden_dims=(128, 128),

@@ -11,14 +11,16 @@ Where we differ from the paper and its code (tinkoff-ai/ReBRAC)
 | last row before a time limit | dropped | kept, no penalty in its target: it has no next action | the same |
 | actor's target | averages the actor from before its step | averages the new one (`o2o.agents.td3`) | the same |
 | the actor's turns | calls 0, 2, 4, ... | calls 1, 3, 5, ...: as often | the same |
-| initial values | biases 0.1, outputs within 1e-3 (actor), 3e-3 (critics) | 0; as the other layers | the same |
+| initial values | biases 0.1, outputs within 1e-3 (actor), 3e-3 (critics) | the same (`start`) | 0; as other layers |
 | weights of the penalties | one pair for each dataset | AntMaze, locomotion: `PENALTIES`, by its id; else one | 0.01 |
 | PointMaze, Kitchen | none | AntMaze's settings; the defaults | - |
 | Adroit's rewards | dense | -1/0 for success, the house's task | the task's |
 | OGBench | none | QAM's table: chunks of 5, 10 critics, no penalty in the target | - |
 | OGBench: targets | by 0.005 every second step (QAM's code) | by 0.0025 every step | - |
-| OGBench: noise when acting | clipped at 0.5, in evaluation too (QAM's code) | not clipped, in evaluation too | - |
-| online | none | same losses, one buffer, action noise 0.2 (seohongpark/fql) | the same |
+| OGBench: initial values | the actor's output layer a tenth of the others' size (QAM's code) | the same (`start`) | - |
+| OGBench: noise when acting | in evaluation too (QAM's code) | the same | - |
+| OGBench: order | all losses at the parameters before the step, which targets average (QAM's code) | as above | - |
+| online | none | same losses, one buffer, action noise 0.2, clipped (seohongpark/fql) | the same |
 """
 
 from dataclasses import dataclass, replace
@@ -56,7 +58,10 @@ class ReBRACConfig(TD3Config, ChunkedConfig):
     critic_layer_norm: bool = True
     """LayerNorm behind each activation of the critics."""
     exploration_noise: NotNegative = 0.2
-    """Standard deviation of the Gaussian noise on sampled actions."""
+    """Standard deviation of the Gaussian noise on sampled actions, which `noise_clip` bounds too."""
+    start: Literal["plain", "rebrac", "fql"] = "plain"
+    """Initial values. `rebrac`: hidden biases 0.1, output layers uniform within 1e-3 (actor) and 3e-3 (critics). `fql`:
+    the actor's output layer is a tenth as large as `plain`'s."""
     online: OnlineConfig = OnlineConfig(replay="append")
     """Online phase: one buffer that starts with the dataset, one update per step."""
 
@@ -94,7 +99,7 @@ class ReBRAC(ByChunks, TD3):
     Equations (method, and the settings that enter):
     - `targets` (`critic_penalty`):
       $y = r + \gamma m (\min_k Q^-_k(s', a') - \beta_2 \lVert a' - a'_{\mathrm{data}} \rVert^2)$
-    - `critic_step` (`critic_layer_norm`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `critic_step` (`critic_layer_norm`): $L_Q = \sum_i (Q_i(s, a) - y)^2$
     - `actor_loss` (`actor_penalty`):
       $L_\pi = \beta_1 \lVert \pi(s) - a \rVert^2 - \frac{\min_k Q_k(s, \pi(s))}{\mathrm{mean} \lvert Q \rvert}$
     """
@@ -105,7 +110,28 @@ class ReBRAC(ByChunks, TD3):
         agent = super().create(rng, observations, jnp.tile(actions, config.chunk), config)
         judges = agent.critic.module.clone(norm_last=True, activation=config.activation)  # the same parameters
         policy = agent.actor.module.clone(activation=config.activation)
-        return agent.replace(actor=agent.actor.replace(module=policy), critic=agent.critic.replace(module=judges))
+        agent = agent.replace(actor=agent.actor.replace(module=policy), critic=agent.critic.replace(module=judges))
+        return agent.started()
+
+    def started(self) -> Self:
+        """Return the agent with the initial values of `start`, and targets that equal its networks."""
+        if self.config.start == "plain":
+            return self
+        rng, actor_rng, critic_rng = jax.random.split(self.rng, 3)
+        actor, critic = self.actor.params["params"], self.critic.params["params"]
+        if self.config.start == "fql":
+            actor = {**actor, "Dense_0": {**actor["Dense_0"], "kernel": 0.1 * actor["Dense_0"]["kernel"]}}
+        else:
+            actor = {"MLP_0": _biased(actor["MLP_0"]), "Dense_0": _within(actor["Dense_0"], 1e-3, actor_rng)}
+            critic = {**_biased(critic), "output": _within(critic["output"], 3e-3, critic_rng)}
+        actor, critic = ({"params": each} for each in (actor, critic))
+        return self.replace(
+            actor=self.actor.replace(params=actor),
+            critic=self.critic.replace(params=critic),
+            target_actor=jax.tree.map(jnp.copy, actor),
+            target_critic=jax.tree.map(jnp.copy, critic),
+            rng=rng,
+        )
 
     def value(self, q: Array) -> Array:
         """Return the critics' common value `[...]` of `q [E, ...]`: the least, or mean - rho std."""
@@ -138,6 +164,11 @@ class ReBRAC(ByChunks, TD3):
         loss = self.config.actor_penalty * distance - q.mean() / size
         return loss, {"actor/loss": loss, "actor/distance": distance, "actor/q_size": size}
 
+    def explore(self, actions: Array, rng: Array) -> Array:
+        """Return actions `[..., A]` with clipped exploration noise, clipped to [-1, 1]."""
+        noise = self.config.exploration_noise * jax.random.normal(rng, actions.shape)
+        return jnp.clip(actions + jnp.clip(noise, -self.config.noise_clip, self.config.noise_clip), -1.0, 1.0)
+
     def q_value(self, observations: Array, actions: Array) -> Array | None:
         """Return the least critic's value `[...]` of actions `[..., A]` at observations `[..., D]`.
 
@@ -165,6 +196,7 @@ class ReBRAC(ByChunks, TD3):
             config = replace(config, actor_penalty=0.002, critic_penalty=0.001, critic_lr=5e-5, discount=0.999)
         reward = (100.0, 0.0) if maze else (1.0, 0.0) if family == "adroit" else None
         if size == "paper":
+            config = replace(config, start="rebrac")
             preset = Preset(config, 1_000_000, 1_000_000, reward)
             tasks = {
                 words: replace(preset, config=replace(config, actor_penalty=actor, critic_penalty=critic))
@@ -194,8 +226,25 @@ def _ogbench() -> dict[str, Preset]:
         tau=0.0025,
         target_noise=0.0,
         exploration_noise=0.0,
+        start="fql",
         online=ogbench.ONLINE,
     )
     noisy = {"target_noise": 0.2, "exploration_noise": 0.2}
     own = {"scene": {"actor_penalty": 0.03}, "puzzle 3x3": {"actor_penalty": 0.1}}
-    return ogbench.presets(config, {**own, "cube triple": noisy, "puzzle 4x4": noisy})
+    own |= {domain: noisy for domain in ("cube triple", "cube quadruple", "puzzle 4x4")}
+    own["humanoidmaze large"] = {"target_noise": 0.1, "exploration_noise": 0.1}
+    return ogbench.presets(config, own)
+
+
+def _biased(layers: Params) -> Params:
+    """Return layers whose linear ones have biases of 0.1; those of a LayerNorm stay 0."""
+    return {
+        name: layer if "norm" in name.lower() else {**layer, "bias": jnp.full_like(layer["bias"], 0.1)}
+        for name, layer in layers.items()
+    }
+
+
+def _within(layer: Params, bound: float, rng: Array) -> Params:
+    """Return a layer of uniform numbers in [-bound, bound]."""
+    keys = dict(zip(layer, jax.random.split(rng, len(layer)), strict=True))
+    return {name: jax.random.uniform(keys[name], x.shape, x.dtype, -bound, bound) for name, x in layer.items()}

@@ -60,7 +60,7 @@ class TD3BC(TD3):
     - `targets` (`target_noise`, `noise_clip`):
       $a' = \mathrm{clip}(\pi^-(s') + \mathrm{clip}(\epsilon, -c, c)),\quad y = r + \gamma m \min_i
       Q^-_i(s', a')$
-    - `critic_step` (`tau`): $L_Q = \frac{1}{E} \sum_i (Q_i(s, a) - y)^2$
+    - `critic_step` (`tau`): $L_Q = \sum_i (Q_i(s, a) - y)^2$
     - `actor_loss` (`alpha`, `bc_decay_steps`, `bc_final`):
       $L_\pi = -\frac{\alpha}{\mathrm{mean} \lvert Q_1 \rvert} Q_1(s, \pi(s)) + w (\pi(s) - a)^2$
     """

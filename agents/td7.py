@@ -11,8 +11,7 @@ added to the actor's loss.
 | a run | online, or offline | offline, then online on one buffer | online, 25,000 random steps |
 | offline draws | by priority | evenly | - |
 | updates | between two trials, as many as its steps | at every step; the policy on trial stands still | the same |
-| first 250 updates | values in targets are 0 | not clipped | the same |
-| cloning online | - | none | none |
+| cloning online | - | none (`online_cloning`) | none |
 | rewards | the task's | -1/0 on mazes and Adroit, else the task's | the task's |
 
 Where we differ
@@ -72,6 +71,8 @@ class TD7Config(AgentConfig):
     """A row's priority is max(largest TD error, 1) to this power; 0 draws evenly."""
     cloning: NotNegative = 0.1
     """Weight of the squared distance to the data in the actor's loss before `online()`, in units of mean |Q|."""
+    online_cloning: NotNegative = 0.0
+    """That weight after `online()`."""
     actor_lr: Rate = 3e-4
     """Adam's rate of the actor."""
     critic_lr: Rate = 3e-4
@@ -203,7 +204,7 @@ class TD7(TD3):
     target_encoder: Params = None
     """What their targets see."""
     bounds: Any = None
-    """Lowest and highest value in targets, `[2]`."""
+    """Lowest and highest value in targets, `[2]`; both 0 until targets are first renewed."""
     reached: Any = None
     """Lowest and highest target so far, `[2]`."""
     tried: Any = None
@@ -236,7 +237,7 @@ class TD7(TD3):
             encoder=encoder,
             fixed_encoder=_copy(encoder.params),
             target_encoder=_copy(encoder.params),
-            bounds=jnp.asarray([-HUGE, HUGE], jnp.float32),
+            bounds=jnp.zeros(2),
             reached=jnp.asarray([HUGE, -HUGE], jnp.float32),
             tried=Fixed(_copy(actor.params), _copy(encoder.params)),
             kept=Fixed(_copy(actor.params), _copy(encoder.params)),
@@ -301,14 +302,15 @@ class TD7(TD3):
         return agent, info
 
     def actor_loss(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Info]:
-        """Return -mean Q_i(s, pi(s)) `[]` over all critics, before `online()` plus cloning, and metrics."""
+        """Return -mean Q_i(s, pi(s)) `[]` over all critics, plus cloning, and metrics."""
         observations = batch["observations"]
         actions = self.actor(observations, self._states(observations, self.fixed_encoder), params=params)
         seen = self.encoder(observations, actions, params=self.fixed_encoder)
         q = self.critic(observations, actions, *seen)
         loss, distance = -q.mean(), jnp.mean(jnp.square(actions - batch["actions"]))
-        if not self.fine_tuning:
-            loss = loss + self.config.cloning * jax.lax.stop_gradient(jnp.abs(q).mean()) * distance
+        weight = self.config.online_cloning if self.fine_tuning else self.config.cloning
+        if weight:
+            loss = loss + weight * jax.lax.stop_gradient(jnp.abs(q).mean()) * distance
         return loss, {"actor/loss": loss, "actor/distance": distance}
 
     def actor_step(self, batch: Batch, rng: Array) -> tuple[Self, Info]:
@@ -382,7 +384,9 @@ class TD7(TD3):
 
         `paper`: 1M updates, as the paper's offline runs, then 1M environment steps on one buffer that begins with the
         dataset, without random steps. `small`: 2x128, batch 128, rates of 1e-3, targets every 100 updates, trials of
-        two episodes from update 2000 on, 10k updates and 10k environment steps.
+        two episodes from update 2000 on, 10k updates and 10k environment steps. It normalises states and clones with
+        TD3+BC's weight, a quarter of it online: on Hopper 6000 updates gave returns of 1045 with that, 635 on states as
+        they are (means of two seeds), and without cloning the policies on trial fell within 200 environment steps.
         """
         reward = {"antmaze": (1.0, -1.0), "pointmaze": (1.0, -1.0), "adroit": (1.0, 0.0)}.get(family)
         config = TD7Config(online=OnlineConfig(replay="append"))
@@ -398,11 +402,13 @@ class TD7(TD3):
             target_every=100,
             trial_episodes=2,
             trials_from=2_000,
+            cloning=0.4,
+            online_cloning=0.1,
             actor_lr=1e-3,
             critic_lr=1e-3,
             encoder_lr=1e-3,
         )
-        return Preset(small, 10_000, 10_000, reward)
+        return Preset(small, 10_000, 10_000, reward, run={"normalize": True})
 
 
 def _copy(params: Params) -> Params:

@@ -162,6 +162,7 @@ BASELINES = Suite(
         Variant("iql", "iql"),
         Variant("awac", "awac"),
         Variant("td3bc", "td3bc"),
+        Variant("td7", "td7"),
         Variant("pex", "pex"),
         Variant("jsrl", "jsrl"),
         Variant("ibrl", "ibrl"),

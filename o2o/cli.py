@@ -707,6 +707,7 @@ def bench_run(
     tasks: tuple[str, ...] = (),
     seeds: Count | None = None,
     out: Path | None = None,
+    store: str | None = None,
     where: Where = "local",
     ray: str | None = None,
     cpus: AboveZero = 1.0,
@@ -722,6 +723,8 @@ def bench_run(
         tasks: Only these datasets.
         seeds: Number of seeds; default: the suite's own.
         out: Folder of results, with the runs in OUT/runs; default: benchmarks/results, with the runs in runs/bench.
+        store: Address where results and runs are kept too, such as s3://bucket/tried (needs o2o[cloud]); then machines
+            need not share a folder.
         where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
         ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
         cpus: CPU cores of a cell, with Ray.
@@ -732,13 +735,26 @@ def bench_run(
     from o2o.report import jobs
     from o2o.report.suite import load_suite
 
-    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
-        return do(jobs.plan(load_suite(suite), agents, tasks, seeds, out))
+    found = load_suite(suite)
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries), _store(store, found.name, out)) as do:
+        return do(jobs.plan(found, agents, tasks, seeds, out))
+
+
+def _store(address: str | None, suite: str, out: Path | None) -> Any:
+    """Return the store at an address, None without one, whose results of a suite are brought to `out` first."""
+    if address is None:
+        return None
+    from o2o.report.jobs import folders
+    from o2o.runs.store import Store
+
+    store = Store.checked(address)
+    store.mirror(suite, *folders(out))
+    return store
 
 
 @contextlib.contextmanager
 def _cells(
-    where: Where, ray: str | None, needs: tuple[float, float, float, int]
+    where: Where, ray: str | None, needs: tuple[float, float, float, int], store: Any = None
 ) -> Iterator[Callable[[Sequence[Any]], int]]:
     """Give the function that does planned cells and returns the exit code. Raises `ConfigError` for a bad place."""
     from o2o.report import jobs
@@ -747,23 +763,33 @@ def _cells(
 
     console = Console(stderr=True)
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+
+    def finish(planned: Sequence[Any], work: Any) -> int:
+        try:
+            return jobs.run_jobs(planned, store.around(work) if store else work, say)
+        finally:
+            if store and planned:
+                store.keep(planned[0].results)
+
     if where == "ray":
         from o2o.runs.on_ray import Resources, on_ray
 
-        work = on_ray(ray, Resources(*needs), say, console)
-        yield lambda planned: jobs.run_jobs(planned, work, say)
+        work = on_ray(ray, Resources(*needs), say, console, store)
+        yield lambda planned: finish(planned, work)
     elif ray is not None:
         raise ConfigError("`ray` is the address of a cluster, and `where` is local; say `--where ray` too")
     else:
         with Screen(console) as screen:
             train = lambda cell, path: session.train(session.cell_run(cell, path), path, screen)  # noqa: E731
-            work = jobs.in_turn(train, lambda path: session.resume(path, screen), say)
-            yield lambda planned: jobs.run_jobs(planned, work, say)
+            do = store.here if store else jobs.attempt
+            work = jobs.in_turn(train, lambda path: session.resume(path, screen), say, do)
+            yield lambda planned: finish(planned, work)
 
 
 def sweep(
     file: Name[Path],
     out: Path = Path("runs/sweeps"),
+    store: str | None = None,
     where: Where = "local",
     ray: str | None = None,
     cpus: AboveZero = 1.0,
@@ -777,6 +803,8 @@ def sweep(
     Args:
         file: TOML file, or Python file that defines SWEEP (o2o.report.sweep.Sweep).
         out: Folder of results, with the runs in OUT/runs. A finished cell is never run again.
+        store: Address where results and runs are kept too, such as s3://bucket/tried (needs o2o[cloud]); then machines
+            need not share a folder.
         where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
         ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
         cpus: CPU cores of a cell, with Ray.
@@ -792,7 +820,7 @@ def sweep(
 
     found, out = load_sweep(file), out.absolute()  # an environment may change the working folder
     suite = found.suite()
-    with _cells(where, ray, (cpus, gpus, memory_gb, retries)) as do:
+    with _cells(where, ray, (cpus, gpus, memory_gb, retries), _store(store, suite.name, out)) as do:
         planned = jobs.plan(suite, out=out)
         for job in planned:
             if job.state != "finished":

@@ -8,6 +8,7 @@ finished run go to `<results>/<suite>/` (`o2o.report.scores`).
 
 import json
 import os
+import re
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from o2o.errors import O2OError, RunError
+from o2o.errors import ConfigError, O2OError, RunError
 from o2o.files import alive, write_atomically
 from o2o.report.scores import CELLS, keep, read_cells
 from o2o.report.suite import Cell, Suite, covered, load_suite, pieces, split, status_of
@@ -50,8 +51,13 @@ class Job:
 def folders(out: Path | None = None, runs: Path | None = None) -> tuple[Path, Path]:
     """Return the folders of results and of runs: those given, else the committed results, and the runs that go there.
 
-    Results in another folder have their own runs, `out/runs`.
+    Results in another folder have their own runs, `out/runs`. Raises `ConfigError` for an address instead of a folder.
     """
+    if out is not None and (found := re.search(r"(?:^|/)([a-z][a-z0-9+]+):/(.*)", out.as_posix())):
+        raise ConfigError(
+            f"`out` is the address {found[1]}://{found[2]}; expected a folder of this machine: give the address with "
+            "`store`"
+        )
     results = (out or RESULTS).absolute()  # an environment may change the working folder
     return results, runs or (RUNS.absolute() if results.resolve() == RESULTS.resolve() else results / "runs")
 
@@ -164,17 +170,21 @@ def failed(job: Job, error: BaseException) -> Ended:
 
 
 def in_turn(
-    train: Callable[[Cell, Path], object], resume: Callable[[Path], object], say: Callable[[str], None]
+    train: Callable[[Cell, Path], object],
+    resume: Callable[[Path], object],
+    say: Callable[[str], None],
+    do: Callable[..., Ended] = attempt,
 ) -> BackEnd:
     """Return the back end that works on one cell after the other in this process.
 
-    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there.
+    `train(cell, run)` makes the run folder, `resume(run)` goes on with it; both leave `status.json` there. `do(job,
+    train, resume)` works on one cell.
     """
 
     def work(todo: Sequence[Job]) -> Iterator[Ended]:
         for job in todo:
             say(f"{job.cell.name}: {'resuming' if job.state == 'interrupted' else 'starting'}")
-            yield attempt(job, train, resume)
+            yield do(job, train, resume)
 
     return work
 

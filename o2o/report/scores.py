@@ -112,6 +112,17 @@ def keep(folder: Path, cell: Cell, run: Path) -> None:
         write(folder, [*cells, finished], [*others, *scores])
 
 
+def merge(folder: Path, other: Path) -> None:
+    """Add to a suite's results those of another folder, in place of what they had of the same cells."""
+    added = read_cells(other)
+    taken = {(cell.method, seed) for cell in added for seed in range(cell.seeds[0], cell.seeds[1] + 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        cells = [cell for cell in read_cells(folder) if (cell.method, cell.seeds[0]) not in taken]
+        rows = [r for r in read_scores(folder) if ((r["dataset"], r["method"]), r["seed"]) not in taken]
+        write(folder, [*cells, *added], [*rows, *read_scores(other)])
+
+
 def write(folder: Path, cells: Iterable[FinishedCell], scores: Iterable[Row]) -> None:
     """Write both files, sorted by dataset, method and seed, the evaluations of a seed in the order of the run."""
     text = io.StringIO()

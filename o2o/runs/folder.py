@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +41,8 @@ NAME_BYTES, PATH_BYTES = 200, 3000
 """Longest name of a folder, longest path of a run folder. File systems take 255 and 4096, files inside need some."""
 DATASET = "dataset.json"
 """File in a run folder: all that is known of its dataset but the rows, so that its policies act without it."""
+FREE_S = 120.0
+"""Longest wait for a process of a dead node to let go of its run."""
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)
 """The signal of a closed terminal or ssh session; None on systems without it."""
 
@@ -316,6 +319,19 @@ class RunFolder:
         if self._held is not None:
             os.close(self._held)
             self._held = None
+
+
+def wait_until_free(run: Path, longest_s: float = FREE_S) -> None:
+    """Wait until no process trains in a run folder. Raises `BusyError` if one still does after `longest_s`."""
+    end = time.monotonic() + longest_s
+    while (run / "config.json").exists():
+        try:
+            RunFolder(run).lock().close()
+            return
+        except BusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def check_name(name: str) -> None:

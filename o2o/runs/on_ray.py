@@ -1,7 +1,8 @@
 """Cells of a suite as tasks of Ray: one task per cell, on this machine or on a cluster.
 
 A task gets the CPU cores, GPUs and memory that were asked for. When its worker or its node dies, Ray starts it again
-elsewhere, and it goes on from the run's last checkpoint. Runs and results lie in a folder that all nodes see.
+elsewhere, and it goes on from the run's last checkpoint. Runs and results lie in a folder that all nodes see, or at an
+address (`o2o.runs.store`).
 """
 
 import importlib
@@ -13,19 +14,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from o2o.errors import BusyError, ConfigError, O2OError, RunError
+from o2o.errors import ConfigError, O2OError, RunError
 from o2o.files import cache_dir, read_rows
 from o2o.report.jobs import BackEnd, Ended, Job, attempt, failed
 from o2o.report.suite import status_of
 from o2o.settings import Amount, NotNegative, Range, Settings
 from o2o.startup import prepare_process
+
+if TYPE_CHECKING:
+    from o2o.runs.store import Store
 
 HERE = "local"
 """Address that means: start Ray on this machine."""
@@ -35,8 +39,8 @@ ANSWER_S = 5.0
 """Longest wait for an address to answer."""
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 """An empty frame of settings: its length, its type (4), flags and stream."""
-FREE_S = 120.0
-"""Longest wait for a process of a dead node to let go of its run."""
+LOOK_S = 15.0
+"""Seconds between two looks at how far cells are whose runs are at an address."""
 STOP_S = 60.0
 """Longest wait for cells to save when the command is interrupted."""
 PASSED = ("JAX_", "XLA_", "O2O_", "MINARI_", "MUJOCO_", "OPENBLAS_", "WANDB_", "PYTHONPATH")
@@ -68,9 +72,13 @@ class Preempted(Exception):
 
 
 def on_ray(
-    address: str | None, needs: Resources, say: Callable[[str], None], console: Console | None = None
+    address: str | None,
+    needs: Resources,
+    say: Callable[[str], None],
+    console: Console | None = None,
+    store: "Store | None" = None,
 ) -> BackEnd:
-    """Return the back end that works on cells as tasks of the Ray at `address`, host:port.
+    """Return the back end that works on cells as tasks of the Ray at `address`, host:port; runs go through `store`.
 
     None: the address in RAY_ADDRESS; without one, Ray is started on this machine. On a terminal `console` a table shows
     where cells stand and the time left. Raises `ConfigError` without Ray, or if nobody answers.
@@ -86,7 +94,7 @@ def on_ray(
             _connect(ray, place)
         try:
             _tell_if_too_large(ray, needs, say)
-            yield from _work_on(ray, todo, needs, say, console)
+            yield from _work_on(ray, todo, needs, say, console, store)
         finally:
             if began_here:
                 ray.shutdown()
@@ -144,15 +152,20 @@ def _tell_if_too_large(ray: Any, needs: Resources, say: Callable[[str], None]) -
 
 
 def _work_on(
-    ray: Any, todo: Sequence[Job], needs: Resources, say: Callable[[str], None], console: Console | None
+    ray: Any,
+    todo: Sequence[Job],
+    needs: Resources,
+    say: Callable[[str], None],
+    console: Console | None,
+    store: "Store | None",
 ) -> Iterator[Ended]:
     about, environment = _about(), {"env_vars": _passed()}
     remote = ray.remote(**needs.options(), runtime_env=environment)(_work)
     refs: dict[Any, Job] = {}
     for job in todo:
         first = [ref for ref, other in refs.items() if job.cell.needs(other.cell)]
-        refs[remote.remote(job, about, str(Path.cwd()), *first)] = job
-    board, waiting = Board(todo), dict(refs)
+        refs[remote.remote(job, about, str(Path.cwd()), store, *first)] = job
+    board, waiting, looked = Board(todo), dict(refs), time.monotonic()
     shown = (
         Live(console=console, get_renderable=board, refresh_per_second=0.5)
         if console and console.is_terminal
@@ -164,7 +177,11 @@ def _work_on(
                 done, _ = ray.wait(list(waiting), timeout=1.0)
                 for ref in done:
                     job = waiting.pop(ref)
-                    yield _end_of(ray, ref, job)
+                    yield _end_of(ray, ref, job, store)
+                if store and time.monotonic() - looked > LOOK_S:
+                    for job in waiting.values():
+                        store.fetch(job)
+                    looked = time.monotonic()
     except KeyboardInterrupt:
         say("interrupted: the cells save and stop; the same command goes on from here")
     finally:
@@ -174,9 +191,11 @@ def _work_on(
             ray.wait(list(waiting), num_returns=len(waiting), timeout=STOP_S)
 
 
-def _end_of(ray: Any, ref: Any, job: Job) -> Ended:
+def _end_of(ray: Any, ref: Any, job: Job, store: "Store | None") -> Ended:
     try:
         ended = ray.get(ref)
+        if store:
+            store.fetch(job)
     except ray.exceptions.RayError as error:
         return failed(job, RunError(f"Ray gave the cell up ({type(error).__name__}: {error})"))
     status = (status_of(job.run) or {}).get("status")
@@ -200,29 +219,33 @@ def _about() -> dict[str, str]:
     return versions()
 
 
-def _work(job: Job, about: Mapping[str, str], folder: str, *_: Any) -> Ended:
+def _work(job: Job, about: Mapping[str, str], folder: str, store: "Store | None" = None, *_: Any) -> Ended:
     """Work on a cell, on whichever node this is; the last arguments are the cells that had to come first."""
     if os.path.isdir(folder):
         os.chdir(folder)
     prepare_process()
     from o2o.runs import session
+    from o2o.runs.folder import wait_until_free
 
+    train = lambda cell, path: session.train(session.cell_run(cell, path), path, quiet=True)  # noqa: E731
+    resume = lambda path: session.resume(path, quiet=True)  # noqa: E731
     try:
         check_versions(about, _about())
-        if not job.record.exists():
+        if not store and not job.record.exists():
             raise RunError(
                 f"node {socket.gethostname()} does not see {job.record.parent}: give a folder that all nodes share, "
-                "with `out`"
+                "with `out`, or an address, with `store`"
             )
-        wait_until_free(job.run)
+        if not store:
+            wait_until_free(job.run)
     except O2OError as error:
         return failed(job, error)
-    ended = attempt(
-        job,
-        lambda cell, path: session.train(session.cell_run(cell, path), path, quiet=True),
-        lambda path: session.resume(path, quiet=True),
-    )
-    if not ended.error and (status_of(job.run) or {}).get("status") == "stopped":
+    if store:
+        ended, status = store.attempt(job, train, resume)
+    else:
+        ended = attempt(job, train, resume)
+        status = (status_of(job.run) or {}).get("status")
+    if not ended.error and status == "stopped":
         raise Preempted(job.cell.name)
     return ended
 
@@ -233,21 +256,6 @@ def check_versions(wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
     if other := [name for name in names if wanted[name] != found[name]]:
         text = ", ".join(f"{name} {found[name]} for {wanted[name]}" for name in other)
         raise ConfigError(f"node {socket.gethostname()} has other versions: {text}; install the same on all nodes")
-
-
-def wait_until_free(run: Path, longest_s: float = FREE_S) -> None:
-    """Wait until no process trains in a run folder. Raises `BusyError` if one still does after `longest_s`."""
-    from o2o.runs.folder import RunFolder
-
-    end = time.monotonic() + longest_s
-    while (run / "config.json").exists():
-        try:
-            RunFolder(run).lock().close()
-            return
-        except BusyError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.5)
 
 
 class Board:

@@ -40,7 +40,7 @@ def test_fql_alpha() -> None:
     preset = FQL.preset("antmaze")
     ids = ("D4RL/antmaze/large-play-v1", "D4RL/antmaze/medium-play-v1", "lab/antmaze-large-v0")
     assert [preset.of_task(dataset).config.alpha for dataset in ids] == [3.0, 10.0, 10.0]
-    assert preset.of_task(ids[0]).reward == (1.0, -1.0) and preset.of_task(ids[0]).offline_steps == 500_000
+    assert preset.of_task(ids[0]).reward == (1.0, -1.0) and preset.of_task(ids[0]).offline_steps == 1_000_000
 
 
 def test_discounted_chunk() -> None:

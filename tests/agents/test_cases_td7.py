@@ -73,10 +73,12 @@ def test_priorities_and_loss() -> None:
 
 
 def test_values_clipped_to_targets_so_far() -> None:
-    """Target critics of 5 and 7: y = r + 0.99 * 5, or 0.99 times the bound; bounds follow when targets are renewed."""
+    """Target critics of 5 and 7: y = r, then r + 0.99 * 5, or 0.99 times the bound; bounds follow renewed targets."""
     agent, batch = made(replace(CONFIG, target_every=2)), make_batch()
     batch = {**batch, "rewards": jnp.linspace(-1.0, 1.0, 8), "masks": jnp.ones(8)}
     agent = agent.replace(target_critic=constant(agent.target_critic, (5.0, 7.0)))
+    np.testing.assert_array_equal(agent.next_values(batch["next_observations"], KEY), 0.0)
+    agent = agent.replace(bounds=jnp.asarray([-9.0, 9.0]))
     np.testing.assert_allclose(agent.next_values(batch["next_observations"], KEY), 5.0)
     bounded = agent.replace(bounds=jnp.asarray([-2.0, 1.5]))
     np.testing.assert_allclose(bounded.next_values(batch["next_observations"], KEY), 1.5)

@@ -188,4 +188,4 @@ def test_published_settings() -> None:
     assert (giant.discount, giant.expectile, giant.chunk, giant.rho) == (0.995, 0.8, 1, 0.5)
     maze = IFQL.preset("antmaze").of_task("D4RL/antmaze/large-play-v1")
     assert (maze.config.num_critics, maze.config.aggregate, maze.config.chunk) == (2, "min", 1)
-    assert (maze.offline_steps, maze.reward) == (500_000, (1.0, -1.0))
+    assert (maze.offline_steps, maze.reward) == (1_000_000, (1.0, -1.0))

@@ -113,6 +113,7 @@ def toy(config: Any) -> Any:
 
 CONFIGS = {name: toy(kind.preset("other", "small").config) for name, kind in AGENTS.items()} | CONFIGS
 """An agent that needs nothing else is not listed above."""
+CONFIGS["td7"] = replace(CONFIGS["td7"], target_every=2)  # before targets are renewed once, values in them are 0
 
 EVERY_BLOCK = {"bc": ("actor",), "iql": ("actor", "critic", "value"), "diffusion_bc": ("actor",), "flow_bc": ("actor",)}
 EVERY_BLOCK |= {"qc": ("actor", "critic", "one_step"), "awac": ("actor", "critic")}

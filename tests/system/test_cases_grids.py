@@ -13,7 +13,7 @@ from o2o.report.jobs import plan
 from o2o.report.scores import read_cells
 from o2o.report.suite import load_suite
 from o2o.runs import on_ray, session
-from o2o.runs.folder import RunFolder, versions
+from o2o.runs.folder import RunFolder, versions, wait_until_free
 from tests.helpers.command_line import run
 
 SWEEP = """
@@ -119,9 +119,9 @@ def test_waits_for_dead_nodes_process(embedded: str, tmp_path: Path) -> None:
     """A cell that begins again waits until the process of the dead node has let go of the run, but not for ever."""
     run_folder = RunFolder.create(tmp_path / "run", {})
     with pytest.raises(BusyError, match="trained by another process"):
-        on_ray.wait_until_free(tmp_path / "run", 0.0)
+        wait_until_free(tmp_path / "run", 0.0)
     timer = threading.Timer(0.3, run_folder.close)
     timer.start()
-    on_ray.wait_until_free(tmp_path / "run", 20.0)
+    wait_until_free(tmp_path / "run", 20.0)
     timer.join()
     RunFolder.open(tmp_path / "run").lock().close()
