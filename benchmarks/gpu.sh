@@ -138,7 +138,8 @@ if [ -n "$smoke" ]; then
 else
   part rates $((total * 25 / 100)) "$python" benchmarks/throughput.py --on-gpu --together $together --out "$work/results/rates"
 fi
-part peers $((total * 10 / 100)) "$python" benchmarks/peers.py $smoke --here --out "$work/results/peers" iql sac-utd1
+[ -f "$work/results/peers/rounds.csv" ] ||
+  part peers $((total * 10 / 100)) "$python" benchmarks/peers.py $smoke --here --out "$work/results/peers" iql sac-utd1
 say "waiting for the data"
 wait $maker
 say "the data ended ($?)"
@@ -146,6 +147,6 @@ seconds=$(($(left) - 40))
 if [ "$seconds" -gt 60 ]; then
   # by itself it ends in time; the outer limit is for what hangs
   part cells $((seconds + 10)) "$python" benchmarks/gpu_parts.py cells --root "$root" --out "$work/results/suites" \
-    --seconds "$seconds" --seeds "$seeds" --workers $((cores > 11 ? 6 : cores > 1 ? 2 : 1)) $smoke
+    --seconds "$seconds" --seeds "$seeds" --workers $((cores > 11 ? 8 : cores > 1 ? 2 : 1)) $smoke
 fi
 part report 30 "$python" benchmarks/gpu_parts.py report --out "$work/results/suites" --seeds "$seeds" $smoke

@@ -352,7 +352,8 @@ def contest(name: str, smoke: bool, python: Path | None, data: dict[str, Any]) -
             worker.close()
     return [
         {
-            "device": ready[0]["device"], "case": name, "library": found["library"], "version": found["version"], "form": form,
+            "device": ready[0]["device"], "case": name, "library": found["library"], "version": found["version"],
+            "form": form,
             "rates": " ".join(f"{rate:.5g}" for rate in next(rounds)), "date": time.strftime("%Y-%m-%d"),
         }
         for found in ready
