@@ -150,8 +150,10 @@ def _source_of(name: str) -> str:
         return f"get it with `minari download {name}` (needs the network and o2o[hub])"
     if made in CAN_BE_MADE:
         return f"get it with `o2o data make {made.removeprefix(EMBEDDED_PREFIX)}`"
-    family = [known for known in CAN_BE_MADE if known.partition("/")[0] == made.partition("/")[0]]
-    return f"o2o makes no {made!r}, {suggest(made, family)} Or give a path"
+    prefix = EMBEDDED_PREFIX if name.startswith(EMBEDDED_PREFIX) else OGBENCH_PREFIX
+    family = [known.removeprefix(prefix) for known in CAN_BE_MADE if known.startswith(prefix)]
+    hint = suggest(made.removeprefix(prefix), family).rstrip("?")
+    return f"o2o makes no {made!r}, {hint}: give another name, or a path"
 
 
 def _download(name: str, base: Path) -> Path:
