@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from o2o.agents import WSRL
 from o2o.closing import Closing
 from o2o.data import datasets
 from o2o.data.checks import summary
 from o2o.data.normalizer import Normalizer, normalize
-from o2o.errors import ConfigError, DivergenceError
+from o2o.errors import ConfigError, DivergenceError, O2OError
 from o2o.report import diagnosis as report
 from o2o.report.plots import judged_by
 from o2o.runs.opened import Opened
+from o2o.runs.presets import preset_run
 from o2o.runs.session import check_seed_index, env_maker, open_agents, unchanged, without_environment
 from o2o.settings import Amount, Count, Seed, checked
 from o2o.train.acting import stack_of_one
@@ -206,6 +208,7 @@ def diagnose(
         "agent": opened.settings.agent,
         "dataset": list(opened.settings.dataset),
         "preset": opened.settings.preset,
+        "starts_wsrl": _starts_wsrl(opened, agent),
         "checkpoint": opened.counters.point,
         "seed_index": seed_index,
         "seed": seed,
@@ -218,6 +221,17 @@ def diagnose(
     found |= judge(found, path)
     report.write(path / "diagnosis", found, points)
     return found
+
+
+def _starts_wsrl(opened: Opened, agent: Agent) -> bool:
+    """Whether the WSRL of the run's own preset can start from its agent: same networks, a squashed Gaussian."""
+    run = opened.settings
+    try:
+        config: Any = preset_run("wsrl", run.dataset, run.preset, env=run.env, task=run.task).config
+        WSRL.from_agent(agent, config)  # pyright: ignore[reportArgumentType]
+    except O2OError:
+        return False
+    return True
 
 
 def has_q(agent: Agent, data: datasets.Dataset) -> bool:
@@ -484,10 +498,6 @@ def _signs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return signs
 
 
-SWITCHES = ("wsrl", "bc", "iql", "cql", "calql", "sac", "rlpd")
-"""Agents whose runs WSRL can start from."""
-
-
 def _recommend(
     found: Mapping[str, Any], warns: set[str], dip: bool | None, lost: bool, path: str | Path
 ) -> dict[str, Any]:
@@ -499,15 +509,14 @@ def _recommend(
     warmup = min(max(round(episodes * (sample["length"] or 0) / 100) * 100, LEAST), MOST)
     reasons.append(f"A warm-up of {warmup} steps holds about {warmup / max(sample['length'] or 1, 1):.0f} episodes.")
     keep, alone, target = False, 0, "off"
-    own = found["agent"].rpartition(":")[2]
-    agent = "wsrl" if own in SWITCHES else own
+    agent = "wsrl" if found["starts_wsrl"] else found["agent"].rpartition(":")[2]
     if lost:
         agent, keep = "rlpd", True
-        reasons.append("The policy never succeeds, so there is nothing to lose: the data are the better start.")
+        reasons.append("The policy's mode never succeeds: there is little to lose, and the data are the better start.")
     elif "below_data" in warns:
         keep = True
         reasons.append("The data are better than the policy: keep them in the batches.")
-    else:
+    elif dip is False:
         reasons.append("The policy is as good as the data: it can do without them.")
     if dip is None and not lost:
         agent, keep, alone, target = "residual", True, 5_000, "td"
@@ -536,7 +545,7 @@ def _command(found: Mapping[str, Any], agent: str, keep: bool, warmup: int, alon
     words += " --preset small" if found["preset"] == "small" else ""
     if agent == "residual":
         return f"{words} --base {path}"
-    if agent != "wsrl":
+    if agent != "wsrl" or not found["starts_wsrl"]:
         return words if agent == "rlpd" else f"o2o resume {path} --online-steps {10 * warmup}"
     words += f" --init-from {path} --config.online.warmup-steps {warmup}"
     words += " --config.online.replay mixed" if keep else ""
