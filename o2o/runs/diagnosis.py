@@ -442,15 +442,34 @@ def _around(
 def judge(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the `signs` that the numbers of a diagnosis give, whether a `dip` is expected, and a `recommendation`.
 
-    `dip` is None where that cannot be said: the agent has no Q, or its policy has nothing to lose.
+    `dip` is None where that cannot be said, and `unsaid` says why: the agent has no Q, its policy has nothing to lose,
+    or it lost what so few episodes do not tell from chance.
     """
     signs = {sign["name"]: sign for sign in _signs(found)}
     warns = {name for name, sign in signs.items() if sign["warns"]}
     lost = found["judged_by"] == "success" and found["policy"]["mode"]["score"] == 0.0
-    dip = None
-    if found["q"] is not None and not lost:
+    dip, unsaid = None, ""
+    if found["q"] is None:
+        unsaid = "the agent has no Q."
+    elif lost:
+        unsaid = "the policy's mode never succeeds."
+    else:
         dip = "misled" in warns or ("q_rises" in warns and bool(warns & {"brittle", "q_off", "q_blind"}))
-    return {"signs": list(signs.values()), "dip": dip, "recommendation": _recommend(found, warns, dip, lost, path)}
+        if not dip and "misled" in signs and signs["misled"]["value"] > MISLED:
+            dip, unsaid = None, _too_few(found, signs["misled"]["value"])
+    advice = _recommend(found, warns, dip, lost, path)
+    return {"signs": list(signs.values()), "dip": dip, "unsaid": unsaid, "recommendation": advice}
+
+
+def _too_few(found: Mapping[str, Any], lost: float) -> str:
+    """Return why a loss of this share of the score counts for nothing yet, and how many episodes would tell."""
+    mode, up, episodes = found["policy"]["mode"], found["policy"]["up"], found.get("episodes", EPISODES)
+    errors = 2.0 * math.hypot(mode["error"], up["error"]) / (mode["score"] - up["score"])
+    wanted = math.ceil(1.5 * episodes * errors**2 / 10) * 10
+    return (
+        f"moved up its Q the policy lost {100 * lost:.0f} % of its score, and {episodes} episodes do not tell that "
+        f"from chance; diagnose it with {wanted} episodes."
+    )
 
 
 def _sign(name: str, value: float | None, limit: float, warns: bool, says: str) -> dict[str, Any]:
@@ -518,13 +537,14 @@ def _recommend(
         reasons.append("The data are better than the policy: keep them in the batches.")
     elif dip is False:
         reasons.append("The policy is as good as the data: it can do without them.")
-    if dip is None and not lost:
+    if found["q"] is None and not lost:
         agent, keep, alone, target = "residual", True, 5_000, "td"
         reasons.append("The agent has no Q: a new one must be learnt before the policy may move.")
-    elif dip:
+    elif dip is not False and not lost:
         agent, keep, alone = "residual", True, 2_000
         target = "mc" if "q_off" in warns else "td"
-        reasons.append("The critic misleads the policy: a dip is likely. A residual policy begins exactly at this one.")
+        likely = "The critic misleads the policy: a dip is likely." if dip else "The critic may mislead the policy."
+        reasons.append(f"{likely} A residual policy begins exactly at this one.")
     elif not lost and warns & {"q_off", "q_blind"}:
         alone, target = 2_000, "mc" if "q_off" in warns else "td"
         reasons.append("Q does not fit the policy's own episodes: let the critics learn alone first.")
