@@ -22,7 +22,7 @@ from tyro.extras import SubcommandApp
 from o2o import trust
 from o2o.config import RunConfig, keyword_arguments
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
-from o2o.settings import AboveZero, Amount, Count, NotNegative, Seed, Settings, checked
+from o2o.settings import AboveZero, Amount, Count, NotNegative, Seed, checked, read
 from o2o.startup import prepare_process
 from o2o.usage import WORDS, as_options, booleans, in_options, one_line, spelled_out
 
@@ -701,7 +701,7 @@ def record(
 
 
 @dataclasses.dataclass(frozen=True)
-class Place(Settings):
+class Place:
     """Where the cells of a suite or sweep run."""
 
     where: Literal["local", "ray"] = "local"
@@ -750,6 +750,7 @@ def _cells(place: Place) -> Iterator[Callable[[Sequence[Any]], int]]:
     from o2o.runs import session
     from o2o.runs.loggers import Screen
 
+    read(dataclasses.asdict(place), Place)
     console = Console(stderr=True)
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     if place.where == "ray":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from o2o import envs
+from o2o import cli, envs
 from o2o.data import datasets, files
 from o2o.envs.ogbench import PLAYS
 from o2o.envs.pointmaze import EMBEDDED
@@ -179,3 +179,13 @@ def test_committed_costs():
     """The committed report on seeds side by side is what its rounds say."""
     folder = ROOT / "benchmarks/results/seeds_pay"
     assert throughput.seeds_text(throughput.read_table(folder / "rounds.csv")) == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", [["bench", "run", "ogbench"], ["sweep", str(ROOT / "examples/sweep.py")]])
+def test_place_refused(command, tmp_path, capsys):
+    """Where cells run is said by the same options to both commands, and a bad value is one line that names its own."""
+    for words, said in ((["--cpus", "-1"], "--cpus is -1.0; expected above 0"), (["--ray", "a:1"], "--where is local")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, *words, "--out", str(tmp_path)])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
