@@ -27,7 +27,7 @@
 #
 # Packages. Python 3.11 or newer with jax (CUDA), flax, optax, orbax-checkpoint, h5py, scipy, matplotlib, rich. The others
 # are taken from wheels: --pack FOLDER downloads them for Python 3.12 where there is a network (constraints.txt has the
-# versions), without what they need for robots that are not ours: 45 MB. --wheels FOLDER (build/wheels) uses them.
+# versions), without what they need for robots that are not ours: 54 MB. --wheels FOLDER (build/wheels) uses them.
 #
 # --smoke runs all of it in tiny sizes, on a CPU too, in about two minutes.
 set -u

@@ -545,7 +545,9 @@ def _recommend(
         target = "mc" if "q_off" in warns else "td"
         likely = "The critic misleads the policy: a dip is likely." if dip else "The critic may mislead the policy."
         reasons.append(f"{likely} A residual policy begins exactly at this one.")
-    elif not lost and warns & {"q_off", "q_blind"}:
+    elif (
+        not lost and found["starts_wsrl"] and warns & {"q_off", "q_blind"}
+    ):  # a run that only goes on has no such phase
         alone, target = 2_000, "mc" if "q_off" in warns else "td"
         reasons.append("Q does not fit the policy's own episodes: let the critics learn alone first.")
     return {

@@ -28,6 +28,7 @@ def test_advice_starts(agent: str, starts: bool, embedded: str, tmp_path: Path) 
     words = shlex.split(command)
     if not starts:
         assert words[:2] == ["o2o", "resume"] and words[2] == str(tmp_path / "run")
+        assert judge(found, "a")["recommendation"]["critic_only_updates"] == 0, "to go on has no such phase"
         return
     assert words[:3] == ["o2o", "train", "wsrl"]
     _, config = cli.parse_train("wsrl", words[3:])
@@ -52,9 +53,10 @@ def test_mode_alone_fails() -> None:
     [
         ({"mode": 0.1, "sample": 0.1, "random": 0.0, "up": 0.0, "data": 0.29}, (1.5, 0.857), 0.06, None),
         ({"mode": 0.3, "sample": 0.05, "random": 0.25, "up": 0.0, "data": 0.29}, (1.7, 0.882), 0.19, True),
+        ({"mode": 0.8, "sample": 0.8, "random": 0.85, "up": 0.8, "data": 0.345}, (1.2, 0.444), 0.011, False),
         ({"mode": 0.2, "sample": 0.25, "random": 0.2, "up": 0.25, "data": 0.345}, (2.5, 0.4), 0.002, False),
     ],
-    ids=["wsrl-door-fell-from-little", "iql-door-fell", "calql-maze-kept"],
+    ids=["wsrl-door-fell-from-little", "iql-door-fell", "iql-maze-kept", "calql-maze-kept"],
 )
 def test_known_outcomes(forms: dict[str, float], q: tuple[float, float], rise: float, dip: bool) -> None:
     """The measured numbers of runs whose outcome is known are judged right; where they come from: docs/switch.md."""
