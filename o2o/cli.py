@@ -991,9 +991,16 @@ def _named(args: Sequence[str]) -> tuple[str, Any]:
 
 def _options(command: Any) -> set[str]:
     """Return the names that a message to who gave a command may use for its options: the command's own and a run's."""
-    if not callable(command):
-        return OPTIONS
-    return OPTIONS | set(inspect.signature(command).parameters) | {field.name for field in dataclasses.fields(Place)}
+    return OPTIONS | arguments_of(command) if callable(command) else OPTIONS
+
+
+def arguments_of(command: Callable[..., Any]) -> set[str]:
+    """Return the names of a command's arguments; a group of options, such as `Place`, counts as its members."""
+    found = set()
+    for param in inspect.signature(command).parameters.values():
+        group = dataclasses.is_dataclass(param.default)
+        found |= {field.name for field in dataclasses.fields(param.default)} if group else {param.name}
+    return found
 
 
 def _dispatch(args: list[str]) -> int:
