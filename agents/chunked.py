@@ -43,12 +43,22 @@ class ByChunks(Agent):
         return fresh_queue(self.config.chunk, batch_shape, self.actor.module.action_dim // self.config.chunk)
 
 
-class Chunked(Agent):
+class OfChunks(Agent):
+    """An agent whose networks know chunks of `config.chunk` actions."""
+
+    config: Any = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a chunk, n = h A."""
+        return self.config.chunk * self.action_dim
+
+
+class Chunked(OfChunks):
     """A policy over chunks of `config.chunk` actions; it defines `play`, and `step` on windows."""
 
     rng: Array
-    config: Any = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     def play(self, observations: Array, rng: Array, deterministic: bool) -> Array:
         """Return the chunks `[..., n]` in [-1, 1] that are played at observations `[..., D]`."""
@@ -132,7 +142,7 @@ class ChunkedFlow(Chunked):
         `deterministic` starts from fixed noise: zero and fixed draws, the same for every observation.
         """
         count, lead = self.config.num_samples, observations.shape[:-1]
-        noise = chunk_noise(rng, count, lead, self.config.chunk * self.action_dim, deterministic)
+        noise = chunk_noise(rng, count, lead, self.size, deterministic)
         candidates = self.flow_chunks(observations, noise, guidance)
         if count == 1:
             return candidates[0]

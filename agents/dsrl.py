@@ -243,7 +243,7 @@ class DSRL(Chunked):
             return self.base(observations, x, t, params=self.average)
 
         whole = self.config.base.generator.sample(denoise, noise, self.rng)
-        return jax.lax.stop_gradient(whole[..., : self.config.chunk * self.action_dim])
+        return jax.lax.stop_gradient(whole[..., : self.size])
 
     def policy(self, observations: Array, params: Params | None = None) -> TanhNormal:
         """Return pi(.|s), of u in (-1, 1)^d, at observations `[..., D]`."""

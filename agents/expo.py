@@ -61,6 +61,7 @@ import optax
 from flax import struct
 
 from o2o.agents import ogbench
+from o2o.agents.chunked import OfChunks
 from o2o.agents.minibatches import check_flat, each_minibatch, minibatches_in
 from o2o.agents.registry import register_agent
 from o2o.agents.sac import ADROIT_DATA
@@ -72,7 +73,7 @@ from o2o.rl import losses
 from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.windows import chunk_transitions
 from o2o.settings import AboveZero, Amount, Average, Count, Dropout, NotNegative, Rate, Real, Width, Widths
-from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 ALPHA_CAP = 1e6
 """Largest entropy temperature."""
@@ -271,7 +272,7 @@ _DEFAULT = EXPOConfig()
 
 
 @register_agent("expo")
-class EXPO(Agent):
+class EXPO(OfChunks):
     r"""Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns.
 
     Equations (method, and the settings that enter):
@@ -295,7 +296,6 @@ class EXPO(Agent):
     encoder: Model | None
     rng: Array
     config: EXPOConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
     phase: Literal["offline", "online"] = struct.field(pytree_node=False, default="offline")
 
     @classmethod
@@ -346,11 +346,6 @@ class EXPO(Agent):
             action_dim=actions.shape[-1],
         )
         return jax.tree.map(jnp.asarray, agent)
-
-    @property
-    def size(self) -> int:
-        """Numbers of a chunk, h A."""
-        return self.config.chunk * self.action_dim
 
     # Below, an action is a chunk of h actions, of `size` numbers; with `chunk` 1 it is one action.
     # The networks' outputs. `features [..., D]` are flat observations, or the encoder's output.

@@ -31,6 +31,7 @@ import optax
 from flax import struct
 
 from o2o.agents import ogbench
+from o2o.agents.chunked import OfChunks
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.qc import OneStep
 from o2o.agents.registry import register_agent
@@ -40,7 +41,7 @@ from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.losses import critic_loss, lower_bound, td_target
 from o2o.rl.windows import chunk_transitions
 from o2o.settings import Average, Count, NotNegative, Rate, Widths
-from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ _DEFAULT = FQLConfig()
 
 
 @register_agent("fql")
-class FQL(Agent):
+class FQL(OfChunks):
     r"""Flow Q-learning.
 
     Equations (method, and the settings that enter):
@@ -94,7 +95,6 @@ class FQL(Agent):
     target_critic: Params
     rng: Array
     config: FQLConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: FQLConfig = _DEFAULT) -> Self:
@@ -191,7 +191,7 @@ class FQL(Agent):
         """Return actions of clip(mu(s, z)) `[..., A]`, and the carry; z is drawn, `deterministic` or not."""
 
         def propose() -> Array:
-            noise = jax.random.normal(rng, (*observations.shape[:-1], self.config.chunk * self.action_dim))
+            noise = jax.random.normal(rng, (*observations.shape[:-1], self.size))
             return jnp.clip(self.one_step(observations, noise), -1.0, 1.0)
 
         return play(self.config.chunk, carry, propose)

@@ -48,6 +48,7 @@ import optax
 from flax import struct
 
 from o2o.agents import ogbench
+from o2o.agents.chunked import OfChunks
 from o2o.agents.expo import edit_actor, edit_inputs
 from o2o.agents.minibatches import check_flat, each_minibatch
 from o2o.agents.qc import OneStep
@@ -59,7 +60,7 @@ from o2o.rl.chunks import ActionQueue, fresh_queue, play
 from o2o.rl.losses import critic_loss, lower_bound, sac_actor_loss, td_target, temperature_loss
 from o2o.rl.windows import chunk_transitions
 from o2o.settings import AboveZero, Average, Count, NotNegative, Rate, Real, Widths
-from o2o.types import Agent, Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
+from o2o.types import Array, Batch, Carry, ChunkedConfig, Info, OnlineConfig, Params, Preset
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ _DEFAULT = QAMConfig()
 
 
 @register_agent("qam")
-class QAM(Agent):
+class QAM(OfChunks):
     r"""Q-learning with adjoint matching.
 
     Equations (method, and the settings that enter):
@@ -195,7 +196,6 @@ class QAM(Agent):
     """Policy mu(s, z) of the form `one_step`."""
     rng: Array
     config: QAMConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, rng: Array, observations: Array, actions: Array, config: QAMConfig = _DEFAULT) -> Self:
@@ -231,11 +231,6 @@ class QAM(Agent):
             action_dim=actions.shape[-1],
         )
         return jax.tree.map(jnp.asarray, agent)
-
-    @property
-    def size(self) -> int:
-        """Numbers of a chunk, h A."""
-        return self.config.chunk * self.action_dim
 
     def fast(self, observations: Array, params: Params | None = None) -> Apply:
         """Return v_f(x, t) at observations `[..., D]`."""

@@ -168,8 +168,7 @@ class QC(ChunkedFlow):
         """Return the chunks `[..., n]` in [-1, 1] of the best of N or of the one-step policy, at `[..., D]`."""
         if self.one_step is None:
             return super().propose(observations, rng, deterministic, guidance)
-        size = self.config.chunk * self.action_dim
-        noise = chunk_noise(rng, 1, observations.shape[:-1], size, deterministic)[0]
+        noise = chunk_noise(rng, 1, observations.shape[:-1], self.size, deterministic)[0]
         return jnp.clip(self.one_step(observations, noise), -1.0, 1.0)
 
     def targets(self, chunks: Chunks, rng: Array) -> Array:

@@ -1,10 +1,11 @@
 """Our training steps beside those of SBX and d3rlpy, measured in turns in the same run.
 
-    python benchmarks/peers.py [--smoke] [CASE ...]
+    python benchmarks/peers.py [--smoke] [--here] [--out FOLDER] [CASE ...]
 
 The other libraries come from the package registry into a virtual environment of their own, `runs/peers` or the folder
 named by `O2O_PEERS` (about 2 GB). Everything runs on the CPU, each library with the thread settings of its own. Results
-go to `benchmarks/results/peers/`; a case that is measured anew replaces its rows. Run it alone on the machine.
+go to `benchmarks/results/peers/`; a case that is measured anew replaces its rows. Run it alone on the machine. `--here`
+installs nothing: it takes the libraries that this Python has, if any, on the device that each finds by itself.
 
 Beside our rate stands what bounds it: the matrix products of our update and nothing else, each in its very shape
 (`products alone`), and as many FLOPs in products of 2048 x 2048 (`large products`).
@@ -13,6 +14,7 @@ Beside our rate stands what bounds it: the matrix products of our update and not
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import throughput
-from throughput import CHECKOUT, HERE, MeasureError, Meter, markdown_table, read_table, spread
+from throughput import CHECKOUT, HERE, MeasureError, Meter, markdown_table, python_path, read_table, spread
 
 FOLDER = Path(os.environ.get("O2O_PEERS") or CHECKOUT / "runs" / "peers")
 PACKAGES = ("sbx-rl", "d3rlpy", "gymnasium[mujoco]", "mujoco<3.12")
@@ -274,7 +276,8 @@ def d3rlpy(case: dict[str, Any]) -> dict[str, Meter]:
     data = library.dataset.MDPDataset(
         rows["observations"], rows["actions"], rows["rewards"][:, None], np.zeros(case["rows"]), rows["ends"]
     )
-    algorithm = kind[case["algorithm"]](**settings).create(device="cpu:0")
+    gpu = os.environ.get("JAX_PLATFORMS") != "cpu" and importlib.import_module("torch").cuda.is_available()
+    algorithm = kind[case["algorithm"]](**settings).create(device="cuda:0" if gpu else "cpu:0")
     algorithm.build_with_dataset(data)
     drawn = data.sample_transition_batch(case["batch"])
     run = repeat(lambda: algorithm.update(data.sample_transition_batch(case["batch"])))
@@ -317,18 +320,31 @@ def peers_python() -> Path:
     return python
 
 
-def contest(name: str, smoke: bool, python: Path, data: dict[str, Any]) -> list[dict[str, str]]:
-    """Run a case's rounds, in which ours and the other libraries take turns; return a row per library and form."""
+def contest(name: str, smoke: bool, python: Path | None, data: dict[str, Any]) -> list[dict[str, str]]:
+    """Run a case's rounds, in which ours and the other libraries take turns; return a row per library and form.
+
+    `python` None: this Python and the libraries that it has, on the device that each finds.
+    """
     about, workers, ready = {**CASES[name].about(smoke), **data}, [], []
-    libraries = ("o2o", *CASES[name].libraries)
+    there = [library for library in CASES[name].libraries if python or importlib.util.find_spec(library)]
+    libraries = ("o2o", *there)
     try:
         for library in libraries:
-            command = [sys.executable if library == "o2o" else str(python), str(HERE / "peers.py"), "--child"]
-            hidden = HIDDEN if library != "o2o" else ()
-            env = {key: value for key, value in os.environ.items() if key not in hidden} | {"JAX_PLATFORMS": "cpu"}
-            env |= {"PYTHONPATH": str(CHECKOUT)} if library == "o2o" else {}
-            workers.append(throughput.Worker(library, [*command, json.dumps({**about, "library": library})], env))
-            ready.append(workers[-1].answer())  # one at a time: memory, and compilers that take all cores
+            own = library == "o2o" or python is None
+            command = [sys.executable if own else str(python), str(HERE / "peers.py"), "--child"]
+            env = {key: value for key, value in os.environ.items() if own or key not in HIDDEN}
+            env |= {} if python is None else {"JAX_PLATFORMS": "cpu"}
+            env |= {"PYTHONPATH": python_path()} if library == "o2o" else {}
+            worker = throughput.Worker(library, [*command, json.dumps({**about, "library": library})], env)
+            try:
+                ready.append({"library": library, **worker.answer()})  # one at a time: memory, and compilers
+            except MeasureError as error:
+                worker.close()
+                if python or library == "o2o":
+                    raise
+                print(f"{name}: {error}", flush=True)  # what is here need not be whole
+                continue
+            workers.append(worker)
         forms = [found["forms"] for found in ready]
         rounds = iter(throughput.in_turns(workers, forms, smoke))
     finally:
@@ -336,10 +352,11 @@ def contest(name: str, smoke: bool, python: Path, data: dict[str, Any]) -> list[
             worker.close()
     return [
         {
-            "device": ready[0]["device"], "case": name, "library": library, "version": found["version"], "form": form,
+            "device": ready[0]["device"], "case": name, "library": found["library"], "version": found["version"],
+            "form": form,
             "rates": " ".join(f"{rate:.5g}" for rate in next(rounds)), "date": time.strftime("%Y-%m-%d"),
         }
-        for library, found in zip(libraries, ready, strict=True)
+        for found in ready
         for form in found["forms"]
     ]  # fmt: skip
 
@@ -370,6 +387,8 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, into runs/peers-smoke")
+    parser.add_argument("--here", action="store_true", help="only libraries that this Python has, on any device")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args(args)
     if given.child:
@@ -381,9 +400,10 @@ def main(args: list[str]) -> int:
         return 0
     if unknown := [name for name in given.cases if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
-    folder, failed = (CHECKOUT / "runs" / "peers-smoke" if given.smoke else HERE / "results" / "peers"), 0
+    own, failed = (CHECKOUT / "runs" / "peers-smoke" if given.smoke else HERE / "results" / "peers"), 0
+    folder = given.out or own
     try:
-        python = peers_python()
+        python = None if given.here else peers_python()
     except MeasureError as error:
         parser.error(str(error))
     with throughput.datasets(given.smoke, ("pen", "cheetah")) as data:
@@ -403,4 +423,7 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was finished is kept")

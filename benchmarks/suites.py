@@ -3,9 +3,11 @@
 `o2o bench run NAME` runs what is missing, `o2o bench report NAME` writes `results/NAME/README.md`. The suites use the
 `small` presets, three seeds and 20 evaluation episodes, the defaults of `Suite`. None of their datasets is the official
 one of a similar name, so no published figure applies to the results. The exception is `ogbench`: its data are made by
-the authors' generator, so its settings are the published ones, and published figures stand beside its own.
+the authors' generator, so its settings are the published ones, and published figures stand beside its own. So it is
+with `ogbench_100k` and so on, but not with `ogbench_part` and so on, whose set is smaller.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from o2o.report.suite import BenchTask, Published, Suite, Variant
@@ -276,8 +278,34 @@ OGBENCH_K2 = _ogbench(
     50_000,
 )
 
+
+def ogbench_to(updates: int) -> Suite:
+    """Return the suite `ogbench` of scene's tasks 1 and 4 to more updates, evaluated every 50,000 as published.
+
+    `benchmarks/gpu.sh` runs it as far as its time goes.
+    """
+    return _ogbench(
+        f"ogbench_{updates // 1000}k",
+        tuple(f"scene-play-singletask-task{number}-sparse" for number in (1, 4)),
+        tuple(method for method in OGBENCH_METHODS if method.offline_steps is None and method.label != "qc"),
+        f"Scene's tasks 1 and 4 to {updates:,} updates.",
+        updates,
+    )
+
+
+def part_of(suite: Suite) -> Suite:
+    """Return a suite of OGBench on a smaller set than published (`--steps`): no published figure stands beside it."""
+    about = (
+        f"The cells of `{suite.name}` on a SMALLER SET of the same generator than the published one: fewer of its "
+        "1,000 episodes, as many as `data.json` beside the results says. No published figure applies."
+    )
+    return replace(suite, name=f"{suite.name}_part", description=about, published=None)
+
+
+LONGER = tuple(ogbench_to(updates) for updates in (100_000, 200_000, 500_000, 1_000_000))
+
 ALL = (
     OFFLINE, WSRL, WSRL_DOOR, EXPRESSIVE, EXPO_ABLATIONS, RESIDUAL_ABLATIONS, BASELINES, UNI_O4, FAMO2O,
-    OGBENCH, OGBENCH_K2,
+    OGBENCH, OGBENCH_K2, *LONGER, *map(part_of, (OGBENCH, *LONGER)),
 )  # fmt: skip
 SUITES = {suite.name: suite for suite in ALL}

@@ -1,10 +1,12 @@
 """How fast our agents learn and play, through the public doors of o2o: `session.build`, `Trainer.offline`, `.online`.
 
-    python benchmarks/throughput.py [--again] [--smoke] [PATTERN ...]
+    python benchmarks/throughput.py [--again] [--smoke] [--out FOLDER] [--together N] [PATTERN ...]
     python benchmarks/throughput.py --against CHECKOUT [PATTERN ...]
+    python benchmarks/throughput.py --seeds-pay [--smoke] [--out FOLDER] [AGENT ...]
 
 A case is AGENT/SHAPE/SEEDS/FORM, such as `iql/pen/1/offline`; a PATTERN selects cases (`'iql/*'`, `'*/1/utd1'`).
-Shapes: `pen` (45 observations, 24 actions), `cheetah` (17 and 6), `pixels` (a camera of 64 x 64 x 3 besides). Forms:
+Shapes: `pen` (45 observations, 24 actions), `cheetah` (17 and 6), `pixels` (a camera of 64 x 64 x 3 besides), `scene`
+(OGBench's, 40 and 5, for agents with published settings there; needs the package ogbench). Forms:
 
     offline   gradient steps per second of pre-training, drawing the minibatches included
     utdN      environment steps per second of the whole online loop, with N updates each
@@ -15,16 +17,19 @@ Shapes: `pen` (45 observations, 24 actions), `cheetah` (17 and 6), `pixels` (a c
 Each case runs in a process of its own, on random data and in a real environment. A rate is steps by seconds without the
 evaluation that ends each call, and of all seeds together. The first call, which compiles, does not count.
 
-Rates go to `benchmarks/results/rates/`, row by row; a case that has a row is left out unless `--again`. `--smoke`
-measures a few tiny cases into `runs/rates-smoke`: it shows that all works, its figures mean nothing. `--against` runs
-each case with the code of this checkout and with that of CHECKOUT, in turns, and prints the ratio of the rates. Run it
-alone on the machine.
+Rates go to `benchmarks/results/rates/`, row by row; a case that has a row is left out unless `--again`. `--together N`
+starts N processes at a time, which compile side by side and are then measured one after the other: for a machine with
+many cores and a GPU. `--smoke` measures a few tiny cases into `runs/rates-smoke`: it shows that all works, its figures
+mean nothing. `--against` runs each case with the code of this checkout and with that of CHECKOUT, in turns, and prints
+the ratio of the rates. `--seeds-pay` measures what 1, 2 and 4 seeds in one program cost at OGBench's sizes, in turns,
+into `benchmarks/results/seeds_pay/`; an agent that is measured anew replaces its rows. Run it alone on the machine.
 """
 
 import argparse
 import csv
 import dataclasses
 import fnmatch
+import importlib
 import json
 import os
 import resource
@@ -48,8 +53,11 @@ RATES, SMOKE_RATES = HERE / "results" / "rates", CHECKOUT / "runs" / "rates-smok
 NEVER = 10**9
 SHAPES = {"pen": ("AdroitHandPen-v1", 45, 24), "cheetah": ("HalfCheetah-v5", 17, 6)}
 SHAPES["pixels"] = SHAPES["cheetah"]
+SHAPES["scene"] = ("ogbench:scene-singletask-task1-v0", 40, 5)
+DATASETS = {shape: f"bench/{shape}-v0" for shape in SHAPES} | {"scene": "bench/scene-play-v0"}
+"""Names of the random datasets. OGBench's presets are chosen by words in them."""
 IMAGE_SIZE, EPISODE_STEPS = 64, 100
-SEEDS = (1, 5, 10)
+SEEDS, PAY_SEEDS = (1, 5, 10), (1, 2, 4)
 AGAINST = (
     "iql/pen/1/offline", "iql/pen/5/offline", "cql/pen/1/offline", "td3bc/cheetah/1/offline", "wsrl/pen/1/offline",
     "uni_o4/cheetah/1/offline", "rlpd/pen/1/utd1", "rlpd/pen/1/utd20", "sac/cheetah/1/utd1", "sac/cheetah/1/insert",
@@ -57,9 +65,19 @@ AGAINST = (
 )  # fmt: skip
 """Cases of `--against` without a pattern."""
 SMOKE = ("iql/pen/1/offline", "bc/cheetah/1/act", "sac/cheetah/5/utd1", "sac/cheetah/1/insert", "ppo/cheetah/1/online")
+ON_GPU = (
+    *(f"{agent}/scene/1/offline" for agent in ("ifql", "fql", "rebrac", "expo", "qam", "dsrl")),
+    "ifql/scene/2/offline", "ifql/scene/4/offline", "qam/scene/4/offline", "iql/pen/1/offline", "cql/pen/1/offline",
+    "rlpd/pen/1/utd1", "rlpd/pen/1/utd20", "iql/pen/5/offline", "sac/cheetah/1/utd1", "sac/cheetah/5/utd1",
+    "td3bc/cheetah/1/offline", "wsrl/pen/1/offline", "qc/pen/1/act", "ppo/cheetah/1/online",
+)  # fmt: skip
+"""Cases for a GPU that is at hand for minutes only, the most wanted first (`--on-gpu`)."""
 COLUMNS = ("device", "case", "unit", "per_second", "least", "most", "first_call_s", "peak_mb", "matmul_gflops")
 COLUMNS = (*COLUMNS, "jax", "commit", "date")
+PAY_COLUMNS = ("device", "agent", "seeds", "updates_per_second", "rates", "jax", "commit", "date")
 REPEATS, SECONDS, SMOKE_SECONDS, PAUSE = 5, 3.0, 0.1, 0.3
+PAY_SECONDS = 10.0
+"""On two cores an update of four seeds takes 1 to 4 s."""
 ANSWER_SECONDS = 3600.0
 """A process that says nothing for longer is ended."""
 
@@ -168,9 +186,11 @@ def meter_of(case: dict[str, Any], session: Any) -> Meter:
     """Return what measures a case of ours."""
     import gymnasium
 
-    for env in {env for env, _, _ in SHAPES.values()}:
-        gymnasium.registry[env].max_episode_steps = EPISODE_STEPS  # keeps the evaluations short
+    module, _, name = SHAPES[case["shape"]][0].rpartition(":")
+    if module:
+        importlib.import_module(module)  # registers it
     config, form = run_config(session, case), case["form"]
+    gymnasium.registry[name].max_episode_steps = 10 if form == "offline" else EPISODE_STEPS  # short evaluations
     trainer, done = session.build(config), 0
 
     def go(count: int) -> None:
@@ -249,8 +269,10 @@ class Worker:
         assert self.process.stdout is not None
         timer = threading.Timer(ANSWER_SECONDS, self.process.kill)
         timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
         found = json.loads(line) if line else {"error": self._last_words()}
         if "error" in found:
             raise MeasureError(f"{self.name}: {found['error']}")
@@ -276,17 +298,25 @@ class Worker:
         self.errors.close()
 
 
+def python_path(checkout: Path = CHECKOUT) -> str:
+    """Return `PYTHONPATH` of a process that takes o2o from a checkout, and all else from where this one does."""
+    others = (path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)
+    return os.pathsep.join([str(checkout), *others])
+
+
 def worker_of(case: dict[str, Any], checkout: Path) -> Worker:
     """Start the process that measures a case with the code of a checkout."""
     message = json.dumps({**case, "checkout": str(checkout)})
     cache = Path(case["dataset"]).parents[1] / f"cache{str(checkout).replace(os.sep, '-')}"  # formats may differ
-    env = {**os.environ, "PYTHONPATH": str(checkout), "O2O_CACHE": str(cache)}
+    env = {**os.environ, "PYTHONPATH": python_path(checkout), "O2O_CACHE": str(cache)}
     return Worker(case["name"], [sys.executable, str(Path(__file__).resolve()), "--child", message], env)
 
 
-def in_turns(workers: Sequence[Worker], forms: Sequence[Sequence[str]], smoke: bool) -> list[list[float]]:
+def in_turns(
+    workers: Sequence[Worker], forms: Sequence[Sequence[str]], smoke: bool, seconds: float = SECONDS
+) -> list[list[float]]:
     """Return each worker's rates of its forms: a list per form, all taking turns, in another order each round."""
-    rounds, seconds = (2, SMOKE_SECONDS) if smoke else (REPEATS, SECONDS)
+    rounds, seconds = (2, SMOKE_SECONDS) if smoke else (REPEATS, seconds)
     pairs = [(worker, form) for worker, own in zip(workers, forms, strict=True) for form in own]
     turns: list[tuple[Worker, str, list[float]]] = [(*pair, []) for pair in pairs]
     for i in range(rounds):
@@ -304,12 +334,12 @@ def datasets(smoke: bool, shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
     from minari.data_collector import EpisodeBuffer
 
     warnings.simplefilter("ignore", UserWarning)  # of data without an author
-    rng, sizes = np.random.default_rng(0), {"pen": 20_000, "cheetah": 20_000, "pixels": 2_000}
+    rng, sizes = np.random.default_rng(0), {"pixels": 2_000}
     with tempfile.TemporaryDirectory() as root:
         os.environ["MINARI_DATASETS_PATH"], found = root, {}
         for shape in dict.fromkeys(shapes):
             _, observation, action = SHAPES[shape]
-            rows = 1_000 if smoke else sizes[shape]
+            rows = 1_000 if smoke else sizes.get(shape, 20_000)
             spaces: dict[str, gymnasium.Space] = {
                 "state": gymnasium.spaces.Box(-np.inf, np.inf, (observation,), np.float32),
                 "free": gymnasium.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
@@ -328,11 +358,11 @@ def datasets(smoke: bool, shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
                 never = [False] * EPISODE_STEPS
                 episodes.append(EpisodeBuffer(**arrays, rewards=rewards, terminations=never, truncations=ends))
             minari.create_dataset_from_buffers(
-                f"bench/{shape}-v0", episodes,
+                DATASETS[shape], episodes,
                 observation_space=gymnasium.spaces.Dict(spaces) if shape == "pixels" else spaces["state"],
                 action_space=gymnasium.spaces.Box(-1.0, 1.0, (action,), np.float32),
             )  # fmt: skip
-            found[shape] = {"dataset": f"{root}/bench/{shape}-v0", "rows": rows}
+            found[shape] = {"dataset": f"{root}/{DATASETS[shape]}", "rows": rows}
         yield found
 
 
@@ -346,8 +376,10 @@ def all_cases() -> list[str]:
         forms = ("offline", "act", "insert", "utd1", "utd4", "utd20")
         if config.online.replay in ("none", "rollout"):
             forms = ("offline", "act", "online")
-        shapes = SHAPES if hasattr(config, "encoder") else ("pen", "cheetah")
+        shapes = ("pen", "cheetah", "pixels") if hasattr(config, "encoder") else ("pen", "cheetah")
         names += [f"{agent}/{shape}/{seeds}/{form}" for shape in shapes for seeds in SEEDS for form in forms]
+        if kind.preset("ogbench", "paper").tasks:
+            names += [f"{agent}/scene/{seeds}/offline" for seeds in PAY_SEEDS]
     return names
 
 
@@ -372,37 +404,118 @@ def spread(values: Sequence[float], form: str = ",.3g") -> str:
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def measure_rates(names: Sequence[str], smoke: bool, again: bool) -> int:
+def measure_rates(names: Sequence[str], smoke: bool, again: bool, folder: Path, together: int = 1) -> int:
     """Measure the cases that have no row yet, or all `again`; write every row at once. Return the exit code."""
-    folder, failed = SMOKE_RATES if smoke else RATES, 0
     have = set() if again or smoke else {row["case"] for row in read_table(folder / "rates.csv")}
-    names = [name for name in names if name not in have]
-    commit = subprocess.run(["git", "-C", CHECKOUT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    shared = {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    names, failed = [name for name in names if name not in have], 0
+    shared = {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
     with datasets(smoke, [name.split("/")[1] for name in names]) as data:
-        for name in names:
-            case = case_of(name, smoke, data)
-            worker = worker_of(case, CHECKOUT)
+        for first in range(0, len(names), together):
+            workers = {}
             try:
-                ready, seconds = worker.answer(), SMOKE_SECONDS if smoke else SECONDS
-                found = [worker.measure(case["form"], seconds) for _ in range(REPEATS)]
+                for name in names[first : first + together]:
+                    workers[name] = worker_of(case_of(name, smoke, data), CHECKOUT)
+                ready: dict[str, dict[str, Any]] = {}
+                for name, worker in workers.items():
+                    try:
+                        ready[name] = worker.answer()
+                    except MeasureError as error:
+                        print(error, flush=True)
+                        failed = 1
+                for name in ready:
+                    failed |= _measure_rate(name, workers[name], {**shared, **ready[name]}, smoke, folder)
+            finally:
+                for worker in workers.values():
+                    worker.close()
+    print(f"written to {folder}")
+    return failed
+
+
+def _measure_rate(name: str, worker: Worker, about: dict[str, Any], smoke: bool, folder: Path) -> int:
+    """Measure one case and write its row; return the exit code."""
+    form = name.split("/")[-1]
+    try:
+        found = [worker.measure(form, SMOKE_SECONDS if smoke else SECONDS) for _ in range(REPEATS)]
+    except MeasureError as error:
+        print(error, flush=True)
+        return 1
+    rates, unit = [each["rate"] for each in found], "updates" if form == "offline" else "steps"
+    row = {**about, "case": name, "unit": unit, "per_second": statistics.median(rates)}
+    row |= {"least": min(rates), "most": max(rates), "peak_mb": found[-1]["peak_mb"]}
+    texts = {key: f"{v:.4g}" if isinstance(v := row[key], float) else str(v) for key in COLUMNS}
+    old = [r for r in read_table(folder / "rates.csv") if (r["device"], r["case"]) != (row["device"], name)]
+    rows = sorted([*old, texts], key=lambda r: (r["device"], r["case"]))
+    text = "# Rates\n\nMade by `python benchmarks/throughput.py`, whose docstring explains the cases.\n\n"
+    write_table(folder, "rates.csv", rows, text + markdown_table(COLUMNS, rows))
+    print(f"{name:<28} {spread(rates)} {unit}/s", flush=True)
+    return 0
+
+
+def commit() -> str:
+    """Return the commit of this checkout; empty where nobody knows it."""
+    from o2o.runs.folder import versions
+
+    return versions().get("commit", "")
+
+
+def measure_seeds(agents: Sequence[str], smoke: bool, folder: Path) -> int:
+    """Measure what `PAY_SEEDS` seeds in one program make at OGBench's sizes, in turns. Return the exit code."""
+    failed = 0
+    with datasets(smoke, ["scene"]) as data:
+        for agent in agents:
+            names, workers, ready = [f"{agent}/scene/{seeds}/offline" for seeds in PAY_SEEDS], [], []
+            try:
+                for name in names:
+                    workers.append(worker_of(case_of(name, smoke, data), CHECKOUT))
+                    ready.append(workers[-1].answer())  # one at a time: they compile
+                found = in_turns(workers, [["offline"]] * len(workers), smoke, PAY_SECONDS)
             except MeasureError as error:
-                print(error, flush=True)
+                print(f"{agent}: {error}", flush=True)
                 failed = 1
                 continue
             finally:
-                worker.close()
-            rates, unit = [each["rate"] for each in found], "updates" if case["form"] == "offline" else "steps"
-            row = {**shared, **ready, "case": name, "unit": unit, "per_second": statistics.median(rates)}
-            row |= {"least": min(rates), "most": max(rates), "peak_mb": found[-1]["peak_mb"]}
-            texts = {key: f"{v:.4g}" if isinstance(v := row[key], float) else str(v) for key in COLUMNS}
-            old = [r for r in read_table(folder / "rates.csv") if (r["device"], r["case"]) != (row["device"], name)]
-            rows = sorted([*old, texts], key=lambda r: (r["device"], r["case"]))
-            text = "# Rates\n\nMade by `python benchmarks/throughput.py`, whose docstring explains the cases.\n\n"
-            write_table(folder, "rates.csv", rows, text + markdown_table(COLUMNS, rows))
-            print(f"{name:<28} {spread(rates)} {unit}/s", flush=True)
+                for worker in workers:
+                    worker.close()
+            shared = {"device": ready[0]["device"], "agent": agent, "jax": ready[0]["jax"], "commit": commit()}
+            rows = [
+                {
+                    **shared, "seeds": str(seeds),
+                    "updates_per_second": f"{statistics.median(rates):.4g}",
+                    "rates": " ".join(f"{rate:.4g}" for rate in rates), "date": time.strftime("%Y-%m-%d"),
+                }
+                for seeds, rates in zip(PAY_SEEDS, found, strict=True)
+            ]  # fmt: skip
+            key = (shared["device"], agent)
+            old = [row for row in read_table(folder / "rounds.csv") if (row["device"], row["agent"]) != key]
+            rows = sorted([*old, *rows], key=lambda row: (row["device"], row["agent"], int(row["seeds"])))
+            rows = [{column: row[column] for column in PAY_COLUMNS} for row in rows]
+            write_table(folder, "rounds.csv", rows, seeds_text(rows))
+            print(f"{agent:<10} {', '.join(spread(rates) for rates in found)} updates/s", flush=True)
     print(f"written to {folder}")
     return failed
+
+
+def seeds_text(rows: Sequence[dict[str, str]]) -> str:
+    """Return the report on seeds side by side: what an update of n seeds costs in updates of one, round by round."""
+    text = (
+        "# Seeds side by side at OGBench's sizes\n\nMade by `python benchmarks/throughput.py --seeds-pay`: "
+        "pre-training of 1, 2 and 4 seeds in one program, the `paper` preset of each agent for OGBench's scene "
+        "(batches of 256, chunks of 5), in turns. Cost: of an update of all seeds, in updates of one seed in the same "
+        "round; n would be a run after the other. Medians over the rounds, least and most in brackets.\n"
+    )
+    for device in dict.fromkeys(row["device"] for row in rows):
+        cells = []
+        for agent in dict.fromkeys(row["agent"] for row in rows if row["device"] == device):
+            own = {int(row["seeds"]): row for row in rows if (row["device"], row["agent"]) == (device, agent)}
+            rates = {seeds: [float(rate) for rate in row["rates"].split()] for seeds, row in own.items()}
+            costs = {n: [n * one / all_ for one, all_ in zip(rates[1], rates[n], strict=True)] for n in rates}
+            cells.append(
+                {"agent": agent, "updates/s, one seed": spread(rates[1])}
+                | {f"cost of {n}": spread(costs[n], ".2f") for n in sorted(rates) if n > 1}
+            )
+        about = next(row for row in rows if row["device"] == device)
+        text += f"\n## {device}\n\njax {about['jax']}, {about['date']}.\n\n{markdown_table(list(cells[0]), cells)}"
+    return text
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -458,6 +571,12 @@ def main(args: list[str]) -> int:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN")
     parser.add_argument("--again", action="store_true", help="measure cases that have a row, too")
     parser.add_argument("--smoke", action="store_true", help="a few tiny cases")
+    parser.add_argument(
+        "--on-gpu", action="store_true", help="the cases most wanted of a GPU, where no PATTERN is given"
+    )
+    parser.add_argument("--seeds-pay", action="store_true", help="seeds side by side; then PATTERNs are agents")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="processes that start side by side")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout to measure in turns with")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args(args)
@@ -467,14 +586,28 @@ def main(args: list[str]) -> int:
     sys.path.insert(0, str(CHECKOUT))
     if given.against and not (given.against / "o2o" / "__init__.py").exists():
         parser.error(f"--against {given.against}: no checkout of o2o there")
+    if given.together < 1:
+        parser.error(f"--together {given.together}: at least one process")
+    default = ON_GPU if given.on_gpu else AGAINST if given.against else all_cases()
+    if given.seeds_pay:
+        patterns, default = [f"{agent}/scene/1/offline" for agent in given.patterns], ("ifql/scene/1/offline",)
+    else:
+        patterns, default = given.patterns, SMOKE if given.smoke and not given.on_gpu else default
     try:
-        names = chosen(given.patterns, SMOKE if given.smoke else AGAINST if given.against else all_cases())
+        names = chosen(patterns, default)
     except MeasureError as error:
         parser.error(str(error))
+    if given.seeds_pay:
+        own = SMOKE_RATES if given.smoke else HERE / "results" / "seeds_pay"
+        return measure_seeds([name.split("/")[0] for name in names], given.smoke, given.out or own)
     if given.against:
         return compare(names, given.against.resolve(), given.smoke)
-    return measure_rates(names, given.smoke, given.again)
+    folder = given.out or (SMOKE_RATES if given.smoke else RATES)
+    return measure_rates(names, given.smoke, given.again, folder, given.together)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was finished is kept")

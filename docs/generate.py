@@ -242,6 +242,10 @@ def command_line() -> None:
         kinds, rows = typing.get_type_hints(function, include_extras=True), []
         for param in inspect.signature(function).parameters.values():
             kind = kinds[param.name]
+            if dataclasses.is_dataclass(param.default):
+                group = fields_of(type(param.default))
+                rows += [(f"`--{name.strip('`').replace('_', '-')}`", *rest) for name, *rest in group]
+                continue
             positional = get_origin(kind) is Annotated and get_args(kind)[1] is get_args(cli.Name[int])[1]
             option = param.name.upper() if positional else f"--{param.name.replace('_', '-')}"
             rows.append((f"`{option}`", wanted(kind), code(param.default), meaning.get(param.name, "")))

@@ -26,7 +26,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from gymnasium.envs.registration import EnvSpec
 
-from o2o.data import files
+from o2o.data import files, views
+from o2o.data.datasets import tell_versions
 from o2o.data.files import Episode
 from o2o.data.recorder import read_episode, write_episode
 from o2o.data.task import Part, judge
@@ -43,6 +44,8 @@ CUBE = 7
 STATES = ("qpos", "qvel", "button_states")
 HEADER, LOCK = "make.json", "lock"
 POLL_S = 0.2
+SLACK = 4_000_000
+"""Bytes beyond the numbers of a set that HDF5 may take, and some for others who write to the disk."""
 EXTRA = "pip install 'o2o[ogbench]'"
 
 Progress = Callable[[int, int], None]
@@ -94,6 +97,10 @@ def versions() -> dict[str, str]:
 def play_id(name: str) -> tuple[str, str]:
     """Return the ids of a scene's sets, for training and for validation; raises `DatasetError` for an unknown scene."""
     scene = name.removeprefix(files.OGBENCH_PREFIX).removesuffix("-v0")
+    if (whole := views.set_of(scene)) != scene and whole in PLAYS:
+        raise DatasetError(
+            f"{scene!r} is read from the set of its scene, which all its tasks share: `o2o data make ogbench/{whole}`"
+        )
     if scene not in PLAYS:
         hint = suggest(scene, PLAYS)
         raise DatasetError(f"no play data of OGBench for {scene!r}; {hint} (`o2o data make ogbench/scene-play`)")
@@ -269,7 +276,8 @@ def _is_there(dataset_id: str, recipe: dict[str, Any], root: str | Path | None) 
     """Whether a set is there; raises `DatasetError` if it was made otherwise. Other versions are no other recipe."""
     if dataset_id not in files.local_ids(root):
         return False
-    made = files.info(dataset_id, root).metadata.get("recipe")
+    about = files.info(dataset_id, root)
+    made = about.metadata.get("recipe")
     made = made if isinstance(made, dict) else {}
     changed = [key for key in recipe if key not in versions() and made.get(key) != recipe[key]]
     if changed:
@@ -278,6 +286,7 @@ def _is_there(dataset_id: str, recipe: dict[str, Any], root: str | Path | None) 
             f"dataset {dataset_id} exists but was made otherwise ({told}): delete its folder to make it anew, or give "
             "another --root"
         )
+    tell_versions(about)
     return True
 
 
@@ -302,12 +311,19 @@ def _check_room(job: "_Job", player: Player) -> None:
     numbers = sum(np.prod(space.shape or ()) for space in (player.env.observation_space, player.env.action_space))
     row = 4 * (numbers + model.model.nq + model.model.nv + 8)
     done = len(job.done())
-    needed = int(row * job.steps * (2 * len(job.wanted) - done))
-    free = shutil.disk_usage(job.work).free
-    if free < needed:
+    _check_free(job.work.parent, int(row * job.steps * (2 * len(job.wanted) - done)))
+
+
+def _check_free(folder: Path, needed: int) -> None:
+    """Raise `DatasetError` unless a folder's disk takes so many bytes and `SLACK` more.
+
+    A disk that is full when HDF5 closes its file ends the process, so this is looked at before each set is written.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + SLACK:
         raise DatasetError(
-            f"{job.work.parent} has {free / 1e6:.0f} MB free, and making the sets takes about {needed / 1e6:.0f} MB: "
-            "free some space, or give another --root"
+            f"{folder} has {free / 1e6:.0f} MB free, and making the sets takes about {(needed + SLACK) / 1e6:.0f} MB: "
+            "free some space and give the command again, or give another --root"
         )
 
 
@@ -408,6 +424,7 @@ def _write(
 ) -> None:
     """Write the set of one part from the files of its episodes; it appears whole or not at all."""
     keys = [key for key in job.wanted if key[0] == part]
+    _check_free(job.work.parent, sum(job.file(*key).stat().st_size for key in keys))
 
     def episodes() -> Iterator[Episode]:
         for key in keys:

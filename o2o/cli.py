@@ -22,12 +22,11 @@ from tyro.extras import SubcommandApp
 from o2o import trust
 from o2o.config import RunConfig, keyword_arguments
 from o2o.errors import ConfigError, DatasetError, O2OError, suggest
-from o2o.settings import AboveZero, Amount, Count, NotNegative, Seed, checked
+from o2o.settings import AboveZero, Amount, Count, NotNegative, Seed, checked, read
 from o2o.startup import prepare_process
 from o2o.usage import WORDS, as_options, booleans, in_options, one_line, spelled_out
 
 Name = tyro.conf.Positional
-Where = Literal["local", "ray"]
 TRUST = "--trust"
 ABOUT = (
     "Offline-to-online reinforcement learning: pre-train on recorded data, fine-tune in the environment. With --trust, "
@@ -701,6 +700,24 @@ def record(
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the cells of a suite or sweep run."""
+
+    where: Literal["local", "ray"] = "local"
+    """`local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray])."""
+    ray: str | None = None
+    """Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine."""
+    cpus: AboveZero = 1.0
+    """CPU cores of a cell, with Ray."""
+    gpus: NotNegative = 0.0
+    """GPUs of a cell, with Ray; 0.5: two cells share one."""
+    memory_gb: NotNegative = 0.0
+    """Memory in GiB that a node must have free for a cell, with Ray; 0: not looked at."""
+    retries: Amount = 3
+    """How often a cell goes on from its last checkpoint after its worker or node died, with Ray."""
+
+
 def bench_run(
     suite: Name[str],
     agents: tuple[str, ...] = (),
@@ -708,12 +725,7 @@ def bench_run(
     seeds: Count | None = None,
     out: Path | None = None,
     store: str | None = None,
-    where: Where = "local",
-    ray: str | None = None,
-    cpus: AboveZero = 1.0,
-    gpus: NotNegative = 0.0,
-    memory_gb: NotNegative = 0.0,
-    retries: Amount = 3,
+    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
 ) -> int:
     """Run the cells of a suite that are missing and resume those that were interrupted.
 
@@ -725,18 +737,13 @@ def bench_run(
         out: Folder of results, with the runs in OUT/runs; default: benchmarks/results, with the runs in runs/bench.
         store: Address where results and runs are kept too, such as s3://bucket/tried (needs o2o[cloud]); then machines
             need not share a folder.
-        where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
-        ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
-        cpus: CPU cores of a cell, with Ray.
-        gpus: GPUs of a cell, with Ray; 0.5: two cells share one.
-        memory_gb: Memory in GiB that a node must have free for a cell, with Ray; 0: not looked at.
-        retries: How often a cell goes on from its last checkpoint after its worker or node died, with Ray.
+        place: Where the cells run.
     """
     from o2o.report import jobs
     from o2o.report.suite import load_suite
 
     found = load_suite(suite)
-    with _cells(where, ray, (cpus, gpus, memory_gb, retries), _store(store, found.name, out)) as do:
+    with _cells(place, _store(store, found.name, out)) as do:
         return do(jobs.plan(found, agents, tasks, seeds, out))
 
 
@@ -753,14 +760,13 @@ def _store(address: str | None, suite: str, out: Path | None) -> Any:
 
 
 @contextlib.contextmanager
-def _cells(
-    where: Where, ray: str | None, needs: tuple[float, float, float, int], store: Any = None
-) -> Iterator[Callable[[Sequence[Any]], int]]:
+def _cells(place: Place, store: Any = None) -> Iterator[Callable[[Sequence[Any]], int]]:
     """Give the function that does planned cells and returns the exit code. Raises `ConfigError` for a bad place."""
     from o2o.report import jobs
     from o2o.runs import session
     from o2o.runs.loggers import Screen
 
+    read(dataclasses.asdict(place), Place)
     console = Console(stderr=True)
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
 
@@ -771,12 +777,13 @@ def _cells(
             if store and planned:
                 store.keep(planned[0].results)
 
-    if where == "ray":
+    if place.where == "ray":
         from o2o.runs.on_ray import Resources, on_ray
 
-        work = on_ray(ray, Resources(*needs), say, console, store)
+        needs = Resources(place.cpus, place.gpus, place.memory_gb, place.retries)
+        work = on_ray(place.ray, needs, say, console, store)
         yield lambda planned: finish(planned, work)
-    elif ray is not None:
+    elif place.ray is not None:
         raise ConfigError("`ray` is the address of a cluster, and `where` is local; say `--where ray` too")
     else:
         with Screen(console) as screen:
@@ -790,12 +797,7 @@ def sweep(
     file: Name[Path],
     out: Path = Path("runs/sweeps"),
     store: str | None = None,
-    where: Where = "local",
-    ray: str | None = None,
-    cpus: AboveZero = 1.0,
-    gpus: NotNegative = 0.0,
-    memory_gb: NotNegative = 0.0,
-    retries: Amount = 3,
+    place: tyro.conf.OmitArgPrefixes[Place] = Place(),
     json: bool = False,
 ) -> int:
     """Train all combinations of settings, datasets and seeds of a file, and print their scores, the best first.
@@ -805,12 +807,7 @@ def sweep(
         out: Folder of results, with the runs in OUT/runs. A finished cell is never run again.
         store: Address where results and runs are kept too, such as s3://bucket/tried (needs o2o[cloud]); then machines
             need not share a folder.
-        where: `local`: one cell after the other in this process; `ray`: as tasks of Ray (needs o2o[ray]).
-        ray: Address of a Ray cluster, host:port; default: RAY_ADDRESS, else Ray is started on this machine.
-        cpus: CPU cores of a cell, with Ray.
-        gpus: GPUs of a cell, with Ray; 0.5: two cells share one.
-        memory_gb: Memory in GiB that a node must have free for a cell, with Ray; 0: not looked at.
-        retries: How often a cell goes on from its last checkpoint after its worker or node died, with Ray.
+        place: Where the cells run.
         json: Print the table as JSON.
     """
     from o2o.report import jobs
@@ -820,7 +817,7 @@ def sweep(
 
     found, out = load_sweep(file), out.absolute()  # an environment may change the working folder
     suite = found.suite()
-    with _cells(where, ray, (cpus, gpus, memory_gb, retries), _store(store, suite.name, out)) as do:
+    with _cells(place, _store(store, suite.name, out)) as do:
         planned = jobs.plan(suite, out=out)
         for job in planned:
             if job.state != "finished":
@@ -1022,7 +1019,16 @@ def _named(args: Sequence[str]) -> tuple[str, Any]:
 
 def _options(command: Any) -> set[str]:
     """Return the names that a message to who gave a command may use for its options: the command's own and a run's."""
-    return OPTIONS | set(inspect.signature(command).parameters) if callable(command) else OPTIONS
+    return OPTIONS | arguments_of(command) if callable(command) else OPTIONS
+
+
+def arguments_of(command: Callable[..., Any]) -> set[str]:
+    """Return the names of a command's arguments; a group of options, such as `Place`, counts as its members."""
+    found = set()
+    for param in inspect.signature(command).parameters.values():
+        group = dataclasses.is_dataclass(param.default)
+        found |= {field.name for field in dataclasses.fields(param.default)} if group else {param.name}
+    return found
 
 
 def _dispatch(args: list[str]) -> int:

@@ -243,7 +243,7 @@ def _refuse(name: str, problem: str, skip: bool) -> None:
         raise DatasetError(f"dataset {name}: {problem}; or set `skip_bad_episodes` to leave such episodes out")
 
 
-def _tell_versions(about: DatasetInfo) -> None:
+def tell_versions(about: DatasetInfo) -> None:
     """Log a warning if the packages that a dataset was made with are here in other versions."""
     made = about.metadata.get("made_with")
     changed = []
@@ -265,7 +265,7 @@ def _tell_versions(about: DatasetInfo) -> None:
 
 def _tell(rows: Rows, about: DatasetInfo, achieved_goal: bool | None) -> None:
     """Log what was noticed while the rows were read."""
-    _tell_versions(about)
+    tell_versions(about)
     if (known := views.tasks(about.metadata)) and "goal" not in about.metadata:
         log.warning(
             "dataset %s holds several tasks and none is named, so every reward is 0: name one, such as %s-%s",

@@ -32,6 +32,12 @@ EMBEDDED_PREFIX = "o2o/embedded/"
 """Ids of the datasets that o2o makes itself."""
 OGBENCH_PREFIX = "ogbench/"
 """Ids of the datasets that o2o makes with OGBench's oracles."""
+CAN_BE_MADE = (
+    *(EMBEDDED_PREFIX + name for name in ("pointmaze-umaze", "pointmaze-medium", "pointmaze-pixels")),
+    *(f"{OGBENCH_PREFIX}{name}-play" for name in ("cube-single", "cube-double", "cube-triple", "scene")),
+    *(f"{OGBENCH_PREFIX}{name}-play" for name in ("puzzle-3x3", "puzzle-4x4")),
+)
+"""Datasets that `o2o data make` makes, without their version; `o2o.envs` has the recipes."""
 NUMBERS = "fiub"
 """Kinds of NumPy types that hold real numbers or flags."""
 WATCHERS = ("HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics")
@@ -132,14 +138,22 @@ def locate(dataset: str | Path, root: str | Path | None = None, download: bool =
         raise DatasetError(f"dataset {name}: its data folder has no {METADATA_FILE_NAME}; copy or download it again")
     if download:
         return _download(name, base)
-    get = f"`minari download {name}` (needs the network and o2o[hub])"
-    if name.startswith(EMBEDDED_PREFIX):
-        get = f"`o2o data make {name.removeprefix(EMBEDDED_PREFIX).rsplit('-v', 1)[0]}`"
-    if name.startswith(OGBENCH_PREFIX):
-        get = f"`o2o data make {views.set_of(name)}`"
     near = suggest(name, local_ids(base), "", count=3)
     hint = f"{near} Otherwise " if near else ""
-    raise DatasetError(f"dataset {name!r} is not under {base}: {hint}get it with {get}, or set MINARI_DATASETS_PATH")
+    raise DatasetError(f"dataset {name!r} is not under {base}: {hint}{_source_of(name)}, or set MINARI_DATASETS_PATH")
+
+
+def _source_of(name: str) -> str:
+    """Return how to get a dataset that is not there, or that nobody can make it under this name."""
+    made = views.set_of(name)
+    if not name.startswith((EMBEDDED_PREFIX, OGBENCH_PREFIX)):
+        return f"get it with `minari download {name}` (needs the network and o2o[hub])"
+    if made in CAN_BE_MADE:
+        return f"get it with `o2o data make {made.removeprefix(EMBEDDED_PREFIX)}`"
+    prefix = EMBEDDED_PREFIX if name.startswith(EMBEDDED_PREFIX) else OGBENCH_PREFIX
+    family = [known.removeprefix(prefix) for known in CAN_BE_MADE if known.startswith(prefix)]
+    hint = suggest(made.removeprefix(prefix), family).rstrip("?")
+    return f"o2o makes no {made!r}, {hint}: give another name, or a path"
 
 
 def _download(name: str, base: Path) -> Path:

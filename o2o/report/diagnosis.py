@@ -44,9 +44,7 @@ def number(value: float | None) -> str:
 def headline(found: Mapping[str, Any]) -> str:
     """Return what is expected at the switch, in one sentence."""
     if found["dip"] is None:
-        return "Whether it will dip cannot be said: " + (
-            "the agent has no Q." if found["q"] is None else "the policy never succeeds."
-        )
+        return f"Whether it will dip cannot be said: {found['unsaid']}"
     return "A dip is likely when it goes online." if found["dip"] else "No dip is expected when it goes online."
 
 

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from o2o.agents import WSRL
 from o2o.closing import Closing
 from o2o.data import datasets
 from o2o.data.checks import summary
 from o2o.data.normalizer import Normalizer, normalize
-from o2o.errors import ConfigError, DivergenceError
+from o2o.errors import ConfigError, DivergenceError, O2OError
 from o2o.report import diagnosis as report
 from o2o.report.plots import judged_by
 from o2o.runs.opened import Opened
+from o2o.runs.presets import preset_run
 from o2o.runs.session import check_seed_index, env_maker, open_agents, unchanged, without_environment
 from o2o.settings import Amount, Count, Seed, checked
 from o2o.train.acting import stack_of_one
@@ -206,6 +208,7 @@ def diagnose(
         "agent": opened.settings.agent,
         "dataset": list(opened.settings.dataset),
         "preset": opened.settings.preset,
+        "starts_wsrl": _starts_wsrl(opened, agent),
         "checkpoint": opened.counters.point,
         "seed_index": seed_index,
         "seed": seed,
@@ -218,6 +221,17 @@ def diagnose(
     found |= judge(found, path)
     report.write(path / "diagnosis", found, points)
     return found
+
+
+def _starts_wsrl(opened: Opened, agent: Agent) -> bool:
+    """Whether the WSRL of the run's own preset can start from its agent: same networks, a squashed Gaussian."""
+    run = opened.settings
+    try:
+        config: Any = preset_run("wsrl", run.dataset, run.preset, env=run.env, task=run.task).config
+        WSRL.from_agent(agent, config)  # pyright: ignore[reportArgumentType]
+    except O2OError:
+        return False
+    return True
 
 
 def has_q(agent: Agent, data: datasets.Dataset) -> bool:
@@ -428,15 +442,34 @@ def _around(
 def judge(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the `signs` that the numbers of a diagnosis give, whether a `dip` is expected, and a `recommendation`.
 
-    `dip` is None where that cannot be said: the agent has no Q, or its policy has nothing to lose.
+    `dip` is None where that cannot be said, and `unsaid` says why: the agent has no Q, its policy has nothing to lose,
+    or it lost what so few episodes do not tell from chance.
     """
     signs = {sign["name"]: sign for sign in _signs(found)}
     warns = {name for name, sign in signs.items() if sign["warns"]}
     lost = found["judged_by"] == "success" and found["policy"]["mode"]["score"] == 0.0
-    dip = None
-    if found["q"] is not None and not lost:
+    dip, unsaid = None, ""
+    if found["q"] is None:
+        unsaid = "the agent has no Q."
+    elif lost:
+        unsaid = "the policy's mode never succeeds."
+    else:
         dip = "misled" in warns or ("q_rises" in warns and bool(warns & {"brittle", "q_off", "q_blind"}))
-    return {"signs": list(signs.values()), "dip": dip, "recommendation": _recommend(found, warns, dip, lost, path)}
+        if not dip and "misled" in signs and signs["misled"]["value"] > MISLED:
+            dip, unsaid = None, _too_few(found, signs["misled"]["value"])
+    advice = _recommend(found, warns, dip, lost, path)
+    return {"signs": list(signs.values()), "dip": dip, "unsaid": unsaid, "recommendation": advice}
+
+
+def _too_few(found: Mapping[str, Any], lost: float) -> str:
+    """Return why a loss of this share of the score counts for nothing yet, and how many episodes would tell."""
+    mode, up, episodes = found["policy"]["mode"], found["policy"]["up"], found.get("episodes", EPISODES)
+    errors = 2.0 * math.hypot(mode["error"], up["error"]) / (mode["score"] - up["score"])
+    wanted = math.ceil(1.5 * episodes * errors**2 / 10) * 10
+    return (
+        f"moved up its Q the policy lost {100 * lost:.0f} % of its score, and {episodes} episodes do not tell that "
+        f"from chance; diagnose it with {wanted} episodes."
+    )
 
 
 def _sign(name: str, value: float | None, limit: float, warns: bool, says: str) -> dict[str, Any]:
@@ -484,10 +517,6 @@ def _signs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return signs
 
 
-SWITCHES = ("wsrl", "bc", "iql", "cql", "calql", "sac", "rlpd")
-"""Agents whose runs WSRL can start from."""
-
-
 def _recommend(
     found: Mapping[str, Any], warns: set[str], dip: bool | None, lost: bool, path: str | Path
 ) -> dict[str, Any]:
@@ -499,24 +528,26 @@ def _recommend(
     warmup = min(max(round(episodes * (sample["length"] or 0) / 100) * 100, LEAST), MOST)
     reasons.append(f"A warm-up of {warmup} steps holds about {warmup / max(sample['length'] or 1, 1):.0f} episodes.")
     keep, alone, target = False, 0, "off"
-    own = found["agent"].rpartition(":")[2]
-    agent = "wsrl" if own in SWITCHES else own
+    agent = "wsrl" if found["starts_wsrl"] else found["agent"].rpartition(":")[2]
     if lost:
         agent, keep = "rlpd", True
-        reasons.append("The policy never succeeds, so there is nothing to lose: the data are the better start.")
+        reasons.append("The policy's mode never succeeds: there is little to lose, and the data are the better start.")
     elif "below_data" in warns:
         keep = True
         reasons.append("The data are better than the policy: keep them in the batches.")
-    else:
+    elif dip is False:
         reasons.append("The policy is as good as the data: it can do without them.")
-    if dip is None and not lost:
+    if found["q"] is None and not lost:
         agent, keep, alone, target = "residual", True, 5_000, "td"
         reasons.append("The agent has no Q: a new one must be learnt before the policy may move.")
-    elif dip:
+    elif dip is not False and not lost:
         agent, keep, alone = "residual", True, 2_000
         target = "mc" if "q_off" in warns else "td"
-        reasons.append("The critic misleads the policy: a dip is likely. A residual policy begins exactly at this one.")
-    elif not lost and warns & {"q_off", "q_blind"}:
+        likely = "The critic misleads the policy: a dip is likely." if dip else "The critic may mislead the policy."
+        reasons.append(f"{likely} A residual policy begins exactly at this one.")
+    elif (
+        not lost and found["starts_wsrl"] and warns & {"q_off", "q_blind"}
+    ):  # a run that only goes on has no such phase
         alone, target = 2_000, "mc" if "q_off" in warns else "td"
         reasons.append("Q does not fit the policy's own episodes: let the critics learn alone first.")
     return {
@@ -536,7 +567,7 @@ def _command(found: Mapping[str, Any], agent: str, keep: bool, warmup: int, alon
     words += " --preset small" if found["preset"] == "small" else ""
     if agent == "residual":
         return f"{words} --base {path}"
-    if agent != "wsrl":
+    if agent != "wsrl" or not found["starts_wsrl"]:
         return words if agent == "rlpd" else f"o2o resume {path} --online-steps {10 * warmup}"
     words += f" --init-from {path} --config.online.warmup-steps {warmup}"
     words += " --config.online.replay mixed" if keep else ""

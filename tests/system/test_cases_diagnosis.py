@@ -164,7 +164,7 @@ def numbers(up: float = 0.6, bias: float = 0.0, rise: float = 0.1, data: float =
     """Return the numbers of a diagnosis as judged."""
     q = {"relative_bias": bias, "correlation": 0.8}
     return {
-        "judged_by": "success", "agent": "wsrl", "dataset": ["a/b-v0"], "preset": "small",
+        "judged_by": "success", "agent": "wsrl", "starts_wsrl": True, "dataset": ["a/b-v0"], "preset": "small",
         "policy": {"mode": form(mode), "sample": form(mode), "random": form(mode), "up": form(up), "data": form(data)},
         "q": {"scale": 2.0, "rollouts": q, "data": q},
         "actions": {"top_above_data": 2.0 * rise},

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +211,13 @@ def options() -> set[str]:
     for item in cli.COMMANDS.values():
         functions: list[Any] = [item] if callable(item) else list(item.values())
         for function in functions:
-            found |= {f"--{param.replace('_', '-')}" for param in signature(function).parameters}
+            found |= {f"--{param.replace('_', '-')}" for param in cli.arguments_of(function)}
     return found
 
 
 def test_named_options_exist() -> None:
     """Every option that a page names is one, or begins some."""
-    known = options() | {"--against", "--config.FIELD", "--config.NAME", "--loop.NAME", "--task.NAME"}
+    known = options() | {"--against", "--smoke", "--config.FIELD", "--config.NAME", "--loop.NAME", "--task.NAME"}
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)):
             named = re.findall(r"(?<!\S)(--[\w.-]+)", span)

@@ -124,7 +124,8 @@ def test_committed_figures():
     """The committed figures are those of the suites' cells, each once, with a source; other suites have none."""
     suites = run_file(ROOT / "benchmarks/suites.py").SUITES
     with_figures = [suite for suite in suites.values() if suite.published is not None]
-    assert {suite.name for suite in with_figures} == {"ogbench", "ogbench_k2"}
+    longer = {f"ogbench_{count}k" for count in (100, 200, 500, 1000)}
+    assert {suite.name for suite in with_figures} == {"ogbench", "ogbench_k2", *longer}
     cells = {(cell.dataset, cell.label) for suite in with_figures for cell in suite.cells()}
     rows = read_published(suites["ogbench"].published)
     assert {(row.dataset, row.method) for row in rows} == cells
