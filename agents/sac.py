@@ -257,7 +257,7 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
 
 @register_agent("sac")
 class SAC(Agent):
-    r"""Soft actor-critic with a critic ensemble.
+    r"""Soft actor-critic with a critic ensemble: climbs Q plus entropy.
 
     Equations (method, and the settings that enter):
     - `targets` (`target_subset`, `backup_entropy`, `max_target_actions`):
@@ -479,7 +479,7 @@ class SAC(Agent):
 
 @register_agent("rlpd")
 class RLPD(ByChunks, SAC):
-    r"""SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset.
+    r"""RLPD: SAC with ten critics, many updates a step, half of each minibatch from the dataset.
 
     Equations (method, and the settings that enter):
     - `targets` (`num_critics`, `target_subset`, `backup_entropy`):

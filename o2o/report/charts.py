@@ -27,6 +27,8 @@ class Line:
     band: Band
     index: int = 0
     """Number of its colour and marker."""
+    published: bool = False
+    """Other people's figures: dashed and thin, with hollow markers."""
 
 
 def number(value: float) -> str:
@@ -130,9 +132,10 @@ def chart(
     )
 
 
-def _colour(index: int) -> str:
-    """Return the classes of line `index`: where the colours begin again, lines are dashed."""
-    return f"c{index % len(SHAPES)}{' again' * (index >= len(SHAPES))}"
+def _classes(line: Line) -> str:
+    """Return the classes of a line: where the colours begin again, lines are dashed."""
+    again, theirs = " again" * (line.index >= len(SHAPES)), " published" * line.published
+    return f"c{line.index % len(SHAPES)}{again}{theirs}"
 
 
 Scale = Callable[[float], float]
@@ -140,7 +143,7 @@ Scale = Callable[[float], float]
 
 def _line(line: Line, x: Scale, y: Scale) -> tuple[list[str], list[tuple[float, str]]]:
     """Return the SVG of one line, and its points with their values as text."""
-    band, color = line.band, _colour(line.index)
+    band, color = line.band, _classes(line)
     known = np.isfinite(band.centre)
     band = Band(*(part[known] for part in (band.steps, band.centre, band.low, band.high)))
     if not len(band.steps):
@@ -165,8 +168,8 @@ def _line(line: Line, x: Scale, y: Scale) -> tuple[list[str], list[tuple[float, 
 def legend(lines: Iterable[Line]) -> str:
     """Return the legend of lines."""
     entries = [
-        f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {_colour(line.index)}" d="M0 6h26"/>'
-        f'<g class="points {_colour(line.index)}">{marker(line.index, 13, 6)}</g></svg>{escape(line.label)}</li>'
+        f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {_classes(line)}" d="M0 6h26"/>'
+        f'<g class="points {_classes(line)}">{marker(line.index, 13, 6)}</g></svg>{escape(line.label)}</li>'
         for line in lines
     ]
     return f'<ul class="legend">{"".join(entries)}</ul>'

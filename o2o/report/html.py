@@ -37,6 +37,7 @@ svg text{fill:var(--ink);font-size:13px}svg .tick{fill:var(--soft);font-size:12p
 .level{stroke:var(--soft);stroke-dasharray:1.5 3}.hair{stroke:var(--ink);stroke-width:.8;opacity:.6}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.again{stroke-dasharray:7 4}.band{opacity:.17;stroke:none}
 .mark{stroke-width:1.6}
+.line.published{stroke-width:1.3;stroke-dasharray:5 3}.band.published{opacity:.09}
 .line.c0,.points.c0{stroke:var(--c0)}.band.c0,.points.c0{fill:var(--c0)}
 .line.c1,.points.c1{stroke:var(--c1)}.band.c1,.points.c1{fill:var(--c1)}
 .line.c2,.points.c2{stroke:var(--c2)}.band.c2,.points.c2{fill:var(--c2)}
@@ -44,6 +45,7 @@ svg text{fill:var(--ink);font-size:13px}svg .tick{fill:var(--soft);font-size:12p
 .line.c4,.points.c4{stroke:var(--c4)}.band.c4,.points.c4{fill:var(--c4)}
 .line.c5,.points.c5{stroke:var(--c5)}.band.c5,.points.c5{fill:var(--c5)}
 .line.c6,.points.c6{stroke:var(--c6)}.band.c6,.points.c6{fill:var(--c6)}
+.points.published{fill:var(--ground);stroke-width:1.3}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;margin:.4rem 0;padding:0;font-size:.9rem}
 .legend svg{width:26px;height:12px;margin-right:.4rem;vertical-align:middle}
 .wide{overflow-x:auto;max-width:100%}
