@@ -110,13 +110,14 @@ def chart(
         ]
     parts += [f'<path class="axis" d="M{LEFT} {TOP}v{tall}h{inner}"/>']
     parts += [f'<text x="{LEFT + inner / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(xlabel)}</text>']
+    words = []  # drawn last, so that no line hides them
     for place, text in marks:
         parts += [f'<path class="mark-line" d="M{x(place):.1f} {TOP}v{tall}"/>']
-        parts += [f'<text class="tick" x="{x(place) + 4:.1f}" y="{HEIGHT - BOTTOM - 6}">{escape(text)}</text>']
+        words += [f'<text class="tick note" x="{x(place) + 4:.1f}" y="{HEIGHT - BOTTOM - 6}">{escape(text)}</text>']
     if level is not None and low <= level[1] <= high:
         parts += [f'<path class="level" d="M{LEFT} {y(level[1]):.1f}h{inner}"/>']
-        parts += [
-            f'<text class="tick" x="{WIDTH - RIGHT - 3}" y="{y(level[1]) - 4:.1f}" text-anchor="end">'
+        words += [
+            f'<text class="tick note" x="{WIDTH - RIGHT - 3}" y="{y(level[1]) - 4:.1f}" text-anchor="end">'
             f"{escape(level[0])} {number(level[1])}</text>"
         ]
     points: dict[float, list[list[str]]] = {}
@@ -128,7 +129,7 @@ def chart(
     values = [[round(x(step), 1), f"{step:g}", rows] for step, rows in sorted(points.items())]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
-        f'data-unit="{escape(xlabel)}" data-points="{escape(json.dumps(values))}">{"".join(parts)}</svg>'
+        f'data-unit="{escape(xlabel)}" data-points="{escape(json.dumps(values))}">{"".join([*parts, *words])}</svg>'
     )
 
 

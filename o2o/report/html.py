@@ -32,6 +32,7 @@ figure{margin:0;break-inside:avoid;min-width:0;max-width:34rem}
 figcaption{font-weight:600;color:var(--ink)}
 .charts svg{width:100%;height:auto;display:block;touch-action:pan-y}
 svg text{fill:var(--ink);font-size:13px}svg .tick{fill:var(--soft);font-size:12px}
+svg .note{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
 .ground{fill:none}.shaded{fill:var(--shade)}.grid{stroke:var(--rule);stroke-width:.7}
 .axis{stroke:var(--soft);fill:none}.mark-line{stroke:var(--soft);stroke-dasharray:4 3}
 .level{stroke:var(--soft);stroke-dasharray:1.5 3}.hair{stroke:var(--ink);stroke-width:.8;opacity:.6}
@@ -62,9 +63,11 @@ border:1px solid var(--rule);border-radius:6px;padding:.35rem .6rem;font-size:.8
 max-width:90vw}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--card:#f6f6f3;--rule:#bbb;--shade:#efefea;
 --c0:#0072b2;--c1:#c04f00;--c2:#007a57;--c3:#b1578c;--c4:#2b87b8;--c5:#a97000;--c6:#000}
-body{max-width:none;padding:0;font-size:10pt}table{font-size:8pt}
-td.n,td code{white-space:normal}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
-.charts{grid-template-columns:1fr 1fr}video{display:none}}
+@page{margin:12mm}html{font-size:9.5pt}body{max-width:none;padding:0;font-size:1rem}
+table{font-size:7.5pt}th,td{padding-right:.6rem}td code{white-space:normal}
+.wide{overflow:visible}tr,.tiles{break-inside:avoid}
+.tiles{grid-template-columns:repeat(5,1fr)}.screen{display:none}
+h2,h2+p,.legend,figcaption,summary{break-after:avoid}.charts{grid-template-columns:1fr 1fr}video{display:none}}
 """
 """Colours are darker and lighter kin of the palette of Okabe and Ito: 3 : 1 at least on either ground."""
 

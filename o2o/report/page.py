@@ -143,12 +143,11 @@ def curves(
     within = limits([*offline, *online], (0.0, 1.0) if metric.startswith("success") else None)
     warmup = max((item.warmup_steps for item in found.values()), default=0)
     parts = []
-    for name, lines, unit, shaded in (
-        ("pre-training, offline", offline, "gradient steps", True),
-        ("fine-tuning, online", online, "environment steps", False),
+    for name, lines, unit, shaded, wanted in (
+        ("pre-training, offline", offline, "gradient steps", True, any(item.trains_first for _, item, _ in shown)),
+        ("fine-tuning, online", online, "environment steps", False, any(line.band.steps.size for line in online)),
     ):
-        fewest = 1 if shaded and any(len(line.band.steps) for line in online) else 0
-        if any(len(line.band.steps) > fewest for line in lines):
+        if wanted:
             marks = [(float(warmup), "warm-up ends")] if warmup and not shaded else []
             drawn = chart(f"{title}, {name}", lines, unit, within, shaded, marks, level)
             parts.append(f"<figure><figcaption>{escape(f'{title}: {name}')}</figcaption>{drawn}</figure>")
@@ -176,7 +175,11 @@ def _evaluations(config: Mapping[str, Any], rows: Sequence[Any]) -> list[str]:
             drawn.append(curves(LABELS[metric].capitalize(), {"": found}, metric, named))
     seeds = len({row["seed"] for row in rows})
     spread = "the line is the mean over seeds, the band its 95 % bootstrap interval" if seeds > 1 else "one seed"
-    parts = ["<h2>Evaluations</h2>", f'<p class="soft">Hover for values; {spread}.</p>', *drawn[:1]]
+    parts = [
+        "<h2>Evaluations</h2>",
+        f'<p class="soft"><span class="screen">Hover for values. </span>{spread.capitalize()}.</p>',
+        *drawn[:1],
+    ]
     parts += [details("other metrics", "\n".join(drawn[1:]))] if drawn[1:] else []
     return [*parts, details("table of evaluations", _table(rows, ordered), shown=True)]
 

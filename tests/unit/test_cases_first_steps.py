@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 from o2o import cli
+from o2o.envs import bare
+from o2o.errors import ConfigError
 from o2o.report.page import curves
+from o2o.report.plots import plot_curves
 from o2o.report.stats import Band, Curve
 from o2o.usage import complaint
 
@@ -66,3 +70,20 @@ def test_published_line_in_page():
     assert "fql, published (n=12)" in page and "bc, published" not in page
     assert page.count('class="line c1 published"') == 2 and 'class="band c1 published"' in page  # chart and legend
     assert "&quot;fql, published&quot;, &quot;0.7 [0.6, 0.8]&quot;" in page
+
+
+@pytest.mark.parametrize(("ends", "panels"), [(["online"], 1), (["online", "offline"], 2), (["offline"], 1)])
+def test_lone_evaluation_not_drawn_twice(ends: list[str], panels: int):
+    """A lone evaluation before fine-tuning is drawn in its chart alone; one that nothing follows keeps its own."""
+    none, once = Band(*(np.zeros(0),) * 4), Band(*(np.full(1, 0.5),) * 4)
+    both = Band(np.array([0.0, 9.0]), *(np.array([0.5, 0.6]),) * 3)
+    shown = {end: Curve(once, both if end == "online" else none, 2) for end in ends}
+    assert curves("Success", shown, "success").count("<figure>") == panels
+    assert len(plot_curves(shown, metric="success").axes) == panels
+
+
+def test_function_without_render_mode():
+    """An environment whose function takes no `render_mode` is refused with what to do about it."""
+    gym.register("Unseen-v0", lambda: None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="Unseen-v0 cannot be made .* must take `render_mode`"):
+        bare("Unseen-v0", {"render_mode": "rgb_array"})
