@@ -56,6 +56,7 @@ th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--
 th{color:var(--soft);font-weight:600;max-width:9rem;vertical-align:bottom}
 td{overflow-wrap:break-word}
 td.n,td code{white-space:nowrap}
+@media (max-width:40rem){td code{white-space:normal;overflow-wrap:break-word}}
 details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
 video,img{max-width:100%;border-radius:6px;border:1px solid var(--rule)}
 #tip{position:absolute;display:none;pointer-events:none;background:var(--ground);color:var(--ink);z-index:2;
