@@ -71,7 +71,7 @@ _DEFAULT = AWACConfig()
 
 @register_agent("awac")
 class AWAC(Agent):
-    r"""Advantage-weighted actor-critic.
+    r"""Advantage-weighted actor-critic: clones its buffer, better actions with more weight.
 
     Equations (method, and the settings that enter):
     - `next_values` (`discount`, `tau`): $y = r + \gamma m \min_i Q^-_i(s', a'),\; a' \sim \pi(\cdot \mid s')$

@@ -60,7 +60,7 @@ _DEFAULT = BCConfig()
 
 @register_agent("bc")
 class BC(Agent):
-    r"""Behaviour cloning.
+    r"""Behaviour cloning: imitates the recorded actions.
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`loss`, `squash`, `log_std_range`): $L = -\log \pi(a \mid s)$

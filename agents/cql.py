@@ -148,7 +148,7 @@ class CalQLConfig(CQLConfig):
 
 @register_agent("cql")
 class CQL(SAC):
-    r"""Conservative Q-learning.
+    r"""Conservative Q-learning: lowers Q away from the data.
 
     Equations (method, and the settings that enter):
     - `targets` (`max_target_actions`, `target_subset`): $y = r + \gamma m \max_{a'} \min_{i \in S} Q^-_i(s', a')$
@@ -270,7 +270,9 @@ class CQL(SAC):
 
 @register_agent("calql")
 class CalQL(CQL):
-    r"""Calibrated CQL; batches carry `mc_returns [utd, B]`.
+    r"""Calibrated CQL: lowers Q no further than the returns in the data.
+
+    Batches carry `mc_returns [utd, B]`.
 
     Equations (method, and the settings that enter):
     - `needs` (`discount`): $G = \sum_t \gamma^t r_t$

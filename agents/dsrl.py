@@ -153,7 +153,7 @@ _DEFAULT = DSRLConfig()
 
 @register_agent("dsrl")
 class DSRL(Chunked):
-    r"""Steering of a base policy by its noise.
+    r"""Diffusion steering: chooses the noise of a frozen flow or diffusion policy.
 
     Equations (method, and the settings that enter):
     - `targets` (`rho`, `noise_scale`): $y = R + \gamma^h m (\mathrm{mean}_k - \rho\, \mathrm{std}_k) Q^-_k(s_h, a')$

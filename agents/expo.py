@@ -273,7 +273,9 @@ _DEFAULT = EXPOConfig()
 
 @register_agent("expo")
 class EXPO(OfChunks):
-    r"""Base by imitation, bounded edits, the best of both by Q; `phase` says whether only the base learns.
+    r"""EXPO: draws actions from an imitating base, edits them by bounded steps, plays the best by Q.
+
+    `phase` says whether only the base learns.
 
     Equations (method, and the settings that enter):
     - `base_step` (`base`, `base_lr`, `base_ema`): $L_b = \lVert \epsilon(s, x_t, t) - z \rVert^2$

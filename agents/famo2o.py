@@ -73,7 +73,7 @@ class FamO2OConfig(BalanceConfig, IQLConfig):
 
 @register_agent("famo2o")
 class FamO2O(IQL):
-    r"""Implicit Q-learning of a family of policies, with a balance network.
+    r"""FamO2O over IQL: a family of policies; a network picks one for each state.
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`weight_cap`, `released_weights`):

@@ -101,7 +101,7 @@ class FamO2OCQLConfig(BalanceConfig, CQLConfig):
 
 @register_agent("famo2o_cql")
 class FamO2OCQL(CQL):
-    r"""Conservative Q-learning of a family of policies, with a balance network.
+    r"""FamO2O over CQL: a family of policies; a network picks one for each state.
 
     Equations (method, and the settings that enter):
     - `policy_value` (`balance_range`):

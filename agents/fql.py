@@ -79,7 +79,7 @@ _DEFAULT = FQLConfig()
 
 @register_agent("fql")
 class FQL(OfChunks):
-    r"""Flow Q-learning.
+    r"""Flow Q-learning: a one-step policy, pulled to a flow that imitates the data.
 
     Equations (method, and the settings that enter):
     - `flow_loss` (`flow_steps`): $x_t = (1 - t) z + t a,\quad L_v = \lVert v(s, x_t, t) - (a - z) \rVert^2$

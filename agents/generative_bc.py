@@ -217,7 +217,7 @@ class GenerativeBC(Agent):
 
 @register_agent("diffusion_bc")
 class DiffusionBC(GenerativeBC):
-    r"""Cloning by diffusion.
+    r"""Behaviour cloning of action chunks by diffusion.
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`model.steps`, `model.schedule`):
@@ -260,7 +260,7 @@ class DiffusionBC(GenerativeBC):
 
 @register_agent("flow_bc")
 class FlowBC(GenerativeBC):
-    r"""Cloning by flow matching.
+    r"""Behaviour cloning of action chunks by flow matching.
 
     Equations (method, and the settings that enter):
     - `actor_loss` (`model.steps`): $x_t = (1 - t) z + t A,\quad L = \lVert v(s, x_t, t) - (A - z) \rVert^2$

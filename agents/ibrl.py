@@ -123,7 +123,9 @@ class Choice(NamedTuple):
 
 @register_agent("ibrl")
 class IBRL(TD3):
-    r"""TD3 with a second proposal; `reference` is the cloned policy.
+    r"""Imitation-bootstrapped RL: a clone and TD3 both propose an action, the critics choose.
+
+    `reference` is the cloned policy.
 
     Equations (method, and the settings that enter):
     - `choose` (`choice`, `inverse_temperature`):

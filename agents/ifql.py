@@ -97,7 +97,7 @@ _DEFAULT = IFQLConfig()
 
 @register_agent("ifql")
 class IFQL(ChunkedFlow):
-    r"""Implicit flow Q-learning.
+    r"""Implicit flow Q-learning: IQL's critics choose among a flow's samples.
 
     Equations (method, and the settings that enter):
     - `value_loss` (`expectile`, `aggregate`, `rho`): $u = Q^- - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert u^2$

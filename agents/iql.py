@@ -125,7 +125,7 @@ def build_actor(action_dim: int, config: IQLConfig, kind: type[Actor] = Gaussian
 
 @register_agent("iql")
 class IQL(Agent):
-    r"""Implicit Q-learning.
+    r"""Implicit Q-learning: never asks Q about actions outside the data.
 
     Equations (method, and the settings that enter):
     - `value_loss` (`expectile`): $u = \min_i Q^-_i(s, a) - V(s),\quad L_V = \lvert \tau - 1_{u < 0} \rvert\, u^2$

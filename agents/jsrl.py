@@ -67,7 +67,9 @@ class Episode(NamedTuple):
 
 @register_agent("jsrl")
 class JSRL(IQL):
-    r"""IQL whose episodes a frozen copy of the offline policy begins; `actor` is the learner's policy.
+    r"""Jump-start RL: a frozen copy of the offline policy begins the episodes, IQL ends them.
+
+    `actor` is the learner's policy.
 
     Equations (method, and the settings that enter):
     - `sample_actions`: $a_t = \pi_{\mathrm{guide}}(s_t) \text{ for } t < h, \text{ else } \pi(s_t)$

@@ -78,7 +78,9 @@ class Choice(NamedTuple):
 
 @register_agent("pex")
 class PEX(IQL):
-    r"""IQL whose online policy is a pair: the frozen offline one, `base`, and a new one, `actor`.
+    r"""Policy expansion: IQL that keeps the offline policy frozen and learns another beside it.
+
+    `base` is the frozen policy, `actor` the new one.
 
     Equations (method, and the settings that enter):
     - `probabilities` (`inverse_temperature`):

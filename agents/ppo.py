@@ -122,7 +122,7 @@ def minibatch_orders(rng: Array, size: int, batch_size: int, epochs: int) -> tup
 
 @register_agent("ppo")
 class PPO(Agent):
-    r"""Proximal policy optimisation.
+    r"""Proximal policy optimisation: on-policy, from scratch or from a clone.
 
     Equations (method, and the settings that enter):
     - `advantages` (`gae_lambda`, `discount`):

@@ -169,7 +169,7 @@ _DEFAULT = QAMConfig()
 
 @register_agent("qam")
 class QAM(OfChunks):
-    r"""Q-learning with adjoint matching.
+    r"""Q-learning with adjoint matching: a flow policy that follows the gradient of Q.
 
     Equations (method, and the settings that enter):
     - `behaviour_loss` (`flow_steps`): $L_b = \lVert v_b(s, x_t, t) - (a - x_0) \rVert^2$

@@ -109,7 +109,9 @@ _DEFAULT = QCConfig()
 
 @register_agent("qc")
 class QC(ChunkedFlow):
-    r"""Q-chunking; `actor` is the flow, `one_step` the distilled policy where there is one.
+    r"""Q-chunking: Q-learning on chunks of actions.
+
+    `actor` is the flow, `one_step` the distilled policy where there is one.
 
     Equations (method, and the settings that enter):
     - `update` (`chunk`, `pad_terminal`): $A = (a_0, \ldots, a_{h-1}),\quad R = \sum_{k < h} \gamma^k r_k$

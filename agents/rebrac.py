@@ -94,7 +94,7 @@ _DEFAULT = ReBRACConfig()
 
 @register_agent("rebrac")
 class ReBRAC(ByChunks, TD3):
-    r"""TD3 with a penalty on the distance to the data in the actor's loss and in the critics' target.
+    r"""ReBRAC: TD3 with a penalty on the distance to the data, in the actor's loss and in the critics' target.
 
     Equations (method, and the settings that enter):
     - `targets` (`critic_penalty`):

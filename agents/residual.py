@@ -214,7 +214,9 @@ _DEFAULT = ResidualConfig()
 
 @register_agent("residual")
 class Residual(Agent):
-    r"""Residual policy and critics on top of a base policy, which acts outside.
+    r"""Residual RL: bounded corrections of any frozen base policy.
+
+    The base policy acts outside of the agent.
 
     Equations (method, and the settings that enter):
     - `combine` (`residual_scale`): $a = \mathrm{clip}(b + \rho),\quad \rho = \mathrm{scale} \tanh f(s, b)$

@@ -30,7 +30,7 @@ Options that exist because a published code has them, and presets need them
 - `zero_grad_steps`: WSRL's published curves were made with it.
 
 Options for a switch from pre-training that loses less, all off
-- `critic_warmup` "td": a critic-only phase on the warm-up's rows, the policy resting (as in ResFiT, arXiv 2509.19301).
+- `critic_warmup` "td": a critic-only phase on the warm-up's rows, the policy frozen (as in ResFiT, arXiv 2509.19301).
 - `critic_warmup` "mc": there the critics are refitted to the Monte-Carlo returns of the policy's own episodes.
 - `actor_lr_warmup`: the actor's first steps are small.
 """
@@ -141,7 +141,7 @@ class SACConfig(AgentConfig):
     """As WSRL's code: networks whose loss did not run take an Adam step with gradients of zero."""
     critic_warmup: Literal["off", "td", "mc"] = "off"
     """What learns in the `online.initial_updates`. `off`: everything. `td`: the critics alone, which evaluate the
-    resting policy by their usual target. `mc`: the critics alone, refitted to the Monte-Carlo returns of the warm-up's
+    frozen policy by their usual target. `mc`: the critics alone, refitted to the Monte-Carlo returns of the warm-up's
     episodes (recalibration); online rows are then drawn from finished episodes only."""
     actor_lr_warmup: Amount = 0
     """Critic steps over which the actor's rate rises linearly from 0 to `actor_lr` once the actor learns online."""
@@ -257,7 +257,7 @@ def build_critic(config: SACConfig) -> CriticEnsemble:
 
 @register_agent("sac")
 class SAC(Agent):
-    r"""Soft actor-critic with a critic ensemble.
+    r"""Soft actor-critic with a critic ensemble: climbs Q plus entropy.
 
     Equations (method, and the settings that enter):
     - `targets` (`target_subset`, `backup_entropy`, `max_target_actions`):
@@ -479,7 +479,7 @@ class SAC(Agent):
 
 @register_agent("rlpd")
 class RLPD(ByChunks, SAC):
-    r"""SAC with RLPD's defaults: LayerNorm ensemble, high update ratio, half of each minibatch from the dataset.
+    r"""RLPD: SAC with ten critics, many updates a step, half of each minibatch from the dataset.
 
     Equations (method, and the settings that enter):
     - `targets` (`num_critics`, `target_subset`, `backup_entropy`):

@@ -54,7 +54,7 @@ _DEFAULT = TD3BCConfig()
 
 @register_agent("td3bc")
 class TD3BC(TD3):
-    r"""TD3 with a cloning term.
+    r"""TD3+BC: TD3 with a cloning term.
 
     Equations (method, and the settings that enter):
     - `targets` (`target_noise`, `noise_clip`):

@@ -187,7 +187,7 @@ _DEFAULT = TD7Config()
 
 @register_agent("td7")
 class TD7(TD3):
-    r"""TD3 with embeddings, priorities, clipped values and policy checkpoints.
+    r"""TD7: TD3 with learnt embeddings, prioritised replay, clipped values and policy checkpoints.
 
     Equations (method, and the settings that enter):
     - `encoder_loss` (`embedding`): $L_z = \lVert z(s, a) - z(s') \rVert^2$

@@ -261,7 +261,9 @@ _DEFAULT = UniO4Config()
 
 @register_agent("uni_o4")
 class UniO4(Agent):
-    r"""Uni-O4 before the switch; `online()` returns a `PPO`.
+    r"""Uni-O4: improves an ensemble of clones against frozen critics, then PPO.
+
+    This is the agent before the switch; `online()` returns a `PPO`.
 
     Equations (method, and the settings that enter):
     - `critic_step` (`expectile`, `critic_steps`): $L_V, L_Q \text{ of IQL}$

@@ -205,7 +205,9 @@ class WSRLConfig(AgentConfig):
 
 @register_agent("wsrl")
 class WSRL(Agent):
-    r"""An offline agent that becomes SAC at `online()`; `learner` is the one at work.
+    r"""Warm-start RL: pre-trains with Cal-QL, warms up, then SAC without the dataset.
+
+    `online()` makes the switch; `learner` is the agent at work.
 
     Equations (method, and the settings that enter):
     - `update` (`pretrain`, `cql.conservative.weight`): $\text{pre-training: } L_Q = \text{TD} + w\, g$

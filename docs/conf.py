@@ -36,6 +36,7 @@ add_module_names = False
 html_theme = "furo"
 html_title = f"o2o {version}"
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
 html_static_path = ["static"]

@@ -43,11 +43,14 @@ REPOSITORY = {
     "benchmarks/PERFORMANCE.md": "generated/performance.md",
 }
 """Files of the repository that are pages here, and the pages. Reports of suites are added by `results`."""
+FIGURE = re.compile(r"(?<![\w.])-?\d[\d.,]*(?: %)?(?: \[[-\d., %]+\])?")
+"""A number with its unit and interval, which a table keeps on one line."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page, unless it says that already (Sphinx reads what is new)."""
+    """Write a page, unless it says that already (Sphinx reads what is new). Tables keep an interval on one line."""
+    text = re.sub(r"(?m)^\|.*$", lambda line: FIGURE.sub(lambda found: found[0].replace(" ", "\u00a0"), line[0]), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)

@@ -156,7 +156,9 @@ def _made(spec: EnvSpec, make: Callable[..., gym.Env] | None = None, **kwargs: A
         named = (
             f"{type(error).__name__}: {error}" if isinstance(error, Exception) else f"it ends the process ({error!r})"
         )
-        raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())})") from error
+        unseen = isinstance(error, TypeError) and "render_mode" in kwargs and "'render_mode'" in str(error)
+        advice = ": to be shown, its class or function must take `render_mode`" if unseen else ""
+        raise ConfigError(f"environment {spec.id} cannot be made ({' '.join(named.split())}){advice}") from error
     remove_model_file(env)
     return env
 

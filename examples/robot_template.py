@@ -71,7 +71,7 @@ class MyRobot(gym.Env):
         self.driver.halt()
 
 
-def make():
+def make(render_mode=None):  # "rgb_array": give it to the class if it can draw itself, for `o2o play`
     """Return the robot within its limits; rate and watchdog are the outermost."""
     return guarded(
         MyRobot(), max_change=0.2, forward=lambda seen, speed: seen[:2] + speed / HZ, box=(-REACH, REACH), hz=HZ,

@@ -5,7 +5,7 @@
 # The ball starts somewhere in a U-shaped maze and has to reach a goal. The recorded controller often fails.
 
 # %%
-OFFLINE, ONLINE = 2_000, 5_000  # gradient steps on the dataset; steps in the environment
+OFFLINE, ONLINE = 4_000, 8_000  # gradient steps on the dataset; steps in the environment
 EVERY, EPISODES = 1_000, 20  # steps between two evaluations; episodes in each
 CHANGES = {}  # settings of the agent that differ from the preset
 

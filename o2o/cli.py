@@ -409,7 +409,7 @@ def plot(
     metric: Literal["auto", "score", "success", "return", "normalized", "action_error"] = "auto",
     statistic: Literal["mean", "iqm"] = "mean",
 ) -> int:
-    """Draw the learning curves of runs, with bootstrap bands over seeds.
+    """Draw the learning curves of runs, with bootstrap bands over seeds, and print their ends.
 
     Args:
         runs: Run folders. Runs whose settings differ only in their seeds are pooled into one curve.
@@ -417,17 +417,22 @@ def plot(
         metric: What to draw. `auto` takes what the task is judged by: success, return or a score of its own.
         statistic: Mean or interquartile mean over seeds.
     """
-    from o2o.report.plots import plot_runs
+    from o2o.report.plots import panels, plot_runs
+    from o2o.report.tables import print_curves
 
     if not runs:
         raise ConfigError("o2o plot: no run folder; give one or more, such as `o2o plot runs/demo`")
-    plot_runs(list(runs), out, None if metric == "auto" else metric, statistic=statistic)
+    shown = None if metric == "auto" else metric
+    plot_runs(list(runs), out, shown, statistic=statistic)
+    print_curves(panels(list(runs), shown, statistic), Console())
     print(f"wrote {out}")
     return 0
 
 
 def report(run: Name[Path], out: Path | None = None) -> int:
     """Write a run's page, in one file: curves, evaluations, settings that differ from the preset, data, versions.
+
+    Several runs in one picture: `o2o plot`.
 
     Args:
         run: The run folder, which may still be going on.
@@ -491,8 +496,11 @@ def data_describe(dataset: Name[str], root: Path | None = None, json: bool = Fal
     described = envs.describe(dataset, root)
     if json:
         return print_json(described)
-    for key, value in described.items():
-        console.print(Text.assemble((key, "bold"), f": {value}"))  # a dataset's words are no markup
+    task = {f"task.{key}": value for key, value in vars(described.pop("task")).items()}
+    for key, value in {**described, **task}.items():
+        if value is not None and value != ():
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            console.print(Text.assemble((key, "bold"), f": {text}"))  # a dataset's words are no markup
     return 0
 
 
@@ -860,6 +868,8 @@ def demo(runs: Path = Path("runs"), offline_steps: Amount = 4_000, online_steps:
     console = Console(stderr=True)
     dataset = envs.make_embedded(envs.DEMO_DATASET, None)
     console.print(f"dataset {dataset}: made with a scripted, imperfect controller", highlight=False)
+    plan = f"{offline_steps} updates on it, then {online_steps} steps in the simulator"
+    console.print(f"{plan}; by default two to four minutes on two cores", highlight=False)
     config = session.preset_run(
         "wsrl", dataset, "small", seed=seed, offline_steps=offline_steps, online_steps=online_steps
     )

@@ -86,6 +86,7 @@ def spelled_out(args: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 RULE = re.compile(r"[─━-]{6,}")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 HELP = ("For full helptext", "Argument helptext", "Available subcommands")
 
 
@@ -110,7 +111,8 @@ def one_line(prog: str) -> Iterator[None]:
 
 
 def complaint(text: str) -> str:
-    """Return the first part of a boxed message, and the option that tyro suggests."""
+    """Return the first part of a boxed message, without colours, and the option that tyro suggests."""
+    text = COLOUR.sub("", text)  # a terminal's
     framed = "│" in text  # a terminal without this character gets plain dashes
     parts: list[list[str]] = [[]]
     for line in text.splitlines():
@@ -124,6 +126,7 @@ def complaint(text: str) -> str:
     if not framed and len(parts) > 1:
         parts = parts[1:]  # the text above the first rule is the title
     said = " ".join(" ".join(parts[0]).split()).rstrip(".") or " ".join(text.split())
+    said = re.sub(r"^Unrecognized options: (?=[^-])", "unexpected argument: ", said)
     for part in parts[1:]:
         options = [word for line in part[1:] for word in line.split() if word.startswith("--")]
         if part and not part[0].startswith(HELP) and options:

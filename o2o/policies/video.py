@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def _write(out: Path, frames: list[np.ndarray], fps: int) -> None:
     options: dict[str, Any] = {"duration": 1000 / fps} if out.suffix == ".gif" else {"fps": fps}
     if out.suffix == ".webm":
         options["codec"] = "libvpx-vp9"
-    imageio.mimwrite(out, pictures, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)  # JAX's; the child is ffmpeg at once
+        imageio.mimwrite(out, pictures, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if not out.stat().st_size:  # ffmpeg's failures do not reach Python
         raise ConfigError(f"video {out} could not be encoded; choose another of {', '.join(SUFFIXES)}")

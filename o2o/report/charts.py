@@ -27,6 +27,8 @@ class Line:
     band: Band
     index: int = 0
     """Number of its colour and marker."""
+    published: bool = False
+    """Other people's figures: dashed and thin, with hollow markers."""
 
 
 def number(value: float) -> str:
@@ -108,13 +110,14 @@ def chart(
         ]
     parts += [f'<path class="axis" d="M{LEFT} {TOP}v{tall}h{inner}"/>']
     parts += [f'<text x="{LEFT + inner / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(xlabel)}</text>']
+    words = []  # drawn last, so that no line hides them
     for place, text in marks:
         parts += [f'<path class="mark-line" d="M{x(place):.1f} {TOP}v{tall}"/>']
-        parts += [f'<text class="tick" x="{x(place) + 4:.1f}" y="{HEIGHT - BOTTOM - 6}">{escape(text)}</text>']
+        words += [f'<text class="tick note" x="{x(place) + 4:.1f}" y="{HEIGHT - BOTTOM - 6}">{escape(text)}</text>']
     if level is not None and low <= level[1] <= high:
         parts += [f'<path class="level" d="M{LEFT} {y(level[1]):.1f}h{inner}"/>']
-        parts += [
-            f'<text class="tick" x="{WIDTH - RIGHT - 3}" y="{y(level[1]) - 4:.1f}" text-anchor="end">'
+        words += [
+            f'<text class="tick note" x="{WIDTH - RIGHT - 3}" y="{y(level[1]) - 4:.1f}" text-anchor="end">'
             f"{escape(level[0])} {number(level[1])}</text>"
         ]
     points: dict[float, list[list[str]]] = {}
@@ -126,13 +129,14 @@ def chart(
     values = [[round(x(step), 1), f"{step:g}", rows] for step, rows in sorted(points.items())]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
-        f'data-unit="{escape(xlabel)}" data-points="{escape(json.dumps(values))}">{"".join(parts)}</svg>'
+        f'data-unit="{escape(xlabel)}" data-points="{escape(json.dumps(values))}">{"".join([*parts, *words])}</svg>'
     )
 
 
-def _colour(index: int) -> str:
-    """Return the classes of line `index`: where the colours begin again, lines are dashed."""
-    return f"c{index % len(SHAPES)}{' again' * (index >= len(SHAPES))}"
+def _classes(line: Line) -> str:
+    """Return the classes of a line: where the colours begin again, lines are dashed."""
+    again, theirs = " again" * (line.index >= len(SHAPES)), " published" * line.published
+    return f"c{line.index % len(SHAPES)}{again}{theirs}"
 
 
 Scale = Callable[[float], float]
@@ -140,7 +144,7 @@ Scale = Callable[[float], float]
 
 def _line(line: Line, x: Scale, y: Scale) -> tuple[list[str], list[tuple[float, str]]]:
     """Return the SVG of one line, and its points with their values as text."""
-    band, color = line.band, _colour(line.index)
+    band, color = line.band, _classes(line)
     known = np.isfinite(band.centre)
     band = Band(*(part[known] for part in (band.steps, band.centre, band.low, band.high)))
     if not len(band.steps):
@@ -165,8 +169,8 @@ def _line(line: Line, x: Scale, y: Scale) -> tuple[list[str], list[tuple[float, 
 def legend(lines: Iterable[Line]) -> str:
     """Return the legend of lines."""
     entries = [
-        f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {_colour(line.index)}" d="M0 6h26"/>'
-        f'<g class="points {_colour(line.index)}">{marker(line.index, 13, 6)}</g></svg>{escape(line.label)}</li>'
+        f'<li><svg viewBox="0 0 26 12" aria-hidden="true"><path class="line {_classes(line)}" d="M0 6h26"/>'
+        f'<g class="points {_classes(line)}">{marker(line.index, 13, 6)}</g></svg>{escape(line.label)}</li>'
         for line in lines
     ]
     return f'<ul class="legend">{"".join(entries)}</ul>'

@@ -32,11 +32,13 @@ figure{margin:0;break-inside:avoid;min-width:0;max-width:34rem}
 figcaption{font-weight:600;color:var(--ink)}
 .charts svg{width:100%;height:auto;display:block;touch-action:pan-y}
 svg text{fill:var(--ink);font-size:13px}svg .tick{fill:var(--soft);font-size:12px}
+svg .note{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
 .ground{fill:none}.shaded{fill:var(--shade)}.grid{stroke:var(--rule);stroke-width:.7}
 .axis{stroke:var(--soft);fill:none}.mark-line{stroke:var(--soft);stroke-dasharray:4 3}
 .level{stroke:var(--soft);stroke-dasharray:1.5 3}.hair{stroke:var(--ink);stroke-width:.8;opacity:.6}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.again{stroke-dasharray:7 4}.band{opacity:.17;stroke:none}
 .mark{stroke-width:1.6}
+.line.published{stroke-width:1.3;stroke-dasharray:5 3}.band.published{opacity:.09}
 .line.c0,.points.c0{stroke:var(--c0)}.band.c0,.points.c0{fill:var(--c0)}
 .line.c1,.points.c1{stroke:var(--c1)}.band.c1,.points.c1{fill:var(--c1)}
 .line.c2,.points.c2{stroke:var(--c2)}.band.c2,.points.c2{fill:var(--c2)}
@@ -44,6 +46,7 @@ svg text{fill:var(--ink);font-size:13px}svg .tick{fill:var(--soft);font-size:12p
 .line.c4,.points.c4{stroke:var(--c4)}.band.c4,.points.c4{fill:var(--c4)}
 .line.c5,.points.c5{stroke:var(--c5)}.band.c5,.points.c5{fill:var(--c5)}
 .line.c6,.points.c6{stroke:var(--c6)}.band.c6,.points.c6{fill:var(--c6)}
+.points.published{fill:var(--ground);stroke-width:1.3}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;margin:.4rem 0;padding:0;font-size:.9rem}
 .legend svg{width:26px;height:12px;margin-right:.4rem;vertical-align:middle}
 .wide{overflow-x:auto;max-width:100%}
@@ -53,6 +56,7 @@ th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--
 th{color:var(--soft);font-weight:600;max-width:9rem;vertical-align:bottom}
 td{overflow-wrap:break-word}
 td.n,td code{white-space:nowrap}
+@media (max-width:40rem){td code{white-space:normal;overflow-wrap:break-word}}
 details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
 video,img{max-width:100%;border-radius:6px;border:1px solid var(--rule)}
 #tip{position:absolute;display:none;pointer-events:none;background:var(--ground);color:var(--ink);z-index:2;
@@ -60,9 +64,11 @@ border:1px solid var(--rule);border-radius:6px;padding:.35rem .6rem;font-size:.8
 max-width:90vw}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--card:#f6f6f3;--rule:#bbb;--shade:#efefea;
 --c0:#0072b2;--c1:#c04f00;--c2:#007a57;--c3:#b1578c;--c4:#2b87b8;--c5:#a97000;--c6:#000}
-body{max-width:none;padding:0;font-size:10pt}table{font-size:8pt}
-td.n,td code{white-space:normal}.wide{overflow:visible}h2{break-after:avoid}tr{break-inside:avoid}
-.charts{grid-template-columns:1fr 1fr}video{display:none}}
+@page{margin:12mm}html{font-size:9.5pt}body{max-width:none;padding:0;font-size:1rem}
+table{font-size:7.5pt}th,td{padding-right:.6rem}td code{white-space:normal}
+.wide{overflow:visible}tr,.tiles{break-inside:avoid}
+.tiles{grid-template-columns:repeat(5,1fr)}.screen{display:none}
+h2,h2+p,.legend,figcaption,summary{break-after:avoid}.charts{grid-template-columns:1fr 1fr}video{display:none}}
 """
 """Colours are darker and lighter kin of the palette of Okabe and Ito: 3 : 1 at least on either ground."""
 

@@ -7,7 +7,9 @@ versions, and the command that makes such a run again.
 import base64
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -119,29 +121,41 @@ def curves(
     metric: str,
     level: tuple[str, float] | None = None,
     order: Sequence[str] = (),
+    published: Mapping[str, Curve] = MappingProxyType({}),
 ) -> str:
     """Return the charts of learning curves: pre-training on grey, fine-tuning beside it, one vertical scale.
 
     A lone evaluation at the end of pre-training has no chart of its own: fine-tuning begins with it. `order`: all
-    labels of the page, so that each has one colour in all of its charts.
+    labels of the page, so that each has one colour in all of its charts. `published` are other people's curves of some
+    of the labels: dashed, in the same colours.
     """
     places = {label: number for number, label in enumerate(order or found)}
-    offline = [Line(label, item.offline, places[label]) for label, item in found.items()]
-    online = [Line(label, item.online, places[label]) for label, item in found.items()]
+    shown = [(label, item, False) for label, item in found.items()]
+    shown += [(label, item, True) for label, item in published.items()]
+    names = [f"{label}, published" if theirs else label for label, _, theirs in shown]
+    offline, online = (
+        [
+            Line(name, getattr(item, phase), places[label], theirs)
+            for name, (label, item, theirs) in zip(names, shown, strict=True)
+        ]
+        for phase in ("offline", "online")
+    )
     within = limits([*offline, *online], (0.0, 1.0) if metric.startswith("success") else None)
     warmup = max((item.warmup_steps for item in found.values()), default=0)
     parts = []
-    for name, lines, unit, shaded in (
-        ("pre-training, offline", offline, "gradient steps", True),
-        ("fine-tuning, online", online, "environment steps", False),
+    for name, lines, unit, shaded, wanted in (
+        ("pre-training, offline", offline, "gradient steps", True, any(item.trains_first for _, item, _ in shown)),
+        ("fine-tuning, online", online, "environment steps", False, any(line.band.steps.size for line in online)),
     ):
-        fewest = 1 if shaded and any(len(line.band.steps) for line in online) else 0
-        if any(len(line.band.steps) > fewest for line in lines):
+        if wanted:
             marks = [(float(warmup), "warm-up ends")] if warmup and not shaded else []
             drawn = chart(f"{title}, {name}", lines, unit, within, shaded, marks, level)
             parts.append(f"<figure><figcaption>{escape(f'{title}: {name}')}</figcaption>{drawn}</figure>")
-    named = [Line(f"{label} (n={item.seeds})", item.online, places[label]) for label, item in found.items()]
-    key = legend(named) if len(found) > 1 else ""
+    named = [
+        replace(line, label=f"{line.label} (n={item.seeds})" if item.seeds else line.label)
+        for line, (_, item, _) in zip(online, shown, strict=True)
+    ]
+    key = legend(named) if len(named) > 1 else ""
     return f'{key}<div class="charts">{"".join(parts)}</div>'
 
 
@@ -161,7 +175,11 @@ def _evaluations(config: Mapping[str, Any], rows: Sequence[Any]) -> list[str]:
             drawn.append(curves(LABELS[metric].capitalize(), {"": found}, metric, named))
     seeds = len({row["seed"] for row in rows})
     spread = "the line is the mean over seeds, the band its 95 % bootstrap interval" if seeds > 1 else "one seed"
-    parts = ["<h2>Evaluations</h2>", f'<p class="soft">Hover for values; {spread}.</p>', *drawn[:1]]
+    parts = [
+        "<h2>Evaluations</h2>",
+        f'<p class="soft"><span class="screen">Hover for values. </span>{spread.capitalize()}.</p>',
+        *drawn[:1],
+    ]
     parts += [details("other metrics", "\n".join(drawn[1:]))] if drawn[1:] else []
     return [*parts, details("table of evaluations", _table(rows, ordered), shown=True)]
 

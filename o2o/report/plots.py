@@ -178,7 +178,7 @@ def _draw_curves(
     items = list(curves.values())
     left, right = _panels(
         figure,
-        any(item.offline.steps.size for item in items),
+        any(item.trains_first for item in items),
         any(item.online.steps.size for item in items),
     )
     for index, (label, item) in enumerate(curves.items()):

@@ -214,6 +214,11 @@ class Curve:
     warmup_steps: int = 0
     """Environment steps at the evaluation that ended the warm-up; 0 without one."""
 
+    @property
+    def trains_first(self) -> bool:
+        """Whether the offline part has more to show than the evaluation with which the online part begins."""
+        return self.offline.steps.size > (1 if self.online.steps.size else 0)
+
 
 def _band(points: Sequence[tuple[int, Floats]], statistic: Statistic, confidence: float) -> Band:
     limits = [interval(values, statistic, confidence) for _, values in points]

@@ -321,7 +321,7 @@ def _pictures(suite: Suite, methods: Sequence[Method], folder: Path) -> tuple[li
         plot_curves(curves, folder / name, metric, task.dataset, suite.statistic, reference, theirs)
         links += [f"![{LABELS.get(metric, metric)} on {task.dataset}]({name})", ""]
         title = f"{LABELS.get(metric, metric).capitalize()} on {task.dataset}"
-        charts[name] = learning_curves(title, curves, metric, reference, _order(suite))
+        charts[name] = learning_curves(title, curves, metric, reference, _order(suite), theirs)
     return links, charts
 
 

@@ -17,8 +17,10 @@ from o2o.data.files import DatasetInfo
 from o2o.data.importers.plan import Plan, spoken
 from o2o.data.importers.write import Imported
 from o2o.errors import DatasetError, O2OError
+from o2o.report.charts import number
 from o2o.report.page import write_page
-from o2o.report.plots import judged_by, plot_runs, read_rows
+from o2o.report.plots import LABELS, Panel, judged_by, plot_runs, read_rows
+from o2o.report.stats import Band
 from o2o.report.sweep import Scored
 
 
@@ -41,8 +43,15 @@ def print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None
     console.print(table)
 
 
+def near(path: Path) -> Path:
+    """Return a path as one types it in the working folder, if it is inside."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def end(path: Path, finished: bool, console: Console) -> int:
     """Draw the curve of a finished run, write its page, print how to continue or watch it, and return exit code 0."""
+    path = near(path)
     if not finished:
         _say(console, f"stopped; everything is saved. Continue with: o2o resume {path}")
         return 0
@@ -115,7 +124,8 @@ def before_after(path: Path, console: Console) -> None:
         table.add_column(column)
     for key in ("success", "return", "length"):
         values = [sum(float(r[key]) for r in part) / len(part) for part in (before, after)]
-        table.add_row(key, *(f"{value:.2f}" for value in values))
+        words = {"success": "{:.0%}", "return": "{:.2f}", "length": "{:.0f} steps"}[key]
+        table.add_row(key, *(words.format(value) for value in values))
     table.add_row("episodes", str(len(before)), str(len(after)))
     console.print(table)
     _say(console, f"report: {path / 'report.html'}\nplay:  o2o play {path} --out play.mp4\neval:  o2o eval {path}")
@@ -165,8 +175,8 @@ def print_plan(plan: Plan, licence: str | None, console: Console, words: Callabl
 
 def print_imported(done: Imported, console: Console) -> None:
     """Print what an import made, and what it left out."""
-    for number, reason in done.dropped:
-        console.print(f"left out episode {number}: {escape(reason)}", highlight=False)
+    for episode, reason in done.dropped:
+        console.print(f"left out episode {episode}: {escape(reason)}", highlight=False)
     left = f", {len(done.dropped)} left out" if done.dropped else ""
     console.print(
         f"imported {done.episodes} episodes, {done.steps} steps{left}: {escape(str(done.folder))}", highlight=False
@@ -177,6 +187,27 @@ def print_episodes(rows: list[dict[str, Any]]) -> None:
     """Print one line per played episode."""
     for row in rows:
         print(f"episode {row['episode']}: return {row['return']:.2f}, {row['length']} steps, success {row['success']}")
+
+
+def print_curves(panels: Sequence[Panel], console: Console) -> None:
+    """Print the ends of both phases of every curve, with bootstrap intervals over seeds where there are several."""
+    for panel in panels:
+        table = Table(title=escape(f"{LABELS.get(panel.metric, panel.metric)}, {panel.task}"))
+        for column in ("curve", "seeds", "pre-trained", "end of the online phase"):
+            table.add_column(column, overflow="fold")
+        for label, item in panel.curves.items():
+            table.add_row(
+                escape(label), str(item.seeds), *(_last(band, item.seeds) for band in (item.offline, item.online))
+            )
+        console.print(table)
+
+
+def _last(band: Band, seeds: int) -> str:
+    """Return the last value of a band in words, with its interval where there are several seeds."""
+    if not band.steps.size:
+        return "-"
+    centre, low, high = (number(float(values[-1])) for values in (band.centre, band.low, band.high))
+    return f"{centre} [{low}, {high}]" if seeds > 1 else centre
 
 
 def print_scored(metric: str, lines: Sequence[Scored], console: Console) -> None:

@@ -258,7 +258,7 @@ class Screen:
         """Print one line for an evaluation. A terminal that has gone away does not end the run."""
         estimates = [row["action_error"] for row in rows if "action_error" in row]
         returns = [row["return"] for row in rows if row["return"] is not None]
-        parts = [f"return {sum(returns) / len(returns):.1f}"] if returns else []
+        parts = [f"return {sum(returns) / len(returns):.2f}"] if returns else []
         parts += [f"held-out action error {sum(estimates) / len(estimates):.4f}"] if estimates else []
         known = [row["success"] for row in rows if row["success"] is not None]
         if known:

@@ -109,4 +109,6 @@ def refuse(needed: Mapping[str, int], free: int | None, where: str = "", remedy:
 
 def size_of(size: int) -> str:
     """Return a number of bytes for people."""
+    if size < 2**20:
+        return "under 1 MiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

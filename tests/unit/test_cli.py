@@ -88,7 +88,7 @@ def test_help_at_every_level(args: list[str], capsys: pytest.CaptureFixture[str]
     words = {
         "": "fine-tune it in its environment",
         "data": "Minari dataset of the episodes",
-        "train": "bc Behaviour cloning.",
+        "train": "bc Behaviour cloning: imitates",
     }
     assert words.get(" ".join(args), "") in " ".join(shown.out.replace("│", "").split())
 
