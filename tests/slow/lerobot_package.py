@@ -1,7 +1,7 @@
 """Write and read LeRobot datasets with LeRobot's own package; run by a Python that has it, which need not have o2o.
 
-    python tests/slow/lerobot_package.py write FOLDER ROWS.npz [v3 settings as JSON]
-    python tests/slow/lerobot_package.py read FOLDER ROWS.npz
+python tests/slow/lerobot_package.py write FOLDER ROWS.npz [v3 settings as JSON]
+python tests/slow/lerobot_package.py read FOLDER ROWS.npz
 """
 
 import json
