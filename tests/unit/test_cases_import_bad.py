@@ -193,3 +193,15 @@ def test_fault_of_names(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", **arrays(observations=None, **{"observations/": np.zeros((ROWS, 3))}))
     with pytest.raises(O2OError, match="the observation 'observations/' has no name"):
         importing.plan_import(tmp_path / "own.npz")
+
+
+def test_as_ogbench_reads(tmp_path: Path) -> None:
+    """The rows of an import are those that OGBench's own loader makes of the file."""
+    theirs = pytest.importorskip("ogbench.utils", reason="needs ogbench: pip install 'o2o[ogbench]'")
+    foreign.write_ogbench(tmp_path / "cube.npz")
+    wanted = theirs.load_dataset(str(tmp_path / "cube.npz"))
+    done = importing.import_dataset(tmp_path / "cube.npz", "lab/set-v0", root=tmp_path / "root")
+    found = datasets.load([str(done.folder)]).arrays
+    for key in ("observations", "actions"):
+        np.testing.assert_array_equal(found[key], wanted[key])
+    np.testing.assert_array_equal(found["observations"][found["next_observations"]], wanted["next_observations"])
