@@ -30,7 +30,7 @@ KINDS = {
     "diffusion_bc": "a diffusion",
     "dsrl": "a flow, fed with noise that a network chooses",
     "ifql": "a flow, the best of several by Q",
-    "qam": "a flow over chunks of actions",
+    "qam": "a flow, ten steps of a network",
     "qc": "a flow over chunks of actions, the best of several by Q",
     "expo": "a flow, edits, the best of several by Q",
     "residual": "corrections of the `flow_bc` above",

@@ -338,7 +338,10 @@ def _action_space(
         return env.action_space
     low, high = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)
     for number, raw in enumerate(source.episodes([action], {})):
-        check_values(raw.columns[action], f"episode {number}: {action}", about.fields[action])
+        try:
+            check_values(raw.columns[action], action, about.fields[action])
+        except DatasetError as error:
+            raise DatasetError(f"{source.path}: {error} (episode {number})") from error
         values = _float32(raw.columns[action]).reshape(-1, *shape)
         values = np.where(np.isfinite(values), values, np.float32(np.nan))
         if len(values):
