@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+PARTS = ("format", "observation", "history", "action", "inputs", "noise", "memory", "base")
+
 
 class Policy:
     """The policy in an ONNX file, by the contract beside it: history, chunks, random numbers and base policy."""
@@ -25,11 +27,13 @@ class Policy:
         """Load `path`, and `path` + `.json`."""
         try:
             self.contract = json.loads(Path(f"{path}.json").read_text())
-            found = self.contract["format"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}.json is no contract of o2o: copy it again") from None
-        if found != 1:
-            raise ValueError(f"{path}.json is of format {found}; this loader reads 1")
+            missing = [part for part in PARTS if part not in self.contract]
+        except (ValueError, TypeError) as error:
+            missing = [error]
+        if missing:
+            raise ValueError(f"{path}.json is no contract of o2o ({missing[0]}): copy it again")
+        if self.contract["format"] != 1:
+            raise ValueError(f"{path}.json is of format {self.contract['format']}; this loader reads 1")
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from o2o.data import files
 from o2o.data.files import DatasetInfo, Episode
+from o2o.data.importers.columns import reason
 from o2o.data.importers.lerobot import needed
 from o2o.data.spaces import STATE, Leaf, ObservationSpec
 from o2o.errors import ConfigError, DatasetError
@@ -25,6 +26,8 @@ CHUNK = 1000
 """Files in a folder."""
 FILE_BYTES = 100 * 2**20
 """Bytes of rows after which a new parquet file begins."""
+SLOWEST, FASTEST = 0.001, 10_000.0
+"""Steps per second that a video can have."""
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
@@ -46,6 +49,8 @@ def to_lerobot(
     rate = fps if fps is not None else files.rate_of(about)
     if rate is None or not rate > 0:
         raise ConfigError(f"dataset {about.name} does not say its steps per second (fps {rate}): give `fps`")
+    if not SLOWEST <= rate <= FASTEST:
+        raise ConfigError(f"fps is {rate:g}; expected {SLOWEST:g} to {FASTEST:g} steps per second")
     if out.exists():
         raise DatasetError(f"{out} exists already; give a new folder")
     needed("pyarrow", "pyarrow", out)
@@ -147,7 +152,13 @@ class _Writer:
         place = {"chunk_index": index // CHUNK, "file_index": index % CHUNK}
         path = self.folder / VIDEO_PATH.format(video_key=name, **place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, images, self.fps)
+        try:
+            write_video(path, images, self.fps)
+        except (OSError, ValueError) as error:
+            size = "x".join(map(str, images.shape[1:3]))
+            raise DatasetError(
+                f"dataset {self.about.name}: {name}, images of {size}, cannot be written as video ({reason(error)})"
+            ) from error
         times = {"from_timestamp": 0.0, "to_timestamp": len(images) / self.fps}
         return {f"videos/{name}/{key}": value for key, value in {**place, **times}.items()}
 

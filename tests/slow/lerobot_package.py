@@ -1,10 +1,10 @@
 """Write and read LeRobot datasets with LeRobot's own package; run by a Python that has it, which need not have o2o.
 
-python tests/slow/lerobot_package.py write FOLDER ROWS.npz [v3 settings as JSON]
+python tests/slow/lerobot_package.py write FOLDER ROWS.npz
 python tests/slow/lerobot_package.py read FOLDER ROWS.npz
 """
 
-import json
+import inspect
 import os
 import sys
 from importlib.metadata import version
@@ -37,9 +37,9 @@ def frame(camera: str, episode: int, step: int) -> np.ndarray:
     return np.clip(ramp + 8 * step + 20 * episode + np.array([0, 10, 20]), 0, 255).astype(np.uint8)
 
 
-def write(folder: Path, rows: Path, settings: dict[str, object]) -> None:
+def write(folder: Path, rows: Path) -> None:
     """Write three episodes of two tasks with two cameras, the second one without success; keep the rows in `rows`."""
-    made = LeRobotDataset.create("lab/pick", FPS, FEATURES, root=folder, robot_type="so101", **settings)
+    made = LeRobotDataset.create("lab/pick", FPS, FEATURES, root=folder, robot_type="so101")
     rng, kept = np.random.default_rng(0), {"state": [], "action": [], "success": []}
     for episode, steps in enumerate(LENGTHS):
         for step in range(steps):
@@ -48,11 +48,16 @@ def write(folder: Path, rows: Path, settings: dict[str, object]) -> None:
             numbers = {"next.reward": np.float32([success]), "next.success": np.array([success])}
             images = {f"observation.images.{name}": frame(name, episode, step) for name in CAMERAS}
             task = TASKS[episode % 2]
-            made.add_frame({"observation.state": state, "action": action, **numbers, **images, "task": task})
+            row = {"observation.state": state, "action": action, **numbers, **images}
+            if "task" in inspect.signature(made.add_frame).parameters:  # of 0.3, which writes v2.1
+                made.add_frame(row, task)
+            else:
+                made.add_frame({**row, "task": task})
             for name, value in zip(kept, (state, action, success), strict=True):
                 kept[name].append(value)
         made.save_episode()
-    made.finalize()
+    if hasattr(made, "finalize"):
+        made.finalize()
     np.savez(rows, **{name: np.array(values) for name, values in kept.items()})
 
 
@@ -72,9 +77,6 @@ def read(folder: Path, rows: Path) -> None:
 
 
 if __name__ == "__main__":
-    what, folder, rows, *rest = sys.argv[1:]
-    if what == "write":
-        write(Path(folder), Path(rows), json.loads(rest[0]) if rest else {})
-    else:
-        read(Path(folder), Path(rows))
+    what, folder, rows = sys.argv[1:]
+    {"write": write, "read": read}[what](Path(folder), Path(rows))
     print(f"lerobot {version('lerobot')}")

@@ -14,6 +14,7 @@ import pytest
 from o2o.data import datasets
 from o2o.data.importers import write as importing
 from o2o.data.importers.plan import Options
+from o2o.data.lerobot_export import to_lerobot
 from o2o.errors import O2OError
 from tests.helpers import foreign
 
@@ -204,3 +205,16 @@ def test_as_ogbench_reads(tmp_path: Path) -> None:
     found = datasets.load([str(done.folder)]).arrays
     for key in ("observations", "actions", "next_observations"):
         np.testing.assert_array_equal(found[key], wanted[key])
+
+
+def test_lerobot_export_refused(tmp_path: Path) -> None:
+    """A rate that no video has, and images that no video holds, are refused; nothing appears."""
+    strips = np.zeros((ROWS, 1, 3, 3), np.uint8)
+    np.savez(tmp_path / "own.npz", **arrays(observations=None, **{"observations/cam": strips}))
+    importing.import_dataset(tmp_path / "own.npz", "lab/set-v0", root=tmp_path / "root")
+    for fps in (1e-9, 1e12):
+        with pytest.raises(O2OError, match="expected 0.001 to 10000 steps per second"):
+            to_lerobot("lab/set-v0", tmp_path / "out", fps=fps, root=tmp_path / "root")
+    with pytest.raises(O2OError, match="observation.images.cam, images of 1x3, cannot be written as video"):
+        to_lerobot("lab/set-v0", tmp_path / "out", fps=10, root=tmp_path / "root")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.npz", "root"]
