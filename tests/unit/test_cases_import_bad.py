@@ -20,6 +20,7 @@ from tests.helpers import foreign
 
 ROWS, FLAGS = 8, np.arange(8) % 4 == 3
 DATA, EPISODES = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+FILM = "videos/observation.images.front/chunk-000/file-000.mp4"
 BEGIN = "videos/observation.images.front/from_timestamp"
 
 
@@ -166,6 +167,10 @@ LEROBOT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "time stands still": (cells(DATA, "timestamp", [0.0] * 16), "timestamps of episode 0 do not rise"),
     "times as text": (cells(DATA, "timestamp", ["0"] * 16), "'timestamp' of episode 0 has string, expected numbers"),
     "success with gaps": (cells(DATA, "next.success", [None, True] * 8), "has empty cells, expected numbers"),
+    "a film of zeros": (
+        lambda p: (p / FILM).write_bytes((p / FILM).read_bytes()[:900] + bytes(300) + (p / FILM).read_bytes()[1200:]),
+        "file-000.mp4 cannot be",
+    ),
     "an image of bytes": (
         cells(DATA, "observation.images.wrist", [{"bytes": b"x", "path": None}] * 16),
         "an image 'observation.images.wrist' of episode 0 cannot be decoded",

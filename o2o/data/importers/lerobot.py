@@ -328,7 +328,13 @@ class Film:
             self._frames, self._frame = self._container.decode(video=0), None
         out: np.ndarray | None = None
         for i, time in enumerate(times):
-            image = self._at(float(time))
+            try:
+                image = self._at(float(time))
+            except (self._av.FFmpegError, *UNREADABLE) as error:
+                raise DatasetError(
+                    f"{path} cannot be decoded from {time:.3f} s on, in episode {episode} ({reason(error)}); copy the "
+                    "dataset again, or leave the camera out with `keys`"
+                ) from error
             if image is None:
                 raise DatasetError(
                     f"{path} is shorter than its rows: episode {episode} has {len(times)} of them and the "
@@ -350,7 +356,7 @@ class Film:
             raise DatasetError(
                 f"{path} is missing: copy the dataset whole, or leave the camera out with `keys`"
             ) from error
-        except (OSError, ValueError) as error:
+        except (self._av.FFmpegError, *UNREADABLE) as error:
             raise DatasetError(f"{path} cannot be read as a video ({_pointer(path) or reason(error)})") from error
         if not self._container.streams.video:
             raise DatasetError(f"{path} holds no video")
