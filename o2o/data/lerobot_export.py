@@ -75,8 +75,8 @@ class _Writer:
         self.leaves = {_feature_name(leaf): leaf for leaf in spec.leaves}
         self.cameras = {name: leaf for name, leaf in self.leaves.items() if leaf.image}
         for name, leaf in self.cameras.items():
-            if leaf.shape[-1] != 3:
-                raise DatasetError(f"dataset {about.name}: {name} has {leaf.shape[-1]} channels; video takes 3")
+            if leaf.pixels[-1] != 3:
+                raise DatasetError(f"dataset {about.name}: {name} has {leaf.pixels[-1]} channels; video takes 3")
         assert isinstance(about.action_space, spaces.Box)
         self.file, self.bytes, self.total, self.file_start = 0, 0, 0, 0
         self.open: Any = None
@@ -198,18 +198,18 @@ class _Writer:
         found: dict[str, Any] = {}
         for name, leaf in self.leaves.items():
             if leaf.image:
-                height, width, channels = leaf.shape
+                height, width, channels = leaf.pixels
                 video = {
                     "video.height": height,
                     "video.width": width,
                     "video.codec": "h264",
-                    "video.pix_fmt": _pixel_format(leaf.shape),
+                    "video.pix_fmt": _pixel_format(leaf.pixels),
                     "video.is_depth_map": False,
                     "video.fps": self.fps,
                     "video.channels": channels,
                     "has_audio": False,
                 }
-                found[name] = _feature("video", leaf.shape, ["height", "width", "channels"]) | {"info": video}
+                found[name] = _feature("video", leaf.pixels, ["height", "width", "channels"]) | {"info": video}
             else:
                 found[name] = _feature("float32", leaf.shape or (1,))
         assert self.about.action_space.shape is not None

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gymnasium import spaces
 
-from o2o.data import datasets
+from o2o.data import datasets, files
+from o2o.data.files import Episode
 from o2o.data.importers import write as importing
 from o2o.data.importers.plan import Options
 from o2o.data.lerobot_export import to_lerobot
@@ -214,12 +216,36 @@ def test_as_ogbench_reads(tmp_path: Path) -> None:
 
 def test_lerobot_export_refused(tmp_path: Path) -> None:
     """A rate that no video has, and images that no video holds, are refused; nothing appears."""
-    strips = np.zeros((ROWS, 1, 3, 3), np.uint8)
-    np.savez(tmp_path / "own.npz", **arrays(observations=None, **{"observations/cam": strips}))
+    grey = np.zeros((ROWS, 6, 8, 1), np.uint8)
+    np.savez(tmp_path / "own.npz", **arrays(observations=None, **{"observations/cam": grey}))
     importing.import_dataset(tmp_path / "own.npz", "lab/set-v0", root=tmp_path / "root")
     for fps in (1e-9, 1e12):
         with pytest.raises(O2OError, match="expected 0.001 to 10000 steps per second"):
             to_lerobot("lab/set-v0", tmp_path / "out", fps=fps, root=tmp_path / "root")
-    with pytest.raises(O2OError, match="observation.images.cam, images of 1x3, cannot be written as video"):
+    with pytest.raises(O2OError, match="observation.images.cam has 1 channels; video takes 3"):
         to_lerobot("lab/set-v0", tmp_path / "out", fps=10, root=tmp_path / "root")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.npz", "root"]
+
+
+def test_channels_first_exported(tmp_path: Path) -> None:
+    """Images that a dataset holds with their channels first are frames like any other in LeRobot's layout."""
+    seen = np.moveaxis(foreign.images(5, (16, 24)), -1, 1)
+    ends = np.arange(4) == 3
+    episode = Episode({"cam": seen}, np.zeros((4, 2), np.float32), np.zeros(4), ends, ~ends & False)
+    files.write_dataset(
+        "lab/set-v0",
+        [episode],
+        observation_space=spaces.Dict({"cam": spaces.Box(0, 255, (3, 16, 24), np.uint8)}),
+        action_space=spaces.Box(-1.0, 1.0, (2,), np.float32),
+        spec=None,
+        root=tmp_path,
+    )
+    out = to_lerobot("lab/set-v0", tmp_path / "out", fps=10, root=tmp_path)
+    assert json.loads((out / "meta/info.json").read_text())["features"]["observation.images.cam"]["shape"] == [
+        16,
+        24,
+        3,
+    ]
+    done = importing.import_dataset(out, "lab/back-v0", root=tmp_path)
+    found = next(files.read_episodes(files.open_storage(done.folder / "data", {}), "lab/back-v0"))
+    assert np.abs(found.observations["cam"][:4].astype(int) - foreign.images(4, (16, 24))).max() < 8
