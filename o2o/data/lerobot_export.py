@@ -32,6 +32,8 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 NUMBERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+"""Quantiles among LeRobot's statistics. Those of a dataset are the means of its episodes', weighted by their rows."""
 Stats = dict[str, np.ndarray]
 
 
@@ -273,12 +275,16 @@ def _stats(value: np.ndarray, image: bool) -> Stats:
     """Return LeRobot's statistics of rows `[T, ...]`; of images in [0, 1] per channel, `[3, 1, 1]`."""
     if image:
         sample = value[:: max(1, len(value) // 100)].astype(np.float64) / 255.0
-        by_axis = {"min": sample.min, "max": sample.max, "mean": sample.mean, "std": sample.std}
-        found = {key: np.asarray(of(axis=(0, 1, 2))).reshape(3, 1, 1) for key, of in by_axis.items()}
-        return {**found, "count": np.asarray([len(sample)])}
-    rows = value.astype(np.float64).reshape(len(value), -1)
+        found = _of_rows(sample.reshape(-1, 3))
+        return {**{key: of.reshape(3, 1, 1) for key, of in found.items()}, "count": np.asarray([len(sample)])}
+    return {**_of_rows(value.astype(np.float64).reshape(len(value), -1)), "count": np.asarray([len(value)])}
+
+
+def _of_rows(rows: np.ndarray) -> Stats:
+    """Return the statistics of each column of rows `[N, D]`."""
+    levels = np.quantile(rows, list(QUANTILES.values()), axis=0)
     by_axis = {"min": rows.min, "max": rows.max, "mean": rows.mean, "std": rows.std}
-    return {**{key: np.asarray(of(axis=0)) for key, of in by_axis.items()}, "count": np.asarray([len(rows)])}
+    return {key: np.asarray(of(axis=0)) for key, of in by_axis.items()} | dict(zip(QUANTILES, levels, strict=True))
 
 
 def _joined(one: Stats, two: Stats) -> Stats:
@@ -291,5 +297,6 @@ def _joined(one: Stats, two: Stats) -> Stats:
         "max": np.maximum(one["max"], two["max"]),
         "mean": mean,
         "std": np.sqrt(np.maximum(square - mean**2, 0.0)),
+        **{key: one[key] + share * (two[key] - one[key]) for key in QUANTILES},
         "count": one["count"] + two["count"],
     }

@@ -55,6 +55,7 @@ def test_lerobot_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back["action"], made["action"][kept])
     np.testing.assert_array_equal(back["observation.state"], made["state"][kept])
     np.testing.assert_array_equal(back["next.success"].reshape(-1), made["success"][kept])
+    assert {key for key in seen if key.startswith("stats/action/")} <= set(back)
     np.testing.assert_allclose(back["stats/action/mean"], made["action"][kept].mean(0), atol=1e-6)
     for camera in ("front", "wrist"):
         name = f"observation.images.{camera}"

@@ -246,6 +246,9 @@ def test_channels_first_exported(tmp_path: Path) -> None:
         24,
         3,
     ]
+    stats = json.loads((out / "meta/stats.json").read_text())["observation.images.cam"]
+    median = np.median(foreign.images(4, (16, 24)) / 255, axis=(0, 1, 2))
+    np.testing.assert_allclose(np.ravel(stats["q50"]), median, atol=1e-6)
     done = importing.import_dataset(out, "lab/back-v0", root=tmp_path)
     found = next(files.read_episodes(files.open_storage(done.folder / "data", {}), "lab/back-v0"))
     assert np.abs(found.observations["cam"][:4].astype(int) - foreign.images(4, (16, 24))).max() < 8
