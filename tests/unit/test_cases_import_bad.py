@@ -85,6 +85,18 @@ def test_success_with_gaps_dropped(tmp_path: Path) -> None:
     assert done.episodes == 1 and [number for number, _ in done.dropped] == [1]
 
 
+def test_refused_then_mended(tmp_path: Path) -> None:
+    """An import that a faulty episode ended stands in nobody's way: other columns begin anew, with every episode."""
+    seen = np.where(np.arange(ROWS)[:, None] == 5, np.nan, np.zeros((ROWS, 3)))
+    np.savez(tmp_path / "own.npz", **arrays(observations=seen, other=np.ones((ROWS, 1))))
+    refused(tmp_path / "own.npz", "episode 1, step 1: observations .* has nan")
+    done = importing.import_dataset(
+        tmp_path / "own.npz", "lab/set-v0", options=Options(keys=("other",)), root=tmp_path / "root"
+    )
+    found = next(files.read_episodes(files.open_storage(done.folder / "data", {}), "lab/set-v0"))
+    assert done.episodes == 2 and not done.dropped and found.observations.shape == (4, 1)
+
+
 def test_nothing_fits_then_mended(tmp_path: Path) -> None:
     """An import of which no episode is left stands in nobody's way: other options begin anew."""
     np.savez(tmp_path / "own.npz", **arrays(dones=None))

@@ -28,6 +28,8 @@ from o2o.errors import DatasetError, O2OError
 from o2o.files import write_atomically
 
 HEADER, LOCK = "import.json", "lock"
+REFUSED = "refused"
+"""Marks an import that a faulty episode ended, so that one with other options may begin anew in its place."""
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LONGEST_LICENCE = 65_536
 
@@ -100,6 +102,7 @@ def _import(
     try:
         _convert(source, plan, options, work, progress)
     except FaultyEpisodeError:
+        (work / REFUSED).touch()
         raise  # with --drop-bad it goes on from here
     except DatasetError:
         shutil.rmtree(work, ignore_errors=True)  # what mends it is another source, or other options
@@ -180,11 +183,14 @@ def _begin(work: Path, header: dict[str, Any], dataset_id: str) -> None:
     path = work / HEADER
     header = {**header, "options": {k: v for k, v in header["options"].items() if k not in ("drop_bad", "licence")}}
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("fingerprint") != header["fingerprint"]:
+    changed = [key for key in header if before.get(key) != header[key]]
+    refused = (work / REFUSED).exists()
+    (work / REFUSED).unlink(missing_ok=True)
+    if "fingerprint" in changed or (changed and refused):
         for part in (*_kept(work), *work.glob("*.dropped")):
             part.unlink()
         write_atomically(path, json.dumps(header, indent=2) + "\n")
-    elif changed := [key for key in header if before.get(key) != header[key]]:
+    elif changed:
         raise DatasetError(
             f"an import into {dataset_id} was interrupted, and its {', '.join(changed)} is not that of this one: give "
             f"the command that began it, or delete {work}"
