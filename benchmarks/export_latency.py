@@ -19,7 +19,7 @@ from o2o.startup import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
-    "bc": "one network; so do `awac`, `calql`, `cql`, `iql`, `ppo`, `rebrac`, `rlpd`, `sac`, `td3bc`, `uni_o4` and `wsrl`",
+    "bc": "one network; also `awac`, `calql`, `cql`, `iql`, `ppo`, `rebrac`, `rlpd`, `sac`, `td3bc`, `uni_o4`, `wsrl`",
     "td7": "an encoder and one network",
     "famo2o": "a network, told by a second one how bold to be; `famo2o_cql` too",
     "pex": "one of two networks, by Q",
