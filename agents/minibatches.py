@@ -13,7 +13,10 @@ from o2o.types import PRIORITIES, Array, Batch, Info
 def check_flat(observations: Any, agent: str) -> None:
     """Raise ConfigError unless `observations` is one array `[B, D]`."""
     if isinstance(observations, dict) or jnp.ndim(observations) != 2:
-        raise ConfigError(f"{agent} needs flat float32 observations [batch, dim]; choose the dataset's state entries")
+        raise ConfigError(
+            f"{agent} needs flat float32 observations [batch, dim] and these have images: import or record the data "
+            "without cameras, or take an agent that learns from them (docs/images.md)"
+        )
 
 
 def minibatches_in(batch: Batch) -> int:

@@ -1,6 +1,7 @@
 """How long an action takes: the agent's own call and its exported files, for policies that differ in kind.
 
-    python benchmarks/export_latency.py    # into results/export/README.md, some minutes
+    python benchmarks/export_latency.py            # into results/export/README.md, some minutes
+    python benchmarks/export_latency.py bc pex     # these alone, to the screen
 
 The networks are those of the `paper` presets for the embedded maze, hardly trained: latency does not depend on it.
 """
@@ -18,9 +19,18 @@ from o2o.startup import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
-    "bc": "one network",
+    "bc": "one network; also `awac`, `calql`, `cql`, `iql`, `ppo`, `rebrac`, `rlpd`, `sac`, `td3bc`, `uni_o4`, `wsrl`",
+    "td7": "an encoder and one network",
+    "famo2o": "a network, told by a second one how bold to be; `famo2o_cql` too",
+    "pex": "one of two networks, by Q",
+    "ibrl": "one of two networks, by Q",
+    "jsrl": "a guide, then the learner",
+    "fql": "one step from noise",
     "flow_bc": "a flow, ten steps of a network",
     "diffusion_bc": "a diffusion",
+    "dsrl": "a flow, fed with noise that a network chooses",
+    "ifql": "a flow, the best of several by Q",
+    "qam": "a flow, ten steps of a network",
     "qc": "a flow over chunks of actions, the best of several by Q",
     "expo": "a flow, edits, the best of several by Q",
     "residual": "corrections of the `flow_bc` above",
@@ -58,11 +68,14 @@ def measure(agent: str, work: Path) -> list[str]:
     return [*cells, f"{p50} ({p99})"]
 
 
-def main(out: Path = ROOT / "benchmarks/results/export") -> None:
-    """Measure all, and write the report."""
+def main(agents: list[str], out: Path = ROOT / "benchmarks/results/export") -> None:
+    """Measure all, and write the report; with `agents` measure those, and print their rows."""
     envs.make_embedded(envs.DEMO_DATASET)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(agent, Path(folder)) for agent in KINDS]
+        rows = [measure(agent, Path(folder)) for agent in agents or KINDS]
+    if agents:
+        print(*(" | ".join(row) for row in rows), sep="\n")
+        return
     lines = [
         "# Latency of exported policies",
         "",
@@ -81,4 +94,4 @@ def main(out: Path = ROOT / "benchmarks/results/export") -> None:
 
 if __name__ == "__main__":
     prepare_process()
-    main()
+    main(sys.argv[1:])

@@ -17,16 +17,30 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+PARTS = ("format", "observation", "history", "action", "inputs", "noise", "memory", "base")
+
 
 class Policy:
     """The policy in an ONNX file, by the contract beside it: history, chunks, random numbers and base policy."""
 
     def __init__(self, path):
         """Load `path`, and `path` + `.json`."""
-        self.contract = json.loads(Path(f"{path}.json").read_text())
+        try:
+            self.contract = json.loads(Path(f"{path}.json").read_text())
+            missing = [part for part in PARTS if part not in self.contract]
+        except (ValueError, TypeError) as error:
+            missing = [error]
+        if missing:
+            raise ValueError(f"{path}.json is no contract of o2o ({missing[0]}): copy it again")
         if self.contract["format"] != 1:
             raise ValueError(f"{path}.json is of format {self.contract['format']}; this loader reads 1")
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        wanted = {k: v["shape"] for part in ("inputs", "memory", "noise") for k, v in self.contract[part].items()}
+        if (takes := {entry.name: entry.shape for entry in self.session.get_inputs()}) != wanted:
+            raise ValueError(f"{path} takes {takes}, and its contract says {wanted}: copy both files again")
         base = self.contract["base"]
         self.base = Policy(Path(path).with_name(base)) if base else None
         self.reset()
@@ -71,17 +85,19 @@ class Policy:
                         f"the observation has no entry {entry['name']!r}, which the policy needs"
                     ) from None
             value = np.asarray(value)
-            if list(value.shape) != entry["shape"] or (entry["dtype"] == "uint8" and value.dtype != np.uint8):
+            kind = value.dtype == np.uint8 if entry["dtype"] == "uint8" else value.dtype.kind in "biuf"
+            if list(value.shape) != entry["shape"] or not kind:
                 raise ValueError(
                     f"observation entry {entry['name']!r} is {value.dtype} of shape {list(value.shape)}, the policy "
                     f"needs {entry['dtype']} of shape {entry['shape']}"
                 )
-            if not np.isfinite(value).all():
-                raise ValueError(f"observation entry {entry['name']!r} has a number that is not finite")
             if entry["dtype"] == "uint8":
                 images[entry["input"]] = value.copy()
-            else:
+                continue
+            with np.errstate(over="ignore"):
                 rows.append(value.astype(np.float32).reshape(-1))
+            if not np.isfinite(rows[-1]).all():
+                raise ValueError(f"observation entry {entry['name']!r} has a number that is not finite")
         return {**({"state": np.concatenate(rows)} if rows else {}), **images}
 
     def draw(self, kind, shape):

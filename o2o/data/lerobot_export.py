@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from o2o.data import files
 from o2o.data.files import DatasetInfo, Episode
+from o2o.data.importers.columns import reason
 from o2o.data.importers.lerobot import needed
 from o2o.data.spaces import STATE, Leaf, ObservationSpec
 from o2o.errors import ConfigError, DatasetError
@@ -25,10 +26,14 @@ CHUNK = 1000
 """Files in a folder."""
 FILE_BYTES = 100 * 2**20
 """Bytes of rows after which a new parquet file begins."""
+SLOWEST, FASTEST = 0.001, 10_000.0
+"""Steps per second that a video can have."""
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 NUMBERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+"""Quantiles among LeRobot's statistics. Those of a dataset are the means of its episodes', weighted by their rows."""
 Stats = dict[str, np.ndarray]
 
 
@@ -46,6 +51,8 @@ def to_lerobot(
     rate = fps if fps is not None else files.rate_of(about)
     if rate is None or not rate > 0:
         raise ConfigError(f"dataset {about.name} does not say its steps per second (fps {rate}): give `fps`")
+    if not SLOWEST <= rate <= FASTEST:
+        raise ConfigError(f"fps is {rate:g}; expected {SLOWEST:g} to {FASTEST:g} steps per second")
     if out.exists():
         raise DatasetError(f"{out} exists already; give a new folder")
     needed("pyarrow", "pyarrow", out)
@@ -70,8 +77,8 @@ class _Writer:
         self.leaves = {_feature_name(leaf): leaf for leaf in spec.leaves}
         self.cameras = {name: leaf for name, leaf in self.leaves.items() if leaf.image}
         for name, leaf in self.cameras.items():
-            if leaf.shape[-1] != 3:
-                raise DatasetError(f"dataset {about.name}: {name} has {leaf.shape[-1]} channels; video takes 3")
+            if leaf.pixels[-1] != 3:
+                raise DatasetError(f"dataset {about.name}: {name} has {leaf.pixels[-1]} channels; video takes 3")
         assert isinstance(about.action_space, spaces.Box)
         self.file, self.bytes, self.total, self.file_start = 0, 0, 0, 0
         self.open: Any = None
@@ -147,7 +154,13 @@ class _Writer:
         place = {"chunk_index": index // CHUNK, "file_index": index % CHUNK}
         path = self.folder / VIDEO_PATH.format(video_key=name, **place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, images, self.fps)
+        try:
+            write_video(path, images, self.fps)
+        except (OSError, ValueError) as error:
+            size = "x".join(map(str, images.shape[1:3]))
+            raise DatasetError(
+                f"dataset {self.about.name}: {name}, images of {size}, cannot be written as video ({reason(error)})"
+            ) from error
         times = {"from_timestamp": 0.0, "to_timestamp": len(images) / self.fps}
         return {f"videos/{name}/{key}": value for key, value in {**place, **times}.items()}
 
@@ -187,18 +200,18 @@ class _Writer:
         found: dict[str, Any] = {}
         for name, leaf in self.leaves.items():
             if leaf.image:
-                height, width, channels = leaf.shape
+                height, width, channels = leaf.pixels
                 video = {
                     "video.height": height,
                     "video.width": width,
                     "video.codec": "h264",
-                    "video.pix_fmt": _pixel_format(leaf.shape),
+                    "video.pix_fmt": _pixel_format(leaf.pixels),
                     "video.is_depth_map": False,
                     "video.fps": self.fps,
                     "video.channels": channels,
                     "has_audio": False,
                 }
-                found[name] = _feature("video", leaf.shape, ["height", "width", "channels"]) | {"info": video}
+                found[name] = _feature("video", leaf.pixels, ["height", "width", "channels"]) | {"info": video}
             else:
                 found[name] = _feature("float32", leaf.shape or (1,))
         assert self.about.action_space.shape is not None
@@ -262,12 +275,16 @@ def _stats(value: np.ndarray, image: bool) -> Stats:
     """Return LeRobot's statistics of rows `[T, ...]`; of images in [0, 1] per channel, `[3, 1, 1]`."""
     if image:
         sample = value[:: max(1, len(value) // 100)].astype(np.float64) / 255.0
-        by_axis = {"min": sample.min, "max": sample.max, "mean": sample.mean, "std": sample.std}
-        found = {key: np.asarray(of(axis=(0, 1, 2))).reshape(3, 1, 1) for key, of in by_axis.items()}
-        return {**found, "count": np.asarray([len(sample)])}
-    rows = value.astype(np.float64).reshape(len(value), -1)
+        found = _of_rows(sample.reshape(-1, 3))
+        return {**{key: of.reshape(3, 1, 1) for key, of in found.items()}, "count": np.asarray([len(sample)])}
+    return {**_of_rows(value.astype(np.float64).reshape(len(value), -1)), "count": np.asarray([len(value)])}
+
+
+def _of_rows(rows: np.ndarray) -> Stats:
+    """Return the statistics of each column of rows `[N, D]`."""
+    levels = np.quantile(rows, list(QUANTILES.values()), axis=0)
     by_axis = {"min": rows.min, "max": rows.max, "mean": rows.mean, "std": rows.std}
-    return {**{key: np.asarray(of(axis=0)) for key, of in by_axis.items()}, "count": np.asarray([len(rows)])}
+    return {key: np.asarray(of(axis=0)) for key, of in by_axis.items()} | dict(zip(QUANTILES, levels, strict=True))
 
 
 def _joined(one: Stats, two: Stats) -> Stats:
@@ -280,5 +297,6 @@ def _joined(one: Stats, two: Stats) -> Stats:
         "max": np.maximum(one["max"], two["max"]),
         "mean": mean,
         "std": np.sqrt(np.maximum(square - mean**2, 0.0)),
+        **{key: one[key] + share * (two[key] - one[key]) for key in QUANTILES},
         "count": one["count"] + two["count"],
     }

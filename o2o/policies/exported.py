@@ -26,6 +26,9 @@ FILES = {".onnx": "onnxruntime", ".jax": "jax", ".pt": "torch", ".pth": "torch",
 CONTRACT_FORMAT = 1
 """Format of a contract. It is raised when loaders of before can no longer read it."""
 
+CONTRACT_PARTS = ("observation", "history", "action", "inputs", "noise", "memory", "base", "versions")
+"""What a contract must have for its policy to act."""
+
 
 def contract_of(path: Path) -> Path:
     """Return where the contract of an exported policy is."""
@@ -141,6 +144,8 @@ class ExportedPolicy(BasePolicy):
                 raise ConfigError(
                     f"{where} is of format {contract['format']}, this o2o reads {CONTRACT_FORMAT}: export again"
                 )
+            if missing := [part for part in CONTRACT_PARTS if part not in contract]:
+                raise KeyError(*missing)
             inner = None if contract["base"] is None else load_file(path.with_name(contract["base"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):

@@ -202,9 +202,25 @@ def test_wrong_arrays_refused(tmp_path: Path) -> None:
     other = toy_data(spaces.Box(-1.0, 1.0, (5,), np.float32))
     with pytest.raises(EnvironmentMismatchError, match=r"exported for observations observation\[3\], here they are"):
         load_file(tmp_path / "policy.onnx").check(other)
-    contract_of(tmp_path / "policy.onnx").write_text("{}")
-    with pytest.raises(ConfigError, match="is no contract of o2o"):
-        load_file(tmp_path / "policy.onnx")
+    for wrong in (np.array([None] * 3), np.array(["a"] * 3), np.zeros(3, complex)):
+        with pytest.raises(ValueError, match="entry 'observation' is .*, the policy needs float32"):
+            file.act(wrong)
+    with pytest.raises(ValueError, match="a number that is not finite"):
+        file.act(np.full(3, 1e300))
+    contract = contract_of(tmp_path / "policy.onnx")
+    sound = json.loads(contract.read_text())
+    for text in ("", "{}", "[]", json.dumps({k: v for k, v in sound.items() if k != "observation"})):
+        contract.write_text(text)
+        with pytest.raises(ValueError, match="policy.onnx.json is no contract of o2o .*: copy it again"):
+            deployed(tmp_path / "policy.onnx")
+        with pytest.raises(ConfigError, match="is no contract of o2o"):
+            load_file(tmp_path / "policy.onnx")
+    contract.write_text(json.dumps(sound | {"inputs": {"state": {"shape": [1, 4], "dtype": "float32"}}}))
+    with pytest.raises(ValueError, match=r"takes {'state': \[1, 3\]}, and its contract says {'state': \[1, 4\]}"):
+        deployed(tmp_path / "policy.onnx")
+    (tmp_path / "policy.onnx").write_bytes((tmp_path / "policy.onnx").read_bytes()[:200])
+    with pytest.raises(ValueError, match="policy.onnx cannot be loaded"):
+        deployed(tmp_path / "policy.onnx")
 
 
 def test_unexportable_part_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def open_source(path: Path, form: str = "auto", episode_steps: int | None = None
     if form != "auto" and form not in FORMATS:
         raise ConfigError(f"no format {form!r}; {suggest(form, ('auto', *FORMATS))}")
     if episode_steps is not None and episode_steps < 1:
-        raise ConfigError(f"episode_steps is {episode_steps}; expected at least 1")
+        raise ConfigError(f"`episode_steps` is {episode_steps}; expected at least 1")
     if not path.exists():
         raise DatasetError(f"{path} is not there; give a file or the folder of a LeRobot dataset")
     refuse_pickle(path)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from o2o.data.importers.columns import (
+    check_numbers,
     check_rows,
     columns_of,
     fields_of,
@@ -50,8 +51,10 @@ class ArraysSource(Source):
             found = ", ".join(sorted(self.columns.shapes)) or "no array of numbers"
             raise DatasetError(f"{path} needs arrays `observations` and `actions`; it has {found}")
         self.rows = self.columns.shapes["actions"][0]
+        if not self.rows:
+            raise DatasetError(f"{path} has no rows: 'actions' is an array of shape {self.columns.shapes['actions']}")
         self.next_of = self._following()
-        used = (*self.observed, *self.next_of.values(), *TERMINATED, *TRUNCATED, *ENDS, "rewards", "success")
+        used = ("actions", *self.observed, *self.next_of.values(), *TERMINATED, *TRUNCATED, *ENDS, "rewards", "success")
         check_rows(path, self.columns, used, self.rows, "actions")
         self.spans = self._spans()
 
@@ -77,7 +80,7 @@ class ArraysSource(Source):
     def _spans(self) -> list[Span]:
         """Return (start, stop, whether terminal) of every episode."""
         terminal, timeout, done = (
-            flagged(self.columns, self._first(names), self.rows) for names in (TERMINATED, TRUNCATED, ENDS)
+            flagged(self.path, self.columns, self._first(names), self.rows) for names in (TERMINATED, TRUNCATED, ENDS)
         )
         if EPISODE_ENDS in self.columns.shapes:
             done = np.union1d(done, self._listed_ends() - 1)
@@ -102,13 +105,15 @@ class ArraysSource(Source):
 
     def _listed_ends(self) -> np.ndarray:
         """Return `episode_ends` `[E]`: for each episode the number of rows up to its end."""
-        listed = self.columns.read(EPISODE_ENDS, 0, self.columns.shapes[EPISODE_ENDS][0]).reshape(-1).astype(np.int64)
-        if np.any(np.diff(listed, prepend=0) <= 0) or (len(listed) and listed[-1] != self.rows):
+        check_numbers(self.path, self.columns, EPISODE_ENDS)
+        listed = self.columns.read(EPISODE_ENDS, 0, self.columns.shapes[EPISODE_ENDS][0])
+        whole = listed.ndim == 1 and bool(np.all(listed == np.floor(listed)))
+        if not whole or np.any(np.diff(listed, prepend=0) <= 0) or (len(listed) and listed[-1] != self.rows):
             raise DatasetError(
-                f"{self.path}: {EPISODE_ENDS} must rise from above 0 to the number of rows, {self.rows}; it is "
-                f"{listed[:3].tolist()} ... {listed[-1:].tolist()}"
+                f"{self.path}: {EPISODE_ENDS} must be whole numbers that rise from above 0 to the number of rows, "
+                f"{self.rows}; it is {listed[:3].tolist()} ... {listed[-1:].tolist()}"
             )
-        return listed
+        return listed.astype(np.int64)
 
     def describe(self) -> Description:
         """Return what the file holds."""

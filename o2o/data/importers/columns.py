@@ -8,7 +8,17 @@ from typing import Any, Protocol
 import h5py
 import numpy as np
 
-from o2o.data.importers.source import UNREADABLE, Field, Raw, Size, array_field, channels_last, refuse_pickle, resized
+from o2o.data.importers.source import (
+    NUMBERS,
+    UNREADABLE,
+    Field,
+    Raw,
+    Size,
+    array_field,
+    channels_last,
+    refuse_pickle,
+    resized,
+)
 from o2o.errors import DatasetError
 
 BLOCK = 2**20
@@ -60,6 +70,7 @@ class NpzColumns:
     def __init__(self, path: Path) -> None:
         """Read the headers of all arrays. Raises `DatasetError`."""
         self._path, self._streams = path, {}
+        self._by_columns: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         try:
@@ -68,21 +79,31 @@ class NpzColumns:
                 if member.endswith(".npy"):
                     with self._zip.open(member) as stream:
                         shape, fortran, dtype = _header(stream)
-                    if not shape or (fortran and len(shape) > 1):
+                    if min(shape, default=0) < 0:
+                        raise ValueError(f"{member} has the shape {shape}")
+                    if not shape:
                         continue
-                    self.shapes[member.removesuffix(".npy")], self.dtypes[member.removesuffix(".npy")] = shape, dtype
+                    name = member.removesuffix(".npy")
+                    self.shapes[name], self.dtypes[name] = shape, dtype
+                    if fortran and len(shape) > 1:
+                        self._by_columns.add(name)
         except UNREADABLE as error:
             raise DatasetError(
                 f"{path} cannot be read as npz ({reason(error)}): truncated, or of another kind"
             ) from error
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows `start : stop`; raises `DatasetError` for pickled objects."""
+        """Return rows `start : stop`; raises `DatasetError` for pickled objects, and for arrays stored by columns."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         if dtype.hasobject:
             raise DatasetError(
                 f"{self._path}: array {name!r} holds pickled Python objects, which are not read (unpickling runs any "
                 "code in the file): save it as an array of numbers"
+            )
+        if name in self._by_columns:
+            raise DatasetError(
+                f"{self._path}: array {name!r} is stored column after column (Fortran order), so its rows cannot be "
+                "read one after the other: save numpy.ascontiguousarray of it"
             )
         stream, at = self._streams.get(name, (None, 0))
         if stream is None or start < at:
@@ -167,29 +188,43 @@ def fields_of(columns: Columns, rows: int) -> dict[str, Field]:
     return {
         name: array_field(shape[1:], columns.dtypes[name])
         for name, shape in columns.shapes.items()
-        if shape[0] == rows and columns.dtypes[name].kind in "biuf"
+        if shape[0] == rows and columns.dtypes[name].kind in NUMBERS
     }
 
 
 def check_rows(path: Path, columns: Columns, names: Collection[str], rows: int, of: str) -> None:
-    """Raise `DatasetError` for an array in `names` that has another number of rows than `of`."""
+    """Raise `DatasetError` for an array in `names` that has no numbers, or another number of rows than `of`."""
     for name in names:
-        if name in columns.shapes and columns.shapes[name][0] != rows:
+        if name not in columns.shapes:
+            continue
+        check_numbers(path, columns, name)
+        if columns.shapes[name][0] != rows:
             raise DatasetError(
                 f"{path}: {name!r} has {columns.shapes[name][0]} rows and {of!r} {rows}; expected one row per step in "
                 "each"
             )
 
 
-def flagged(columns: Columns, name: str | None, rows: int) -> np.ndarray:
-    """Return the rows whose flag is set, `[k]`; empty for no flags."""
+def check_numbers(path: Path, columns: Columns, name: str) -> None:
+    """Raise `DatasetError` for an array that does not hold numbers, or whose rows cannot be read."""
+    columns.read(name, 0, 0)  # says why, for pickled objects
+    if columns.dtypes[name].kind not in NUMBERS:
+        raise DatasetError(f"{path}: {name!r} is {columns.dtypes[name]}, expected numbers")
+
+
+def flagged(path: Path, columns: Columns, name: str | None, rows: int) -> np.ndarray:
+    """Return the rows whose flag is set, `[k]`; empty for no flags. Raises `DatasetError` for what is no flag."""
     if name is None:
         return np.empty(0, np.int64)
-    found = [
-        start + np.flatnonzero(columns.read(name, start, min(start + BLOCK, rows)).reshape(-1))
-        for start in range(0, rows, BLOCK)
-    ]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    shape, found = columns.shapes[name], [np.empty(0, np.int64)]
+    if int(np.prod(shape[1:])) != 1:
+        raise DatasetError(f"{path}: {name!r} is an array of shape {shape}, expected one flag per step")
+    for start in range(0, rows, BLOCK):
+        flags = columns.read(name, start, min(start + BLOCK, rows)).reshape(-1)
+        if len(odd := np.flatnonzero((flags != 0) & (flags != 1))):
+            raise DatasetError(f"{path}: {name!r} is {flags[odd[0]]} in row {start + odd[0]}, expected 0 or 1")
+        found.append(start + np.flatnonzero(flags))
+    return np.concatenate(found)
 
 
 def read_spans(

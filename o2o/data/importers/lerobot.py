@@ -5,7 +5,10 @@ files, a batch of rows and a frame of video at a time. The extra `lerobot` (pyar
 nor the lerobot package is needed.
 """
 
+import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +18,18 @@ from typing import Any, ClassVar
 import numpy as np
 
 from o2o.data.importers.columns import reason
-from o2o.data.importers.source import Description, Field, Raw, Size, Source, decoded_image, resized
+from o2o.data.importers.source import (
+    NUMBERS,
+    UNREADABLE,
+    Description,
+    Field,
+    Raw,
+    Size,
+    Source,
+    check_values,
+    decoded_image,
+    resized,
+)
 from o2o.errors import DatasetError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -55,42 +69,58 @@ class LeRobotSource(Source):
                 raise DatasetError(f"{path}/meta/info.json lacks {key!r}; it has {', '.join(self.info)}")
         if episode_steps is not None:
             raise DatasetError(f"{path}: LeRobot says where an episode ends, so `episode_steps` has no use")
-        self.fps = float(self.info["fps"])
+        self.fps = _number(self.info["fps"])
+        if not 0 < self.fps < math.inf:
+            raise DatasetError(f"{path}/meta/info.json has fps {self.info['fps']!r}, expected frames per second")
         self._parquet = needed("pyarrow.parquet", "pyarrow", path)
-        self.features = {name: _feature(about) for name, about in self.info["features"].items()}
-        self.fields = {name: found for name, found in self.features.items() if found is not None}
+        self._check_features()
+        features = {name: _feature(about) for name, about in self.info["features"].items()}
+        self.fields = {name: found for name, found in features.items() if found is not None}
         kinds = {name: about.get("dtype") for name, about in self.info["features"].items()}
         self.cameras = [name for name in self.fields if kinds[name] == "video"]
         self.stills = [name for name in self.fields if kinds[name] == "image"]
         self.entries = self._entries_v3() if self.version == "v3.0" else self._entries_v2()
         if not self.entries:
             raise DatasetError(f"{path} has no episodes")
+        for one, two in itertools.pairwise(self.entries):
+            if one.index == two.index:
+                raise DatasetError(f"{path}/meta names episode {one.index} twice; copy the dataset again")
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        """Whether the folder has meta/info.json with a codebase_version."""
-        try:
-            return "codebase_version" in json.loads((path / "meta" / "info.json").read_text())
-        except (OSError, ValueError, TypeError):
-            return False
+        """Whether the folder has meta/info.json."""
+        return (path / "meta" / "info.json").is_file()
+
+    def _check_features(self) -> None:
+        """Raise `DatasetError` unless every feature of meta/info.json says its type and its shape."""
+        features = self.info["features"]
+        for name, about in features.items() if isinstance(features, dict) else [("features", features)]:
+            shape = about.get("shape") if isinstance(about, dict) else None
+            sizes = isinstance(shape, list | None) and all(isinstance(n, int) and n >= 0 for n in shape or ())
+            if not isinstance(about, dict) or not isinstance(about.get("dtype"), str) or not sizes:
+                raise DatasetError(
+                    f"{self.path}/meta/info.json: feature {name!r} is {str(about)[:80]}; expected its `dtype` and "
+                    "its `shape`"
+                )
 
     def files(self) -> list[Path]:
         """Return the files of the dataset, without caches of its download."""
         return sorted(p for part in PARTS for p in (self.path / part).rglob("*") if p.is_file())
 
     def _entries_v2(self) -> list[Entry]:
-        entries = []
-        for row in _json_lines(self.path / "meta" / "episodes.jsonl"):
-            index, chunk = (
-                int(row["episode_index"]),
-                int(row["episode_index"]) // int(self.info.get("chunks_size", 1000)),
-            )
+        entries, size = [], self.info.get("chunks_size", 1000)
+        if not isinstance(size, int) or size < 1:
+            raise DatasetError(f"{self.path}/meta/info.json has chunks_size {size!r}, expected a number of episodes")
+        where = self.path / "meta" / "episodes.jsonl"
+        for row in _json_lines(where):
+            index, length = (_whole(row, key, where) for key in ("episode_index", "length"))
+            chunk = index // size
             data = self._at("data_path", episode_chunk=chunk, episode_index=index)
             videos = {
                 key: (self._at("video_path", episode_chunk=chunk, episode_index=index, video_key=key), 0.0)
                 for key in self.cameras
             }
-            entries.append(Entry(index, int(row["length"]), data, videos))
+            entries.append(Entry(index, length, data, videos))
         return sorted(entries, key=lambda entry: entry.index)
 
     def _entries_v3(self) -> list[Entry]:
@@ -101,24 +131,30 @@ class LeRobotSource(Source):
             file = self._open(part)
             names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
             for row in file.read(columns=names).to_pylist():
-                data = self._at("data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-                videos = {}
+                index, length = (_whole(row, key, part) for key in ("episode_index", "length"))
+                place = {name: _whole(row, f"data/{name}", part) for name in ("chunk_index", "file_index")}
+                data, videos = self._at("data_path", **place), {}
                 for key in self.cameras:
-                    if f"videos/{key}/file_index" not in row:
-                        raise DatasetError(f"{part} does not say where the video of {key!r} is")
-                    place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-                    begin = float(row[f"videos/{key}/from_timestamp"])
+                    place = {name: _whole(row, f"videos/{key}/{name}", part) for name in ("chunk_index", "file_index")}
+                    begin = _number(row.get(f"videos/{key}/from_timestamp"))
+                    if not 0 <= begin < math.inf:
+                        raise DatasetError(f"{part} does not say where episode {index} begins in the video of {key!r}")
                     videos[key] = (self._at("video_path", video_key=key, **place), begin)
-                entries.append(Entry(int(row["episode_index"]), int(row["length"]), data, videos))
+                entries.append(Entry(index, length, data, videos))
         return sorted(entries, key=lambda entry: entry.index)
 
     def _at(self, template: str, **place: Any) -> Path:
+        """Return the path of a file by its template in meta/info.json. Raises `DatasetError` for one outside."""
+        pattern = self.info.get(template)
         try:
-            return self.path / str(self.info[template]).format(**place)
-        except (KeyError, IndexError, ValueError) as error:
-            raise DatasetError(
-                f"{self.path}/meta/info.json: {template} {self.info.get(template)!r} ({error})"
-            ) from error
+            if not isinstance(pattern, str):
+                raise ValueError("expected a text")
+            found = self.path / pattern.format(**place)
+            if not Path(os.path.normpath(found)).is_relative_to(os.path.normpath(self.path)):
+                raise ValueError("it leads out of the dataset's folder")
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            raise DatasetError(f"{self.path}/meta/info.json has {template} {pattern!r}: {error}") from error
+        return found
 
     def _open(self, part: Path) -> Any:
         try:
@@ -136,7 +172,7 @@ class LeRobotSource(Source):
         ]
         if known:
             rules.append(f"left out, as they are no arrays of numbers or are depth maps: {', '.join(known)}")
-        if int(self.info.get("total_tasks", 1)) > 1:
+        if _number(self.info.get("total_tasks")) > 1:
             rules.append(
                 f"the texts of its {self.info['total_tasks']} tasks are left out; `keys` task=task_index takes their "
                 "numbers"
@@ -164,7 +200,7 @@ class LeRobotSource(Source):
         try:
             for entry, rows in self._rows(self.entries[start:], columns):
                 found = {key: self._column(rows, key, sizes.get(key), entry) for key in columns}
-                times = np.asarray(rows.column("timestamp").to_numpy(), np.float64).reshape(-1)
+                times = self._times(rows, entry) if films else np.empty(0)
                 for key, film in films.items():
                     path, begin = entry.videos[key]
                     found[key] = film.frames(path, begin + times - times[0], sizes.get(key), entry.index)
@@ -173,6 +209,30 @@ class LeRobotSource(Source):
         finally:
             for film in films.values():
                 film.close()
+
+    def _times(self, rows: Any, entry: Entry) -> np.ndarray:
+        """Return the seconds of an episode's rows `[T]`; raise `DatasetError` if they are not those of `fps`."""
+        times = self._numbers(rows, "timestamp", entry).astype(np.float64)
+        steps = np.diff(times)
+        if not np.isfinite(times).all() or np.any(steps <= 0):
+            raise DatasetError(f"{entry.data}: the timestamps of episode {entry.index} do not rise from row to row")
+        if len(steps) and abs(float(np.median(steps)) * self.fps - 1.0) > 0.1:
+            raise DatasetError(
+                f"{entry.data}: the rows of episode {entry.index} are {float(np.median(steps)):.4g} s apart, and "
+                f"meta/info.json says {self.fps:g} frames per second"
+            )
+        return times
+
+    def _numbers(self, rows: Any, key: str, entry: Entry) -> np.ndarray:
+        """Return the numbers in a column of an episode, in one row; raise `DatasetError` for text and empty cells."""
+        flat = rows.column(key).combine_chunks()
+        while hasattr(flat, "flatten") and "list" in str(flat.type).split("<")[0]:
+            flat = flat.flatten()
+        values = np.asarray(flat.to_numpy(zero_copy_only=False))
+        if values.dtype.kind not in NUMBERS:
+            what = "empty cells" if flat.null_count else flat.type
+            raise DatasetError(f"{entry.data}: {key!r} of episode {entry.index} has {what}, expected numbers")
+        return values.reshape(-1)
 
     def _rows(self, entries: list[Entry], columns: list[str]) -> Iterator[tuple[Entry, Any]]:
         """Yield every episode with the table of its rows."""
@@ -211,7 +271,7 @@ class LeRobotSource(Source):
         if index not in wanted:
             return
         entry, rows = wanted.pop(index), pa.Table.from_batches(parts)
-        frames = np.asarray(rows.column("frame_index").to_numpy()).reshape(-1)
+        frames = self._numbers(rows, "frame_index", entry)
         if len(frames) != entry.length or not np.array_equal(frames, np.arange(entry.length)):
             raise DatasetError(
                 f"{entry.data}: episode {index} has {len(frames)} rows in place of the {entry.length} that the "
@@ -221,13 +281,12 @@ class LeRobotSource(Source):
 
     def _column(self, rows: Any, key: str, size: Size | None, entry: Entry) -> np.ndarray:
         """Return one column of an episode as `[T, ...]`."""
-        column = rows.column(key)
         if key in self.stills:
-            return np.stack([resized(self._still(cell, entry, key), size) for cell in column.to_pylist()])
-        flat = column.combine_chunks()
-        while hasattr(flat, "flatten") and "list" in str(flat.type).split("<")[0]:
-            flat = flat.flatten()
-        values, shape = np.asarray(flat.to_numpy(zero_copy_only=False)), self.fields[key].shape
+            images = [resized(self._still(cell, entry, key), size) for cell in rows.column(key).to_pylist()]
+            for image in images:
+                check_values(image[None], key, self.fields[key], size)
+            return np.stack(images)
+        values, shape = self._numbers(rows, key, entry), self.fields[key].shape
         if values.size != entry.length * int(np.prod(shape)):
             raise DatasetError(
                 f"{entry.data}: {key!r} of episode {entry.index} has {values.size} numbers in {entry.length} rows; "
@@ -236,10 +295,16 @@ class LeRobotSource(Source):
         return values.reshape(entry.length, *shape)
 
     def _still(self, cell: Any, entry: Entry, key: str) -> np.ndarray:
-        if isinstance(cell, dict) and cell.get("bytes"):
-            return decoded_image(cell["bytes"])
-        if isinstance(cell, dict) and cell.get("path"):
-            return decoded_image((self.path / cell["path"]).read_bytes())
+        cell = cell if isinstance(cell, dict) else {"bytes": cell}
+        try:
+            if cell.get("bytes"):
+                return decoded_image(cell["bytes"])
+            if cell.get("path"):
+                return decoded_image((self.path / cell["path"]).read_bytes())
+        except FileNotFoundError as error:
+            raise DatasetError(f"{error.filename}, an image of episode {entry.index}, is missing") from error
+        except UNREADABLE as error:
+            raise DatasetError(f"{entry.data}: an image {key!r} of episode {entry.index} cannot be decoded") from error
         raise DatasetError(f"{entry.data}: episode {entry.index} has a row without the image {key!r}")
 
 
@@ -263,7 +328,13 @@ class Film:
             self._frames, self._frame = self._container.decode(video=0), None
         out: np.ndarray | None = None
         for i, time in enumerate(times):
-            image = self._at(float(time))
+            try:
+                image = self._at(float(time))
+            except (self._av.FFmpegError, *UNREADABLE) as error:
+                raise DatasetError(
+                    f"{path} cannot be decoded from {time:.3f} s on, in episode {episode} ({reason(error)}); copy the "
+                    "dataset again, or leave the camera out with `keys`"
+                ) from error
             if image is None:
                 raise DatasetError(
                     f"{path} is shorter than its rows: episode {episode} has {len(times)} of them and the "
@@ -285,7 +356,7 @@ class Film:
             raise DatasetError(
                 f"{path} is missing: copy the dataset whole, or leave the camera out with `keys`"
             ) from error
-        except (OSError, ValueError) as error:
+        except (self._av.FFmpegError, *UNREADABLE) as error:
             raise DatasetError(f"{path} cannot be read as a video ({_pointer(path) or reason(error)})") from error
         if not self._container.streams.video:
             raise DatasetError(f"{path} holds no video")
@@ -320,6 +391,19 @@ def needed(module: str, package: str, path: Path) -> Any:
         ) from error
 
 
+def _number(value: Any) -> float:
+    """Return a number of the metadata; NaN for anything else."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _whole(row: Mapping[str, Any], key: str, where: Path) -> int:
+    """Return a count of a row of the metadata. Raises `DatasetError` if there is none."""
+    value = row.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise DatasetError(f"{where} has {key} {value!r} for an episode, expected a number; copy the dataset again")
+    return value
+
+
 def short_name(feature: str) -> str:
     """Return a feature's name without `observation.` and `images.`."""
     return re.sub(r"^observations?\.(images?\.)?", "", feature) or feature
@@ -339,7 +423,7 @@ def _feature(about: Mapping[str, Any]) -> Field | None:
         dtype = np.dtype(kind)
     except TypeError:
         return None
-    return Field(shape, dtype) if dtype.kind in "biuf" else None
+    return Field(shape, dtype) if dtype.kind in NUMBERS else None
 
 
 def _pointer(path: Path) -> str | None:
@@ -365,7 +449,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        _ = [(row["episode_index"], row["length"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _ = [row.items() for row in rows]
+    except (OSError, ValueError, AttributeError) as error:
         raise DatasetError(f"{path} cannot be read as one episode a line ({reason(error)})") from error
     return rows

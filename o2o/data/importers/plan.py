@@ -19,12 +19,16 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from o2o.data.files import Episode
-from o2o.data.importers.source import Description, Field, Raw, Size, Source
-from o2o.data.spaces import SMALLEST_HALF_RANGE, STATE, ActionMap, ObservationSpec
+from o2o.data.importers.source import Description, Field, Raw, Size, Source, check_values
+from o2o.data.spaces import SMALLEST_HALF_RANGE, STATE, ActionMap, ObservationSpec, not_finite
 from o2o.errors import ConfigError, DatasetError, EnvironmentMismatchError, suggest
 
 CAMERA = "cam:"
 LAST, ZERO, SUCCESS = "last", "zero", "success"
+
+
+class FaultyEpisodeError(DatasetError):
+    """An episode that training would refuse; `drop_bad` leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,18 @@ class Plan:
         return rows + rest
 
     def episode(self, raw: Raw) -> Episode | str:
-        """Return an episode in Minari's terms, or why there is none. Raises `DatasetError` if columns do not fit."""
+        """Return an episode in Minari's terms, or why there is none.
+
+        Raises `DatasetError` if columns do not fit, `FaultyEpisodeError` if it is not known where the episode succeeds.
+        """
         columns = raw.columns
         steps = len(columns[self.action])
         for key, values in columns.items():
             if len(values) != steps:
                 raise DatasetError(f"{key!r} has {len(values)} rows and {self.action!r} {steps}")
+            check_values(values, key, self.about.fields[key], self.sizes.get(key))
+        for key, value in (raw.last or {}).items():
+            check_values(value[None], f"next_{key}", self.about.fields[key], self.sizes.get(key))
         if steps == 0:
             return "it has no rows"
         success = self._success(columns, steps)
@@ -143,7 +153,7 @@ class Plan:
             rows = columns[entry.source]
             after = rows[kept : kept + 1] if kept < steps else rows[-1:] if last is None else last[entry.source][None]
             joined = np.concatenate([rows[:kept], after])
-            joined = joined if entry.field.image else joined.astype(np.float32)
+            joined = joined if entry.field.image else _float32(joined)
             observed[entry.name] = joined.reshape(kept + 1, *entry.shape)
         if self.reward is not None:
             rewards = np.asarray(columns[self.reward], np.float64).reshape(steps)
@@ -153,7 +163,7 @@ class Plan:
         single = not isinstance(self.observation_space, spaces.Dict)
         return Episode(
             observations=observed[self.entries[0].name] if single else observed,
-            actions=columns[self.action][:kept].astype(np.float32).reshape(kept, *(self.action_space.shape or (1,))),
+            actions=_float32(columns[self.action][:kept]).reshape(kept, *(self.action_space.shape or (1,))),
             rewards=rewards[:kept],
             terminations=ends & terminal,
             truncations=ends & (not terminal),
@@ -165,7 +175,10 @@ class Plan:
             return None
         if self.success == LAST:
             return np.arange(steps) == steps - 1
-        return np.asarray(columns[self.success]).reshape(steps) > 0
+        flags = columns[self.success].reshape(steps)
+        if len(bad := np.flatnonzero(not_finite(flags))):
+            raise FaultyEpisodeError(f"step {bad[0]}: {self.success!r} has {flags[bad[0]]}, so success is not known")
+        return flags > 0
 
 
 def make_plan(source: Source, options: Options, env: Environment | None = None) -> Plan:
@@ -178,6 +191,9 @@ def make_plan(source: Source, options: Options, env: Environment | None = None) 
             f"{source.path}: actions {action!r} are {about.fields[action].dtype}, expected floats: o2o's agents act in "
             f"continuous spaces{'' if kind in 'iub' else '; name another column with `action`'}"
         )
+    for name in (action, *(entry.source for entry in entries)):
+        if 0 in about.fields[name].shape:
+            raise DatasetError(f"{source.path}: {name!r} is {about.fields[name]}: its rows have no numbers")
     rules = list(about.rules)
     success = LAST if options.success == LAST else options.success or about.success
     if success not in (None, LAST):
@@ -246,8 +262,12 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
         given = name or (
             text.removeprefix(CAMERA) if text.startswith(CAMERA) else about.observations.get(column, column)
         )
+        if not given or key.startswith("="):
+            raise ConfigError(f"`keys` {key!r}: the observation has no name; give NAME=SOURCE")
         found.append(Entry(_valid(given), column, about.fields[column], _size(key, size, about.fields[column])))
     if not keys:
+        if unnamed := [column for column, name in about.observations.items() if not name]:
+            raise DatasetError(f"{about.format}: the observation {unnamed[0]!r} has no name; give `keys` NAME=SOURCE")
         maps = [column for column, field in about.fields.items() if len(field.shape) > 2 and not field.image]
         named = {column: name for column, name in about.observations.items() if column not in maps}  # no depth maps
         found = [Entry(_valid(name), column, about.fields[column]) for column, name in named.items()]
@@ -261,6 +281,12 @@ def _entries(about: Description, keys: Sequence[str]) -> tuple[Entry, ...]:
     ):
         raise ConfigError(f"two observations, or an image, are called {min(twice)!r}: rename one, `keys` NAME=SOURCE")
     return tuple(found)
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    """Return numbers as float32; those beyond its range become infinite, which is refused later with their place."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _valid(name: str) -> str:
@@ -311,8 +337,12 @@ def _action_space(
         rules.append("the range of actions is that of the environment")
         return env.action_space
     low, high = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)
-    for raw in source.episodes([action], {}):
-        values = raw.columns[action].astype(np.float32).reshape(-1, *shape)
+    for number, raw in enumerate(source.episodes([action], {})):
+        try:
+            check_values(raw.columns[action], action, about.fields[action])
+        except DatasetError as error:
+            raise DatasetError(f"{source.path}: {error} (episode {number})") from error
+        values = _float32(raw.columns[action]).reshape(-1, *shape)
         values = np.where(np.isfinite(values), values, np.float32(np.nan))
         if len(values):
             low, high = np.fmin(low, np.fmin.reduce(values)), np.fmax(high, np.fmax.reduce(values))

@@ -14,6 +14,7 @@ import numpy as np
 
 from o2o.data.importers.columns import is_hdf5, open_hdf5
 from o2o.data.importers.source import (
+    NUMBERS,
     Description,
     Field,
     Raw,
@@ -42,12 +43,21 @@ class RobomimicSource(Source):
         if not self._demos:
             raise DatasetError(f"{path} has no demonstration data/demo_0; it has {', '.join(self._file) or 'nothing'}")
         self._data: Any = data
+        for name in self._demos:
+            self._check(name)
         self._first: Any = data[self._demos[0]]
         self._fields = {name: _field(item) for name, item in _arrays(self._first) if _field(item) is not None}
-        if "actions" not in self._fields:
-            raise DatasetError(f"{path}: {self._demos[0]} has no actions; it has {', '.join(self._first)}")
         if episode_steps is not None:
             raise DatasetError(f"{path}: every demonstration is an episode, so `episode_steps` has no use")
+
+    def _check(self, name: str) -> None:
+        """Raise `DatasetError` unless a demonstration is a group with rows of actions."""
+        group = self._data.get(name)
+        if not isinstance(group, h5py.Group):
+            raise DatasetError(f"{self.path}: {name} is no group of arrays but {group}; copy the file again")
+        actions = group.get("actions")
+        if not isinstance(actions, h5py.Dataset) or _field(actions) is None:
+            raise DatasetError(f"{self.path}: {name} has no array of actions; it has {', '.join(group) or 'nothing'}")
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -111,10 +121,15 @@ class RobomimicSource(Source):
                     f"{self.path}: {name} has no {', '.join(missing)}, which {self._demos[0]} has; it has "
                     f"{', '.join(key for key, _ in _arrays(group))}"
                 )
-            observed = [key for key in keys if key.startswith("obs/")]
-            nexts = {key: f"next_{key}" for key in observed}
-            last = None
-            if nexts and all(following in group for following in nexts.values()):
+            nexts = {key: f"next_{key}" for key in keys if key.startswith("obs/")}
+            last, steps = None, len(group["actions"])
+            if steps and nexts and all(following in group for following in nexts.values()):
+                for following in nexts.values():
+                    if group[following].shape[:1] != (steps,):
+                        raise DatasetError(
+                            f"{self.path}: {name} has {following} of shape {group[following].shape} for {steps} "
+                            "actions; expected one row per step"
+                        )
                 last = {key: _read(group[following], -1, sizes.get(key)) for key, following in nexts.items()}
             yield Raw({key: _read(group[key], None, sizes.get(key)) for key in keys}, last)
 
@@ -136,7 +151,7 @@ def _arrays(group: Any) -> list[tuple[str, Any]]:
 
 
 def _field(item: Any) -> Field | None:
-    return array_field(item.shape[1:], item.dtype) if item.ndim and item.dtype.kind in "biuf" else None
+    return array_field(item.shape[1:], item.dtype) if item.ndim and item.dtype.kind in NUMBERS else None
 
 
 def _read(item: Any, row: int | None, size: Size | None) -> np.ndarray:

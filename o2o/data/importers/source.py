@@ -1,6 +1,7 @@
 """What every importer offers: detect its format, describe what is in it, and yield its episodes one after the other."""
 
 import io
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -15,8 +16,13 @@ from o2o.errors import DatasetError
 
 Size = tuple[int, int]
 """Height and width of an image."""
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError, SyntaxError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 """What readers of files raise for broken ones."""
+NUMBERS = "biuf"
+"""Kinds of numpy types that are numbers."""
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 
 
@@ -110,6 +116,15 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle, and is not read: unpickling runs any code that the file holds. Where you trust it, "
             "load it yourself and save its arrays with numpy.savez (docs/data_import.md lists the keys)"
         )
+
+
+def check_values(values: np.ndarray, column: str, field: Field, size: Size | None = None) -> None:
+    """Raise `DatasetError` if the rows `[T, ...]` of a column, resized to `size`, are not as its field says."""
+    wanted = field if size is None else Field((*size, *field.shape[2:]), field.dtype, field.image)
+    kinds = "u" if field.image else NUMBERS
+    if values.shape[1:] != wanted.shape or values.dtype.kind not in kinds or (field.image and values.dtype != np.uint8):
+        found = Field(values.shape[1:], values.dtype, field.image and values.dtype == np.uint8)
+        raise DatasetError(f"{column!r} has rows of {found}, expected {wanted}, as in the rest of the data")
 
 
 def resized(images: np.ndarray, size: Size | None) -> np.ndarray:

@@ -20,7 +20,7 @@ from o2o.data import files
 from o2o.data.files import Episode
 from o2o.data.importers import open_source
 from o2o.data.importers.columns import reason
-from o2o.data.importers.plan import Environment, Options, Plan, as_json, make_plan
+from o2o.data.importers.plan import Environment, FaultyEpisodeError, Options, Plan, as_json, make_plan
 from o2o.data.importers.source import UNREADABLE, Raw, Source
 from o2o.data.recorder import read_episode, write_episode
 from o2o.data.spaces import ActionMap, ObservationSpec
@@ -28,6 +28,8 @@ from o2o.errors import DatasetError, O2OError
 from o2o.files import write_atomically
 
 HEADER, LOCK = "import.json", "lock"
+REFUSED = "refused"
+"""Marks an import that a faulty episode ended, so that one with other options may begin anew in its place."""
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LONGEST_LICENCE = 65_536
 
@@ -99,13 +101,15 @@ def _import(
     _begin(work, {"fingerprint": fingerprint, **header}, dataset_id)
     try:
         _convert(source, plan, options, work, progress)
-    except _FaultyEpisodeError:
+    except FaultyEpisodeError:
+        (work / REFUSED).touch()
         raise  # with --drop-bad it goes on from here
     except DatasetError:
         shutil.rmtree(work, ignore_errors=True)  # what mends it is another source, or other options
         raise
     kept, dropped = _kept(work), _dropped(work)
     if not kept:
+        shutil.rmtree(work, ignore_errors=True)
         first = f"; {dropped[0][1]}" if dropped else ""
         raise DatasetError(f"{source.path}: none of {len(dropped)} episodes can be imported{first}")
     licence = licence_of(source.path, options)
@@ -146,10 +150,6 @@ def _convert(source: Source, plan: Plan, options: Options, work: Path, progress:
         progress(number + 1, plan.about.episodes)
 
 
-class _FaultyEpisodeError(DatasetError):
-    """An episode that training would refuse."""
-
-
 class _opened:
     """Opens a source for a `with` statement; what its files raise becomes a `DatasetError`."""
 
@@ -183,11 +183,14 @@ def _begin(work: Path, header: dict[str, Any], dataset_id: str) -> None:
     path = work / HEADER
     header = {**header, "options": {k: v for k, v in header["options"].items() if k not in ("drop_bad", "licence")}}
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("fingerprint") != header["fingerprint"]:
+    changed = [key for key in header if before.get(key) != header[key]]
+    refused = (work / REFUSED).exists()
+    (work / REFUSED).unlink(missing_ok=True)
+    if "fingerprint" in changed or (changed and refused):
         for part in (*_kept(work), *work.glob("*.dropped")):
             part.unlink()
         write_atomically(path, json.dumps(header, indent=2) + "\n")
-    elif changed := [key for key in header if before.get(key) != header[key]]:
+    elif changed:
         raise DatasetError(
             f"an import into {dataset_id} was interrupted, and its {', '.join(changed)} is not that of this one: give "
             f"the command that began it, or delete {work}"
@@ -202,8 +205,11 @@ def _dropped(work: Path) -> list[tuple[int, str]]:
     return [(int(path.stem), path.read_text().strip()) for path in sorted(work.glob("*.dropped"))]
 
 
-def _converted(source: Source, plan: Plan, start: int) -> Iterator[Episode | str]:
-    """Yield the episodes from number `start` on in Minari's terms. Raises `DatasetError` naming the episode."""
+def _converted(source: Source, plan: Plan, start: int) -> Iterator[Episode | str | FaultyEpisodeError]:
+    """Yield the episodes from number `start` on in Minari's terms, or what is wrong with one.
+
+    Raises `DatasetError` naming the episode where the source is broken.
+    """
     episodes, number = iter(source.episodes(plan.keys, plan.sizes, start)), start
     while True:
         try:
@@ -211,24 +217,33 @@ def _converted(source: Source, plan: Plan, start: int) -> Iterator[Episode | str
             if raw is None:
                 return
             found = plan.episode(raw)
+        except FaultyEpisodeError as error:
+            found = error
         except DatasetError as error:
-            raise DatasetError(f"{error} (episode {number})" if "episode" not in str(error) else str(error)) from error
+            text = str(error) if str(source.path) in str(error) else f"{source.path}: {error}"
+            raise DatasetError(text if "episode" in str(error) else f"{text} (episode {number})") from error
         except UNREADABLE as error:
             raise _broken(source.path, error, f", episode {number} of {plan.about.episodes},") from error
         yield found
         number += 1
 
 
-def _sound(found: Episode | str, number: int, source: Source, plan: Plan, options: Options) -> Episode | str:
+def _sound(
+    found: Episode | str | FaultyEpisodeError, number: int, source: Source, plan: Plan, options: Options
+) -> Episode | str:
     """Return an episode that is fit for training, or why it is left out; raise `DatasetError` without `drop_bad`."""
     if isinstance(found, str):
         return found
-    spec, actions = ObservationSpec.from_space(plan.observation_space, True), ActionMap.from_space(plan.action_space)
-    problem = next(files.problems(found, number, spec, actions, clip=True), None)
-    if problem is None:
-        return found
+    if isinstance(found, FaultyEpisodeError):
+        problem = f"episode {number}, {found}"
+    else:
+        spec = ObservationSpec.from_space(plan.observation_space, True)
+        actions = ActionMap.from_space(plan.action_space)
+        problem = next(files.problems(found, number, spec, actions, clip=True), None)
+        if problem is None:
+            return found
     if not options.drop_bad:
-        raise _FaultyEpisodeError(f"{source.path}: {problem}; or leave such episodes out with `drop_bad`")
+        raise FaultyEpisodeError(f"{source.path}: {problem}; or leave such episodes out with `drop_bad`")
     return problem
 
 
