@@ -27,6 +27,8 @@ from o2o.errors import ConfigError, EnvironmentFaultError
 _log = logging.getLogger(__name__)
 
 Step = tuple[Any, Any, bool, bool, dict[str, Any]]
+REPEATS = 3
+"""Frames in a row that repeat: a sensor that hangs."""
 HALVINGS = 12
 """Steps of bisection between staying and the command: the command is met to 1 part in 4096."""
 
@@ -287,7 +289,7 @@ class FreshObservation(Guard):
     def __init__(
         self,
         env: gym.Env,
-        max_repeats: int = 3,
+        max_repeats: int = REPEATS,
         *,
         watch: Callable[[Any], Any] | None = None,
         age_s: Callable[[Any, Mapping[str, Any]], float] | None = None,
@@ -494,6 +496,8 @@ def guarded(
     box: Sequence[Any] | None = None,
     pressed: Callable[[], bool] | None = None,
     max_repeats: int | None = None,
+    age_s: Callable[[Any, Mapping[str, Any]], float] | None = None,
+    max_age_s: float = 0.2,
     timeout_s: float | None = None,
     hz: float | None = None,
     stay: Any = 0.0,
@@ -516,6 +520,7 @@ def guarded(
         env = VelocityLimit(env, max_step, position)
     env = env if max_change is None else SlewLimit(env, max_change, rest)
     env = env if pressed is None else DeadMan(env, pressed, stay)
-    env = env if max_repeats is None else FreshObservation(env, max_repeats)
+    if max_repeats is not None or age_s is not None:
+        env = FreshObservation(env, max_repeats or REPEATS, age_s=age_s, max_age_s=max_age_s)
     env = env if hz is None else ControlRate(env, hz)
     return env if timeout_s is None else Watchdog(env, timeout_s)

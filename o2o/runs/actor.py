@@ -180,25 +180,29 @@ def _play(
     fleet, step, done, before = Fleet(env_fn, seed, 1), 0, 0, link.spool.last
     slot, results = fleet.slots[0], list[dict[str, Any]]()
     ended, intervened = np.ones(1, bool), np.zeros(1, bool)
-    while (episodes is None or done < episodes) and not (stop() or link.finished):
-        if link.refused is not None:
-            raise RunError(link.refused)
-        if not link.connected and (lost == "stop" or (lost == "finish" and step == 0)):
-            _log.info("the robot waits for the learner")
-            if not _wait(lambda: link.connected, link, stop):
-                break
-            fleet.begin_anew()
-            ended, step = np.ones(1, bool), 0
-        if link.parameters is not None:
-            acting.take(link.taken())
-        actions, episode = acting(fleet.observations, ended, intervened), begin + slot.episode
-        rows, ended = fleet.step(actions, lambda _, row: results.append(row))
-        intervened = fleet.intervened
-        result = results.pop() if results else None
-        link.spool.append(Row("", 0, episode, step, rows, result, bool(intervened[0])).packed())
-        step += 1
-        if result is not None:
-            done, step = done + 1, 0
-            progress(episode, result)
+    try:
+        while (episodes is None or done < episodes) and not (stop() or link.finished):
+            if link.refused is not None:
+                raise RunError(link.refused)
+            if not link.connected and (lost == "stop" or (lost == "finish" and step == 0)):
+                _log.info("the robot waits for the learner")
+                fleet.hold()
+                if not _wait(lambda: link.connected, link, stop):
+                    break
+                fleet.begin_anew()
+                ended, step = np.ones(1, bool), 0
+            if link.parameters is not None:
+                acting.take(link.taken())
+            actions, episode = acting(fleet.observations, ended, intervened), begin + slot.episode
+            rows, ended = fleet.step(actions, lambda _, row: results.append(row))
+            intervened = fleet.intervened
+            result = results.pop() if results else None
+            link.spool.append(Row("", 0, episode, step, rows, result, bool(intervened[0])).packed())
+            step += 1
+            if result is not None:
+                done, step = done + 1, 0
+                progress(episode, result)
+    finally:  # whatever ends it; sending the rest takes a while
+        fleet.hold()
     link.close(FLUSH_S)
     return Acted(done, link.spool.last - before, max(link.spool.last - link.received, 0))

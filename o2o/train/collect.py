@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from o2o.closing import Closing
+from o2o.envs.safety import stop_robot
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.train.env_processes import Crew
 from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
@@ -83,6 +84,11 @@ class Fleet:
         if self.fault is not None:
             raise self.fault
         self.displaced = True
+
+    def hold(self) -> None:
+        """Let every robot hold still: no step comes for a while, or none any more."""
+        for slot in self.slots:
+            stop_robot(slot.env)
 
     def begin_anew(self) -> None:
         """Break off all episodes and begin the next ones."""
@@ -162,6 +168,7 @@ class Fleet:
                 vars(slot).update(old)
             for slot in self.slots[: len(results)]:
                 slot.actions.pop()
+            self.hold()
             raise
         return results
 
@@ -186,7 +193,8 @@ class Fleet:
         return same
 
     def close(self) -> None:
-        """Close the environments, every one."""
+        """Close the environments, every one; robots hold still first."""
+        self.hold()
         with ExitStack() as closing:
             for slot in self.slots:
                 closing.callback(slot.env.close)

@@ -386,6 +386,8 @@ class Trainer(Generic[A]):
             if due(20):
                 self.hooks.progress(self.phase_name, at, steps, {})
             stop = self.hooks.should_stop()
+            if (stop or at >= steps) and self.fleet is not None:
+                self.fleet.hold()
             self.take_evaluations(wait=stop or at >= steps)
             if due(loop.checkpoint_every) or stop:
                 clock.read()
