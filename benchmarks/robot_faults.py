@@ -3,8 +3,8 @@
     python benchmarks/robot_faults.py    # into results/robot/, some minutes
 
 `examples/arm_controller.py` is the robot: a MuJoCo arm in a process of its own, in real time, behind a socket.
-`examples/arm_robot.py` is its driver with safety wrappers, at 50 Hz. `o2o learner` and `o2o actor` run as on two machines.
-Each fault happens in the middle of a motion. The controller notes when its motors were told to stand still.
+`examples/arm_robot.py` is its driver with safety wrappers, at 50 Hz. `o2o learner` and `o2o actor` run as on two
+machines. Each fault happens in the middle of a motion. The controller notes when its motors were told to stand still.
 """
 
 import json
@@ -34,7 +34,7 @@ LEARNING = (
 )  # fmt: skip
 ABOUT = """\
 A MuJoCo arm in its own process behind a socket, in real time at 50 Hz; its driver with `guarded`, `o2o actor` and
-`o2o learner` in processes of their own (`python benchmarks/robot_faults.py`). Each fault came in the middle of a motion.
+`o2o learner` in processes of their own (`python benchmarks/robot_faults.py`). Each fault came in mid-motion.
 `still after`: from the fault until the motors were told to stand still, by the controller's clock.
 
 """
