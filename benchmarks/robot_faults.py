@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,14 +77,17 @@ class Arm:
         except (OSError, ValueError):
             return {}
 
-    def moving(self, commands: int = 30, wait_s: float = 90.0) -> None:
-        """Wait until it has got so many commands from now on, and moves."""
+    def moving(self, commands: int = 30, alive: Callable[[], bool] = lambda: True, wait_s: float = 90.0) -> bool:
+        """Wait until it has got so many commands from now on, and moves; False if who sends them is not `alive`."""
         self.tell(fault=None)
         until = time.monotonic() + wait_s
         while self.report().get("commands", 0) < commands:
             if time.monotonic() > until:
                 raise TimeoutError("the arm gets no commands")
+            if not alive():
+                return False
             time.sleep(0.02)
+        return True
 
     def close(self) -> None:
         """End the process."""
@@ -145,13 +148,15 @@ class Lab:
             time.sleep(0.05)
 
     def act(self) -> None:
-        """Start the actor unless it runs, and wait until the arm moves."""
-        if self.actor is None or self.actor.poll() is not None:
-            words = ["actor", "--env", "arm_robot:TableArm-v0", "--env-kwargs", f"address={self.arm.address}"]
-            words += ["--learner", f"127.0.0.1:{self.port}", "--spool", "spool"]
-            self.actor = self._start("actor", words)
-        self.arm.moving()
-        self.link()
+        """Start the actor unless it runs, and wait until the arm moves. On a busy machine it may fault by itself."""
+        words = ["actor", "--env", "arm_robot:TableArm-v0", "--env-kwargs", f"address={self.arm.address}"]
+        words += ["--learner", f"127.0.0.1:{self.port}", "--spool", "spool"]
+        for _ in range(STARTS):
+            if self.actor is None or self.actor.poll() is not None:
+                self.actor = self._start("actor", words)
+            if self.arm.moving(alive=lambda: self.actor is not None and self.actor.poll() is None):
+                return self.link()
+        raise RuntimeError(f"the actor does not go on: {self.said()}")
 
     def link(self) -> None:
         """Keep the files of the spool: it forgets what the learner has in two checkpoints."""
@@ -219,6 +224,8 @@ FAULTS = (
     Fault("actor stalls for 1 s", to="actor", sign=signal.SIGSTOP),
     Fault("actor killed", to="actor"),
 )
+STARTS = 4
+"""Actors that are started at most, until one moves the arm."""
 PATIENCE_S = 4.0
 """Seconds after a fault in which an actor that cannot go on has ended."""
 
@@ -249,7 +256,7 @@ def tried(lab: Lab, fault: Fault) -> Outcome:
         report, waited = lab.arm.report(), "waits for the learner" in (lab.folder / "actor.log").read_text()
         noticed, robot = "no learner answers", "ended its episode, waited, went on" if waited else "went on"
         lab.teach("run")
-        lab.arm.moving()
+        lab.act()
     else:
         until = time.monotonic() + PATIENCE_S
         while lab.actor.poll() is None and time.monotonic() < until:
