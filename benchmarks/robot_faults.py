@@ -114,15 +114,15 @@ class Outcome:
 class Lab:
     """A folder with a dataset, a learner and an actor."""
 
-    def __init__(self, folder: Path) -> None:
-        """Record demonstrations, as a lab would, and start the learner."""
+    def __init__(self, folder: Path, *options: str) -> None:
+        """Record demonstrations, as a lab would, and start the learner, with more `options` if you like."""
         self.folder, self.arm, self.port = folder, Arm(), free_port()
         paths = os.pathsep.join([str(CHECKOUT), str(EXAMPLES)])
         self.environment = {**os.environ, "PYTHONPATH": paths, "MINARI_DATASETS_PATH": str(folder / "datasets")}
         self.actor: subprocess.Popen[str] | None = None
         self.learner: subprocess.Popen[str] | None = None
         self._demonstrate()
-        self.teach(*LEARNING)
+        self.teach(*LEARNING, *options)
 
     def _demonstrate(self) -> None:
         code = (

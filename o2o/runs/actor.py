@@ -18,13 +18,14 @@ from o2o import envs
 from o2o.closing import Closing
 from o2o.config import RunConfig
 from o2o.data.datasets import Dataset
-from o2o.errors import DivergenceError, RunError, TrustError
+from o2o.errors import ConfigError, DivergenceError, RunError, TrustError
 from o2o.keys import seed_keys
+from o2o.policies.base import BasePolicy
 from o2o.replay.source import Sampling
 from o2o.rl.chunks import outdated
 from o2o.runs import opened
 from o2o.runs.folder import StopFlag
-from o2o.runs.session import env_maker, settings_of
+from o2o.runs.session import base_of, env_maker, settings_of
 from o2o.settings import Count, checked
 from o2o.train import programs
 from o2o.train.collect import Fleet
@@ -113,14 +114,18 @@ def act(
     episodes: Count | None = None,
     env_kwargs: tuple[str, ...] = (),
     episode_limit: Count | None = None,
+    base: str | None = None,
     progress: Callable[[int, dict[str, Any]], None] = lambda episode, row: None,
 ) -> Acted:
     """Act in an environment for the learner at HOST:PORT until it has finished, or for so many `episodes`.
 
     Every transition is in the folder `spool` before the next action, and stays until the learner has saved it; a later
-    call with the same folder sends the rest. `lost`: what to do while no learner answers. `progress(episode, row)` is
-    called at the end of each episode. Raises `RunError` if nobody answers at first, if the learner has another version
-    of o2o or trains another run, `EnvironmentMismatchError` for other spaces, and what the environment raises.
+    call with the same folder sends the rest. `lost`: what to do while no learner answers. `base`: where the learner's
+    base policy lies on this machine. `progress(episode, row)` is called at the end of each episode.
+
+    Raises `RunError` if nobody answers at first, if the learner has another version of o2o or trains another run,
+    `ConfigError` for another base than the learner's, `EnvironmentMismatchError` for other spaces, and what the
+    environment raises.
     """
     address = address_of(learner)
     with Closing() as closing, StopFlag() as stop:
@@ -137,7 +142,7 @@ def act(
         _ = envs.specification(env)  # which imports the module that registers it
         task = envs.run_task(data.info, env, settings.task.binary, here.environment_arguments())
         data = replace(data, task=replace(data.task, env_kwargs=task.env_kwargs))
-        robot = env_maker(here, data)(False)
+        robot = env_maker(here, data, _base(settings, base, welcome.get("base")))(False)
         closing.callback(robot.close)
         newest = Row.unpacked("", kept.last, kept.read(kept.last - 1, 1)[0]) if kept.last else None
         begin = 0 if newest is None else newest.episode + 1
@@ -152,6 +157,17 @@ def act(
             jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), data.arrays["observations"])
         )
         return _play(lambda _: robot, seed, begin, acting, link, stop, lost, episodes, progress)
+
+
+def _base(settings: RunConfig, here: str | None, fingerprint: str | None) -> BasePolicy | None:
+    """Return the base policy that lies `here`, which must be the learner's; None if the agent takes none."""
+    theirs = settings.base
+    if theirs is not None and here is None:
+        raise ConfigError(f"the learner's agent corrects a base policy ({theirs}): give a copy of it with `base`")
+    found = base_of(replace(settings, base=here))
+    if found is not None and found.fingerprint != fingerprint:
+        raise ConfigError(f"base {here} is another policy than the learner's ({theirs}): copy that to this machine")
+    return found
 
 
 def _wait(ready: Callable[[], bool], link: Link, stop: Callable[[], bool]) -> bool:

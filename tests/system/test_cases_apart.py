@@ -58,7 +58,7 @@ def stored(path: Path) -> Any:
     _, trainer = session.open_run(path)
     steps = trainer.counters.env_steps
     assert isinstance(trainer.replay, DeviceReplay) and trainer.replay.buffer is not None
-    rows = {key: np.asarray(value)[0, :steps] for key, value in trainer.replay.buffer.rows.items()}
+    rows = jax.tree.map(lambda value: np.asarray(value)[0, :steps], dict(trainer.replay.buffer.rows))
     counters = trainer.counters
     trainer.close()
     return rows, counters
