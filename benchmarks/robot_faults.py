@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from throughput import CHECKOUT, HERE, markdown_table, write_table
 
 OUT = HERE / "results" / "robot"
 EXAMPLES = CHECKOUT / "examples"
-DATASET, DEMONSTRATIONS = "lab/table-arm-v0", 150
+DATASET, DEMONSTRATIONS = "lab/table-arm-v0", 5
 LEARNING = (
     "rlpd", "--dataset", DATASET, "--env", "arm_robot:TableArm-v0", "--offline-estimate", "--preset", "small",
     "--offline-steps", "50", "--online-steps", "100000", "--config.batch-size", "64", "--loop.checkpoint-every", "100",
@@ -125,13 +126,10 @@ class Lab:
         self.teach(*LEARNING, *options)
 
     def _demonstrate(self) -> None:
-        code = (
-            "import gymnasium as gym, arm_robot; from o2o.data import datasets; env = gym.make('TableArm-v0', address="
-            f"{self.arm.address!r}); found = list(datasets.record(env, arm_robot.demonstrate, {DEMONSTRATIONS})); "
-            f"datasets.write({DATASET!r}, found, observation_space=env.observation_space, "
-            "action_space=env.action_space, spec=env.spec); env.close()"
-        )
-        subprocess.run([sys.executable, "-c", code], env=self.environment, cwd=self.folder, check=True, timeout=120)
+        words = ["record", DATASET, "--env", "arm_robot:TableArm-v0", "--env-kwargs", f"address={self.arm.address}"]
+        words += ["--policy", "arm_robot:demonstrate", "--episodes", str(DEMONSTRATIONS)]
+        if self._start("record", words).wait(120):
+            raise RuntimeError((self.folder / "record.log").read_text()[-2000:])
 
     def _start(self, name: str, words: Sequence[str]) -> subprocess.Popen[str]:
         log = (self.folder / f"{name}.log").open("w")
@@ -333,7 +331,8 @@ def main(out: Path = OUT, faults: Sequence[Fault] = FAULTS) -> int:
         dict(zip(columns, ("-" if value is None else str(value) for value in asdict(row).values()), strict=True))
         for row in counted
     ]
-    text = f"# A robot that breaks\n\n{ABOUT}{markdown_table(columns, rows)}\n{summary(total)}\n"
+    about = f"Tried once, {date.today()}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f} at the end."
+    text = f"# A robot that breaks\n\n{ABOUT}{markdown_table(columns, rows)}\n{summary(total)}\n\n{about}\n"
     write_table(out, "faults.csv", rows, text)
     (out / "faults.json").write_text(json.dumps({"faults": [asdict(row) for row in counted], **total}, indent=1) + "\n")
     print(summary(total))

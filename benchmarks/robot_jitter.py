@@ -24,10 +24,10 @@ import numpy as np
 from robot_faults import EXAMPLES, OUT, Lab
 from throughput import machine, markdown_table
 
-UTD = ("--config.online.utd-ratio", "8")
+UTD = ("--config.online.utd-ratio", "32")
 ABOUT = """\
 Time between two commands at 50 Hz, in ms, and how late steps began (`ControlRate.jitter()`). `learns`: the learner
-updates eight times for each transition that it receives; `paused`: the learner's process is stopped.
+updates 32 times for each transition that it receives; `paused`: the learner's process is stopped.
 Written by `python benchmarks/robot_jitter.py`.
 """
 

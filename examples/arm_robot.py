@@ -20,7 +20,7 @@ ADDRESS = "127.0.0.1:7080"
 HZ, WAIT = 50, 0.6  # of each period the arm moves this share, then it is read; the policy has the rest
 LINKS = np.array([0.25, 0.2, 0.15])  # m
 BOX = np.array([-0.45, -0.55]), np.array([0.65, 0.55])  # m; where the tip may be
-HOMING_S = 5.0
+CONNECT_S, HOMING_S = 5.0, 5.0
 
 
 def tip(joints):
@@ -33,9 +33,16 @@ class Driver:
     """The connection to the controller. A thread keeps the newest frame, so reading never waits."""
 
     def __init__(self, address):
-        """Connect."""
-        host, port = address.rsplit(":", 1)
-        self.socket = socket.create_connection((host, int(port)), 2.0)
+        """Connect; the controller may still be starting."""
+        (host, port), until = address.rsplit(":", 1), time.time() + CONNECT_S
+        while True:
+            try:
+                self.socket = socket.create_connection((host, int(port)), 2.0)
+                break
+            except ConnectionRefusedError:
+                if time.time() > until:
+                    raise
+                time.sleep(0.1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(None)
         self.frame, self.broken = None, False
@@ -129,14 +136,14 @@ def make(address=ADDRESS):
     )  # fmt: skip
 
 
-def demonstrate(observation, rng):
+def demonstrate(observation):
     """Return what a person would do, rad/s `[3]`: move the tip towards the goal with a shaky hand."""
     joints, error = observation[:3], observation[8:] - observation[6:8]
     angles = np.cumsum(joints)
     parts = LINKS * np.stack([-np.sin(angles), np.cos(angles)])
     jacobian = np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]
     speed = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 0.01 * np.eye(2), 4 * error)
-    return np.clip(speed + 0.2 * rng.standard_normal(3), -2, 2).astype(np.float32)
+    return np.clip(speed + 0.2 * np.random.standard_normal(3), -2, 2).astype(np.float32)
 
 
 if "TableArm-v0" not in gym.registry:

@@ -5,9 +5,11 @@ never waits for the learner. A thread sends what was recorded and brings the new
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,8 @@ from o2o.train.state import RunState
 
 _log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""Seconds for which the thread of the link may keep Python from the control loop: ten times less than Python's own."""
 FLUSH_S = 10.0
 """Seconds at the end in which the rest is sent."""
 Lost = Literal["finish", "stop", "go-on"]
@@ -129,6 +133,8 @@ def act(
     """
     address = address_of(learner)
     with Closing() as closing, StopFlag() as stop:
+        closing.callback(partial(sys.setswitchinterval, sys.getswitchinterval()))
+        sys.setswitchinterval(SWITCH_S)
         kept = Spool(spool)
         closing.callback(kept.close)
         link = Link(address, shared_key(address[0]), kept)

@@ -51,7 +51,7 @@ TRAININGS = {
     words[words.index("--name") + 1]: words[2:]
     for page in PAGES
     for words in commands_of(page)
-    if words[:2] == ["o2o", "train"] and "--name" in words
+    if words[:2] in (["o2o", "train"], ["o2o", "learner"]) and "--name" in words
 }
 
 
@@ -67,6 +67,7 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.done = folder, set[tuple[str, ...]]()
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def follow(self, page: str) -> None:
         """Do what a page says, in its order."""
@@ -97,6 +98,8 @@ class Sandbox:
             assert args[0] == "install" and set(extras) <= set(PROJECT["optional-dependencies"]), words
         elif name == "cp":
             shutil.copy(ROOT / args[0], self.folder)
+        elif words[0] == "python" and words[-1] == "&":
+            self.processes.append(subprocess.Popen([sys.executable, *args[:-1]], cwd=self.folder))
         elif words[:2] == ["python", "-c"]:
             exec(args[1], {})
         elif words[:2] == ["python", "examples/deploy.py"]:
@@ -118,6 +121,8 @@ class Sandbox:
         elif args[0] == "learner":
             words, listen = cli.listening(args[1:])
             assert listen == cli.LISTEN and cli.parse_train(words[0], words[1:])
+            if "--name" in words:  # trained in one process here
+                self.trained(words[words.index("--name") + 1])
         elif any(set(words) <= set(args) for words in ONLY_READ):
             cli._app(cli.COMMANDS).cli(prog="o2o", args=args, registry=WORDS, config=cli.WHOLE)
         elif args[:2] == ["data", "check"] and "--drop-bad" not in args:
@@ -164,7 +169,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, embedded_root: Path) -> It
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         patch.setitem(os.environ, "MINARI_DATASETS_PATH", str(folder / "datasets"))
-        yield Sandbox(folder)
+        yield (sandbox := Sandbox(folder))
+        for process in sandbox.processes:
+            process.kill()
+            process.wait()
     EMBEDDED["pointmaze-pixels"] = recipe
 
 
@@ -173,7 +181,7 @@ def forgotten() -> Iterator[None]:
     """Forget the modules that a page writes, and what they register."""
     robot = gym.registry.pop("MyArm-v0", None)  # another test's
     tasks, agents, known = list(TASKS), dict(AGENTS), set(gym.registry)
-    written = {"my_robot", "my_env", "my_agents", "robot_template"}
+    written = {"my_robot", "my_env", "my_agents", "robot_template", "arm_robot"}
     others = {name: sys.modules.pop(name) for name in written & set(sys.modules)}  # another test's
     yield
     TASKS[:] = tasks

@@ -42,7 +42,7 @@ def hub(arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
     """Return a learner that learns nothing: it offers an agent, and receives."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     env = gym.make("TableArm-v0", address=arm.address)
-    episodes = list(datasets.record(env, arm_robot.demonstrate, 2))
+    episodes = list(datasets.record(env, lambda seen, _: arm_robot.demonstrate(seen), 2))
     env.close()
     assert all(episode.rewards[-1] == 1 for episode in episodes), "a demonstration reaches the goal"
     about: dict[str, Any] = {"observation_space": env.observation_space, "action_space": env.action_space}
