@@ -34,7 +34,15 @@ HALVINGS = 12
 
 
 def stop_robot(env: gym.Env) -> None:
-    """Call the robot's `stop()`, if it has one. An error of its own is logged, not raised."""
+    """Call the robot's `stop()`, if it has one, and end the watch of watchdogs around it until the next step.
+
+    An error of its own is logged, not raised.
+    """
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, Watchdog):
+            layer.rest()
+        layer = layer.env
     if callable(stop := getattr(env.unwrapped, "stop", None)):
         try:
             stop()
@@ -340,10 +348,11 @@ def _bits(value: Any) -> bytes:
 
 
 class Watchdog(gym.Wrapper):
-    """Call the robot's `stop()` if no step arrives, or none returns, within `timeout_s` of an episode under way.
+    """Call the robot's `stop()` if no step arrives, or none returns, within `timeout_s` of the one before.
 
     It watches from a thread of its own, so a policy that hangs and a driver that hangs are both noticed. The next step
-    raises `EnvironmentFaultError`; a reset begins anew.
+    raises `EnvironmentFaultError`; a reset begins anew. The watch begins with an episode's first step: before it the
+    robot stands where the reset left it, and a policy may compile.
     """
 
     def __init__(self, env: gym.Env, timeout_s: float, stop: Callable[[], None] | None = None) -> None:
@@ -361,12 +370,10 @@ class Watchdog(gym.Wrapper):
         self._thread.start()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, for as long as it takes; from then on the episode is under way."""
+        """Reset, for as long as it takes."""
         self._set(None)
         self._barked = None
-        found = self.env.reset(seed=seed, options=options)
-        self._set(self.timeout_s)
-        return found
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Step:
         """Step."""
@@ -380,6 +387,10 @@ class Watchdog(gym.Wrapper):
         self._raise()
         self._set(None if result[2] or result[3] else self.timeout_s)
         return result
+
+    def rest(self) -> None:
+        """Watch no more until the next step: the robot was stopped by someone else."""
+        self._set(None)
 
     def close(self) -> None:
         """End the watch and close the environment."""

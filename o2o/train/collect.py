@@ -83,12 +83,19 @@ class Fleet:
             return
         if self.fault is not None:
             raise self.fault
+        self.hold()
         self.displaced = True
 
     def hold(self) -> None:
         """Let every robot hold still: no step comes for a while, or none any more."""
         for slot in self.slots:
             stop_robot(slot.env)
+
+    def pause(self) -> None:
+        """Prepare for something that takes longer than a step: hardware holds still, and begins its episodes anew."""
+        if not self.replayable and any(slot.actions for slot in self.slots):
+            self.hold()
+            self.displaced = True
 
     def begin_anew(self) -> None:
         """Break off all episodes and begin the next ones."""

@@ -53,15 +53,13 @@ def free_port() -> int:
     return hub.address[1]
 
 
-def stored(path: Path, before: int = 0) -> Any:
-    """Return the rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters.
-
-    `before`: rows in it before the first that was played.
-    """
+def stored(path: Path) -> Any:
+    """Return the played rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters."""
     _, trainer = session.open_run(path)
     steps = trainer.counters.env_steps
     assert isinstance(trainer.replay, DeviceReplay) and trainer.replay.buffer is not None
-    rows = jax.tree.map(lambda value: np.asarray(value)[0, : before + steps], dict(trainer.replay.buffer.rows))
+    before = trainer.replay.appended  # the dataset comes first
+    rows = jax.tree.map(lambda value: np.asarray(value)[0, before : before + steps], dict(trainer.replay.buffer.rows))
     counters = trainer.counters
     trainer.close()
     return rows, counters
