@@ -27,12 +27,22 @@ from o2o.errors import ConfigError, EnvironmentFaultError
 _log = logging.getLogger(__name__)
 
 Step = tuple[Any, Any, bool, bool, dict[str, Any]]
+REPEATS = 3
+"""Frames in a row that repeat: a sensor that hangs."""
 HALVINGS = 12
 """Steps of bisection between staying and the command: the command is met to 1 part in 4096."""
 
 
 def stop_robot(env: gym.Env) -> None:
-    """Call the robot's `stop()`, if it has one. An error of its own is logged, not raised."""
+    """Call the robot's `stop()`, if it has one, and end the watch of watchdogs around it until the next step.
+
+    An error of its own is logged, not raised.
+    """
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, Watchdog):
+            layer.rest()
+        layer = layer.env
     if callable(stop := getattr(env.unwrapped, "stop", None)):
         try:
             stop()
@@ -287,7 +297,7 @@ class FreshObservation(Guard):
     def __init__(
         self,
         env: gym.Env,
-        max_repeats: int = 3,
+        max_repeats: int = REPEATS,
         *,
         watch: Callable[[Any], Any] | None = None,
         age_s: Callable[[Any, Mapping[str, Any]], float] | None = None,
@@ -338,10 +348,11 @@ def _bits(value: Any) -> bytes:
 
 
 class Watchdog(gym.Wrapper):
-    """Call the robot's `stop()` if no step arrives, or none returns, within `timeout_s` of an episode under way.
+    """Call the robot's `stop()` if no step arrives, or none returns, within `timeout_s` of the one before.
 
     It watches from a thread of its own, so a policy that hangs and a driver that hangs are both noticed. The next step
-    raises `EnvironmentFaultError`; a reset begins anew.
+    raises `EnvironmentFaultError`; a reset begins anew. The watch begins with an episode's first step: before it the
+    robot stands where the reset left it, and a policy may compile.
     """
 
     def __init__(self, env: gym.Env, timeout_s: float, stop: Callable[[], None] | None = None) -> None:
@@ -359,12 +370,10 @@ class Watchdog(gym.Wrapper):
         self._thread.start()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, for as long as it takes; from then on the episode is under way."""
+        """Reset, for as long as it takes."""
         self._set(None)
         self._barked = None
-        found = self.env.reset(seed=seed, options=options)
-        self._set(self.timeout_s)
-        return found
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Step:
         """Step."""
@@ -378,6 +387,10 @@ class Watchdog(gym.Wrapper):
         self._raise()
         self._set(None if result[2] or result[3] else self.timeout_s)
         return result
+
+    def rest(self) -> None:
+        """Watch no more until the next step: the robot was stopped by someone else."""
+        self._set(None)
 
     def close(self) -> None:
         """End the watch and close the environment."""
@@ -494,6 +507,8 @@ def guarded(
     box: Sequence[Any] | None = None,
     pressed: Callable[[], bool] | None = None,
     max_repeats: int | None = None,
+    age_s: Callable[[Any, Mapping[str, Any]], float] | None = None,
+    max_age_s: float = 0.2,
     timeout_s: float | None = None,
     hz: float | None = None,
     stay: Any = 0.0,
@@ -516,6 +531,7 @@ def guarded(
         env = VelocityLimit(env, max_step, position)
     env = env if max_change is None else SlewLimit(env, max_change, rest)
     env = env if pressed is None else DeadMan(env, pressed, stay)
-    env = env if max_repeats is None else FreshObservation(env, max_repeats)
+    if max_repeats is not None or age_s is not None:
+        env = FreshObservation(env, max_repeats or REPEATS, age_s=age_s, max_age_s=max_age_s)
     env = env if hz is None else ControlRate(env, hz)
     return env if timeout_s is None else Watchdog(env, timeout_s)

@@ -12,6 +12,7 @@ from o2o.data.history import History, joined_space
 from o2o.data.rollout import executed_action
 from o2o.data.spaces import ActionMap, ObservationSpec, not_finite, with_base_action
 from o2o.data.task import Task, success_of
+from o2o.envs.safety import stop_robot
 from o2o.errors import DivergenceError, EnvironmentFaultError, EnvironmentMismatchError, O2OError
 
 _log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ def _not_finite(value: Any) -> np.ndarray:
 class FaultGuard(gym.Wrapper):
     """Turn an exception of the environment, or NaN or Inf from it, into an `EnvironmentFaultError` naming the step.
 
-    What float32 cannot hold is Inf. So also a reward that is no number, and an `intervene_action` that is not of the
-    action space's shape.
+    So also a reward that is no number, and an `intervene_action` that is not of the action space's shape. What float32
+    cannot hold is Inf. A robot's own `stop()` is called first.
     """
 
     def __init__(self, env: gym.Env, success_key: str | None = None) -> None:
@@ -103,6 +104,7 @@ class FaultGuard(gym.Wrapper):
             raise self._fault(f"returned {bad[0]} in its {where}")
 
     def _fault(self, what: str, when: str | None = None) -> EnvironmentFaultError:
+        stop_robot(self)
         when = when or (f"at step {self._step} of the episode" if self._step else "on reset")
         return EnvironmentFaultError(f"environment {self._name} {' '.join(what.split())} {when}")
 

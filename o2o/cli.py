@@ -244,6 +244,7 @@ def actor(
     episodes: Count | None = None,
     env_kwargs: tuple[str, ...] = (),
     episode_limit: Count | None = None,
+    base: str | None = None,
 ) -> int:
     """Act in an environment here, such as a robot, for a learner elsewhere (`o2o learner`).
 
@@ -255,12 +256,13 @@ def actor(
         episodes: Episodes to play; default: until the learner has finished.
         env_kwargs: Arguments of the environment, NAME=VALUE each.
         episode_limit: Steps after which an episode is cut; default: the learner's setting.
+        base: A copy of the base policy that the learner's agent corrects: what its own --base takes.
     """
     from o2o.runs.actor import act
 
     with Console(stderr=True).status("acting") as status:
         done = act(
-            env, learner, spool.absolute(), lost, episodes, env_kwargs, episode_limit,
+            env, learner, spool.absolute(), lost, episodes, env_kwargs, episode_limit, base,
             lambda episode, row: status.update(f"episode {episode}: return {row['return']:.4g}"),
         )  # fmt: skip
     print(f"played {done.episodes} episodes, {done.transitions} transitions; {done.waiting} wait in {spool}")

@@ -5,9 +5,11 @@ never waits for the learner. A thread sends what was recorded and brings the new
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,14 @@ from o2o import envs
 from o2o.closing import Closing
 from o2o.config import RunConfig
 from o2o.data.datasets import Dataset
-from o2o.errors import DivergenceError, RunError, TrustError
+from o2o.errors import ConfigError, DivergenceError, RunError, TrustError
 from o2o.keys import seed_keys
+from o2o.policies.base import BasePolicy
 from o2o.replay.source import Sampling
 from o2o.rl.chunks import outdated
 from o2o.runs import opened
 from o2o.runs.folder import StopFlag
-from o2o.runs.session import env_maker, settings_of
+from o2o.runs.session import base_of, env_maker, settings_of
 from o2o.settings import Count, checked
 from o2o.train import programs
 from o2o.train.collect import Fleet
@@ -35,6 +38,8 @@ from o2o.train.state import RunState
 
 _log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""Seconds for which the thread of the link may keep Python from the control loop: ten times less than Python's own."""
 FLUSH_S = 10.0
 """Seconds at the end in which the rest is sent."""
 Lost = Literal["finish", "stop", "go-on"]
@@ -113,17 +118,23 @@ def act(
     episodes: Count | None = None,
     env_kwargs: tuple[str, ...] = (),
     episode_limit: Count | None = None,
+    base: str | None = None,
     progress: Callable[[int, dict[str, Any]], None] = lambda episode, row: None,
 ) -> Acted:
     """Act in an environment for the learner at HOST:PORT until it has finished, or for so many `episodes`.
 
     Every transition is in the folder `spool` before the next action, and stays until the learner has saved it; a later
-    call with the same folder sends the rest. `lost`: what to do while no learner answers. `progress(episode, row)` is
-    called at the end of each episode. Raises `RunError` if nobody answers at first, if the learner has another version
-    of o2o or trains another run, `EnvironmentMismatchError` for other spaces, and what the environment raises.
+    call with the same folder sends the rest. `lost`: what to do while no learner answers. `base`: where the learner's
+    base policy lies on this machine. `progress(episode, row)` is called at the end of each episode.
+
+    Raises `RunError` if nobody answers at first, if the learner has another version of o2o or trains another run,
+    `ConfigError` for another base than the learner's, `EnvironmentMismatchError` for other spaces, and what the
+    environment raises.
     """
     address = address_of(learner)
     with Closing() as closing, StopFlag() as stop:
+        closing.callback(partial(sys.setswitchinterval, sys.getswitchinterval()))
+        sys.setswitchinterval(SWITCH_S)
         kept = Spool(spool)
         closing.callback(kept.close)
         link = Link(address, shared_key(address[0]), kept)
@@ -137,7 +148,7 @@ def act(
         _ = envs.specification(env)  # which imports the module that registers it
         task = envs.run_task(data.info, env, settings.task.binary, here.environment_arguments())
         data = replace(data, task=replace(data.task, env_kwargs=task.env_kwargs))
-        robot = env_maker(here, data)(False)
+        robot = env_maker(here, data, _base(settings, base, welcome.get("base")))(False)
         closing.callback(robot.close)
         newest = Row.unpacked("", kept.last, kept.read(kept.last - 1, 1)[0]) if kept.last else None
         begin = 0 if newest is None else newest.episode + 1
@@ -152,6 +163,17 @@ def act(
             jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), data.arrays["observations"])
         )
         return _play(lambda _: robot, seed, begin, acting, link, stop, lost, episodes, progress)
+
+
+def _base(settings: RunConfig, here: str | None, fingerprint: str | None) -> BasePolicy | None:
+    """Return the base policy that lies `here`, which must be the learner's; None if the agent takes none."""
+    theirs = settings.base
+    if theirs is not None and here is None:
+        raise ConfigError(f"the learner's agent corrects a base policy ({theirs}): give a copy of it with `base`")
+    found = base_of(replace(settings, base=here))
+    if found is not None and found.fingerprint != fingerprint:
+        raise ConfigError(f"base {here} is another policy than the learner's ({theirs}): copy that to this machine")
+    return found
 
 
 def _wait(ready: Callable[[], bool], link: Link, stop: Callable[[], bool]) -> bool:
@@ -180,25 +202,29 @@ def _play(
     fleet, step, done, before = Fleet(env_fn, seed, 1), 0, 0, link.spool.last
     slot, results = fleet.slots[0], list[dict[str, Any]]()
     ended, intervened = np.ones(1, bool), np.zeros(1, bool)
-    while (episodes is None or done < episodes) and not (stop() or link.finished):
-        if link.refused is not None:
-            raise RunError(link.refused)
-        if not link.connected and (lost == "stop" or (lost == "finish" and step == 0)):
-            _log.info("the robot waits for the learner")
-            if not _wait(lambda: link.connected, link, stop):
-                break
-            fleet.begin_anew()
-            ended, step = np.ones(1, bool), 0
-        if link.parameters is not None:
-            acting.take(link.taken())
-        actions, episode = acting(fleet.observations, ended, intervened), begin + slot.episode
-        rows, ended = fleet.step(actions, lambda _, row: results.append(row))
-        intervened = fleet.intervened
-        result = results.pop() if results else None
-        link.spool.append(Row("", 0, episode, step, rows, result, bool(intervened[0])).packed())
-        step += 1
-        if result is not None:
-            done, step = done + 1, 0
-            progress(episode, result)
+    try:
+        while (episodes is None or done < episodes) and not (stop() or link.finished):
+            if link.refused is not None:
+                raise RunError(link.refused)
+            if not link.connected and (lost == "stop" or (lost == "finish" and step == 0)):
+                _log.info("the robot waits for the learner")
+                fleet.hold()
+                if not _wait(lambda: link.connected, link, stop):
+                    break
+                fleet.begin_anew()
+                ended, step = np.ones(1, bool), 0
+            if link.parameters is not None:
+                acting.take(link.taken())
+            actions, episode = acting(fleet.observations, ended, intervened), begin + slot.episode
+            rows, ended = fleet.step(actions, lambda _, row: results.append(row))
+            intervened = fleet.intervened
+            result = results.pop() if results else None
+            link.spool.append(Row("", 0, episode, step, rows, result, bool(intervened[0])).packed())
+            step += 1
+            if result is not None:
+                done, step = done + 1, 0
+                progress(episode, result)
+    finally:  # whatever ends it; sending the rest takes a while
+        fleet.hold()
     link.close(FLUSH_S)
     return Acted(done, link.spool.last - before, max(link.spool.last - link.received, 0))

@@ -475,6 +475,7 @@ class Session:
             "run": read_object(self.run.path / LEARNER)["run"],
             "settings": to_dict(self.config),
             "dataset": read_object(self.run.path / DATASET),
+            "base": read_config(self.run.path).get("base_fingerprint"),
         }
         hub.start(about, feed.stored, lambda row: misfit(row, example))
         _log.info("robots: `o2o actor --learner %s:%d`", *hub.address)
@@ -501,7 +502,6 @@ def check_learner(config: RunConfig) -> None:
         ("agent", config.config.needs.episode_returns, "an agent that does not schedule itself by whole episodes"),
         ("seeds", config.seeds != 1, "1: all robots act for one agent"),
         ("online_steps", config.online_steps == 0, "more than 0: the transitions that robots send"),
-        ("base", config.base is not None, "none: a base policy acts in the learner's process only"),
         ("record", config.record, "False: the environment is elsewhere; `o2o record` there writes datasets"),
     ):
         if wrong:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from o2o.closing import Closing
+from o2o.envs.safety import stop_robot
 from o2o.errors import ConfigError, EnvironmentMismatchError
 from o2o.train.env_processes import Crew
 from o2o.train.episode import TRAIN_STREAM, EnvSlot, Step
@@ -82,7 +83,19 @@ class Fleet:
             return
         if self.fault is not None:
             raise self.fault
+        self.hold()
         self.displaced = True
+
+    def hold(self) -> None:
+        """Let every robot hold still: no step comes for a while, or none any more."""
+        for slot in self.slots:
+            stop_robot(slot.env)
+
+    def pause(self) -> None:
+        """Prepare for something that takes longer than a step: hardware holds still, and begins its episodes anew."""
+        if not self.replayable and any(slot.actions for slot in self.slots):
+            self.hold()
+            self.displaced = True
 
     def begin_anew(self) -> None:
         """Break off all episodes and begin the next ones."""
@@ -162,6 +175,7 @@ class Fleet:
                 vars(slot).update(old)
             for slot in self.slots[: len(results)]:
                 slot.actions.pop()
+            self.hold()
             raise
         return results
 
@@ -186,7 +200,8 @@ class Fleet:
         return same
 
     def close(self) -> None:
-        """Close the environments, every one."""
+        """Close the environments, every one; robots hold still first."""
+        self.hold()
         with ExitStack() as closing:
             for slot in self.slots:
                 closing.callback(slot.env.close)

@@ -111,6 +111,8 @@ class Trainer(Generic[A]):
             lambda: self.hooks.should_stop(),
         )
         """Stands in place of environments of the run's own, where robots send transitions."""
+        self._compiled = set[tuple[bool, bool]]()
+        """Which online programs were called: with an update or without, with random actions or the policy's."""
         self._finished: dict[int, dict[str, Any]] = {}
         """Rows of the episodes that ended in the step under way, by index, where the agent is told of them."""
         if held is None:
@@ -386,9 +388,12 @@ class Trainer(Generic[A]):
             if due(20):
                 self.hooks.progress(self.phase_name, at, steps, {})
             stop = self.hooks.should_stop()
+            if stop or at >= steps:
+                self.fleet.hold()
             self.take_evaluations(wait=stop or at >= steps)
             if due(loop.checkpoint_every) or stop:
                 clock.read()
+                self.fleet.pause()
                 self.hooks.checkpoint(self)
             if stop and (at < steps or self.broken_off()):
                 return False
@@ -404,6 +409,7 @@ class Trainer(Generic[A]):
         over = outdated(state.carry, ended, self.fleet.intervened)
         update = self._update_is_due()
         if update and online.initial_updates and not counters.online_updates:
+            self.fleet.pause()
             self._initial_updates()
         self.replay.add(rows, self.normalizer)
         counters.env_steps += self.envs_per_seed
@@ -455,11 +461,15 @@ class Trainer(Generic[A]):
         state.totals = state.totals or self._zeros(None)
         source = self.replay.source(self.keys, counters.gradient_steps, sampling) if update else None
         at, overlap = counters.gradient_steps, self.loop.overlap and self.online_config.replay != "rollout"
+        random = counters.env_steps < self.online_config.random_steps
+        if (update, random) not in self._compiled:  # which takes seconds
+            self._compiled.add((update, random))
+            self.fleet.pause()
         state.agent, state.totals, state.carry, state.action, given = programs.learn_and_act(
             state.agent, state.totals, state.carry, None if overlap else source, state.normalizer, self.keys,
             at, jax.tree.map(lambda o: o.reshape(*places, *o.shape[1:]), self.fleet.observations), over.reshape(places),
             counters.env_steps, sampling=sampling, action_dim=self.replay.data.rows["actions"].shape[-1],
-            random=counters.env_steps < self.online_config.random_steps,
+            random=random,
         )  # fmt: skip
         if source is not None and overlap:  # the update runs while the environments step
             state.agent, state.totals, given = programs.learn(

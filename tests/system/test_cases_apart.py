@@ -54,11 +54,12 @@ def free_port() -> int:
 
 
 def stored(path: Path) -> Any:
-    """Return the rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters."""
+    """Return the played rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters."""
     _, trainer = session.open_run(path)
     steps = trainer.counters.env_steps
     assert isinstance(trainer.replay, DeviceReplay) and trainer.replay.buffer is not None
-    rows = {key: np.asarray(value)[0, :steps] for key, value in trainer.replay.buffer.rows.items()}
+    before = trainer.replay.appended  # the dataset comes first
+    rows = jax.tree.map(lambda value: np.asarray(value)[0, before : before + steps], dict(trainer.replay.buffer.rows))
     counters = trainer.counters
     trainer.close()
     return rows, counters

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from o2o.data import datasets
 from o2o.envs import TASKS
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.runs import session
+from o2o.train.link import Hub, address_of, shared_key
 from o2o.usage import WORDS
 from tests.conftest import narrow
 from tests.helpers import foreign
@@ -66,6 +68,8 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.done = folder, set[tuple[str, ...]]()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.learner: threading.Thread | None = None
 
     def follow(self, page: str) -> None:
         """Do what a page says, in its order."""
@@ -96,6 +100,8 @@ class Sandbox:
             assert args[0] == "install" and set(extras) <= set(PROJECT["optional-dependencies"]), words
         elif name == "cp":
             shutil.copy(ROOT / args[0], self.folder)
+        elif words[0] == "python" and words[-1] == "&":
+            self.processes.append(subprocess.Popen([sys.executable, *args[:-1]], cwd=self.folder))
         elif words[:2] == ["python", "-c"]:
             exec(args[1], {})
         elif words[:2] == ["python", "examples/deploy.py"]:
@@ -117,6 +123,13 @@ class Sandbox:
         elif args[0] == "learner":
             words, listen = cli.listening(args[1:])
             assert listen == cli.LISTEN and cli.parse_train(words[0], words[1:])
+            if "--name" in words:
+                self.learner = threading.Thread(target=self.learn, args=(words, address_of(listen)), daemon=True)
+                self.learner.start()
+        elif args[0] == "actor" and self.learner is not None:
+            main(*args)
+            self.learner.join()
+            self.learner = None
         elif any(set(words) <= set(args) for words in ONLY_READ):
             cli._app(cli.COMMANDS).cli(prog="o2o", args=args, registry=WORDS, config=cli.WHOLE)
         elif args[:2] == ["data", "check"] and "--drop-bad" not in args:
@@ -137,6 +150,15 @@ class Sandbox:
         for made in re.findall(r"runs/([\w-]+)", " ".join(rest)):
             self.trained(made)
         path, run = cli.parse_train(agent, rest)
+        assert session.train(self.small(run), path)
+
+    def learn(self, words: list[str], address: tuple[str, int]) -> None:
+        """Let robots train a learner's run."""
+        path, run = cli.parse_train(words[0], words[1:])
+        session.train(self.small(run), path, hub=Hub(address, shared_key(address[0]), silent_s=2.0))
+
+    def small(self, run: session.RunConfig) -> session.RunConfig:
+        """Return a run with tiny networks and few steps."""
         fields = [("batch_size", 16), ("online.min_rows", 0), *narrow(run.config)]
         fields += [(f"online.{n}", 20) for n in ("warmup_steps", "random_steps") if getattr(run.config.online, n)]
         fields += [("online.initial_updates", 5)] if run.config.online.initial_updates else []
@@ -144,7 +166,7 @@ class Sandbox:
         online = 200 if run.record else 50  # an episode must end to be recorded
         steps = {"offline_steps": min(run.offline_steps, 20), "online_steps": min(run.online_steps, online)}
         changes = {"config": dict(fields), "loop": loop, "base_timeout_s": None, **steps}
-        assert session.train(session.with_fields(run, changes), path)
+        return session.with_fields(run, changes)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +185,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, embedded_root: Path) -> It
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         patch.setitem(os.environ, "MINARI_DATASETS_PATH", str(folder / "datasets"))
-        yield Sandbox(folder)
+        yield (sandbox := Sandbox(folder))
+        for process in sandbox.processes:
+            process.kill()
+            process.wait()
     EMBEDDED["pointmaze-pixels"] = recipe
 
 
@@ -172,7 +197,7 @@ def forgotten() -> Iterator[None]:
     """Forget the modules that a page writes, and what they register."""
     robot = gym.registry.pop("MyArm-v0", None)  # another test's
     tasks, agents, known = list(TASKS), dict(AGENTS), set(gym.registry)
-    written = {"my_robot", "my_env", "my_agents", "robot_template"}
+    written = {"my_robot", "my_env", "my_agents", "robot_template", "arm_robot"}
     others = {name: sys.modules.pop(name) for name in written & set(sys.modules)}  # another test's
     yield
     TASKS[:] = tasks
