@@ -327,7 +327,7 @@ def main(out: Path = OUT, faults: Sequence[Fault] = FAULTS) -> int:
     in_order = stored == [recorded[number] for number in sorted(recorded)][: len(stored)]
     total = {"recorded": len(recorded), "stored": len(stored), "lost": lost, "twice": twice, "in_order": in_order}
     columns = ("fault", "noticed by", "still after, ms", "the robot", "recorded", "lost")
-    rows = [
+    rows: list[dict[str, str]] = [
         dict(zip(columns, ("-" if value is None else str(value) for value in asdict(row).values()), strict=True))
         for row in counted
     ]

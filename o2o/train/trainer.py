@@ -378,6 +378,7 @@ class Trainer(Generic[A]):
         while at < steps:
             self.put_back()
             self.step()
+            assert self.fleet is not None
             before, at = at, counters.env_steps
             clock.read()
             due = partial(_passed, before, at, steps)

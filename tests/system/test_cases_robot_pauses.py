@@ -10,7 +10,6 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
-from o2o import envs
 from o2o.envs.safety import Watchdog
 from o2o.runs import session
 from o2o.runs.session import RunConfig
