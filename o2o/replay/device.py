@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from o2o.data.datasets import monte_carlo_returns
 from o2o.data.normalizer import Normalizer, normalize
@@ -15,7 +16,7 @@ from o2o.errors import ConfigError
 from o2o.nn.kernels import over_seeds
 from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, ReplayBuffer, capacity_for, take
 from o2o.replay.source import BatchSource, DatasetRows, Ring, Sampling, batch_shapes
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, OnlineConfig
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,23 @@ class Returns:
 
 @partial(jax.jit, static_argnames="pending", donate_argnames="buffer")
 def insert(buffer: ReplayBuffer, normalizer: Normalizer | None, rows: Batch, *, pending: bool) -> ReplayBuffer:
-    """Store one raw transition per seed, `rows` `[S, ...]`, normalised; `pending` hides it until `reveal`.
+    """Store one raw transition per environment, `rows` `[S * N, ...]`, normalised; `pending` hides it until `reveal`.
 
     A program of its own: in one that also draws, XLA copies the whole buffer in every step.
     """
 
+    return stored(buffer, normalizer, rows, pending)
+
+
+def stored(buffer: ReplayBuffer, normalizer: Normalizer | None, rows: Batch, pending: bool = False) -> ReplayBuffer:
+    """Return rings `[S]` with one raw transition per environment more, `rows` `[S * N, ...]`."""
+
     def one_seed(buffer: ReplayBuffer, row: Batch) -> ReplayBuffer:
         row = {key: normalize(normalizer, v) if key.endswith("observations") else v for key, v in row.items()}
-        return buffer.add(row, pending=pending)
+        return buffer.add(row, pending=pending) if buffer.lanes == 1 else buffer.extend(row)
 
+    if (lanes := buffer.lanes) > 1:
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), rows)
     return over_seeds(one_seed, buffer.cursor.shape[0])(buffer, rows)
 
 
@@ -51,6 +60,33 @@ def commit(buffer: ReplayBuffer, mc_returns: Array, counts: Array) -> ReplayBuff
 def prioritise(buffer: ReplayBuffer, slots: Array, priorities: Array) -> ReplayBuffer:
     """Give the rows in `slots` `[S, utd, B]` new `priorities` of the same shape."""
     return over_seeds(lambda b, s, p: b.prioritise(s, p), buffer.cursor.shape[0])(buffer, slots, priorities)
+
+
+class LiveRing(struct.PyTreeNode):
+    """The rings inside a program that plays, stores, draws and learns."""
+
+    ring: Ring
+    count: Array
+    """Rows that were stored in each ring so far, `[]`."""
+
+    def calls_due(self, env_steps: Array, online: OnlineConfig, window: int) -> Array:
+        """Return the update calls that the environment step under way ends with, `[]` (`DeviceReplay.calls_due`)."""
+        return jnp.where(self.count > (window - 1) * online.num_envs, online.calls_due(env_steps), 0)
+
+    def add(self, rows: Batch, normalizer: Normalizer | None) -> "LiveRing":
+        """Store one raw transition per environment, leaves `[S, N, ...]`."""
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
+        buffer = stored(self.ring.buffer, normalizer, flat)
+        return self.replace(ring=self.ring.replace(buffer=buffer), count=self.count + buffer.lanes)
+
+    def source(self, normalizer: Normalizer | None) -> Ring:
+        """Return what an update call draws from."""
+        return self.ring
+
+    def prioritise(self, slots: Array, priorities: Array) -> "LiveRing":
+        """Give the rows in `slots` `[S, utd, B]` of the last draw new `priorities`."""
+        buffer = over_seeds(lambda b, s, p: b.prioritise(s, p), slots.shape[0])(self.ring.buffer, slots, priorities)
+        return self.replace(ring=self.ring.replace(buffer=buffer))
 
 
 class DeviceReplay:
@@ -78,9 +114,17 @@ class DeviceReplay:
         yield DatasetRows(self.data), count
 
     def begin(
-        self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None, prioritised: bool = False
+        self,
+        keys: tuple[str, ...],
+        steps: int,
+        replay: str,
+        returns: Returns | None,
+        prioritised: bool = False,
+        lanes: int = 1,
     ) -> None:
         """Allocate rings for `steps` environment steps per seed, with the batch keys `keys` beyond the usual five.
+
+        `lanes` environments per seed take turns.
 
         `replay` "append": they begin with the dataset; "mixed": minibatches hold dataset rows too. `returns`: rows
         are hidden until their episode ends and their `mc_returns` are known. `prioritised`: rows are drawn by priority.
@@ -88,7 +132,7 @@ class DeviceReplay:
         rows = {key: self.data.rows[key] for key in (*TRANSITION_KEYS, *keys, "ends")}
         self.appended = self.data.size if replay == "append" else 0
         capacity = capacity_for(steps, self.most) + self.appended
-        buffer = ReplayBuffer.create(take(rows, 0), capacity, prioritised)
+        buffer = ReplayBuffer.create(take(rows, 0), capacity + -capacity % lanes, prioritised, lanes)
         buffer = buffer.extend(take(rows, slice(None))) if self.appended else buffer
         self.buffer = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.seeds, *leaf.shape)).copy(), buffer)
         self.planned, self.returns, self._mixed = steps, returns, replay == "mixed"
@@ -111,14 +155,14 @@ class DeviceReplay:
         return batch_shapes(source, self.seeds, sampling)
 
     def add(self, rows: Batch, normalizer: Normalizer | None) -> None:
-        """Store one raw transition per seed, leaves `[S, ...]`."""
+        """Store one raw transition per environment, leaves `[S * N, ...]`."""
         assert self.buffer is not None
         if self.returns is not None:
             rows = {**rows, "mc_returns": np.zeros(self.seeds, np.float32)}
             for seed, waiting in enumerate(self.waiting):
                 waiting.append((float(rows["rewards"][seed]), float(rows["masks"][seed])))
         self.buffer = insert(self.buffer, normalizer, rows, pending=self.returns is not None)
-        self.added += 1
+        self.added += self.buffer.lanes
 
     def prioritise(self, slots: Array, priorities: Array) -> None:
         """Give the rows in `slots` `[S, utd, B]` of the last draw the `priorities` that an update found."""
@@ -152,12 +196,22 @@ class DeviceReplay:
         """Rows that can be drawn, of the seed that has the fewest."""
         return self.appended + self.added - max(map(len, self.waiting))
 
-    def due(self, env_steps: int, first_update: int, window: int) -> bool:
-        """Whether the environment step under way ends with an update: it is late enough, a window can be drawn."""
-        return env_steps >= first_update and self.visible >= window
+    def calls_due(self, env_steps: int, online: OnlineConfig, window: int) -> int:
+        """Return the update calls that the environment step under way ends with; none before a window can be drawn."""
+        drawable = self.visible > (window - 1) * online.num_envs
+        return online.calls_due(env_steps) if drawable else 0
+
+    def live(self) -> LiveRing:
+        """Return the rings as a program takes them that plays too; `settle` takes them back."""
+        assert self.buffer is not None
+        return LiveRing(self._ring(), jnp.int32(self.appended + self.added))
+
+    def settle(self, live: LiveRing, rows: int) -> None:
+        """Take back what a program has stored `rows` transitions per seed in."""
+        self.buffer, self.added = live.ring.buffer, self.added + rows
 
     def mark_ends(self, where: np.ndarray) -> None:
-        """Make the newest row the last of its episode where `where` `[S]` is true."""
+        """Make the newest row the last of its episode where `where` `[S * N]` is true."""
         if self.buffer is not None:
             self.buffer = self.buffer.mark_ends(where)
 
@@ -170,7 +224,7 @@ class DeviceReplay:
         if self.buffer is None or steps <= self.planned:
             return
         if more := self.missing(steps):
-            self.buffer = self.buffer.grown(self.buffer.capacity + more)
+            self.buffer = self.buffer.grown(self.buffer.capacity + more + -more % self.buffer.lanes)
         self.planned = steps
 
     def arrays(self) -> dict[str, Any]:

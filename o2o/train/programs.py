@@ -90,7 +90,7 @@ def updates(
     if not source.shared:  # rows differ by seed: draw for all seeds, then update them
 
         def step(i: Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
-            return _learned(*state, source, keys, at + i * stride, sampling)[:2]
+            return learned(*state, source, keys, at + i * stride, sampling)[:2]
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
     assert isinstance(source, DatasetRows)
@@ -110,7 +110,7 @@ def updates(
     return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, totals, keys)
 
 
-def _learned(
+def learned(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, sampling: Sampling
 ) -> tuple[Any, Info, Priorities]:
     """Run every seed's update call of gradient step `at`; its metrics join the totals. Its priorities come last."""
@@ -148,7 +148,7 @@ def learn(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, *, sampling: Sampling
 ) -> tuple[Any, Info, Priorities]:
     """Run the update call of `learn_and_act` alone, on the same draw."""
-    return _learned(agent, totals, source, keys, at, sampling)
+    return learned(agent, totals, source, keys, at, sampling)
 
 
 @partial(jax.jit, static_argnames=("sampling", "action_dim", "random"), donate_argnames=("agent", "totals", "carry"))
@@ -175,11 +175,26 @@ def learn_and_act(
     """
     given = None
     if source is not None:
-        agent, totals, given = _learned(agent, totals, source, keys, at, sampling)
+        agent, totals, given = learned(agent, totals, source, keys, at, sampling)
+    actions, carry = chosen(agent, carry, normalizer, keys, observations, over, env_step, action_dim, random)
+    return agent, totals, carry, actions, given
+
+
+def chosen(
+    agent: Any,
+    carry: Carry,
+    normalizer: Normalizer | None,
+    keys: Array,
+    observations: Any,
+    over: Array,
+    env_step: Array,
+    action_dim: int,
+    random: bool,
+) -> tuple[Array, Carry]:
+    """Return every seed's actions `[S, N, A]` of environment step `env_step`, and the next carry."""
     choose = partial(_choose, normalizer=normalizer, env_step=env_step, action_dim=action_dim, random=random)
     each = over_seeds(choose, keys.shape[0], in_turn=planned_in_turn(carry))
-    actions, carry = each(agent, carry, keys, observations, over)
-    return agent, totals, carry, actions, given
+    return each(agent, carry, keys, observations, over)
 
 
 @partial(jax.jit, donate_argnames="agent")
