@@ -282,7 +282,9 @@ class ReplayBuffer(struct.PyTreeNode):
             )
         slots = (self.cursor + jnp.arange(count)) % self.capacity
         stored = jax.tree.map(
-            lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows}
+            lambda leaf, new: leaf.at[slots].set(jnp.asarray(new, leaf.dtype)),
+            self.rows,
+            {key: rows[key] for key in self.rows},
         )
         return self.replace(
             rows=stored,

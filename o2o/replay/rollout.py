@@ -100,9 +100,8 @@ class Rollout:
     def mark_ends(self, where: np.ndarray) -> None:
         """Make the newest row the last of its episode where `where` `[S * N]` is true."""
         if self.at % self.length:
-            ends = np.array(self.rows["ends"])
-            ends[:, self.at - 1] = np.maximum(ends[:, self.at - 1], np.reshape(where, self.places))
-            self.rows["ends"] = ends
+            ends = self.rows["ends"][:, self.at - 1]
+            np.maximum(ends, np.reshape(where, self.places), out=ends)
 
     def grow(self, steps: int) -> None:
         """Do nothing: a rollout is as long as it is."""
