@@ -1,6 +1,6 @@
 """Dataset and replay on the device: minibatches are drawn inside the jitted programs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ def prioritise(buffer: ReplayBuffer, slots: Array, priorities: Array) -> ReplayB
 class LiveRing(struct.PyTreeNode):
     """The rings inside a program that plays, stores, draws and learns."""
 
-    ring: Ring
+    buffer: ReplayBuffer
     count: Array
     """Rows that were stored in each ring so far, `[]`."""
 
@@ -76,17 +76,15 @@ class LiveRing(struct.PyTreeNode):
     def add(self, rows: Batch, normalizer: Normalizer | None) -> "LiveRing":
         """Store one raw transition per environment, leaves `[S, N, ...]`."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
-        buffer = stored(self.ring.buffer, normalizer, flat)
-        return self.replace(ring=self.ring.replace(buffer=buffer), count=self.count + buffer.lanes)
+        return LiveRing(stored(self.buffer, normalizer, flat), self.count + self.buffer.lanes)
 
-    def source(self, normalizer: Normalizer | None) -> Ring:
-        """Return what an update call draws from."""
-        return self.ring
+    def source(self, offline: OfflineData | None, normalizer: Normalizer | None) -> Ring:
+        """Return what an update call draws from; with `offline` that too."""
+        return Ring(self.buffer, offline)
 
     def prioritise(self, slots: Array, priorities: Array) -> "LiveRing":
         """Give the rows in `slots` `[S, utd, B]` of the last draw new `priorities`."""
-        buffer = over_seeds(lambda b, s, p: b.prioritise(s, p), slots.shape[0])(self.ring.buffer, slots, priorities)
-        return self.replace(ring=self.ring.replace(buffer=buffer))
+        return LiveRing(prioritise(self.buffer, slots, priorities), self.count)
 
 
 class DeviceReplay:
@@ -143,7 +141,7 @@ class DeviceReplay:
 
     def _ring(self) -> Ring:
         assert self.buffer is not None
-        return Ring(self.buffer, self.data if self._mixed else None)
+        return Ring(self.buffer, self.offline)
 
     def burst(self, keys: Array, at: int, count: int, sampling: Sampling) -> Iterator[tuple[BatchSource, int]]:
         """Yield (source, updates to run with it) for `count` updates without a step in between."""
@@ -162,7 +160,7 @@ class DeviceReplay:
             for seed, waiting in enumerate(self.waiting):
                 waiting.append((float(rows["rewards"][seed]), float(rows["masks"][seed])))
         self.buffer = insert(self.buffer, normalizer, rows, pending=self.returns is not None)
-        self.added += self.buffer.lanes
+        self.added += len(rows["rewards"]) // self.seeds
 
     def prioritise(self, slots: Array, priorities: Array) -> None:
         """Give the rows in `slots` `[S, utd, B]` of the last draw the `priorities` that an update found."""
@@ -204,11 +202,16 @@ class DeviceReplay:
     def live(self) -> LiveRing:
         """Return the rings as a program takes them that plays too; `settle` takes them back."""
         assert self.buffer is not None
-        return LiveRing(self._ring(), jnp.int32(self.appended + self.added))
+        return LiveRing(self.buffer, jnp.int32(self.appended + self.added))
+
+    @property
+    def offline(self) -> OfflineData | None:
+        """The dataset, where minibatches hold rows of it online too."""
+        return self.data if self._mixed else None
 
     def settle(self, live: LiveRing, rows: int) -> None:
         """Take back what a program has stored `rows` transitions per seed in."""
-        self.buffer, self.added = live.ring.buffer, self.added + rows
+        self.buffer, self.added = live.buffer, self.added + rows
 
     def mark_ends(self, where: np.ndarray) -> None:
         """Make the newest row the last of its episode where `where` `[S * N]` is true."""
@@ -241,6 +244,10 @@ class DeviceReplay:
         self.buffer, self.added = arrays["buffer"], state["added"]
         if self.returns is not None:
             self.waiting = [[(reward, mask) for reward, mask in rows] for rows in state["waiting"]]
+
+    def spread(self, everywhere: Callable[[Any], Any], by_seed: Callable[[Any], Any]) -> None:
+        """Place the dataset on every device of the run, and rings by seed."""
+        self.data, self.buffer = everywhere(self.data), by_seed(self.buffer)
 
     def look_only(self) -> None:
         """Refuse to store anything: the run was opened to be looked at. Nothing to do where rows are on the device."""

@@ -300,6 +300,10 @@ class HostReplay:
         newest = int(handles[0, cursor - 1]) if int(buffer.size[0]) else -1
         self.store.total, self._ahead = max(newest + 1, 0), None
 
+    def spread(self, everywhere: Callable[[Any], Any], by_seed: Callable[[Any], Any]) -> None:
+        """Place the handles: the dataset's on every device of the run, those of the rings by seed."""
+        self.handles.spread(everywhere, by_seed)
+
     def look_only(self) -> None:
         """Refuse to store anything from now on: the files belong to a run that somebody else may be training."""
         self._look_only = True

@@ -1,5 +1,6 @@
 """The rows of one rollout of an on-policy agent, in host memory until it is full."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class LiveRollout(struct.PyTreeNode):
         )
         return LiveRollout(kept, (self.at + 1) % self._length)
 
-    def source(self, normalizer: Normalizer | None) -> RolloutRows:
+    def source(self, offline: None, normalizer: Normalizer | None) -> RolloutRows:
         """Return the rollout, to be learnt from as a whole."""
         return RolloutRows(self.rows, normalizer)
 
@@ -51,6 +52,7 @@ class Rollout:
     """Rows `[S, T, N, ...]` in order of time, of N environments per seed; learnt from once, then written over."""
 
     kind = "rollout"
+    offline = None
 
     def __init__(self, data: OfflineData | HostData, seeds: int, length: int, num_envs: int) -> None:
         """Make room for `length` steps of `num_envs` environments per seed, for rows like those of `data`."""
@@ -117,6 +119,9 @@ class Rollout:
     def restore(self, arrays: dict[str, Any], state: dict[str, Any]) -> None:
         """Go on from the `arrays` and the `state` of a checkpoint."""
         self.rows, self.at = jax.tree.map(np.array, arrays["buffer"]), state["at"]
+
+    def spread(self, everywhere: Callable[[Any], Any], by_seed: Callable[[Any], Any]) -> None:
+        """Do nothing: programs place the rows as they take them."""
 
     def look_only(self) -> None:
         """Do nothing: nothing is on disk."""

@@ -19,6 +19,7 @@ from o2o.nn.modules import where_leading
 from o2o.replay.source import BatchSource, DatasetRows, Sampling
 from o2o.rl.chunks import planned_in_turn
 from o2o.train.acting import act, clear_carry
+from o2o.train.devices import divided
 from o2o.types import PRIORITIES, Agent, AgentConfig, Array, Batch, Carry, Info, Phase
 
 Priorities = tuple[Array, Array] | None
@@ -102,7 +103,7 @@ def updates(
                 progress = (at + i - begin) / jnp.float32(phase.steps)
                 agent, info = own_update(agent, source.data, progress, step=phase.update)
             else:
-                agent, info = update(agent, source.one_seed(key, at + i * stride, sampling))
+                agent, info = update(agent, divided(source.one_seed(key, at + i * stride, sampling), axis=1))
             return agent, _add(totals, info)
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
@@ -126,7 +127,7 @@ def learned(
             )
         return agent, _add(totals, info), (batch["slots"], info[PRIORITIES])
 
-    batches = source.minibatches(keys, at, sampling)
+    batches = divided(source.minibatches(keys, at, sampling), axis=2)
     return over_seeds(one_seed, keys.shape[0], in_turn=seeds_in_turn(agent))(agent, totals, batches)
 
 

@@ -119,6 +119,7 @@ class Told(NamedTuple):
 @partial(jax.jit, static_argnames=("batch", "online", "sampling", "random"), donate_argnames="live")
 def play_and_learn(
     live: Live,
+    offline: Any,
     normalizer: Normalizer | None,
     keys: Array,
     at: Array,
@@ -133,7 +134,7 @@ def play_and_learn(
     """Run `count` (traced) steps of all environments as `Trainer.step` does, from gradient step `at` on.
 
     Each plays the chosen actions, stores the rows, runs the update calls that are due, and chooses the next actions:
-    all of them by chance (`random`) or by the policies.
+    all of them by chance (`random`) or by the policies. `offline`: dataset rows that minibatches hold too, or None.
     """
     seeds, per_seed, action_dim = live.actions.shape
     needs, worth = live.agent.needs, live.agent.updates_per_call
@@ -153,7 +154,7 @@ def play_and_learn(
 
         def learn(j: Array, state: tuple[Any, Info, Any]) -> tuple[Any, Info, Any]:
             agent, totals, replay = state
-            source = replay.source(normalizer)
+            source = replay.source(offline, normalizer)
             agent, totals, given = programs.learned(agent, totals, source, keys, begin + j * worth, sampling)
             return agent, totals, replay if given is None else replay.prioritise(*given)
 

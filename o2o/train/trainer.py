@@ -35,6 +35,7 @@ from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import memory, programs
 from o2o.train.collect import Fleet
+from o2o.train.devices import Devices
 from o2o.train.estimates import Estimator
 from o2o.train.evaluation import EnvFn, Evaluator
 from o2o.train.feed import Feed
@@ -98,7 +99,8 @@ class Trainer(Generic[A]):
             jax.random.key(seed), observations, actions, agent_class=agent_class, config=config
         )
         memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
-        self.keys = seed_keys(seed, seeds)
+        self.devices = Devices(self.loop.devices, seeds, config.batch_size)
+        self.keys = self.devices.by_seed(seed_keys(seed, seeds))
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
@@ -107,6 +109,7 @@ class Trainer(Generic[A]):
         check_window(self.agent, self.replay.data.size, "the dataset")
         self.fleet: Fleet | Simulated | None = None
         """The training environments: stepped from here, or arrays that one program steps and learns from."""
+        self._spread()
         self.feed = hub and Feed(
             hub,
             lambda: (self.agent, self.normalizer, self.counters.env_steps, self.online_config),
@@ -134,6 +137,15 @@ class Trainer(Generic[A]):
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
+
+    def _spread(self) -> None:
+        """Place everything that has a seed axis on the run's devices, and the rest on each of them."""
+        by_seed, state = self.devices.by_seed, self.state
+        state.agent, state.totals, state.carry = by_seed((state.agent, state.totals, state.carry))
+        state.action, state.normalizer = by_seed(state.action), self.devices.everywhere(state.normalizer)
+        self.replay.spread(self.devices.everywhere, by_seed)
+        if isinstance(self.fleet, Simulated):
+            self.fleet.worlds = by_seed(self.fleet.worlds)
 
     def forget_rows(self) -> None:
         """Let go of the dataset's rows as they were loaded: those that are learnt from are in `replay`."""
@@ -171,6 +183,7 @@ class Trainer(Generic[A]):
     def start_from(self, agent: Any, normalizer: Normalizer | None) -> None:
         """Take over agents `[S, ...]` that were pre-trained elsewhere, with the normaliser that they know."""
         self.state.agent, self.state.normalizer = agent, normalizer
+        self._spread()
 
     def check_memory(self, online_steps: int) -> dict[str, int]:
         """Return the bytes that the run takes, by name; raises `ConfigError` if what is still to come cannot fit.
@@ -198,6 +211,10 @@ class Trainer(Generic[A]):
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps; False if a stop was asked for before."""
+        with self.devices():
+            return self._offline(steps)
+
+    def _offline(self, steps: int) -> bool:
         if not self._evaluate_again():
             return False
         counters = self.counters
@@ -316,7 +333,7 @@ class Trainer(Generic[A]):
                 return False
             agent = each_seed(programs.to_online, self.agent)
         if play and self.fleet is None:
-            self._make_fleet()
+            self._make_fleet(agent)
         if wanted.replay == "rollout":
             length = wanted.rollout_steps // wanted.num_envs
             before, self.replay = self.replay, Rollout(self.replay.data, self.seeds, length, wanted.num_envs)
@@ -329,6 +346,7 @@ class Trainer(Generic[A]):
         self.state.agent, self.state.totals = agent, {}
         self.state.carry = jax.vmap(lambda a: a.initial_carry((self.envs_per_seed,)))(agent)
         self.counters.phase, self.counters.logged_at, self.counters.unlogged_updates = "online", 0, 0
+        self._spread()
         return True
 
     def _choose_candidates(self) -> bool:
@@ -361,30 +379,32 @@ class Trainer(Generic[A]):
             reason = next(reason for reason, holds in wrong.items() if holds)
             raise ConfigError(f"online.num_envs is {online.num_envs}, environments per seed, and {reason}: set it to 1")
 
-    def _make_fleet(self) -> Fleet | Simulated:
-        """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
-        fleet = self.feed or self._simulated_or_not()
+    def _make_fleet(self, agent: Agent) -> Fleet | Simulated:
+        """Make and reset the environments for the online form `agent`.
+
+        Raises `EnvironmentMismatchError` if they do not fit the dataset.
+        """
+        fleet = self.feed or self._simulated_or_not(agent)
         self.fleet = fleet.must_fit(one_row(self.replay.data.rows), self.loop.eval_process)
         return self.fleet
 
-    def _simulated_or_not(self) -> Fleet | Simulated:
+    def _simulated_or_not(self, agent: Agent) -> Fleet | Simulated:
         """Return environments inside the program that learns, if they and what the agent needs allow it."""
         places = (self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
         if self.loop.env_processes:
             return Fleet(self.env_fn, *places)
         first = self.env_fn(False)
         batch = batch_of(first)
-        if batch is None or not self._fits_one_program():
+        if batch is None or not self._fits_one_program(agent):
             return Fleet(self.env_fn, *places, first)
         first.close()
         return Simulated(batch, self.keys, self.envs_per_seed)
 
-    def _fits_one_program(self) -> bool:
+    def _fits_one_program(self, agent: Agent) -> bool:
         """Whether steps and updates can be one program: no host work in between, such as returns of whole episodes."""
-        needs, online = self.agent.needs, self.online_config
-        if online.replay == "rollout":
+        if self.online_config.replay == "rollout":
             return True
-        waits = "mc_returns" in needs.batch_keys
+        waits = "mc_returns" in agent.needs.batch_keys
         return not waits and not self.loop.overlap and not isinstance(self.replay, HostReplay)
 
     # Online: one environment step, one update call, the next actions
@@ -394,6 +414,10 @@ class Trainer(Generic[A]):
 
         Called again for more steps than before, the replay grows.
         """
+        with self.devices():
+            return self._online(steps)
+
+    def _online(self, steps: int) -> bool:
         if not self._evaluate_again():
             return False
         counters, loop = self.counters, self.loop
@@ -461,6 +485,7 @@ class Trainer(Generic[A]):
     def simulated_steps(self, fleet: Simulated, most: int, pace: "Pace") -> None:
         """Run up to `most` steps of all environments in one program, each as `step` does, and count what it did."""
         state, counters, online, per_seed = self.state, self.counters, self.online_config, self.envs_per_seed
+        assert state.action is not None and not isinstance(self.replay, HostReplay)
         begin = counters.env_steps
         if online.initial_updates and not counters.online_updates:
             if self._calls_due():
@@ -476,7 +501,7 @@ class Trainer(Generic[A]):
             state.agent, state.totals or self._zeros(None), state.carry, state.action, fleet.worlds, self.replay.live()
         )
         live, told = play_and_learn(
-            live, state.normalizer, self.keys, counters.gradient_steps, begin, count,
+            live, self.replay.offline, state.normalizer, self.keys, counters.gradient_steps, begin, count,
             batch=fleet.batch, online=online, sampling=self._sampling(), random=random,
         )  # fmt: skip
         state.agent, state.totals, state.carry, state.action, fleet.worlds, replay = live
@@ -599,7 +624,7 @@ class Trainer(Generic[A]):
         """
         state = self.state
         if state.environments is not None:
-            fleet = self.fleet or self._make_fleet()
+            fleet = self.fleet or self._make_fleet(self.agent)
             assert isinstance(fleet, Fleet)
             self.fleet = None
             with Closing() as closing:
@@ -793,7 +818,7 @@ class Trainer(Generic[A]):
             replay = values["replay"]
             self.begin_online(replay.get("planned") or online_steps, replay["kind"], play=False)
         if play and saved.phase == "online" and SIMULATED in (values["environments"] or {}):
-            self._make_fleet()
+            self._make_fleet(self.agent)
         targets, _ = self.save()
         loop = targets["loop"]
         if values.get("acting"):
@@ -817,6 +842,7 @@ class Trainer(Generic[A]):
             if isinstance(self.fleet, Simulated):
                 self.fleet.worlds = loop["worlds"]
                 state.environments, state.observations = None, None
+        self._spread()
         if play:
             self.put_back()
         else:
