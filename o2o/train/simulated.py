@@ -110,8 +110,10 @@ class Told(NamedTuple):
 
     ends: Ends
     """Of every step and environment, `[ROOM, S, N]`."""
+    before: Array
+    """Update calls before each step, `[ROOM]`."""
     calls: Array
-    """Update calls `[]`."""
+    """Update calls in all, `[]`."""
     finite: Array
     """Whether all actions, and all that the environments gave, were finite: `[2]`."""
 
@@ -163,11 +165,13 @@ def play_and_learn(
             agent, carry, normalizer, keys, worlds.observations, ends.ended, now + per_seed, action_dim, random
         )
         kept = jax.tree.map(lambda leaf, new: leaf.at[i].set(new), told.ends, ends)
-        return Live(agent, totals, carry, actions, worlds, replay), Told(kept, told.calls + due, told.finite & fine)
+        return Live(agent, totals, carry, actions, worlds, replay), Told(
+            kept, told.before.at[i].set(told.calls), told.calls + due, told.finite & fine
+        )
 
     shape = (ROOM, seeds, per_seed)
     nothing = Ends(jnp.zeros(shape, bool), jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
-    told = Told(nothing, jnp.zeros((), jnp.int32), jnp.ones(2, bool))
+    told = Told(nothing, jnp.zeros(ROOM, jnp.int32), jnp.zeros((), jnp.int32), jnp.ones(2, bool))
     return jax.lax.fori_loop(0, count, step, (live, told))
 
 

@@ -508,11 +508,14 @@ class Trainer(Generic[A]):
         self.replay.settle(replay, count * per_seed)
         pace.sent(count, told)
         told = jax.device_get(told)
-        for step, seed, n in np.argwhere(told.ends.ended[:count]).tolist():
+        counted = 0
+        for step, seed, n in np.argwhere(told.ends.ended[:count]).tolist():  # each finds the counters of its step
             counters.env_steps = begin + step * per_seed
+            self._count_calls(int(told.before[step]) - counted)
+            counted = int(told.before[step])
             self._episode_finished(seed * per_seed + n, fleet.row(told.ends, (step, seed, n)))
         counters.env_steps = begin + count * per_seed
-        self._count_calls(int(told.calls))
+        self._count_calls(int(told.calls) - counted)
         self._finished.clear()
         if not told.finite[0]:
             raise self._bad_action()
@@ -787,7 +790,7 @@ class Trainer(Generic[A]):
             loop |= {"observations": self._observations()}
             loop |= {} if state.action is None else {"action": state.action}
             loop |= {} if state.carry is None else {"carry": state.carry}
-            loop |= {"worlds": self.fleet.worlds} if isinstance(self.fleet, Simulated) else {}
+            arrays |= {"worlds": self.fleet.worlds} if isinstance(self.fleet, Simulated) else {}
             values["replay"], values["acting"] = self.replay.state(), state.action is not None
             values["environments"] = state.environments if self.fleet is None else self.fleet.snapshot()
         return {**arrays, "loop": loop}, values
@@ -840,7 +843,7 @@ class Trainer(Generic[A]):
             state.carry, state.action = loop.get("carry"), loop.get("action")
             state.environments, state.observations = values["environments"], loop["observations"]
             if isinstance(self.fleet, Simulated):
-                self.fleet.worlds = loop["worlds"]
+                self.fleet.worlds = arrays["worlds"]
                 state.environments, state.observations = None, None
         self._spread()
         if play:
