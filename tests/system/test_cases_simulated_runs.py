@@ -62,7 +62,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 AT_ONCE = (("online.random_steps", 0), ("online.warmup_steps", 0))
 CASES = [
-    ("sac", (*AT_ONCE, ("online.num_envs", 2), ("online.update_every", 3)), 1),
+    ("sac", (*AT_ONCE, ("online.num_envs", 2), ("online.update_every", 3)), 2),
     ("rlpd", (("online.utd_ratio", 2), ("online.num_envs", 2), ("online.random_steps", 7)), 2),
     ("wsrl", (("online.utd_ratio", 2), ("online.warmup_steps", 6)), 1),
     ("ppo", PPO, 2),
