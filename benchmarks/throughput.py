@@ -10,6 +10,7 @@ Shapes: `pen` (45 observations, 24 actions), `cheetah` (17 and 6), `pixels` (a c
 
     offline   gradient steps per second of pre-training, drawing the minibatches included
     utdN      environment steps per second of the whole online loop, with N updates each
+    utdNxE    the same with E environments per seed, and N updates for each step of all of them
     online    the same for agents that learn from roll-outs, or that do not learn online
     act       environment steps per second of an evaluation: the policy acts, the environment steps
     insert    environment steps per second of the online loop with random actions, stored, and no update
@@ -155,7 +156,10 @@ def run_config(session: Any, case: dict[str, Any]) -> Any:
     else:
         warmup = NEVER if form in ("act", "insert") else case["rows"]
         settings |= {"warmup_steps": warmup, "random_steps": NEVER if form == "insert" else 0, "min_rows": 0}
-        settings |= {"initial_updates": 0, **({"utd_ratio": int(form[3:])} if form.startswith("utd") else {})}
+        settings |= {"initial_updates": 0}
+        if form.startswith("utd"):
+            updates, _, envs = form[3:].partition("x")
+            settings |= {"utd_ratio": int(updates), "num_envs": int(envs or 1), "update_every": int(envs or 1)}
     loop = dataclasses.replace(
         config.loop, eval_every=0, offline_eval_every=NEVER, eval_episodes=1, checkpoint_every=NEVER,
         replay_capacity=case["rows"],
@@ -210,8 +214,8 @@ def meter_of(case: dict[str, Any], session: Any) -> Meter:
     online = config.config.online
     if form != "offline" and online.replay != "rollout":
         go(case["rows"] + 1)  # the replay buffer is full and grows no more; the next step is the first with an update
-    step = online.rollout_steps if form != "offline" and online.replay == "rollout" else 1
-    return Meter(go, overhead, step, case["seeds"])
+    step = online.rollout_steps if online.replay == "rollout" else online.num_envs
+    return Meter(go, overhead, 1 if form == "offline" else step, case["seeds"])
 
 
 def machine() -> dict[str, Any]:
@@ -376,6 +380,7 @@ def all_cases() -> list[str]:
         forms = ("offline", "act", "insert", "utd1", "utd4", "utd20")
         if config.online.replay in ("none", "rollout"):
             forms = ("offline", "act", "online")
+        forms += ("utd1x4", "utd1x16") if agent in ("sac", "rlpd") else ()
         shapes = ("pen", "cheetah", "pixels") if hasattr(config, "encoder") else ("pen", "cheetah")
         names += [f"{agent}/{shape}/{seeds}/{form}" for shape in shapes for seeds in SEEDS for form in forms]
         if kind.preset("ogbench", "paper").tasks:

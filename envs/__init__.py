@@ -65,6 +65,14 @@ with redirect_stderr(StringIO()):  # on import the package prints a notice about
 
 gym.register_envs(gymnasium_robotics)
 
+for _maze in [spec for name, spec in gym.registry.items() if name.startswith("PointMaze_") and spec.version == 3]:
+    gym.register(
+        f"jax/{_maze.name}-v0",
+        "o2o.simulators.gym:point_maze",
+        max_episode_steps=_maze.max_episode_steps,
+        kwargs={key: value for key, value in _maze.kwargs.items() if key in ("maze_map", "reward_type")},
+    )  # the same tasks as pure functions (`o2o.simulators`)
+
 
 def make(
     source: str | DatasetInfo | EnvSpec,

@@ -38,8 +38,8 @@ LOCOMOTION = (
 )
 
 TASKS: list[tuple[str, Task]] = [
-    (r"PointMaze_\w+Dense-v\d+", Task("pointmaze-dense", "pointmaze", **DENSE_MAZE)),
-    (r"PointMaze_\w+-v\d+", Task("pointmaze", "pointmaze", **MAZE)),
+    (r"(jax/)?PointMaze_\w+Dense-v\d+", Task("pointmaze-dense", "pointmaze", **DENSE_MAZE)),
+    (r"(jax/)?PointMaze_\w+-v\d+", Task("pointmaze", "pointmaze", **MAZE)),
     # The ant's x and y are in `achieved_goal` alone; kept, they come first, as in D4RL.
     (r"AntMaze_\w+Dense-v\d+", Task("antmaze-dense", "antmaze", achieved_goal=True, **DENSE_MAZE)),
     (r"AntMaze_\w+-v\d+", Task("antmaze", "antmaze", achieved_goal=True, **MAZE)),

@@ -182,7 +182,8 @@ class TaskReward(gym.Wrapper):
         """Apply `task`; without `terminate`, success does not end the episode."""
         super().__init__(env)
         self.task = task
-        self._terminate = terminate and task.terminate_on_success
+        self.terminates = terminate and task.terminate_on_success
+        """Whether success ends an episode."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
         """Reset; the same entries of `info` as in a step."""
@@ -198,7 +199,7 @@ class TaskReward(gym.Wrapper):
         observation, raw, terminated, truncated, info = self.env.step(action)
         raw = float(raw)
         success = self._success(raw, info)
-        terminated = terminated or (self._terminate and bool(success))
+        terminated = terminated or (self.terminates and bool(success))
         return (
             observation,
             float(self.task.rewards(raw, success)),

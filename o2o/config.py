@@ -75,6 +75,9 @@ class LoopConfig(Settings):
     """Number of processes that step the training environments; 0: the main process steps them. Useful for several
     environments (`seeds`, `num_envs`) with slow steps. The numbers are the same. At the end each process has 30 s to
     close its environments before it is killed."""
+    devices: Annotated[int, Range(least=1, most=4096)] = 1
+    """Devices that learn together: seeds are spread over them first, then the rows of each minibatch. The numbers are
+    the same, to rounding."""
     overlap: bool = False
     """Learn while the environments step. Each action is then chosen before the update of its step, not after it. Meant
     for slow environments such as robots. Runs are reproducible but differ from those without it. On-policy agents

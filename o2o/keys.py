@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from o2o.types import Array
 
-INIT, DATA, ACT = range(3)
-"""Streams: initialisation, minibatches (index: gradient step), acting (index: environment step)."""
+INIT, DATA, ACT, WORLD = range(4)
+"""Streams: initialisation, minibatches (index: gradient step), acting (index: environment step), simulators in JAX
+(index: environment)."""
 
 
 def seed_keys(seed: int, seeds: int) -> Array:

@@ -33,13 +33,17 @@ ReplayKind = Literal["online", "mixed", "append", "rollout", "none"]
 class OnlineConfig(Settings):
     """How an agent wants its online phase to be driven; read by the loop, kept in the agent's config.
 
-    `replay` decides which fields are read. `online`, `append` and `mixed` read all but `num_envs` and `rollout_steps`;
-    only `mixed` reads `offline_ratio`. `rollout` reads those two only, and the others must keep their defaults. `none`
-    acts by `random_steps`; its other fields only set the times of evaluations.
+    `replay` decides which fields are read. `online`, `append` and `mixed` read all but `rollout_steps`; only `mixed`
+    reads `offline_ratio`. `rollout` reads `num_envs` and `rollout_steps` only, and the others must keep their defaults.
+    `none` acts by `random_steps`; its other fields only set the times of evaluations.
     """
 
     utd_ratio: Count = 1
-    """Critic updates per environment step (update-to-data ratio)."""
+    """Critic updates of one update call. With `update_every` 1 that is the update-to-data ratio: critic updates per
+    environment step, with any number of environments."""
+    update_every: Count = 1
+    """Environment steps, of all `num_envs` together, for each update call; `utd_ratio` / `update_every` critic updates
+    for every row stored. The calls that N environments' step brings due run in a row after its N rows are stored."""
     warmup_steps: Amount = 0
     """Environment steps before updates are allowed (WSRL's K). The first update follows the second step after them."""
     random_steps: Amount = 0
@@ -56,13 +60,25 @@ class OnlineConfig(Settings):
     """Updates in one go just before the first online update, on leaves `[1, B, ...]`; the agent counts for itself which
     of its networks take part (ResFiT warms its critic up so)."""
     num_envs: Annotated[int, Range(least=1, most=4096)] = 1
-    """Environments per seed that are stepped together (`rollout` only)."""
+    """Environments per seed that are stepped together; a step of all of them counts as so many."""
     rollout_steps: Count = 2048
     """Environment steps, of all `num_envs` together, from one update to the next (`rollout` only)."""
 
     def first_update(self) -> int:
         """Return the number of the environment step, counted from 0, after which the first update runs."""
         return max(self.random_steps, max(self.warmup_steps, self.min_rows) + 1)
+
+    def calls_due(self, env_steps: Any) -> Any:
+        """Return how many update calls follow the step of all environments that begins at `env_steps`, traced or not.
+
+        Each environment step from `first_update` on whose number, counted from 1, `update_every` divides brings one.
+        """
+        if self.replay == "none":
+            return env_steps * 0
+        late = self.first_update() - env_steps
+        begin, end = env_steps + late * (late > 0), env_steps + self.num_envs
+        due = end // self.update_every - begin // self.update_every
+        return due * (due > 0)
 
     def check_rollout(self) -> None:
         """Raise `ConfigError` for what replay `rollout` cannot do, or would not read."""
@@ -71,7 +87,15 @@ class OnlineConfig(Settings):
                 f"online.rollout_steps is {self.rollout_steps} with num_envs {self.num_envs}; expected a multiple of "
                 "the number of environments, such as 2048 with 8"
             )
-        for name in ("utd_ratio", "warmup_steps", "random_steps", "min_rows", "offline_ratio", "initial_updates"):
+        for name in (
+            "utd_ratio",
+            "update_every",
+            "warmup_steps",
+            "random_steps",
+            "min_rows",
+            "offline_ratio",
+            "initial_updates",
+        ):
             value, default = getattr(self, name), getattr(OnlineConfig, name)
             if value != default:
                 raise ConfigError(

@@ -232,11 +232,13 @@ class ReplayBuffer(struct.PyTreeNode):
     pending: Array
     following: tuple[str, ...] = struct.field(pytree_node=False, default=())
     """Which of `FOLLOWING` a draw gives."""
+    lanes: int = struct.field(pytree_node=False, default=1)
+    """Environments whose rows take turns: the next step of an episode lies so many rows behind."""
     priorities: Array | None = None
     """`[capacity]`, what rows are drawn in proportion to, 0 in empty slots; None: they are drawn evenly."""
 
     @classmethod
-    def create(cls, example: Batch, capacity: int, prioritised: bool = False) -> Self:
+    def create(cls, example: Batch, capacity: int, prioritised: bool = False, lanes: int = 1) -> Self:
         """Allocate `capacity` rows shaped like one `example` transition (leaves without a leading axis).
 
         Of `FOLLOWING` those in the example are given by every draw; this takes `ends`. If `prioritised`, draws give
@@ -249,7 +251,7 @@ class ReplayBuffer(struct.PyTreeNode):
         zero = jnp.zeros((), jnp.int32)
         following = tuple(key for key in FOLLOWING if key in example)
         priorities = jnp.zeros(capacity) if prioritised else None
-        return cls(rows=rows, cursor=zero, size=zero, pending=zero, following=following, priorities=priorities)
+        return cls(rows, zero, zero, zero, following, lanes, priorities)
 
     @property
     def capacity(self) -> int:
@@ -280,7 +282,9 @@ class ReplayBuffer(struct.PyTreeNode):
             )
         slots = (self.cursor + jnp.arange(count)) % self.capacity
         stored = jax.tree.map(
-            lambda leaf, new: leaf.at[slots].set(new), self.rows, {key: rows[key] for key in self.rows}
+            lambda leaf, new: leaf.at[slots].set(jnp.asarray(new, leaf.dtype)),
+            self.rows,
+            {key: rows[key] for key in self.rows},
         )
         return self.replace(
             rows=stored,
@@ -328,10 +332,11 @@ class ReplayBuffer(struct.PyTreeNode):
         return self.replace(rows=rows, priorities=priorities, cursor=jnp.copy(self.size) if full else self.cursor)
 
     def mark_ends(self, where: Any) -> Self:
-        """Of buffers stacked `[S]`: make the newest row the last of its episode (`ends` = 1) where `where` `[S]` is."""
+        """Of buffers stacked `[S]`: end the episodes of the newest rows (`ends` = 1) where `where` `[S * lanes]` is."""
         ends = self.rows["ends"]
-        newest = (jnp.arange(len(ends)), (self.cursor - 1) % ends.shape[1])
-        return self.replace(rows={**self.rows, "ends": ends.at[newest].max(jnp.asarray(where, ends.dtype))})
+        newest = (self.cursor[:, None] - self.lanes + jnp.arange(self.lanes)) % ends.shape[1]
+        given = jnp.asarray(where, ends.dtype).reshape(newest.shape)
+        return self.replace(rows={**self.rows, "ends": ends.at[jnp.arange(len(ends))[:, None], newest].max(given)})
 
     @property
     def visible(self) -> Array:
@@ -348,8 +353,8 @@ class ReplayBuffer(struct.PyTreeNode):
         batch = jax.tree.map(lambda leaf: leaf[slots], self.rows)
         if not self.following:
             return batch
-        valid = jnp.where(age_order + 1 < self.size, 1.0 - batch["ends"], 0.0)
-        actions = self.rows["actions"][self._slots(age_order + 1)]
+        valid = jnp.where(age_order + self.lanes < self.size, 1.0 - batch["ends"], 0.0)
+        actions = self.rows["actions"][self._slots(age_order + self.lanes)]
         made = {"next_actions": valid[..., None] * actions, "next_valid": valid}
         return {**batch, **{key: made[key] for key in self.following}}
 
@@ -368,13 +373,13 @@ class ReplayBuffer(struct.PyTreeNode):
         return {**self._take(ages), **told}
 
     def sample_sequences(self, rng: Array, shape: tuple[int, ...], horizon: int) -> Batch:
-        """Draw windows of `horizon` consecutive rows, leaves `[*shape, horizon, ...]`, which never cross the cursor.
+        """Draw windows of `horizon` steps in a row, leaves `[*shape, horizon, ...]`, which never cross the cursor.
 
         `valid [*shape, horizon]` is 1 up to and including the first row with `ends` = 1, and 0 behind it; also 0 where
         fewer than `horizon` rows are visible.
         """
-        starts, told = self._draw_ages(rng, shape, jnp.maximum(self.visible - horizon + 1, 1))
-        positions = starts[..., None] + jnp.arange(horizon)
+        starts, told = self._draw_ages(rng, shape, jnp.maximum(self.visible - (horizon - 1) * self.lanes, 1))
+        positions = starts[..., None] + jnp.arange(horizon) * self.lanes
         return {**_windows(self._take(positions), positions < self.visible), **told}
 
     def draw(self, rng: Array, shape: tuple[int, ...], window: int = 1) -> Batch:

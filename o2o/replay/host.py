@@ -27,7 +27,7 @@ from o2o.replay.buffer import Frames, OfflineData, ReplayBuffer
 from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.row_store import ON_HOST, Handles, RowStore, begin_reading
 from o2o.replay.source import BatchSource, DatasetRows, Fetched, Ring, Sampling
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, OnlineConfig
 
 
 class HostData:
@@ -164,9 +164,23 @@ class HostReplay:
             yield Fetched(batch), 1
 
     def begin(
-        self, keys: tuple[str, ...], steps: int, replay: str, returns: Returns | None, prioritised: bool = False
+        self,
+        keys: tuple[str, ...],
+        steps: int,
+        replay: str,
+        returns: Returns | None,
+        prioritised: bool = False,
+        lanes: int = 1,
     ) -> None:
-        """Allocate rings for `steps` environment steps per seed, and the files (see `DeviceReplay.begin`)."""
+        """Allocate rings for `steps` environment steps per seed, and the files (see `DeviceReplay.begin`).
+
+        Raises `ConfigError` for several environments per seed.
+        """
+        if lanes > 1:
+            raise ConfigError(
+                f"online.num_envs is {lanes}, and a replay in host memory takes one environment per seed: raise "
+                "device_bytes, or set num_envs to 1"
+            )
         self.handles.begin(keys, steps, replay, returns, prioritised)
         assert self.handles.buffer is not None
         seeds, capacity = self.handles.seeds, self.handles.buffer.capacity
@@ -251,9 +265,9 @@ class HostReplay:
         """Let the waiting rows of seeds whose episode has `ended` `[S]` be drawn (see `DeviceReplay.reveal`)."""
         self.handles.reveal(ended)
 
-    def due(self, env_steps: int, first_update: int, window: int) -> bool:
-        """Whether the environment step under way ends with an update."""
-        return self.handles.due(env_steps, first_update, window)
+    def calls_due(self, env_steps: int, online: OnlineConfig, window: int) -> int:
+        """Return the update calls that the environment step under way ends with."""
+        return self.handles.calls_due(env_steps, online, window)
 
     def mark_ends(self, where: np.ndarray) -> None:
         """Make the newest row the last of its episode where `where` `[S]` is true."""
@@ -285,6 +299,10 @@ class HostReplay:
         handles, cursor = np.asarray(buffer.rows["observations"]), int(buffer.cursor[0])
         newest = int(handles[0, cursor - 1]) if int(buffer.size[0]) else -1
         self.store.total, self._ahead = max(newest + 1, 0), None
+
+    def spread(self, everywhere: Callable[[Any], Any], by_seed: Callable[[Any], Any]) -> None:
+        """Place the handles: the dataset's on every device of the run, those of the rings by seed."""
+        self.handles.spread(everywhere, by_seed)
 
     def look_only(self) -> None:
         """Refuse to store anything from now on: the files belong to a run that somebody else may be training."""

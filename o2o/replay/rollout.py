@@ -1,21 +1,58 @@
 """The rows of one rollout of an on-policy agent, in host memory until it is full."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from o2o.data.normalizer import Normalizer
 from o2o.replay.buffer import TRANSITION_KEYS, OfflineData, one_row
 from o2o.replay.host import HostData
 from o2o.replay.source import RolloutRows, Sampling
-from o2o.types import Array, Batch
+from o2o.types import Array, Batch, OnlineConfig
+
+
+class LiveRollout(struct.PyTreeNode):
+    """A rollout inside a program that plays, stores and learns."""
+
+    rows: Batch
+    at: Array
+    """Steps stored since the last update, `[]`."""
+
+    @property
+    def _length(self) -> int:
+        return self.rows["rewards"].shape[1]
+
+    def calls_due(self, env_steps: Array, online: OnlineConfig, window: int) -> Array:
+        """Return 1 if the environment step under way fills the rollout, else 0, `[]`."""
+        return (self.at + 1 == self._length).astype(jnp.int32)
+
+    def add(self, rows: Batch, normalizer: Normalizer | None) -> "LiveRollout":
+        """Store one raw transition per environment, leaves `[S, N, ...]`."""
+        kept = jax.tree.map(
+            lambda leaf, row: jax.lax.dynamic_update_index_in_dim(leaf, row.astype(leaf.dtype), self.at, 1),
+            self.rows,
+            {key: rows[key] for key in self.rows},
+        )
+        return LiveRollout(kept, (self.at + 1) % self._length)
+
+    def source(self, offline: None, normalizer: Normalizer | None) -> RolloutRows:
+        """Return the rollout, to be learnt from as a whole."""
+        return RolloutRows(self.rows, normalizer)
+
+    def prioritise(self, slots: Array, priorities: Array) -> "LiveRollout":
+        """Return itself: a rollout is learnt from as a whole."""
+        return self
 
 
 class Rollout:
     """Rows `[S, T, N, ...]` in order of time, of N environments per seed; learnt from once, then written over."""
 
     kind = "rollout"
+    offline = None
 
     def __init__(self, data: OfflineData | HostData, seeds: int, length: int, num_envs: int) -> None:
         """Make room for `length` steps of `num_envs` environments per seed, for rows like those of `data`."""
@@ -42,9 +79,17 @@ class Rollout:
     def reveal(self, ended: np.ndarray) -> None:
         """Do nothing: rows are learnt from when the rollout is full."""
 
-    def due(self, env_steps: int, first_update: int, window: int) -> bool:
-        """Whether the environment step under way fills the rollout."""
-        return self.at % self.length + 1 == self.length
+    def calls_due(self, env_steps: int, online: OnlineConfig, window: int) -> int:
+        """Return 1 if the environment step under way fills the rollout, else 0."""
+        return int(self.at % self.length + 1 == self.length)
+
+    def live(self) -> "LiveRollout":
+        """Return the rollout as a program takes it that plays too; `settle` takes it back."""
+        return LiveRollout(self.rows, jnp.int32(self.at % self.length))
+
+    def settle(self, live: "LiveRollout", rows: int) -> None:
+        """Take back what a program has stored `rows` transitions per seed in."""
+        self.rows, self.at = live.rows, int(live.at)
 
     def source(self, keys: Array, at: int, sampling: Sampling) -> RolloutRows:
         """Return the rollout, to be learnt from as a whole."""
@@ -74,6 +119,9 @@ class Rollout:
     def restore(self, arrays: dict[str, Any], state: dict[str, Any]) -> None:
         """Go on from the `arrays` and the `state` of a checkpoint."""
         self.rows, self.at = jax.tree.map(np.array, arrays["buffer"]), state["at"]
+
+    def spread(self, everywhere: Callable[[Any], Any], by_seed: Callable[[Any], Any]) -> None:
+        """Do nothing: programs place the rows as they take them."""
 
     def look_only(self) -> None:
         """Do nothing: nothing is on disk."""

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Self
 
+import gymnasium
 import jax
 import numpy as np
 
@@ -26,17 +27,38 @@ def stack(observations: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *observations)
 
 
+def check_fits(row: Mapping[str, Any], observations: Any, actions: Any) -> None:
+    """Raise `EnvironmentMismatchError` unless an environment's shapes are those of a dataset's `row`."""
+    shapes = jax.tree.map(lambda leaf: leaf.shape, row["observations"])
+    if shapes != observations or row["actions"].shape != actions:
+        raise EnvironmentMismatchError(
+            f"the environment gives observations {observations} and takes actions {actions}, the dataset has "
+            f"{shapes} and {row['actions'].shape}; use the environment that the dataset was recorded in"
+        )
+
+
 class Fleet:
     """The training environments of all seeds: S * N of them, seed-major (N = `per_seed`)."""
 
-    def __init__(self, env_fn: EnvFn, seed: int, seeds: int, per_seed: int = 1, processes: int = 0) -> None:
+    def __init__(
+        self,
+        env_fn: EnvFn,
+        seed: int,
+        seeds: int,
+        per_seed: int = 1,
+        processes: int = 0,
+        first: gymnasium.Env | None = None,
+    ) -> None:
         """Make and reset `per_seed` environments for each seed, in `processes` processes (0: in this one).
+
+        `first` is the first of them, if it is made already.
 
         Resets are seeded by (`seed` + k, stream, environment, episode), so seed k plays what a run of it alone would.
         """
         names = [(seed + k, TRAIN_STREAM, n) for k in range(seeds) for n in range(per_seed)]
         self.crew = Crew(env_fn, len(names), processes) if processes else None
-        envs = [env_fn(False) for _ in names] if self.crew is None else self.crew.envs
+        made = [] if first is None else [first]
+        envs = [*made, *(env_fn(False) for _ in names[len(made) :])] if self.crew is None else self.crew.envs
         self.slots = [EnvSlot(env, name) for env, name in zip(envs, names, strict=True)]
         self.intervened = np.zeros(len(names), bool)
         """Where a human took over in the newest step, `[S * N]`."""
@@ -61,14 +83,8 @@ class Fleet:
             closing.callback(self.close)
             if shared and not self.replayable:
                 raise ConfigError(BESIDE)
-            shapes = jax.tree.map(lambda leaf: leaf.shape, row["observations"])
             found, space = jax.tree.map(np.shape, self.slots[0].observation), self.slots[0].env.action_space
-            actions = row["actions"].shape
-            if shapes != found or space.shape != actions:
-                raise EnvironmentMismatchError(
-                    f"the environment gives observations {found} and takes actions {space.shape}, the dataset has "
-                    f"{shapes} and {actions}; use the environment that the dataset was recorded in"
-                )
+            check_fits(row, found, space.shape)
             closing.pop_all()
         return self
 

@@ -19,6 +19,7 @@ from o2o.nn.modules import where_leading
 from o2o.replay.source import BatchSource, DatasetRows, Sampling
 from o2o.rl.chunks import planned_in_turn
 from o2o.train.acting import act, clear_carry
+from o2o.train.devices import divided
 from o2o.types import PRIORITIES, Agent, AgentConfig, Array, Batch, Carry, Info, Phase
 
 Priorities = tuple[Array, Array] | None
@@ -90,7 +91,7 @@ def updates(
     if not source.shared:  # rows differ by seed: draw for all seeds, then update them
 
         def step(i: Array, state: tuple[Any, Info]) -> tuple[Any, Info]:
-            return _learned(*state, source, keys, at + i * stride, sampling)[:2]
+            return learned(*state, source, keys, at + i * stride, sampling)[:2]
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
     assert isinstance(source, DatasetRows)
@@ -102,7 +103,7 @@ def updates(
                 progress = (at + i - begin) / jnp.float32(phase.steps)
                 agent, info = own_update(agent, source.data, progress, step=phase.update)
             else:
-                agent, info = update(agent, source.one_seed(key, at + i * stride, sampling))
+                agent, info = update(agent, divided(source.one_seed(key, at + i * stride, sampling), axis=1))
             return agent, _add(totals, info)
 
         return jax.lax.fori_loop(0, count, step, (agent, totals))
@@ -110,7 +111,7 @@ def updates(
     return over_seeds(one_seed, seeds, in_turn=seeds_in_turn(agent))(agent, totals, keys)
 
 
-def _learned(
+def learned(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, sampling: Sampling
 ) -> tuple[Any, Info, Priorities]:
     """Run every seed's update call of gradient step `at`; its metrics join the totals. Its priorities come last."""
@@ -126,7 +127,7 @@ def _learned(
             )
         return agent, _add(totals, info), (batch["slots"], info[PRIORITIES])
 
-    batches = source.minibatches(keys, at, sampling)
+    batches = divided(source.minibatches(keys, at, sampling), axis=2)
     return over_seeds(one_seed, keys.shape[0], in_turn=seeds_in_turn(agent))(agent, totals, batches)
 
 
@@ -148,7 +149,7 @@ def learn(
     agent: Any, totals: Info, source: BatchSource, keys: Array, at: Array, *, sampling: Sampling
 ) -> tuple[Any, Info, Priorities]:
     """Run the update call of `learn_and_act` alone, on the same draw."""
-    return _learned(agent, totals, source, keys, at, sampling)
+    return learned(agent, totals, source, keys, at, sampling)
 
 
 @partial(jax.jit, static_argnames=("sampling", "action_dim", "random"), donate_argnames=("agent", "totals", "carry"))
@@ -175,11 +176,26 @@ def learn_and_act(
     """
     given = None
     if source is not None:
-        agent, totals, given = _learned(agent, totals, source, keys, at, sampling)
+        agent, totals, given = learned(agent, totals, source, keys, at, sampling)
+    actions, carry = chosen(agent, carry, normalizer, keys, observations, over, env_step, action_dim, random)
+    return agent, totals, carry, actions, given
+
+
+def chosen(
+    agent: Any,
+    carry: Carry,
+    normalizer: Normalizer | None,
+    keys: Array,
+    observations: Any,
+    over: Array,
+    env_step: Array,
+    action_dim: int,
+    random: bool,
+) -> tuple[Array, Carry]:
+    """Return every seed's actions `[S, N, A]` of environment step `env_step`, and the next carry."""
     choose = partial(_choose, normalizer=normalizer, env_step=env_step, action_dim=action_dim, random=random)
     each = over_seeds(choose, keys.shape[0], in_turn=planned_in_turn(carry))
-    actions, carry = each(agent, carry, keys, observations, over)
-    return agent, totals, carry, actions, given
+    return each(agent, carry, keys, observations, over)
 
 
 @partial(jax.jit, donate_argnames="agent")

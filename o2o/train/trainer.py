@@ -22,11 +22,11 @@ from o2o.closing import Closing
 from o2o.config import LoopConfig
 from o2o.data.datasets import Dataset
 from o2o.data.normalizer import Normalizer, normalized_rows
-from o2o.errors import ConfigError, DivergenceError
+from o2o.errors import ConfigError, DivergenceError, EnvironmentFaultError
 from o2o.keys import seed_keys
 from o2o.nn.kernels import each_seed, seeds_in_turn
 from o2o.nn.modules import where_leading
-from o2o.replay.buffer import capacity_for, check_window, one_row
+from o2o.replay.buffer import FOLLOWING, capacity_for, check_window, one_row
 from o2o.replay.device import DeviceReplay, Returns
 from o2o.replay.host import HostReplay
 from o2o.replay.place import Place, Replay, bytes_of, row_bytes
@@ -35,11 +35,13 @@ from o2o.replay.source import BatchSource, Sampling
 from o2o.rl.chunks import outdated
 from o2o.train import memory, programs
 from o2o.train.collect import Fleet
+from o2o.train.devices import Devices
 from o2o.train.estimates import Estimator
 from o2o.train.evaluation import EnvFn, Evaluator
 from o2o.train.feed import Feed
 from o2o.train.link import Hub
 from o2o.train.remote_evaluation import evaluator_of
+from o2o.train.simulated import ROOM, SIMULATED, Live, Simulated, batch_of, play_and_learn, steps_until
 from o2o.train.state import Counters, Hooks, RunState, evaluation_steps
 from o2o.types import Agent, AgentConfig, OnlineConfig, Phase
 
@@ -97,20 +99,24 @@ class Trainer(Generic[A]):
             jax.random.key(seed), observations, actions, agent_class=agent_class, config=config
         )
         memory.refuse({"agents": seeds * memory.tree_bytes(shapes)}, memory.free_bytes())
-        self.keys = seed_keys(seed, seeds)
+        self.devices = Devices(self.loop.devices, seeds, config.batch_size)
+        self.keys = self.devices.by_seed(seed_keys(seed, seeds))
         self.state = RunState(each_seed(lambda key: create(key, observations, actions), self.keys), normalizer)
         self.state.counters.episodes = [0] * seeds
         self.place = Place(self.loop.device_bytes, self.loop.replay_capacity, storage, slack=self.loop.checkpoint_every)
         sources = [(source.start, source.size, source.weight) for source in data.sources]
         self.replay: Replay | Rollout = self.place.dataset(rows, (*self.agent.needs.batch_keys, "ends"), sources, seeds)
         check_window(self.agent, self.replay.data.size, "the dataset")
-        self.fleet: Fleet | None = None
+        self.fleet: Fleet | Simulated | None = None
+        """The training environments: stepped from here, or arrays that one program steps and learns from."""
+        self._spread()
         self.feed = hub and Feed(
             hub,
             lambda: (self.agent, self.normalizer, self.counters.env_steps, self.online_config),
             lambda: self.hooks.should_stop(),
         )
         """Stands in place of environments of the run's own, where robots send transitions."""
+        self._check_online()
         self._compiled = set[tuple[bool, bool]]()
         """Which online programs were called: with an update or without, with random actions or the policy's."""
         self._finished: dict[int, dict[str, Any]] = {}
@@ -134,6 +140,15 @@ class Trainer(Generic[A]):
     def _normalized(self, raw_return: float) -> float | None:
         score = self.data.info.normalized(raw_return, self.data.task)
         return None if score is None else float(score)
+
+    def _spread(self) -> None:
+        """Place everything that has a seed axis on the run's devices, and the rest on each of them."""
+        by_seed, state = self.devices.by_seed, self.state
+        state.agent, state.totals, state.carry = by_seed((state.agent, state.totals, state.carry))
+        state.action, state.normalizer = by_seed(state.action), self.devices.everywhere(state.normalizer)
+        self.replay.spread(self.devices.everywhere, by_seed)
+        if isinstance(self.fleet, Simulated):
+            self.fleet.worlds = by_seed(self.fleet.worlds)
 
     def forget_rows(self) -> None:
         """Let go of the dataset's rows as they were loaded: those that are learnt from are in `replay`."""
@@ -162,7 +177,7 @@ class Trainer(Generic[A]):
     @property
     def envs_per_seed(self) -> int:
         """Environments that are stepped together for each seed, N."""
-        return self.online_config.num_envs if self.online_config.replay == "rollout" else 1
+        return self.online_config.num_envs
 
     def agent_of(self, index: int = 0) -> Any:
         """Return the agent of one seed, without the leading seed axis."""
@@ -171,6 +186,7 @@ class Trainer(Generic[A]):
     def start_from(self, agent: Any, normalizer: Normalizer | None) -> None:
         """Take over agents `[S, ...]` that were pre-trained elsewhere, with the normaliser that they know."""
         self.state.agent, self.state.normalizer = agent, normalizer
+        self._spread()
 
     def check_memory(self, online_steps: int) -> dict[str, int]:
         """Return the bytes that the run takes, by name; raises `ConfigError` if what is still to come cannot fit.
@@ -198,6 +214,10 @@ class Trainer(Generic[A]):
 
     def offline(self, steps: int) -> bool:
         """Pre-train until `steps` gradient steps; False if a stop was asked for before."""
+        with self.devices():
+            return self._offline(steps)
+
+    def _offline(self, steps: int) -> bool:
         if not self._evaluate_again():
             return False
         counters = self.counters
@@ -300,10 +320,6 @@ class Trainer(Generic[A]):
         wanted = self.online_config
         agent = each_seed(programs.to_online, self.agent)
         keys = agent.needs.batch_keys
-        if "mc_returns" in keys and wanted.replay == "append":
-            raise ConfigError(
-                "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
-            )
         assert not isinstance(self.replay, Rollout)
         appended = self.replay.data.size if wanted.replay == "append" else 0
         if wanted.replay != "rollout":
@@ -315,7 +331,7 @@ class Trainer(Generic[A]):
                 return False
             agent = each_seed(programs.to_online, self.agent)
         if play and self.fleet is None:
-            self._make_fleet()
+            self._make_fleet(agent)
         if wanted.replay == "rollout":
             length = wanted.rollout_steps // wanted.num_envs
             before, self.replay = self.replay, Rollout(self.replay.data, self.seeds, length, wanted.num_envs)
@@ -324,10 +340,11 @@ class Trainer(Generic[A]):
             waits = "mc_returns" in keys
             returns = Returns(self.config.discount, self.data.task.failure_reward) if waits else None
             self.replay = self.place.online(self.replay, steps, appended, kind)
-            self.replay.begin(keys, steps, wanted.replay, returns, agent.needs.priorities)
+            self.replay.begin(keys, steps, wanted.replay, returns, agent.needs.priorities, self.envs_per_seed)
         self.state.agent, self.state.totals = agent, {}
         self.state.carry = jax.vmap(lambda a: a.initial_carry((self.envs_per_seed,)))(agent)
         self.counters.phase, self.counters.logged_at, self.counters.unlogged_updates = "online", 0, 0
+        self._spread()
         return True
 
     def _choose_candidates(self) -> bool:
@@ -347,11 +364,50 @@ class Trainer(Generic[A]):
         self.state.agent = take(self.agent, jnp.asarray(scores.argmax(axis=0)))
         return True
 
-    def _make_fleet(self) -> Fleet:
-        """Make and reset the environments; raises `EnvironmentMismatchError` if they do not fit the dataset."""
-        fleet = self.feed or Fleet(self.env_fn, self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
+    def _check_online(self) -> None:
+        """Raise `ConfigError` if the online phase cannot give what the agent needs there."""
+        needs, online = jax.eval_shape(jax.vmap(programs.to_online), self.agent).needs, self.online_config
+        if "mc_returns" in needs.batch_keys and online.replay == "append":
+            raise ConfigError(
+                "replay 'append' cannot wait for Monte-Carlo returns; use 'mixed' or 'online' with this agent"
+            )
+        rows_behind = needs.window > 1 or set(FOLLOWING) & set(needs.batch_keys)
+        wrong = {
+            "robots elsewhere send one": self.feed is not None,
+            "Monte-Carlo returns need one": "mc_returns" in needs.batch_keys and online.replay != "rollout",
+            "replay 'append' and windows of rows, or next actions, need one": online.replay == "append" and rows_behind,
+        }
+        if online.num_envs > 1 and any(wrong.values()):
+            reason = next(reason for reason, holds in wrong.items() if holds)
+            raise ConfigError(f"online.num_envs is {online.num_envs}, environments per seed, and {reason}: set it to 1")
+
+    def _make_fleet(self, agent: Agent) -> Fleet | Simulated:
+        """Make and reset the environments for the online form `agent`.
+
+        Raises `EnvironmentMismatchError` if they do not fit the dataset.
+        """
+        fleet = self.feed or self._simulated_or_not(agent)
         self.fleet = fleet.must_fit(one_row(self.replay.data.rows), self.loop.eval_process)
         return self.fleet
+
+    def _simulated_or_not(self, agent: Agent) -> Fleet | Simulated:
+        """Return environments inside the program that learns, if they and what the agent needs allow it."""
+        places = (self.seed, self.seeds, self.envs_per_seed, self.loop.env_processes)
+        if self.loop.env_processes:
+            return Fleet(self.env_fn, *places)
+        first = self.env_fn(False)
+        batch = batch_of(first)
+        if batch is None or not self._fits_one_program(agent):
+            return Fleet(self.env_fn, *places, first)
+        first.close()
+        return Simulated(batch, self.keys, self.envs_per_seed)
+
+    def _fits_one_program(self, agent: Agent) -> bool:
+        """Whether steps and updates can be one program: no host work in between, such as returns of whole episodes."""
+        if self.online_config.replay == "rollout":
+            return True
+        waits = "mc_returns" in agent.needs.batch_keys
+        return not waits and not self.loop.overlap and not isinstance(self.replay, HostReplay)
 
     # Online: one environment step, one update call, the next actions
 
@@ -360,6 +416,10 @@ class Trainer(Generic[A]):
 
         Called again for more steps than before, the replay grows.
         """
+        with self.devices():
+            return self._online(steps)
+
+    def _online(self, steps: int) -> bool:
         if not self._evaluate_again():
             return False
         counters, loop = self.counters, self.loop
@@ -370,14 +430,13 @@ class Trainer(Generic[A]):
             return False
         self.replay.grow(steps)
         self.put_back()
-        clock = Clock(counters)
+        clock, pace = Clock(counters), Pace()
         eval_steps = evaluation_steps(loop, self.online_config, steps)
         if self.state.action is None:
             self.choose_actions()
         at = counters.env_steps
         while at < steps:
-            self.put_back()
-            self.step()
+            self._advance([*eval_steps, steps], pace)
             assert self.fleet is not None
             before, at = at, counters.env_steps
             clock.read()
@@ -401,15 +460,26 @@ class Trainer(Generic[A]):
         self.take_evaluations(wait=True)
         return True
 
+    def _advance(self, marks: list[int], pace: "Pace") -> None:
+        """Run one step or, inside a program, all up to what comes next: a log, a checkpoint or one of the `marks`."""
+        self.put_back()
+        if not isinstance(self.fleet, Simulated):
+            self.step()
+            return
+        at, loop = self.counters.env_steps, self.loop
+        coming = [at - at % often + often for often in (loop.log_every, loop.checkpoint_every)]
+        coming += [mark for mark in marks if mark > at]
+        self.simulated_steps(self.fleet, steps_until(min(coming), at, self.envs_per_seed), pace)
+
     def step(self) -> None:
         """Play the chosen actions, store what came of them, update if an update is due, choose the next actions."""
-        assert self.fleet is not None
+        assert isinstance(self.fleet, Fleet)
         state, counters, online = self.state, self.counters, self.online_config
         actions = self._finite_actions()
         rows, ended = self.fleet.step(actions.reshape(-1, actions.shape[-1]), self._episode_finished)
         over = outdated(state.carry, ended, self.fleet.intervened)
-        update = self._update_is_due()
-        if update and online.initial_updates and not counters.online_updates:
+        calls = self._calls_due()
+        if calls and online.initial_updates and not counters.online_updates:
             self.fleet.pause()
             self._initial_updates()
         self.replay.add(rows, self.normalizer)
@@ -417,12 +487,60 @@ class Trainer(Generic[A]):
         state.action = None  # played; if choosing the next ones fails, a resume chooses them
         if ended.any() and self.agent.needs.episode_returns:
             self._tell_of_episodes(ended)
-        self._learn_and_act(update, over)
-        if update:
-            counters.gradient_steps += self.agent.updates_per_call
-            counters.online_updates += 1
-            counters.unlogged_updates += 1
+        for _ in range(calls - 1):
+            self._learn()
+            self._count_calls(1)
+        self._learn_and_act(calls > 0, over)
+        self._count_calls(min(calls, 1))
         self.replay.reveal(ended)
+
+    def simulated_steps(self, fleet: Simulated, most: int, pace: "Pace") -> None:
+        """Run up to `most` steps of all environments in one program, each as `step` does, and count what it did."""
+        state, counters, online, per_seed = self.state, self.counters, self.online_config, self.envs_per_seed
+        assert state.action is not None and not isinstance(self.replay, HostReplay)
+        begin = counters.env_steps
+        if online.initial_updates and not counters.online_updates:
+            if self._calls_due():
+                self._initial_updates()
+            most = 1
+        choosing = begin + per_seed  # at this environment step the first of the next actions are chosen
+        random = choosing < online.random_steps
+        if random:
+            most = min(most, steps_until(online.random_steps, choosing, per_seed))
+        count = min(most, ROOM, pace.most)
+        self._finite_actions()
+        live = Live(
+            state.agent, state.totals or self._zeros(None), state.carry, state.action, fleet.worlds, self.replay.live()
+        )
+        live, told = play_and_learn(
+            live, self.replay.offline, state.normalizer, self.keys, counters.gradient_steps, begin, count,
+            batch=fleet.batch, online=online, sampling=self._sampling(), random=random,
+        )  # fmt: skip
+        state.agent, state.totals, state.carry, state.action, fleet.worlds, replay = live
+        self.replay.settle(replay, count * per_seed)
+        pace.sent(count, told)
+        told = jax.device_get(told)
+        counted = 0
+        for step, seed, n in np.argwhere(told.ends.ended[:count]).tolist():  # each finds the counters of its step
+            counters.env_steps = begin + step * per_seed
+            self._count_calls(int(told.before[step]) - counted)
+            counted = int(told.before[step])
+            self._episode_finished(seed * per_seed + n, fleet.row(told.ends, (step, seed, n)))
+        counters.env_steps = begin + count * per_seed
+        self._count_calls(int(told.calls) - counted)
+        self._finished.clear()
+        if not told.finite[0]:
+            raise self._bad_action()
+        if not told.finite[1]:
+            name = fleet.batch.task.name
+            raise EnvironmentFaultError(f"environment {name} returned NaN or Inf by step {counters.env_steps}")
+
+    def _count_calls(self, calls: int) -> None:
+        """Count online update calls."""
+        counters = self.counters
+        counters.gradient_steps += calls * self.agent.updates_per_call
+        counters.online_updates += calls
+        counters.unlogged_updates += calls
 
     def _tell_of_episodes(self, ended: np.ndarray) -> None:
         """Let the agents hear of the episodes that `ended` `[S * N]` in the environment step under way."""
@@ -438,12 +556,10 @@ class Trainer(Generic[A]):
         ratio = online.offline_ratio if online.replay == "mixed" else 0.0
         return Sampling(self.config.batch_size, utd_ratio or online.utd_ratio, ratio, self.agent.needs.window)
 
-    def _update_is_due(self) -> bool:
-        """Whether the environment step under way ends with an update call."""
+    def _calls_due(self) -> int:
+        """Return the update calls that the environment step under way ends with."""
         online, counters = self.online_config, self.counters
-        if online.replay == "none":
-            return False
-        return self.replay.due(counters.env_steps, online.first_update(), self.agent.needs.window)
+        return self.replay.calls_due(counters.env_steps, online, self.agent.needs.window)
 
     def _initial_updates(self) -> None:
         """Run the updates that come in one go before the first online one (`OnlineConfig.initial_updates`)."""
@@ -460,22 +576,34 @@ class Trainer(Generic[A]):
         state, counters, sampling = self.state, self.counters, self._sampling()
         places = (self.seeds, self.envs_per_seed)
         state.totals = state.totals or self._zeros(None)
-        source = self.replay.source(self.keys, counters.gradient_steps, sampling) if update else None
         at, overlap = counters.gradient_steps, self.loop.overlap and self.online_config.replay != "rollout"
         random = counters.env_steps < self.online_config.random_steps
         if (update, random) not in self._compiled:  # which takes seconds
             self._compiled.add((update, random))
             self.fleet.pause()
+        source = self.replay.source(self.keys, at, sampling) if update and not overlap else None
         state.agent, state.totals, state.carry, state.action, given = programs.learn_and_act(
-            state.agent, state.totals, state.carry, None if overlap else source, state.normalizer, self.keys,
+            state.agent, state.totals, state.carry, source, state.normalizer, self.keys,
             at, jax.tree.map(lambda o: o.reshape(*places, *o.shape[1:]), self.fleet.observations), over.reshape(places),
             counters.env_steps, sampling=sampling, action_dim=self.replay.data.rows["actions"].shape[-1],
             random=random,
         )  # fmt: skip
-        if source is not None and overlap:  # the update runs while the environments step
-            state.agent, state.totals, given = programs.learn(
-                state.agent, state.totals, source, self.keys, at, sampling=sampling
-            )
+        self._prioritise(given)
+        if update and overlap:  # the update runs while the environments step
+            self._learn()
+
+    def _learn(self) -> None:
+        """Run an update call alone."""
+        state, at, sampling = self.state, self.counters.gradient_steps, self._sampling()
+        source = self.replay.source(self.keys, at, sampling)
+        state.totals = state.totals or self._zeros(None)
+        state.agent, state.totals, given = programs.learn(
+            state.agent, state.totals, source, self.keys, at, sampling=sampling
+        )
+        self._prioritise(given)
+
+    def _prioritise(self, given: programs.Priorities) -> None:
+        """Give the rows that an update learnt from their new priorities, if it has `given` any."""
         if given is not None:
             assert not isinstance(self.replay, Rollout)
             self.replay.prioritise(*given)
@@ -488,11 +616,14 @@ class Trainer(Generic[A]):
         """Return the chosen actions `[S, N, A]` on the host; raises `DivergenceError` if one is not finite."""
         actions = np.asarray(self.state.action)
         if not np.isfinite(actions).all():
-            raise DivergenceError(
-                f"the policy's action at online step {self.counters.env_steps} is not finite: the learner diverged; "
-                "lower its learning rate or look at critic/q in metrics.jsonl"
-            )
+            raise self._bad_action()
         return actions
+
+    def _bad_action(self) -> DivergenceError:
+        return DivergenceError(
+            f"the policy's action at online step {self.counters.env_steps} is not finite: the learner diverged; "
+            "lower its learning rate or look at critic/q in metrics.jsonl"
+        )
 
     @property
     def phase_name(self) -> str:
@@ -512,7 +643,8 @@ class Trainer(Generic[A]):
         """
         state = self.state
         if state.environments is not None:
-            fleet = self.fleet or self._make_fleet()
+            fleet = self.fleet or self._make_fleet(self.agent)
+            assert isinstance(fleet, Fleet)
             self.fleet = None
             with Closing() as closing:
                 closing.callback(fleet.close)
@@ -521,7 +653,7 @@ class Trainer(Generic[A]):
             self.fleet, state.environments, state.observations = fleet, None, None
             self._begin_anew(same)
             fleet.displaced = False
-        elif self.fleet is not None and self.fleet.displaced:
+        elif isinstance(self.fleet, Fleet) and self.fleet.displaced:
             self.fleet.begin_anew()
             self._begin_anew(np.zeros(len(self.fleet.slots), bool))
             self.fleet.displaced = False
@@ -674,6 +806,7 @@ class Trainer(Generic[A]):
             loop |= {"observations": self._observations()}
             loop |= {} if state.action is None else {"action": state.action}
             loop |= {} if state.carry is None else {"carry": state.carry}
+            arrays |= {"worlds": self.fleet.worlds} if isinstance(self.fleet, Simulated) else {}
             values["replay"], values["acting"] = self.replay.state(), state.action is not None
             values["environments"] = state.environments if self.fleet is None else self.fleet.snapshot()
         return {**arrays, "loop": loop}, values
@@ -703,6 +836,8 @@ class Trainer(Generic[A]):
         if saved.phase == "online":
             replay = values["replay"]
             self.begin_online(replay.get("planned") or online_steps, replay["kind"], play=False)
+        if play and saved.phase == "online" and SIMULATED in (values["environments"] or {}):
+            self._make_fleet(self.agent)
         targets, _ = self.save()
         loop = targets["loop"]
         if values.get("acting"):
@@ -723,6 +858,10 @@ class Trainer(Generic[A]):
             self.replay.restore(arrays, values["replay"])
             state.carry, state.action = loop.get("carry"), loop.get("action")
             state.environments, state.observations = values["environments"], loop["observations"]
+            if isinstance(self.fleet, Simulated):
+                self.fleet.worlds = arrays["worlds"]
+                state.environments, state.observations = None, None
+        self._spread()
         if play:
             self.put_back()
         else:
