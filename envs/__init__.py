@@ -16,7 +16,7 @@ from o2o.data import datasets, files
 from o2o.data.datasets import DatasetInfo, info
 from o2o.data.spaces import ActionMap, ObservationSpec
 from o2o.data.task import Task
-from o2o.envs import kitchen
+from o2o.envs import kitchen, playground
 from o2o.envs.cameras import CameraObservation, add_cameras
 from o2o.envs.ogbench import PLAYS, make_play
 from o2o.envs.pointmaze import EMBEDDED, embedded_id, make_embedded, remove_model_file
@@ -72,6 +72,7 @@ for _maze in [spec for name, spec in gym.registry.items() if name.startswith("Po
         max_episode_steps=_maze.max_episode_steps,
         kwargs={key: value for key, value in _maze.kwargs.items() if key in ("maze_map", "reward_type")},
     )  # the same tasks as pure functions (`o2o.simulators`)
+playground.register()
 
 
 def make(

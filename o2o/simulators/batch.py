@@ -117,12 +117,16 @@ class Batch:
             "ends": ended.astype(jnp.float32),
         }
         episode = worlds.episode + ended
-        fresh = jax.vmap(self._begin)(worlds.key, episode)
-        state = where_leading(ended, fresh, state)
+
+        def begun() -> tuple[Any, Array]:
+            fresh = jax.vmap(self._begin)(worlds.key, episode)
+            return where_leading(ended, (fresh, jax.vmap(self._observe)(fresh)), (state, observations))
+
+        state, current = jax.lax.cond(ended.any(), begun, lambda: (state, observations))
         going = ~ended
         after = Worlds(
             state=state,
-            observations=jnp.where(ended[:, None], jax.vmap(self._observe)(fresh), observations),
+            observations=current,
             key=worlds.key,
             episode=episode,
             length=length * going,
