@@ -251,7 +251,7 @@ def test_evaluation_ends_episode(
     assert joined.tolist() == [False] + [True] * 9 and len(trainer.fleet.slots[0].actions) == 10
     trainer.close()
     recorded = [np.load(path)["rewards"].size for path in (tmp_path / EPISODES).glob("*.npz")]
-    assert sum(recorded) == 70 and len(recorded) == len(points) + 1
+    assert sum(recorded) == 70 and len(recorded) == len(points) + 2
     beside = dataclasses.replace(run, loop=dataclasses.replace(loop, eval_process=True))
     refused = session.build(beside, data)
     with pytest.raises(ConfigError, match="hardware"):
