@@ -16,6 +16,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -412,10 +413,16 @@ def _abstract(leaf: Any) -> Any:
     program again for committed arguments. A random key is described by its numbers: for a key orbax would trace a
     function anew, and JAX keeps each trace.
     """
-    numbers = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+    numbers = _numbers_of(leaf.shape, leaf.dtype) if is_key(leaf) else leaf
     if isinstance(leaf, jax.Array) and leaf.committed:
         return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=leaf.sharding)
     return np.empty(np.shape(numbers), numbers.dtype)
+
+
+@cache
+def _numbers_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and type of the numbers of random keys."""
+    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _as_target(target: Any, loaded: Any) -> jax.Array:

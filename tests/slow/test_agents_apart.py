@@ -1,6 +1,7 @@
 """Every agent with a replay learns from a robot elsewhere; the others are refused in one line."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from o2o.agents import AGENTS
+from o2o.data.normalizer import normalize
 from o2o.errors import ConfigError
 from o2o.runs import session
 from o2o.runs.session import RunConfig
@@ -27,9 +29,14 @@ APART = [
 def config_of(agent: str, tiny_run: Maker, base: Path) -> RunConfig:
     """Return a short run of an agent, with at least one update online; a base is trained for one that corrects it."""
     online = tiny_run(agent).config.online
-    waits = [(f"online.{name}", 20) for name in ("warmup_steps", "random_steps") if getattr(online, name)]
+    waits: list[tuple[str, Any]] = [
+        (f"online.{name}", 20) for name in ("warmup_steps", "random_steps") if getattr(online, name)
+    ]
     initial = [("online.initial_updates", 5)] if online.initial_updates else []
     changes: dict[str, Any] = {"offline_steps": 10, "online_steps": 60, "loop": LOOP, "offline_estimate": True}
+    changes |= {"episode_limit": 20}  # Monte-Carlo returns wait for the end of an episode
+    if agent == "sac":  # XLA without optimisation (conftest.py) makes NaN of its gradient for 16 rows
+        waits.append(("batch_size", 32))
     if agent == "residual":
         assert session.train(tiny_run("bc", offline_steps=10, online_steps=0, loop=LOOP), base, quiet=True)
         changes |= {"base": str(base), "offline_steps": 0, "base_timeout_s": None}
@@ -44,11 +51,12 @@ def test_agent_learns_apart(agent: str, tiny_run: Maker, noted: list[Row], tmp_p
     robot, done = playing(noted, hub.address[1], tmp_path / "spool", base=config.base)
     assert session.train(config, path, quiet=True, hub=hub)
     robot.join(30)
-    rows, counters = stored(path)
+    rows, counters, normalizer = stored(path)
     assert counters.env_steps == 60 and counters.online_updates > 0 and done[0].transitions == len(noted) >= 60
     for key in ("observations", "actions", "next_observations"):
         sent = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(row.values[key] for row in noted[:60]))
-        jax.tree.map(np.testing.assert_array_equal, rows[key], sent)
+        sent = normalize(normalizer, sent) if key.endswith("observations") else sent
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), rows[key], sent)
 
 
 @pytest.mark.parametrize("agent", sorted(set(AGENTS) - set(APART)))

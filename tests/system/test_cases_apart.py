@@ -54,15 +54,15 @@ def free_port() -> int:
 
 
 def stored(path: Path) -> Any:
-    """Return the played rows of the replay in a run's last checkpoint, leaves `[N, ...]`, and its counters."""
+    """Return the played rows of the replay in a run's last checkpoint, leaves `[N, ...]`, counters, normaliser."""
     _, trainer = session.open_run(path)
     steps = trainer.counters.env_steps
     assert isinstance(trainer.replay, DeviceReplay) and trainer.replay.buffer is not None
     before = trainer.replay.appended  # the dataset comes first
     rows = jax.tree.map(lambda value: np.asarray(value)[0, before : before + steps], dict(trainer.replay.buffer.rows))
-    counters = trainer.counters
+    counters, normalizer = trainer.counters, trainer.normalizer
     trainer.close()
-    return rows, counters
+    return rows, counters, normalizer
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_learner_killed(tiny_run: Maker, noted: list[Row], tmp_path: Path) -> No
         session.resume(path, quiet=True)
     assert session.resume(path, quiet=True, hub=Hub(("127.0.0.1", port), shared_key("127.0.0.1"), silent_s=2.0))
     thread.join(20)
-    rows, counters = stored(path)
+    rows, counters, _ = stored(path)
     assert counters.env_steps == 160 and counters.online_updates > 0
     assert [row.number for row in noted] == list(range(1, len(noted) + 1)) and len(noted) > max(at, 160)
     assert done[0].transitions == len(noted) and done[0].waiting <= len(noted) - 160
@@ -166,7 +166,7 @@ def test_two_robots(tiny_run: Maker, abreast: list[Row], tmp_path: Path) -> None
     for thread, done in robots:
         thread.join(20)
         assert done[0].transitions > 0
-    rows, counters = stored(path)
+    rows, counters, _ = stored(path)
     judged = read_rows(path / "episodes.jsonl")
     assert {row["phase"] for row in judged} >= {"offline", "online"} and all(row["action_error"] > 0 for row in judged)
     by_id = {row.values["observations"].tobytes() + row.values["next_observations"].tobytes(): row for row in noted}

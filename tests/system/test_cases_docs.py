@@ -124,7 +124,9 @@ class Sandbox:
             words, listen = cli.listening(args[1:])
             assert listen == cli.LISTEN and cli.parse_train(words[0], words[1:])
             if "--name" in words:
-                self.learner = threading.Thread(target=self.learn, args=(words, address_of(listen)), daemon=True)
+                address = address_of(listen)
+                hub = Hub(address, shared_key(address[0]), silent_s=2.0)
+                self.learner = threading.Thread(target=self.learn, args=(words, hub), daemon=True)
                 self.learner.start()
         elif args[0] == "actor" and self.learner is not None:
             main(*args)
@@ -152,10 +154,10 @@ class Sandbox:
         path, run = cli.parse_train(agent, rest)
         assert session.train(self.small(run), path)
 
-    def learn(self, words: list[str], address: tuple[str, int]) -> None:
+    def learn(self, words: list[str], hub: Hub) -> None:
         """Let robots train a learner's run."""
         path, run = cli.parse_train(words[0], words[1:])
-        session.train(self.small(run), path, hub=Hub(address, shared_key(address[0]), silent_s=2.0))
+        session.train(self.small(run), path, hub=hub)
 
     def small(self, run: session.RunConfig) -> session.RunConfig:
         """Return a run with tiny networks and few steps."""

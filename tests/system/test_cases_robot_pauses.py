@@ -17,37 +17,39 @@ from o2o.runs.session import RunConfig
 Maker = Callable[..., RunConfig]
 
 
-class Hardware(gym.Wrapper):
+class Hardware(gym.Env):
     """The maze as hardware: it notes what is done to it."""
 
     metadata = {"replayable": False}
-    done: list[str] = []
+    made: list["Hardware"] = []
     steps_until_signal = 10**9
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.done: list[str] = []
+        self.maze = gym.make("PointMaze_UMaze-v3").unwrapped
+        self.observation_space, self.action_space = self.maze.observation_space, self.maze.action_space
 
     def reset(self, **options):
         self.done.append("reset")
-        return self.env.reset(**options)
+        return self.maze.reset(**options)
 
     def step(self, action):
         self.done.append("step")
-        if self.done.count("step") == type(self).steps_until_signal:
+        if self.done.count("step") == self.steps_until_signal and "stop" in self.done:  # not in an evaluation
             os.kill(os.getpid(), signal.SIGTERM)
-        return self.env.step(action)
+        return self.maze.step(action)
 
     def stop(self):
         self.done.append("stop")
-
-    @property
-    def unwrapped(self):
-        return self
 
 
 @pytest.fixture
 def hardware(monkeypatch: pytest.MonkeyPatch) -> type[Hardware]:
     """Return the maze's class; a watchdog that never barks is around it."""
-    make = lambda: Watchdog(Hardware(gym.make("PointMaze_UMaze-v3").unwrapped), 1e6)  # noqa: E731
+    make = lambda: Watchdog(Hardware(), 1e6)  # noqa: E731
     monkeypatch.setitem(gym.registry, "PausedMaze-v0", gym.envs.registration.EnvSpec("PausedMaze-v0", make))
-    monkeypatch.setattr(Hardware, "done", [])
+    monkeypatch.setattr(Hardware, "made", [])
     return Hardware
 
 
@@ -56,8 +58,7 @@ def test_robot_holds_still(hardware: type[Hardware], tiny_run: Maker, tmp_path: 
     run = tiny_run("rlpd", [("online.random_steps", 10)], offline_steps=5, online_steps=60, env="PausedMaze-v0")
     run = replace(run, episode_limit=300, loop=replace(run.loop, eval_every=0, checkpoint_every=40, eval_envs=1))
     assert session.train(run, tmp_path / "run", quiet=True)
-    done = hardware.done
-    assert done.count("step") >= 60
+    (done,) = [each.done for each in hardware.made if each.done.count("step") == 60]  # not those of evaluation
     for before, after in pairwise(done):
         assert before != "stop" or after != "step", "a stopped robot goes on in a new episode"
     first = done.index("step")
@@ -71,5 +72,5 @@ def test_signal_stops_robot(hardware: type[Hardware], tiny_run: Maker, tmp_path:
     run = tiny_run("rlpd", [("online.random_steps", 10)], offline_steps=5, online_steps=60, env="PausedMaze-v0")
     run = replace(run, episode_limit=300, loop=replace(run.loop, eval_every=0, eval_envs=1))
     assert not session.train(run, tmp_path / "run", quiet=True)
-    last = len(hardware.done) - hardware.done[::-1].index("step")
-    assert hardware.done[last] == "stop"
+    (done,) = [each.done for each in hardware.made if each.done.count("step") == 30]
+    assert done[len(done) - done[::-1].index("step")] == "stop"

@@ -31,10 +31,10 @@ def test_bad_specs_refused(spec: str, words: str) -> None:
 def test_python_file_controller(world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A controller in a Python file is loaded as a base policy, by module name or by path."""
     code = "import numpy as np\ndef make():\n    return lambda observation: np.full(2, 0.25)\ndef act(observation):\n"
-    (tmp_path / "my_robot.py").write_text(code + "    return np.full(2, 0.25)\n")
+    (tmp_path / "my_controller.py").write_text(code + "    return np.full(2, 0.25)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for spec in ("my_robot:make", "my_robot:act", f"{tmp_path}/my_robot.py:act"):
+    for spec in ("my_controller:make", "my_controller:act", f"{tmp_path}/my_controller.py:act"):
         now, _ = base_labels(load_base(spec), world)
         np.testing.assert_allclose(world.action_map.to_env(now), 0.25, atol=1e-6)
 
