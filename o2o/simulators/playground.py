@@ -35,12 +35,12 @@ class Playground:
             raise ConfigError(f"Playground has no task {self.name!r}; it has {', '.join(dm_control_suite.ALL_ENVS)}")
         return dm_control_suite.load(self.name, config_overrides={"impl": self.impl})
 
-    @cached_property
+    @property
     def observation_space(self) -> gym.spaces.Box:
         """Playground's state observation, without bounds."""
         return gym.spaces.Box(-np.inf, np.inf, (self._env.observation_size,), np.float32)
 
-    @cached_property
+    @property
     def action_space(self) -> gym.spaces.Box:
         """The ranges of the actuators."""
         low, high = np.asarray(self._env.mj_model.actuator_ctrlrange, np.float32).T

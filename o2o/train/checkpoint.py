@@ -147,8 +147,8 @@ def save(
     Keeps the last `keep_last`, at least one, and the best by `score`; a step not beyond the latest is not written.
     Raises `CheckpointError` if it cannot be written (no space left, say); what was there stays.
     """
-    items = dict(arrays)
-    shapes = {name: _shapes(tree) for name, tree in items.items()}
+    shapes = {name: _shapes(tree) for name, tree in arrays.items()}
+    items = {name: jax.tree.map(_not_empty, tree) for name, tree in arrays.items()}
     items["state"] = {"json": json.dumps({"state": dict(state), "shapes": shapes})}
     metrics: Any = None if score is None else {"score": float(score)}
     try:
@@ -406,6 +406,11 @@ def load_arrays(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str
     return {name: jax.tree.map(_as_target, target, loaded[name]) for name, target in targets.items()}
 
 
+def _not_empty(leaf: Any) -> Any:
+    """Return a leaf as it is saved: orbax refuses arrays of size 0, which some simulators' states hold."""
+    return leaf if np.size(leaf) else np.zeros(1, leaf.dtype)
+
+
 def _abstract(leaf: Any) -> Any:
     """Describe a leaf to load: onto the devices that `leaf` is committed to, whichever device wrote it.
 
@@ -413,6 +418,7 @@ def _abstract(leaf: Any) -> Any:
     program again for committed arguments. A random key is described by its numbers: for a key orbax would trace a
     function anew, and JAX keeps each trace.
     """
+    leaf = _not_empty(leaf)
     numbers = _numbers_of(leaf.shape, leaf.dtype) if is_key(leaf) else leaf
     if isinstance(leaf, jax.Array) and leaf.committed:
         return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=leaf.sharding)
@@ -427,6 +433,8 @@ def _numbers_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _as_target(target: Any, loaded: Any) -> jax.Array:
     """Return a `loaded` leaf as an array of JAX, and as a random key where `target` is one."""
+    if not np.size(target):
+        return jax.numpy.zeros(target.shape, target.dtype)
     return jax.random.wrap_key_data(loaded) if is_key(target) else jax.numpy.asarray(loaded)
 
 

@@ -66,6 +66,7 @@ CASES = [
     ("rlpd", (("online.utd_ratio", 2), ("online.num_envs", 2), ("online.random_steps", 7)), 2),
     ("wsrl", (("online.utd_ratio", 2), ("online.warmup_steps", 6)), 1),
     ("ppo", PPO, 2),
+    ("uni_o4", PPO, 1),
 ]
 
 
@@ -91,7 +92,7 @@ def test_one_program_is_the_loop(agent: str, fields: Any, seeds: int, tiny_run: 
     assert_same(inside.agent, outside.agent)
     assert sum(counters[0]["episodes"]) == seeds * inside.envs_per_seed * (40 // inside.envs_per_seed // 9)
     assert told == heard
-    calls = {"sac": 40 // 3, "rlpd": 33, "wsrl": 33, "ppo": 1}[agent]
+    calls = {"sac": 40 // 3, "rlpd": 33, "wsrl": 33, "ppo": 1, "uni_o4": 1}[agent]
     assert counters[0]["online_updates"] == calls
     assert counters[0]["gradient_steps"] == calls * inside.agent.updates_per_call
 
