@@ -28,7 +28,7 @@ class Playground:
     @cached_property
     def _env(self) -> Any:
         try:
-            from mujoco_playground import dm_control_suite
+            from mujoco_playground import dm_control_suite  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(f"playground/{self.name} needs `pip install 'o2o[playground]'` ({error})") from error
         if self.name not in dm_control_suite.ALL_ENVS:
