@@ -20,12 +20,14 @@ import pytest
 from o2o import __version__
 from o2o.config import LoopConfig, from_dict, to_dict
 from o2o.errors import CheckpointError, ConfigError, EnvironmentFaultError, RunError
+from o2o.replay.device import insert
 from o2o.report.plots import read_rows
 from o2o.runs import session
 from o2o.runs.folder import RunFolder, StopFlag, read_config, read_status
 from o2o.runs.session import RunConfig
 from o2o.train import checkpoint
 from o2o.train.evaluation import Evaluator
+from o2o.train.programs import learn_and_act, updates
 from o2o.train.remote_evaluation import RemoteEvaluator
 from o2o.types import OnlineConfig
 
@@ -110,7 +112,10 @@ def test_stop_and_resume(agent: str, tiny_run: Maker, tmp_path: Path, monkeypatc
     loop = LoopConfig(eval_every=60, eval_episodes=1, log_every=15, checkpoint_every=10_000, updates_per_dispatch=10)
     run = tiny_run(agent, seeds=2, offline_steps=60, online_steps=240, loop=loop)
     assert session.train(run, tmp_path / "whole")
+    programs = (updates, insert, learn_and_act)
+    compiled = [program._cache_size() for program in programs]
     train_interrupted(run, tmp_path / "parts", monkeypatch, [StopAt("offline", 30), StopAt("online", 180)])
+    assert [program._cache_size() for program in programs] == compiled, "nothing is compiled again"
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", more_than=4)
 
 
