@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from o2o.data import datasets
 from o2o.envs import TASKS
 from o2o.envs.pointmaze import EMBEDDED
 from o2o.runs import session
-from o2o.train.link import Hub, address_of, shared_key
 from o2o.usage import WORDS
 from tests.conftest import narrow
 from tests.helpers import foreign
@@ -52,7 +50,7 @@ TRAININGS = {
     words[words.index("--name") + 1]: words[2:]
     for page in PAGES
     for words in commands_of(page)
-    if words[:2] == ["o2o", "train"] and "--name" in words
+    if words[:2] in (["o2o", "train"], ["o2o", "learner"]) and "--name" in words
 }
 
 
@@ -69,7 +67,6 @@ class Sandbox:
     def __init__(self, folder: Path) -> None:
         self.folder, self.done = folder, set[tuple[str, ...]]()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.learner: threading.Thread | None = None
 
     def follow(self, page: str) -> None:
         """Do what a page says, in its order."""
@@ -123,15 +120,8 @@ class Sandbox:
         elif args[0] == "learner":
             words, listen = cli.listening(args[1:])
             assert listen == cli.LISTEN and cli.parse_train(words[0], words[1:])
-            if "--name" in words:
-                address = address_of(listen)
-                hub = Hub(address, shared_key(address[0]), silent_s=2.0)
-                self.learner = threading.Thread(target=self.learn, args=(words, hub), daemon=True)
-                self.learner.start()
-        elif args[0] == "actor" and self.learner is not None:
-            main(*args)
-            self.learner.join()
-            self.learner = None
+            if "--name" in words:  # trained in one process here
+                self.trained(words[words.index("--name") + 1])
         elif any(set(words) <= set(args) for words in ONLY_READ):
             cli._app(cli.COMMANDS).cli(prog="o2o", args=args, registry=WORDS, config=cli.WHOLE)
         elif args[:2] == ["data", "check"] and "--drop-bad" not in args:
@@ -152,15 +142,6 @@ class Sandbox:
         for made in re.findall(r"runs/([\w-]+)", " ".join(rest)):
             self.trained(made)
         path, run = cli.parse_train(agent, rest)
-        assert session.train(self.small(run), path)
-
-    def learn(self, words: list[str], hub: Hub) -> None:
-        """Let robots train a learner's run."""
-        path, run = cli.parse_train(words[0], words[1:])
-        session.train(self.small(run), path, hub=hub)
-
-    def small(self, run: session.RunConfig) -> session.RunConfig:
-        """Return a run with tiny networks and few steps."""
         fields = [("batch_size", 16), ("online.min_rows", 0), *narrow(run.config)]
         fields += [(f"online.{n}", 20) for n in ("warmup_steps", "random_steps") if getattr(run.config.online, n)]
         fields += [("online.initial_updates", 5)] if run.config.online.initial_updates else []
@@ -168,7 +149,8 @@ class Sandbox:
         online = 200 if run.record else 50  # an episode must end to be recorded
         steps = {"offline_steps": min(run.offline_steps, 20), "online_steps": min(run.online_steps, online)}
         changes = {"config": dict(fields), "loop": loop, "base_timeout_s": None, **steps}
-        return session.with_fields(run, changes)
+        changes["offline_estimate"] = run.offline_estimate and not run.online_steps  # a learner is one process here
+        assert session.train(session.with_fields(run, changes), path)
 
 
 @pytest.fixture(scope="module")
