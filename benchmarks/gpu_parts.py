@@ -81,7 +81,7 @@ def make_data(root: Path, seconds: float, processes: int, smoke: bool) -> int:
 
 
 def _make(root: Path, steps: int, processes: int, seconds: float) -> bool:
-    command = [sys.executable, "-m", "o2o.cli", "data", "make", SCENE, "--root", str(root), "--steps", str(steps)]
+    command = [sys.executable, "-m", "o2o", "data", "make", SCENE, "--root", str(root), "--steps", str(steps)]
     child = subprocess.Popen([*command, "--processes", str(processes)])
     for number in (signal.SIGTERM, signal.SIGKILL):  # the processes that it started end behind their episode
         try:

@@ -1110,7 +1110,3 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"o2o: error: {in_options(error, spoken.options)}", file=sys.stderr)
             code = 2
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

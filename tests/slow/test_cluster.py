@@ -69,7 +69,7 @@ def cluster() -> Iterator[Any]:
 
 def begin(file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
-    command = [sys.executable, "-m", "o2o.cli", "sweep", str(file), "--out", str(out), *options]
+    command = [sys.executable, "-m", "o2o", "sweep", str(file), "--out", str(out), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -98,7 +98,7 @@ def test_missing_render_back_end():
 def test_unknown_mujoco_back_end():
     """An unknown back end of MuJoCo is a one-line error."""
     environment = {**os.environ, "MUJOCO_GL": "none-such"}
-    command = [sys.executable, "-m", "o2o.cli", "demo"]
+    command = [sys.executable, "-m", "o2o", "demo"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "MUJOCO_GL='none-such'" in result.stderr and "unset it" in result.stderr

@@ -180,7 +180,7 @@ def test_processes_make_same_set(tmp_path):
 
 def test_kill_resumes(tmp_path):
     """A killed make leaves no set, and the same command makes only the episodes that are missing."""
-    command = [sys.executable, "-m", "o2o.cli", "data", "make", SCENE, "--steps", "2000", "--root", str(tmp_path)]
+    command = [sys.executable, "-m", "o2o", "data", "make", SCENE, "--steps", "2000", "--root", str(tmp_path)]
     child = subprocess.Popen([*command, "--processes", "1"], stderr=subprocess.DEVNULL)
     work = tmp_path / "ogbench/.scene-play-v0.making"
     for _ in range(1200):

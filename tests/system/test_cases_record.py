@@ -142,7 +142,7 @@ def test_killed_record_goes_on(bench: Any, tmp_path: Path) -> None:
     command = ["record", "lab/arm-v0", "--env", "bench_arm:Arm-v0", "--policy", "bench_arm:Noisy", "--episodes", "9"]
     command += ["--success-key", "solved"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ARM_SLEEP": "0.02"}
-    process = subprocess.Popen([sys.executable, "-m", "o2o.cli", *command], env=environment, cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, "-m", "o2o", *command], env=environment, cwd=tmp_path)
     kept = tmp_path / "lab" / ".arm-v0.recording" / EPISODES
     began = time.monotonic()
     while process.poll() is None and len(list(kept.glob("[0-9]*.npz"))) < 3 and time.monotonic() < began + 100:

@@ -21,7 +21,7 @@ def test_fine_tuning_solves_maze(tmp_path: Path) -> None:
     env |= {"MINARI_DATASETS_PATH": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def o2o(*words: str) -> None:
-        subprocess.run([sys.executable, "-m", "o2o.cli", *words], env=env, check=True)
+        subprocess.run([sys.executable, "-m", "o2o", *words], env=env, check=True)
 
     o2o("data", "make", "pointmaze-umaze")
     o2o(

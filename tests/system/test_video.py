@@ -78,7 +78,7 @@ def test_play_writes_whole_episodes(tiny_run: Callable[..., RunConfig], tmp_path
     """`play` writes a video of whole episodes."""
     variables = gl_environment()
     session.train(tiny_run("bc", offline_steps=10, online_steps=0), tmp_path / "run")
-    command = [sys.executable, "-m", "o2o.cli", "play", str(tmp_path / "run"), "--out", str(tmp_path / "play.mp4")]
+    command = [sys.executable, "-m", "o2o", "play", str(tmp_path / "run"), "--out", str(tmp_path / "play.mp4")]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps = [int(number) for number in re.findall(r"(\d+) steps", done.stdout)]

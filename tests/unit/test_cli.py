@@ -154,6 +154,6 @@ def test_module_runs_as_program(embedded: str) -> None:
     """The module runs as a program."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-m", "o2o.cli", "--version"], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-m", "o2o", "--version"], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 0 and re.match(r"o2o \d+\.\d+", done.stdout)
